@@ -1,0 +1,151 @@
+"""The command line: parse, call one function, print. Ray and torch are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import click
+import typer
+
+from ckd_ray.errors import JobError, UserError
+
+app = typer.Typer(
+    name="ckd-ray",
+    help="Distil collective relevance labels into a late-interaction (ColBERT) retriever, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", help="YAML configuration; the embedded quick start when left out.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Set one key: --set distill.temperature=0.3 (may be repeated).")
+]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", help="`local`, or a Ray address. Default: a running Ray, else local.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 1 the job failed, 2 the user's input is wrong, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = app(standalone_mode=False)
+        code = status if isinstance(status, int) else 0
+    except click.exceptions.Abort:
+        code = _fail("interrupted; the same command goes on where this one stopped", 130)
+    except KeyboardInterrupt:
+        code = _fail("interrupted; the same command goes on where this one stopped", 130)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except UserError as error:
+        code = _fail(str(error), 2)
+    except JobError as error:
+        code = _fail(str(error), 1)
+    except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request
+        if os.environ.get("CKD_RAY_TRACEBACK"):
+            raise
+        code = _fail(f"{type(error).__name__}: {_root_cause(error)}\n  (CKD_RAY_TRACEBACK=1 shows the traceback)", 1)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ckd-ray: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _root_cause(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException) and cause is not error:
+        return f"{type(cause).__name__}: {_root_cause(cause)}"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"
+
+
+@contextmanager
+def session(
+    config: str | None, overrides: list[str] | None, cluster: str | None, quiet: bool
+) -> Iterator[Any]:
+    """The configuration, checked before anything starts, and Ray around the block."""
+    from ckd_ray.config import load_config
+    from ckd_ray.progress import set_quiet
+
+    set_quiet(quiet)
+    loaded = load_config(config, overrides or [])
+    from ckd_ray.cluster.connect import connected
+
+    with connected(cluster):
+        yield loaded
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Distil collective relevance labels into a late-interaction (ColBERT) retriever, on Ray."""
+    if version:
+        from ckd_ray import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    cluster: ClusterOption = None,
+    start: Annotated[str | None, typer.Option("--from", help="Do this stage and all that follow again.")] = None,
+    until: Annotated[str, typer.Option("--until", help="Stop after this stage.")] = "evaluate",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do every stage again.")] = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the whole job: collection, teacher, embed, retrieve, label, distill, evaluate. Run again, it goes on."""
+    from ckd_ray.cli.show import closing_table, summary
+
+    with session(config, set_, cluster, quiet) as loaded:
+        from ckd_ray.pipeline.runner import run_stages
+
+        reports = run_stages(loaded, until=until, start=start, fresh=fresh)
+    if json_:
+        typer.echo(json.dumps(summary(loaded, reports)))
+    else:
+        closing_table(loaded, reports)
+
+
+def _stage_command(name: str, text: str) -> None:
+    def command(
+        config: ConfigOption = None,
+        set_: SetOption = None,
+        cluster: ClusterOption = None,
+        json_: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        train(config=config, set_=set_, cluster=cluster, start=None, until=name, fresh=False, json_=json_, quiet=quiet)
+
+    app.command(name=name, help=f"{text} Stages before it that are missing are run first.")(command)
+
+
+_stage_command("embed", "Embed the corpus and the queries with the teacher.")
+_stage_command("retrieve", "Rank the corpus for every training query.")
+_stage_command("label", "Write collective relevance labels for every training query.")
+_stage_command("distill", "Distil the student.")
+_stage_command("evaluate", "Compare the teacher with the student.")

@@ -1,0 +1,1 @@
+"""`--cluster`: where the job runs."""

@@ -1,0 +1,96 @@
+"""Where Ray comes from: a running cluster, an address, or a fresh one inside this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.progress import say
+
+# Blocks that travel through the object store are token ids of a few shards; embeddings never do. A small store is enough,
+# and leaves the memory to the encoders.
+_LOCAL_OBJECT_STORE = 512 * 2**20
+
+
+@contextmanager
+def connected(target: str | None) -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Args:
+        target: None joins a running Ray (RAY_ADDRESS, or the one on this machine) and else starts one in place; `local` always
+            starts one; anything else is a Ray address.
+
+    Raises:
+        UserError: the address cannot be reached, or refuses our token.
+    """
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    _start(target)
+    try:
+        _quiet_data()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(target: str | None) -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if target is not None and target.startswith(("http://", "https://")) or (target or "").endswith((".yaml", ".yml")):
+        raise UserError(
+            "jobs cannot be sent to another machine yet",
+            where="--cluster",
+            expected="local, a Ray address (HOST:PORT), or nothing",
+            found=str(target),
+            fix="start the command on the head node, or pass its Ray address",
+        )
+    if target is None and not os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address="auto", **quiet)
+            say(f"joined the running Ray ({_size()})")
+            return
+        except ConnectionError:
+            target = "local"
+    if target == "local":
+        os.environ.pop("RAY_ADDRESS", None)
+        try:
+            ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **quiet)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise JobError(f"Ray did not start here: {error}") from error
+        say(f"started Ray in place ({_size()})")
+        return
+    address = target or os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            "this Ray cannot be joined",
+            where="--cluster" if target else "RAY_ADDRESS",
+            expected="the address of a running head node (HOST:6379)",
+            found=f"{address}: {str(error).strip().splitlines()[0]}",
+            fix="check that the head runs, and that both sides hold the same token (RAY_AUTH_TOKEN or ~/.ray/auth_token)",
+        ) from error
+    say(f"joined Ray at {address} ({_size()})")
+
+
+def _size() -> str:
+    import ray
+
+    have = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    gpus = f", {have['GPU']:g} GPU" if have.get("GPU") else ""
+    return f"{nodes} node{'s' if nodes > 1 else ''}, {have.get('CPU', 0):g} CPU{gpus}"
+
+
+def _quiet_data() -> None:
+    """Our own progress lines replace Ray Data's bars and plan print-outs."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,102 @@
+"""Labels on disk: Parquet for people and other programs, and beside it arrays that training reads at random.
+
+A part holds the labels of consecutive queries of a split: `train-000012.parquet` (contract.md: query_id, feedback_ids, expansion,
+idf, token_ids) and `train-000012.npy`, float32 (queries, K, D + 1): the K centroids of highest idf first, their idf in the
+last column, zero rows where a query has fewer. Shapes: B queries, K centroids, E kept expansion embeddings, D dimensions.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ckd_ray.collective.expand import Expansions
+from ckd_ray.store.files import filesystem_of, is_local, join, read_json, write_atomic
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def part_name(split: str, part: int) -> str:
+    """The stem of a part's two files."""
+    return f"{split}-{part:06d}"
+
+
+def write_labels(
+    folder: str,
+    split: str,
+    part: int,
+    *,
+    query_ids: Sequence[str],
+    feedback_ids: Sequence[Sequence[str]],
+    expansions: Expansions,
+    clusters: int,
+) -> None:
+    """Write one part; the Parquet file comes last and is what says that the part is there."""
+    dim = expansions.embeddings_BKD.shape[2]
+    kept = min(clusters, expansions.embeddings_BKD.shape[1])
+    table_BKX = np.zeros((len(query_ids), clusters, dim + 1), np.float32)
+    table_BKX[:, :kept, :dim] = expansions.embeddings_BKD[:, :kept].cpu().numpy()
+    table_BKX[:, :kept, dim] = expansions.idf_BK[:, :kept].cpu().numpy()
+    present_BK = np.arange(clusters)[None] < expansions.counts_B.cpu().numpy()[:, None]
+    token_ids_BK = np.zeros((len(query_ids), clusters), np.int32)
+    token_ids_BK[:, :kept] = expansions.token_ids_BK[:, :kept].cpu().numpy()
+    stem = join(folder, part_name(split, part))
+    buffer = io.BytesIO()
+    np.save(buffer, table_BKX, allow_pickle=False)
+    write_atomic(f"{stem}.npy", lambda stream: stream.write(buffer.getbuffer()))
+    vectors = pa.array(table_BKX[:, :, :dim][present_BK].reshape(-1), pa.float32())
+    rows = pa.table(
+        {
+            "query_id": pa.array(query_ids, pa.string()),
+            "feedback_ids": pa.array([list(ids) for ids in feedback_ids], pa.list_(pa.string())),
+            "expansion": _lists(pa.FixedSizeListArray.from_arrays(vectors, dim), present_BK),
+            "idf": _lists(pa.array(table_BKX[:, :, dim][present_BK], pa.float32()), present_BK),
+            "token_ids": _lists(pa.array(token_ids_BK[present_BK], pa.int32()), present_BK),
+        }
+    )
+    write_atomic(f"{stem}.parquet", lambda stream: pq.write_table(rows, stream, compression="zstd"))
+
+
+def _lists(values: pa.Array, present_BK: npt.NDArray[np.bool_]) -> pa.Array:
+    """One list a query out of the flat values of all queries."""
+    offsets = np.concatenate([[0], np.cumsum(present_BK.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+class ExpansionReader:
+    """Random access to the expansions of a split, by dense query index."""
+
+    def __init__(self, folder: str, split: str, queries_per_part: int) -> None:
+        self.folder, self.split, self.queries_per_part = folder, split, queries_per_part
+        self._parts: dict[int, npt.NDArray[np.float32]] = {}
+
+    @classmethod
+    def open(cls, folder: str, split: str) -> ExpansionReader:
+        """Open the labels of a finished label stage."""
+        manifest: dict[str, Any] = read_json(join(folder, "manifest.json"))
+        return cls(folder, split, manifest["queries_per_part"])
+
+    def _part(self, part: int) -> npt.NDArray[np.float32]:
+        if part not in self._parts:
+            uri = join(self.folder, part_name(self.split, part) + ".npy")
+            fs, path = filesystem_of(uri)
+            if is_local(uri):
+                self._parts[part] = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                with fs.open_input_stream(path) as stream:
+                    self._parts[part] = np.load(io.BytesIO(stream.read()), allow_pickle=False)
+        return self._parts[part]
+
+    def select(self, queries_B: Int64Array, size: int, beta: float) -> tuple[Tensor, Tensor]:
+        """The `size` centroids of highest weight: (expansions_BED, weights_BE = beta * idf); absent ones weigh 0."""
+        rows = [self._part(q // self.queries_per_part)[q % self.queries_per_part] for q in queries_B.tolist()]
+        table_BEX = torch.from_numpy(np.stack(rows))[:, :size]
+        return table_BEX[:, :, :-1].contiguous(), beta * table_BEX[:, :, -1]

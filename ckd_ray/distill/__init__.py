@@ -1,0 +1,1 @@
+"""Training: objectives, batches, the step, the Ray Train worker and its driver."""

@@ -1,0 +1,203 @@
+"""ColBERT on any `transformers` encoder: a projection to D numbers a token, rows of unit length.
+
+Source: method.md steps 1 and 2; Khattab and Zaharia, SIGIR 2020. Shapes: B queries, Q rows a query, N passages,
+L rows a passage, D dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ckd_ray.errors import UserError
+from ckd_ray.model.settings import ColBERTSettings
+from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model.tokenizer import ColBERTTokenizer
+
+SETTINGS_FILE = "colbert.json"
+PROJECTION_FILE = "projection.safetensors"
+
+
+class ColBERT(nn.Module):
+    """An encoder, its tokenizer and the projection.
+
+    Make one with `ColBERT.from_pretrained` (a checkpoint) or `ColBERT.from_backbone` (a bare encoder and a new
+    projection); the constructor only puts the parts together.
+    """
+
+    def __init__(self, backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = ColBERTTokenizer(tokenizer, settings)
+        self.settings = settings
+        self.projection = nn.Linear(backbone.config.hidden_size, settings.dim, bias=False)
+        self.register_buffer("skip_ids", torch.from_numpy(self.tokenizer.skip_ids).long(), persistent=False)
+
+    @classmethod
+    def from_backbone(
+        cls, source: str, settings: ColBERTSettings, *, seed: int = 0, dropout: float = 0.0
+    ) -> ColBERT:
+        """A bare `transformers` encoder with a new orthogonal projection drawn from `seed`.
+
+        Args:
+            source: a folder, a hub id, or `package:NAME/FOLDER` for weights inside an installed Python package.
+            dropout: probability for every dropout of the encoder. 0 keeps the loss the same for any number of workers.
+
+        Raises:
+            UserError: the source cannot be loaded, or cannot hold passages of `doc_maxlen` tokens.
+        """
+        folder = resolve_backbone(source)
+        backbone, tokenizer = _load_transformers(folder, source)
+        settings = _with_markers(backbone, tokenizer, settings)
+        model = cls(backbone, tokenizer, settings)
+        model._check_length(source)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            nn.init.orthogonal_(model.projection.weight, generator=generator)
+        model.set_dropout(dropout)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ColBERT:
+        """Load a checkpoint that `save` wrote (local folder).
+
+        Raises:
+            UserError: a file is missing or the shapes do not fit.
+        """
+        folder = Path(folder)
+        for name in (SETTINGS_FILE, PROJECTION_FILE, "config.json"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    "not a ckd-ray checkpoint",
+                    where=str(folder),
+                    expected=f"a folder with config.json, model.safetensors, {PROJECTION_FILE} and {SETTINGS_FILE}",
+                    found=", ".join(sorted(p.name for p in folder.glob("*"))[:12]) or "nothing",
+                )
+        settings = ColBERTSettings.from_dict(json.loads((folder / SETTINGS_FILE).read_text()))
+        backbone, tokenizer = _load_transformers(str(folder), str(folder))
+        model = cls(backbone, tokenizer, settings)
+        weight = load_file(folder / PROJECTION_FILE)["weight"]
+        if weight.shape != model.projection.weight.shape:
+            raise UserError(
+                "the projection does not fit the encoder",
+                where=str(folder / PROJECTION_FILE),
+                expected=str(tuple(model.projection.weight.shape)),
+                found=str(tuple(weight.shape)),
+            )
+        with torch.no_grad():
+            model.projection.weight.copy_(weight)
+        model.set_dropout(0.0)
+        return model
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors, the tokenizer, the projection and the settings into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backbone.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.hf.save_pretrained(folder)
+        save_file({"weight": self.projection.weight.detach().float().cpu().contiguous()}, folder / PROJECTION_FILE)
+        (folder / SETTINGS_FILE).write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n")
+
+    def set_dropout(self, probability: float) -> None:
+        """Set every dropout of the encoder, attention included."""
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+            for name in ("dropout_prob", "attention_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, probability)
+
+    def _check_length(self, source: str) -> None:
+        room = getattr(self.backbone.config, "max_position_embeddings", None)
+        longest = max(self.settings.doc_maxlen, self.settings.query_maxlen)
+        if isinstance(room, int) and 0 < room < longest:
+            raise UserError(
+                f"{source} holds {room} tokens at most",
+                where="model.doc_maxlen / model.query_maxlen",
+                expected=f"at most {room}",
+                found=str(longest),
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.projection.weight.device
+
+    def _rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        # Normalised in float32: under bf16 autocast a unit row would otherwise be off by up to 1/256.
+        return F.normalize(self.projection(hidden).float(), dim=-1)
+
+    def encode_queries(self, ids_BQ: Tensor, mask_BQ: Tensor) -> Tensor:
+        """Unit rows of shape (B, Q, D), float32; augmentation tokens included (method.md step 1)."""
+        return self._rows(ids_BQ, mask_BQ)
+
+    def encode_passages(self, ids_NL: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit rows (N, L, D), float32, and keep_NL: False on padding and dropped punctuation.
+
+        The rows where keep_NL is False hold no meaning: pass keep_NL on to `maxsim` as the passage mask.
+        """
+        return self._rows(ids_NL, mask_NL), self.keep_mask(ids_NL, mask_NL)
+
+    def keep_mask(self, ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
+        """Bool (N, L): tokens that are neither padding nor dropped punctuation."""
+        return mask_NL.bool() & ~torch.isin(ids_NL, self.skip_ids)
+
+    def forward(
+        self, query_ids_BQ: Tensor, query_mask_BQ: Tensor, passage_ids_NL: Tensor, passage_mask_NL: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and passages in one call, as DDP wants it: (queries_BQD, passages_NLD, keep_NL)."""
+        queries_BQD = self.encode_queries(query_ids_BQ, query_mask_BQ)
+        passages_NLD, keep_NL = self.encode_passages(passage_ids_NL, passage_mask_NL)
+        return queries_BQD, passages_NLD, keep_NL
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """True when `folder` holds a checkpoint of ours."""
+    return (Path(folder) / SETTINGS_FILE).is_file()
+
+
+def load_tokenizer(folder: str | Path) -> ColBERTTokenizer:
+    """The tokenizer of a checkpoint alone, for processes that only feed an encoder."""
+    from transformers import AutoTokenizer
+
+    settings = ColBERTSettings.from_dict(json.loads((Path(folder) / SETTINGS_FILE).read_text()))
+    return ColBERTTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True), settings)
+
+
+def _load_transformers(folder: str, source: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        backbone = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            "the encoder cannot be loaded",
+            where=source,
+            expected="a folder or hub id that transformers' AutoModel and AutoTokenizer read",
+            found=str(error).strip().splitlines()[0][:300],
+        ) from error
+    # The pooler gives nothing to token embeddings, and a parameter without a gradient stops DDP.
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None
+    return backbone, tokenizer
+
+
+def _with_markers(backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> ColBERTSettings:
+    """Vocabularies without [unused0] (RoBERTa, SentencePiece) get two new tokens for [Q] and [D]."""
+    from dataclasses import replace
+
+    vocabulary = tokenizer.get_vocab()
+    if settings.query_marker in vocabulary and settings.doc_marker in vocabulary:
+        return settings
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[Q]", "[D]"]})
+    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+        backbone.resize_token_embeddings(len(tokenizer))
+    return replace(settings, query_marker="[Q]", doc_marker="[D]")

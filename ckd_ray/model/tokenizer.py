@@ -1,0 +1,113 @@
+"""Tokenisation of queries and passages for ColBERT: markers, [MASK] augmentation, and the tokens that do not count.
+
+Shapes: B queries, Q = query_maxlen rows a query, N passages.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckd_ray.errors import UserError
+from ckd_ray.model.settings import ColBERTSettings
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class ColBERTTokenizer:
+    """Wraps a fast `transformers` tokenizer.
+
+    Attributes:
+        skip_ids: ids of punctuation, which give no passage embedding when `mask_punctuation` is on.
+        silent_ids: ids that may not vote for a centroid's token: special tokens and [unused*] (method.md, step 4).
+    """
+
+    def __init__(self, tokenizer: Any, settings: ColBERTSettings) -> None:
+        self.hf = tokenizer
+        self.settings = settings
+        self.cls_id = _first(tokenizer.cls_token_id, tokenizer.bos_token_id, what="[CLS] or beginning-of-text")
+        self.sep_id = _first(tokenizer.sep_token_id, tokenizer.eos_token_id, what="[SEP] or end-of-text")
+        self.mask_id = _first(tokenizer.mask_token_id, what="[MASK]")
+        self.pad_id = _first(tokenizer.pad_token_id, what="[PAD]")
+        self.query_marker_id = self._marker(settings.query_marker)
+        self.doc_marker_id = self._marker(settings.doc_marker)
+        self.skip_ids = self._punctuation_ids() if settings.mask_punctuation else np.empty(0, np.int32)
+        self.silent_ids = self._silent_ids()
+
+    def _marker(self, token: str) -> int:
+        found = self.hf.convert_tokens_to_ids(token)
+        if found is None or found == self.hf.unk_token_id:
+            raise UserError(f"the tokenizer has no marker token {token!r}", fix="add it to the vocabulary first")
+        return int(found)
+
+    def _punctuation_ids(self) -> Int32Array:
+        ids = {i for c in string.punctuation for i in self.hf.encode(c, add_special_tokens=False)[:1]}
+        return np.array(sorted(ids), np.int32)
+
+    def _silent_ids(self) -> Int32Array:
+        unused = {i for token, i in self.hf.get_vocab().items() if token.startswith("[unused")}
+        marks = {self.query_marker_id, self.doc_marker_id, self.mask_id, self.cls_id, self.sep_id, self.pad_id}
+        return np.array(sorted(set(self.hf.all_special_ids) | unused | marks), np.int32)
+
+    def _ids(self, texts: Sequence[str], maxlen: int) -> list[list[int]]:
+        """Token ids without special tokens, cut so that [CLS], the marker and [SEP] still fit into `maxlen`."""
+        if not texts:
+            return []
+        encoded = self.hf(
+            list(texts),
+            add_special_tokens=False,
+            truncation=True,
+            max_length=maxlen - 3,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return encoded["input_ids"]
+
+    def passages(self, texts: Sequence[str]) -> list[Int32Array]:
+        """Ids of [CLS] [D] tokens [SEP] for every text, at most `doc_maxlen` of them, without padding."""
+        head, tail = [self.cls_id, self.doc_marker_id], [self.sep_id]
+        return [np.array(head + ids + tail, np.int32) for ids in self._ids(texts, self.settings.doc_maxlen)]
+
+    def queries(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of [CLS] [Q] tokens [SEP] [MASK] ... and the attention mask, both int64 of shape (B, Q).
+
+        The mask is 0 on the augmentation unless `attend_to_mask`; augmentation tokens give embeddings either way.
+        """
+        maxlen = self.settings.query_maxlen
+        ids = np.full((len(texts), maxlen), self.mask_id, np.int64)
+        mask = np.full((len(texts), maxlen), int(self.settings.attend_to_mask), np.int64)
+        for row, tokens in enumerate(self._ids(texts, maxlen)):
+            full = [self.cls_id, self.query_marker_id, *tokens, self.sep_id]
+            ids[row, : len(full)] = full
+            mask[row, : len(full)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def pad(self, passages: Sequence[Int32Array], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stack ragged passages to (N, L): int64 ids padded with [PAD], and the attention mask.
+
+        L is the longest passage, rounded up to `multiple` (a GPU prefers multiples of 8).
+        """
+        longest = max((len(p) for p in passages), default=1)
+        width = -(-longest // multiple) * multiple
+        ids = np.full((len(passages), width), self.pad_id, np.int64)
+        mask = np.zeros((len(passages), width), np.int64)
+        for row, passage in enumerate(passages):
+            ids[row, : len(passage)] = passage
+            mask[row, : len(passage)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def keeps(self, token_ids: Int32Array) -> npt.NDArray[np.bool_]:
+        """True where a (non-padding) passage token gives an embedding: everywhere but on punctuation."""
+        return ~np.isin(token_ids, self.skip_ids)
+
+
+def _first(*candidates: int | None, what: str) -> int:
+    for candidate in candidates:
+        if candidate is not None:
+            return int(candidate)
+    raise UserError(f"the tokenizer has no {what} token", fix="choose an encoder trained with masked tokens (BERT)")

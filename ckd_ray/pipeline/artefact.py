@@ -1,0 +1,91 @@
+"""An artefact: a folder of a run with a `manifest.json`, made by one step, kept while its fingerprint holds.
+
+While it is being made, the folder holds `making.json` with the fingerprint instead. A stopped step finds its own
+half-made folder by that and goes on in it; a folder made of other settings or inputs is removed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from ckd_ray.progress import say
+from ckd_ray.store.files import delete, exists, filesystem_of, join, make_folder, read_json, write_json_atomic
+
+MANIFEST, MAKING = "manifest.json", "making.json"
+SCHEMA_VERSION = 1
+
+
+def manifest_of(uri: str) -> dict[str, Any] | None:
+    """The manifest of a finished artefact, else None."""
+    path = join(uri, MANIFEST)
+    return read_json(path) if exists(path) else None
+
+
+def is_made(uri: str, fingerprint: str) -> bool:
+    """True when the artefact is finished, of this fingerprint, and no file it names is missing or of another size."""
+    manifest = manifest_of(uri)
+    if manifest is None or manifest.get("made_of") != fingerprint:
+        return False
+    fs, path = filesystem_of(uri)
+    for entry in manifest.get("files", []):
+        info = fs.get_file_info(f"{path}/{entry['name']}")
+        if info.size != entry["bytes"]:
+            return False
+    return True
+
+
+def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) -> bool:
+    """Run `work` unless the artefact is there. Returns whether it ran.
+
+    `work` writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list of files.
+    When it writes a manifest of its own (the token store does), that one is extended.
+    """
+    if is_made(uri, fingerprint):
+        return False
+    making = join(uri, MAKING)
+    if not _go_on(uri, fingerprint):
+        delete(uri)
+    make_folder(uri)
+    delete(join(uri, MANIFEST))
+    write_json_atomic(making, {"made_of": fingerprint})
+    extra = work() or {}
+    own = manifest_of(uri) or {}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        **own,
+        **extra,
+        "made_of": fingerprint,
+        "files": own.get("files") or _files(uri),
+    }
+    write_json_atomic(join(uri, MANIFEST), manifest)
+    delete(making)
+    return True
+
+
+def _go_on(uri: str, fingerprint: str) -> bool:
+    """True when the folder's contents are of this fingerprint: half made, or finished and damaged since."""
+    making = join(uri, MAKING)
+    if exists(making):
+        return bool(read_json(making).get("made_of") == fingerprint)
+    manifest = manifest_of(uri)
+    if manifest is None or manifest.get("made_of") != fingerprint:
+        return False
+    fs, path = filesystem_of(uri)
+    for entry in manifest.get("files", []):
+        if fs.get_file_info(f"{path}/{entry['name']}").size != entry["bytes"]:
+            say(f"{join(uri, entry['name'])}: missing or of another size; it is made again")
+            delete(join(uri, entry["name"]))
+    return True
+
+
+def _files(uri: str) -> list[dict[str, Any]]:
+    """Every file below the folder, by its path in it, with its bytes."""
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    found = [(i.path[len(path.rstrip("/")) + 1 :], int(i.size)) for i in infos if i.type == pafs.FileType.File]
+    skipped = (MANIFEST, MAKING)
+    return [{"name": n, "bytes": size} for n, size in sorted(found) if n not in skipped and ".tmp-" not in n]

@@ -1,0 +1,117 @@
+"""Runs the stages that are not done yet, and tells people what happened."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ckd_ray import __version__
+from ckd_ray.config import Config
+from ckd_ray.errors import UserError
+from ckd_ray.pipeline.artefact import is_made, make, manifest_of
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.lock import run_lock
+from ckd_ray.pipeline.stages import STAGE_NAMES, made_of, needed
+from ckd_ray.progress import duration, say
+from ckd_ray.store.files import delete, write_json_atomic
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did: `skipped` when it was done before; seconds and figures are those of the run that did it."""
+
+    name: str
+    skipped: bool
+    seconds: float
+    figures: dict[str, Any]
+    where: str
+
+
+def run_stages(
+    config: Config, *, until: str = "evaluate", start: str | None = None, fresh: bool = False
+) -> list[StageReport]:
+    """Bring the run up to `until`. Ray must be connected.
+
+    Args:
+        start: this stage and all that follow are done again even if they are there.
+        fresh: remove the whole run first.
+
+    Raises:
+        UserError: a stage name is unknown, or another process holds the run.
+    """
+    for option, name in (("--from", start), ("--until", until)):
+        if name is not None and name not in STAGE_NAMES:
+            raise UserError("unknown stage", where=option, expected=", ".join(STAGE_NAMES), found=name)
+    from ckd_ray.data import source_signature
+
+    context = RunContext.of(config)
+    source = source_signature(config.collection)
+    with run_lock(context.run):
+        stages = needed(config, until)
+        if fresh:
+            for stage in stages:
+                delete(context.path(stage.folder))
+        _record(context)
+        done: dict[str, str] = {}
+        reports: list[StageReport] = []
+        again = False
+        for stage in stages:
+            print_of = made_of(stage, config, done, source)
+            again = again or stage.name == start
+            if again:
+                delete(context.path(stage.folder))
+            reports.append(_run(context, stage, print_of))
+            done[stage.name] = _identity(context, stage, print_of)
+        return reports
+
+
+def _run(context: RunContext, stage: Any, print_of: str) -> StageReport:
+    folder = context.path(stage.folder)
+    started = time.monotonic()
+    if is_made(folder, print_of):
+        manifest = manifest_of(folder) or {}
+        say(f"{stage.name}: done before, nothing to do ({folder})")
+        return StageReport(stage.name, True, manifest.get("seconds", 0.0), manifest.get("figures", {}), folder)
+    say(f"{stage.name}: starting")
+
+    def work() -> dict[str, Any]:
+        figures = stage.work(context, print_of)
+        return {"figures": figures, "seconds": round(time.monotonic() - started, 3)}
+
+    make(folder, print_of, work)
+    figures = (manifest_of(folder) or {}).get("figures", {})
+    seconds = time.monotonic() - started
+    say(f"{stage.name}: {_what(figures, seconds)} -> {folder}")
+    return StageReport(stage.name, False, seconds, figures, folder)
+
+
+def _what(figures: dict[str, Any], seconds: float) -> str:
+    if "count" not in figures:
+        return f"done in {duration(seconds)}"
+    rate = figures["count"] / max(seconds, 1e-9)
+    return f"{figures['count']:,} {figures['unit']} in {duration(seconds)} ({rate:,.1f} {figures['unit']}/s)"
+
+
+def _identity(context: RunContext, stage: Any, print_of: str) -> str:
+    """What later stages depend on: the content for the collection (wherever it was read from), else how it was made."""
+    if stage.name != "collection":
+        return print_of
+    return str((manifest_of(context.path("corpus")) or {})["content"])
+
+
+def _record(context: RunContext) -> None:
+    """`run.json`: the configuration and the versions, for whoever opens the run later."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("ray", "torch", "transformers", "pyarrow", "faiss-cpu", "numpy")
+    write_json_atomic(
+        context.path("run.json"),
+        {
+            "ckd_ray": __version__,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in names},
+            "config": context.config.model_dump(mode="json"),
+        },
+    )

@@ -1,0 +1,138 @@
+"""The stages of a run, in order: what each depends on, which settings count, and the call that does it.
+
+A stage's fingerprint covers its settings and the fingerprints of its inputs, so a change reaches exactly what follows from it.
+Settings that only say where and how fast (actors, workers, checkpoint_every) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ckd_ray.config import Config
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.fingerprint import fingerprint
+
+_TRAINING = {
+    "steps", "batch_size", "learning_rate", "warmup", "schedule", "weight_decay", "clip_norm", "negatives", "precision",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        folder: the artefact that says, by its manifest, that the stage is done.
+        inputs: names of the stages it reads; a function of the configuration.
+        settings: the part of the configuration that changes the result.
+        work: does it; returns figures for the closing line (`count`, `unit`) and the manifest.
+    """
+
+    name: str
+    folder: str
+    inputs: Callable[[Config], tuple[str, ...]]
+    settings: Callable[[Config], dict[str, Any]]
+    work: Callable[[RunContext, str], dict[str, Any]]
+
+
+def _collection(config: Config) -> dict[str, Any]:
+    return config.collection.model_dump(mode="json")
+
+
+def _teacher(config: Config) -> dict[str, Any]:
+    model = config.model.model_dump(mode="json")
+    if config.teacher.checkpoint is not None:
+        return {"model": model, "checkpoint": config.teacher.checkpoint}
+    settings = _training(config.teacher.model_dump(mode="json"))
+    return {
+        "model": model,
+        "teacher": settings,
+        "seed": config.run.seed,
+        "positive_grade": config.collection.positive_grade,
+    }
+
+
+def _training(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: values[key] for key in sorted(_TRAINING)}
+
+
+def _embed(config: Config) -> dict[str, Any]:
+    return {"codec": config.embed.codec, "precision": config.embed.precision}
+
+
+def _retrieve(config: Config) -> dict[str, Any]:
+    r = config.retrieve
+    if r.engine == "exact":
+        return {"engine": "exact", "depth": r.depth}
+    return {**r.model_dump(mode="json", exclude={"actors"}), "seed": config.run.seed}
+
+
+def _label(config: Config) -> dict[str, Any]:
+    return config.label.model_dump(mode="json")
+
+
+def _distill(config: Config) -> dict[str, Any]:
+    d = config.distill
+    settings = _training(d.model_dump(mode="json"))
+    settings |= {"objective": d.objective, "smoothing": d.smoothing, "negatives_depth": d.negatives_depth}
+    if d.objective in ("self_distillation", "cross_encoder", "collective"):
+        settings |= {"temperature": d.temperature, "zero_row_floor": d.zero_row_floor}
+    if d.objective == "collective":
+        settings |= {"beta": d.beta, "expansion_size": d.expansion_size}
+    return {
+        "distill": settings,
+        "dropout": config.model.dropout,
+        "seed": config.run.seed,
+        "positive_grade": config.collection.positive_grade,
+    }
+
+
+def _evaluate(config: Config) -> dict[str, Any]:
+    return {**config.evaluate.model_dump(mode="json"), "embed": _embed(config)}
+
+
+def _distill_inputs(config: Config) -> tuple[str, ...]:
+    inputs = ("collection", "teacher", "embed", "retrieve")
+    return (*inputs, "label") if config.distill.objective == "collective" else inputs
+
+
+def _work(name: str) -> Callable[[RunContext, str], dict[str, Any]]:
+    """The function of that name in `ckd_ray.pipeline.work`, imported when it is called (it needs Ray and torch)."""
+
+    def call(context: RunContext, made_of: str) -> dict[str, Any]:
+        from ckd_ray.pipeline import work
+
+        result: dict[str, Any] = getattr(work, name)(context, made_of)
+        return result
+
+    return call
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("collection", "corpus", lambda c: (), _collection, _work("collection")),
+    Stage("teacher", "teacher", lambda c: ("collection",), _teacher, _work("teacher")),
+    Stage("embed", "embeddings", lambda c: ("collection", "teacher"), _embed, _work("embed")),
+    Stage("retrieve", "rankings", lambda c: ("embed",), _retrieve, _work("retrieve")),
+    Stage("label", "labels", lambda c: ("retrieve",), _label, _work("label")),
+    Stage("distill", "student", _distill_inputs, _distill, _work("distill")),
+    Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def needed(config: Config, until: str) -> list[Stage]:
+    """The stages that `until` follows from, itself included, in order."""
+    wanted = {until}
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted |= set(stage.inputs(config))
+    return [stage for stage in STAGES if stage.name in wanted]
+
+
+def made_of(stage: Stage, config: Config, done: dict[str, str], source: str) -> str:
+    """The fingerprint of a stage, given those of its inputs (`done`) and of the collection's files (`source`)."""
+    inputs = {name: done[name] for name in stage.inputs(config)}
+    extra = {"source": source} if stage.name == "collection" else {}
+    return fingerprint(stage=stage.name, settings=stage.settings(config), inputs=inputs, **extra)

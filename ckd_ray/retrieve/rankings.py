@@ -1,0 +1,110 @@
+"""Rankings on disk. Shapes: B queries, K = depth results a query.
+
+A part holds the rankings of consecutive queries of a split: `train-000012.parquet` with query_id, passage_id, rank (from 1) and score
+(contract.md), and the dense query_index and passage_index beside them. When all parts are there, `train.npy` is made of
+them: int32 (queries, K), passage indices best first, -1 where a ranking ends, for random access in training.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ckd_ray.store.files import filesystem_of, is_local, join, write_atomic
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+def part_file(split: str, part: int) -> str:
+    """The file of a part."""
+    return f"{split}-{part:06d}.parquet"
+
+
+def write_ranking_part(
+    uri: str,
+    *,
+    first_query: int,
+    query_ids: Sequence[str],
+    scores_BK: Float32Array,
+    passages_BK: Int64Array,
+    passage_ids: Sequence[str],
+) -> None:
+    """Write one part atomically.
+
+    Args:
+        first_query: dense index of the part's first query.
+        passages_BK: dense passage indices, best first, -1 where a ranking ends.
+        passage_ids: the outside ids of `passages_BK[passages_BK >= 0]`, in that order.
+    """
+    present_BK = passages_BK >= 0
+    counts = present_BK.sum(axis=1)
+    rows = np.repeat(np.arange(len(query_ids)), counts)
+    ranks = np.broadcast_to(np.arange(1, passages_BK.shape[1] + 1, dtype=np.int32), passages_BK.shape)
+    table = pa.table(
+        {
+            "query_id": pa.array(query_ids, pa.string()).take(pa.array(rows)),
+            "passage_id": pa.array(passage_ids, pa.string()),
+            "rank": pa.array(ranks[present_BK], pa.int32()),
+            "score": pa.array(scores_BK[present_BK], pa.float32()),
+            "query_index": pa.array((rows + first_query).astype(np.int32)),
+            "passage_index": pa.array(passages_BK[present_BK], pa.int64()),
+        }
+    )
+    write_atomic(uri, lambda stream: pq.write_table(table, stream, compression="zstd"))
+
+
+def read_ranking_part(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """One part as a table."""
+    fs, path = filesystem_of(uri)
+    return pq.read_table(path, filesystem=fs, columns=columns)
+
+
+def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int) -> npt.NDArray[np.int32]:
+    """(num_queries, depth) int32 passage indices of a part, -1 where a ranking ends."""
+    matrix = np.full((num_queries, depth), -1, np.int32)
+    rows = table["query_index"].to_numpy() - first_query
+    ranks = table["rank"].to_numpy() - 1
+    chosen = ranks < depth
+    matrix[rows[chosen], ranks[chosen]] = table["passage_index"].to_numpy()[chosen]
+    return matrix
+
+
+def write_ranking_matrix(folder: str, split: str, spans: Sequence[tuple[int, int]], depth: int) -> None:
+    """Make `SPLIT.npy` of all parts, one part in memory at a time."""
+    total = spans[-1][1] if spans else 0
+    with tempfile.TemporaryDirectory(dir=filesystem_of(folder)[1] if is_local(folder) else None) as scratch:
+        path = os.path.join(scratch, "matrix.npy")
+        matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(total, depth))
+        for part, (first, stop) in enumerate(spans):
+            columns = ["query_index", "rank", "passage_index"]
+            table = read_ranking_part(join(folder, part_file(split, part)), columns)
+            matrix[first:stop] = part_matrix(table, first, stop - first, depth)
+        matrix.flush()
+        del matrix
+
+        def copy(stream: pa.NativeFile) -> None:
+            with open(path, "rb") as source:
+                while block := source.read(1 << 24):
+                    stream.write(block)
+
+        write_atomic(join(folder, f"{split}.npy"), copy)
+
+
+def read_ranking_matrix(folder: str, split: str) -> npt.NDArray[Any]:
+    """`SPLIT.npy`, memory-mapped when it is local."""
+    import io
+
+    uri = join(folder, f"{split}.npy")
+    fs, path = filesystem_of(uri)
+    if is_local(uri):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    with fs.open_input_stream(path) as stream:
+        return np.load(io.BytesIO(stream.read()), allow_pickle=False)

@@ -1,0 +1,93 @@
+"""The retrieve stage: Ray Data streams query batches to the shard servers; each finished batch is a file of rankings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from ckd_ray.data import Collection
+from ckd_ray.progress import Progress
+from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
+from ckd_ray.retrieve.servers import ServerGroup
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.files import join, list_files, make_folder
+
+_QUERIES_A_PART = 256
+
+
+@dataclass(frozen=True)
+class RetrieveJob:
+    """Rank the queries of `split`, embedded in the store `queries`, into the folder `out`."""
+
+    run: str
+    split: str
+    queries: str
+    out: str
+    depth: int
+
+
+def query_spans(num_queries: int, size: int = _QUERIES_A_PART) -> list[tuple[int, int]]:
+    """(first, stop) of every part; the same for any number of workers."""
+    return [(first, min(first + size, num_queries)) for first in range(0, num_queries, size)]
+
+
+def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage: str = "retrieve") -> None:
+    """Write the missing parts of `job`, then the matrix of all."""
+    make_folder(job.out)
+    spans = query_spans(num_queries)
+    present = set(list_files(job.out, ".parquet"))
+    missing = [i for i in range(len(spans)) if part_file(job.split, i) not in present]
+    done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
+    with Progress(stage, num_queries, "queries", done=done) as progress:
+        for row in run_parts(missing, spans, _retrieve_part, {"job": job, "servers": servers}):
+            progress.advance(int(row["queries"]))
+    write_ranking_matrix(job.out, job.split, spans, job.depth)
+
+
+def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any]) -> Any:
+    """Rows that `work` returns, one a part, as Ray Data finishes them; the driver sees nothing else."""
+    if not missing:
+        return iter(())
+    items = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        work,
+        fn_kwargs=arguments,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=0.25,
+    )
+    return dataset.iter_rows()
+
+
+@lru_cache(maxsize=8)
+def open_once(uri: str) -> EmbeddingStore:
+    """A store, opened once a process."""
+    return EmbeddingStore.open(uri)
+
+
+@lru_cache(maxsize=2)
+def collection_once(run: str) -> Collection:
+    """The collection, opened once a process."""
+    return Collection.open(run)
+
+
+def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup) -> pa.Table:
+    part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
+    store, collection = open_once(job.queries), collection_once(job.run)
+    rows = store.gather(np.arange(first, stop))
+    queries_BQD = rows.embeddings_TD.float().reshape(stop - first, -1, store.dim).numpy()
+    scores_BK, passages_BK = servers.search(queries_BQD, job.depth)
+    write_ranking_part(
+        join(job.out, part_file(job.split, part)),
+        first_query=first,
+        query_ids=collection.queries(job.split).ids[first:stop],
+        scores_BK=scores_BK,
+        passages_BK=passages_BK,
+        passage_ids=collection.passage_ids(passages_BK[passages_BK >= 0]),
+    )
+    return pa.table({"part": [part], "queries": [stop - first]})

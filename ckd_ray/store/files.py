@@ -1,0 +1,173 @@
+"""Files of a run directory, local or on any URI that `pyarrow.fs` opens (`s3://`, `gs://`, `file://`).
+
+Nothing here ever leaves a half-written file under its final name: local files are written aside, flushed to the
+disk and renamed; an object store makes an upload visible only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ckd_ray.errors import UserError
+
+
+def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system behind `uri` and the path inside it; a plain path is a local file, made absolute."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(uri)
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(
+            "this storage cannot be opened",
+            where=uri,
+            expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
+            found=str(error).splitlines()[0],
+        ) from error
+
+
+def is_local(uri: str) -> bool:
+    """True when `uri` names a file of this machine, so that it can be renamed and memory-mapped."""
+    return isinstance(filesystem_of(uri)[0], pafs.LocalFileSystem)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` appended, slashes put where they belong."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    """True when `uri` is a file or a folder."""
+    fs, path = filesystem_of(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """Names (not paths) of the files right below `uri` that end with `suffix`, sorted; a missing folder is empty."""
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+
+
+def make_folder(uri: str) -> None:
+    """Create the folder `uri` and those above it."""
+    fs, path = filesystem_of(uri)
+    fs.create_dir(path, recursive=True)
+
+
+def delete(uri: str) -> None:
+    """Remove a file or a whole folder; nothing happens when it is not there."""
+    fs, path = filesystem_of(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def write_atomic(uri: str, write: Callable[[pa.NativeFile], Any]) -> int:
+    """Call `write(stream)` and make the result appear under `uri` at once, or not at all. Returns its bytes."""
+    fs, path = filesystem_of(uri)
+    if not isinstance(fs, pafs.LocalFileSystem):
+        with fs.open_output_stream(path) as stream:
+            write(stream)
+        return int(fs.get_file_info(path).size)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        with pa.OSFile(aside, "wb") as stream:
+            write(stream)
+        with open(aside, "rb+") as written:
+            os.fsync(written.fileno())
+        size = os.path.getsize(aside)
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
+    return size
+
+
+def write_json_atomic(uri: str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    data = (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    write_atomic(uri, lambda stream: stream.write(data))
+
+
+def read_json(uri: str) -> Any:
+    """The JSON value in the file `uri`; UserError when the file is not valid JSON."""
+    fs, path = filesystem_of(uri)
+    with fs.open_input_stream(path) as stream:
+        data = stream.read()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise UserError("not valid JSON", where=uri, found=str(error), fix="delete it and run again") from error
+
+
+def sha256_of(uri: str) -> str:
+    """SHA-256 of a file's bytes, read in blocks of 8 MiB."""
+    fs, path = filesystem_of(uri)
+    digest = hashlib.sha256()
+    with fs.open_input_stream(path) as stream:
+        while block := stream.read(1 << 23):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(uri: str) -> Iterator[str]:
+    """A local folder to fill, which becomes `uri` when the block ends without an error (replacing what was there).
+
+    For a remote `uri` the folder is a temporary one, uploaded at the end; the caller writes its manifest last, by
+    `write_json_atomic`, so that readers never take a partial upload for a whole one.
+    """
+    import shutil
+    import tempfile
+
+    if is_local(uri):
+        target = Path(filesystem_of(uri)[1])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        try:
+            yield str(aside)
+            aside.chmod(0o755)
+            if target.exists():
+                old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+                target.rename(old)
+                aside.rename(target)
+                shutil.rmtree(old)
+            else:
+                aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+        fs, path = filesystem_of(uri)
+        if fs.get_file_info(path).type == pafs.FileType.Directory:
+            fs.delete_dir_contents(path)
+        pafs.copy_files(folder, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[str]:
+    """A local path with the contents of the folder `uri`: itself when local, else a temporary download."""
+    import tempfile
+
+    fs, path = filesystem_of(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+        yield folder
