@@ -57,13 +57,11 @@ class ShardServer:
 
     def search(self, queries_BQD: Float32Array, depth: int) -> tuple[Float32Array, Int64Array]:
         """Top `depth` of this range: scores_BK and dense passage indices passages_BK."""
-        scores_BK, passages_BK = self.range.search(torch.from_numpy(queries_BQD.copy()), depth)
-        return np.asarray(scores_BK), np.asarray(passages_BK)
+        return self.range.search(torch.from_numpy(queries_BQD.copy()), depth)
 
-    def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
-        """Distances and vocabulary ids of the k nearest token embeddings of this range."""
-        distances_Mk, token_ids_Mk = self.range.nearest_token_ids(torch.from_numpy(vectors_MD.copy()), k)
-        return np.asarray(distances_Mk), np.asarray(token_ids_Mk)
+    def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
+        """Distances, vocabulary ids and positions of the k nearest token embeddings of this range."""
+        return self.range.nearest_token_ids(torch.from_numpy(vectors_MD.copy()), k)
 
 
 @dataclass(frozen=True)

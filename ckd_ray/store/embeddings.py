@@ -91,6 +91,10 @@ class EmbeddingStore:
             self._open.popitem(last=False)
         return shard
 
+    def shard_tokens(self, i: int) -> int:
+        """Rows of shard `i`, from the manifest."""
+        return int(self._shards[i]["tokens"])
+
     @property
     def document_frequencies(self) -> npt.NDArray[np.int64]:
         """(V,) passages that hold each token id; V is one more than the largest id met."""

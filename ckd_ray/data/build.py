@@ -1,0 +1,315 @@
+"""From a source to `corpus/` and `queries/`: everything that is wrong with a collection is found here.
+
+The corpus is streamed: what is held is one block of texts, eight bytes an id (to find duplicates), and the labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from ckd_ray.config import CollectionConfig
+from ckd_ray.data.problems import Problems, shorten
+from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
+from ckd_ray.progress import say
+from ckd_ray.store.files import filesystem_of, join, new_folder, sha256_of, write_json_atomic
+
+SCHEMA_VERSION = 1
+ROWS_A_GROUP = 256  # training reads passages at random, a row group each
+_ROWS_A_FILE = 131_072
+_ROWS_A_BLOCK = 4096
+_PASSAGES = pa.schema([("passage_id", pa.string()), ("text", pa.large_string())])
+_IDS = pa.schema([("passage_id", pa.large_string())])
+
+Advance = Callable[[int, int | None], None]
+
+
+@dataclass
+class CollectionManifest:
+    """What was built: sizes, what was found odd but kept, and the fingerprint of the contents."""
+
+    num_passages: int
+    fingerprint: str
+    empty_passages: int
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """For the stage's manifest and closing table. `content` identifies the collection wherever it was read from."""
+        return {"empty_passages": self.empty_passages, "splits": self.splits, "content": self.fingerprint}
+
+
+@dataclass
+class _Split:
+    """Queries and labels of a split; labels learn their passage's dense index while the corpus streams by."""
+
+    ids: list[str]
+    texts: list[str]
+    labels: list[QrelRow]
+
+
+def build_collection(settings: CollectionConfig, out: str, *, progress: Advance | None = None) -> CollectionManifest:
+    """Read the configured collection and write `out`/queries and `out`/corpus.
+
+    With `limit` the corpus keeps every labelled passage and the first others up to that many in all.
+
+    Raises:
+        InputError: lists what is wrong, with file and line. UserError: a file is missing.
+    """
+    source = open_source(settings)
+    problems = Problems()
+    splits = {split: _read_split(source, split, problems) for split in source.splits}
+    problems.check()
+    wanted = {row.passage_id: -1 for split in splits.values() for row in split.labels}
+    with new_folder(join(out, "corpus")) as folder:
+        writer = _CorpusWriter(folder, wanted, settings.limit, progress or (lambda done, total: None))
+        writer.write(source.passages(problems), problems)
+        _check_labels(splits, wanted, problems)
+        problems.check()
+        digest = writer.digest
+        manifest = CollectionManifest(writer.count, "", writer.empty)
+        with new_folder(join(out, "queries")) as queries:
+            for name, split in splits.items():
+                manifest.splits[name] = _write_split(queries, name, split, wanted, settings.positive_grade, digest)
+            manifest.fingerprint = digest.hexdigest()
+            _write_manifest(queries, manifest, sum(s["queries"] for s in manifest.splits.values()))
+        _write_manifest(folder, manifest, writer.count)
+    _tell(manifest, source)
+    return manifest
+
+
+def source_signature(settings: CollectionConfig) -> str:
+    """Changes when the input files (size, time of change) or installed packages (version) do; reads no contents.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    if settings.format == "docstrings":
+        from ckd_ray.data.docstrings import versions
+
+        return repr(sorted(versions(settings).items()))
+    parts = []
+    for uri in open_source(settings).files:
+        fs, path = filesystem_of(uri)
+        info = fs.get_file_info(path)
+        parts.append((path, info.size, info.mtime_ns))
+    return repr(parts)
+
+
+def _read_split(source: Source, split: str, problems: Problems) -> _Split:
+    ids: list[str] = []
+    texts: list[str] = []
+    where: dict[str, str] = {}
+    for row in source.queries(split, problems):
+        if not row.id.strip():
+            problems.add(row.where, "an empty query id", expected="an id", found=shorten(row.id))
+        elif row.id in where:
+            problems.add(row.where, "a duplicate query id", expected="unique ids", found=f"{shorten(row.id)}, also at {where[row.id]}")
+        else:
+            where[row.id] = row.where
+            ids.append(row.id)
+            texts.append(row.text)
+    labels: list[QrelRow] = []
+    seen: dict[tuple[str, str], QrelRow] = {}
+    for label in source.qrels(split, problems):
+        key = (label.query_id, label.passage_id)
+        if label.query_id not in where:
+            problems.add(
+                label.where, "a label of an unknown query", expected=f"a query of split {split}", found=shorten(label.query_id)
+            )
+        elif key in seen:
+            if seen[key].relevance != label.relevance:
+                problems.add(
+                    label.where,
+                    "a second grade for the same query and passage",
+                    expected=f"{seen[key].relevance} as at {seen[key].where}",
+                    found=str(label.relevance),
+                )
+        else:
+            seen[key] = label
+            labels.append(label)
+    if source.splits and _one_file_of_queries(source):
+        labelled = {label.query_id for label in labels}
+        kept = [i for i, name in enumerate(ids) if name in labelled]
+        ids, texts = [ids[i] for i in kept], [texts[i] for i in kept]
+    return _Split(ids, texts, labels)
+
+
+def _one_file_of_queries(source: Source) -> bool:
+    """BEIR keeps the queries of all splits in one file: a split's queries are those that its qrels name."""
+    return any(file.endswith(("queries.jsonl", "queries.jsonl.gz")) for file in source.files)
+
+
+class _CorpusWriter:
+    """Writes passages as they come: Parquet files, and the ids once more as a memory-mapped Arrow file."""
+
+    def __init__(self, folder: str, wanted: dict[str, int], limit: int | None, progress: Advance) -> None:
+        self.folder, self.wanted, self.limit, self.progress = folder, wanted, limit, progress
+        self.count = self.empty = 0
+        self.digest = hashlib.sha256(f"ckd-ray collection {SCHEMA_VERSION}".encode())
+        self._others = 0  # unlabelled passages kept
+        self._labelled = len(wanted)
+        self._hashes: list[np.ndarray] = []
+        self._parquet: pq.ParquetWriter | None = None
+        self._rows_in_file = self._files = 0
+        self._met: set[str] = set()
+
+    def write(self, rows: Iterator[TextRow], problems: Problems) -> None:
+        """Stream all passages to the disk."""
+        with pa.OSFile(os.path.join(self.folder, "ids.arrow"), "wb") as sink, ipc.new_file(sink, _IDS) as ids:
+            block: list[TextRow] = []
+            for row in rows:
+                if not row.id.strip():
+                    problems.add(row.where, "an empty passage id", expected="an id", found=shorten(row.id))
+                    continue
+                if not self._keeps(row.id):
+                    continue
+                block.append(row)
+                if len(block) == _ROWS_A_BLOCK:
+                    self._flush(block, ids)
+                    block = []
+            self._flush(block, ids)
+        if self._parquet is not None:
+            self._parquet.close()
+        self._check_duplicates(problems)
+        if not self.count and not problems.lines:
+            problems.add("collection", "no passages", expected="at least one", found="an empty file")
+
+    def _keeps(self, name: str) -> bool:
+        if self.limit is None or name in self.wanted:
+            return True
+        if self._others >= max(0, self.limit - self._labelled):
+            return False
+        self._others += 1
+        return True
+
+    def _flush(self, block: list[TextRow], ids: Any) -> None:
+        if not block:
+            return
+        names = [row.id for row in block]
+        texts = [_storable(row.text) for row in block]
+        for i, name in enumerate(names):
+            if name in self.wanted and name not in self._met:
+                self._met.add(name)
+                self.wanted[name] = self.count + i
+        self.empty += sum(not text.strip() for text in texts)
+        self._hashes.append(pd.util.hash_array(np.array(names, object), categorize=False))
+        for name, text in zip(names, texts, strict=True):
+            self.digest.update(f"{len(name)}:{len(text)}:".encode() + name.encode() + text.encode())
+        table = pa.table([pa.array(names, pa.string()), pa.array(texts, pa.large_string())], schema=_PASSAGES)
+        if self._parquet is None or self._rows_in_file >= _ROWS_A_FILE:
+            if self._parquet is not None:
+                self._parquet.close()
+            path = os.path.join(self.folder, f"part-{self._files:05d}.parquet")
+            self._parquet = pq.ParquetWriter(path, _PASSAGES, compression="zstd")
+            self._files, self._rows_in_file = self._files + 1, 0
+        self._parquet.write_table(table, row_group_size=ROWS_A_GROUP)
+        ids.write_table(pa.table([pa.array(names, pa.large_string())], schema=_IDS))
+        self._rows_in_file += len(block)
+        self.count += len(block)
+        self.progress(self.count, None)
+
+    def _check_duplicates(self, problems: Problems) -> None:
+        """By 8-byte hashes; only where these agree the ids themselves are looked up and compared."""
+        if not self._hashes:
+            return
+        hashes = np.concatenate(self._hashes)
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        if not len(same):
+            return
+        with pa.memory_map(os.path.join(self.folder, "ids.arrow")) as source:
+            column = ipc.open_file(source).read_all()["passage_id"]
+            for i in same.tolist():
+                first, second = sorted((int(order[i]), int(order[i + 1])))
+                name = column[second].as_py()
+                if column[first].as_py() == name:
+                    problems.add(
+                        f"passage {second + 1}",
+                        "a duplicate passage id",
+                        expected="unique ids",
+                        found=f"{shorten(name)}, also passage {first + 1} of the file",
+                    )
+
+
+def _storable(text: str) -> str:
+    """Lone surrogates (JSON can hold them) have no UTF-8 form and become the replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _check_labels(splits: dict[str, _Split], wanted: dict[str, int], problems: Problems) -> None:
+    for split in splits.values():
+        for label in split.labels:
+            if wanted[label.passage_id] < 0:
+                problems.add(
+                    label.where, "a label of an unknown passage", expected="a passage id of the corpus", found=shorten(label.passage_id)
+                )
+
+
+def _write_split(
+    folder: str, name: str, split: _Split, wanted: dict[str, int], positive_grade: int, digest: Any
+) -> dict[str, int]:
+    texts = [_storable(text) for text in split.texts]
+    queries = pa.table({"query_id": pa.array(split.ids, pa.string()), "text": pa.array(texts, pa.large_string())})
+    pq.write_table(queries, os.path.join(folder, f"{name}.parquet"), compression="zstd", row_group_size=_ROWS_A_BLOCK)
+    index = {query: i for i, query in enumerate(split.ids)}
+    labels = split.labels
+    table = pa.table(
+        {
+            "query_index": pa.array([index[row.query_id] for row in labels], pa.int32()),
+            "passage_index": pa.array([wanted[row.passage_id] for row in labels], pa.int64()),
+            "query_id": pa.array([row.query_id for row in labels], pa.string()),
+            "passage_id": pa.array([row.passage_id for row in labels], pa.string()),
+            "relevance": pa.array([row.relevance for row in labels], pa.int32()),
+        }
+    )
+    pq.write_table(table, os.path.join(folder, f"{name}.qrels.parquet"), compression="zstd")
+    digest.update(f"split {name} {len(split.ids)} {len(labels)}:".encode())
+    for query, text in zip(split.ids, texts, strict=True):
+        digest.update(f"{len(query)}:{len(text)}:".encode() + query.encode() + text.encode())
+    for row in labels:
+        digest.update(f"{len(row.query_id)}:{row.query_id}:{wanted[row.passage_id]}:{row.relevance};".encode())
+    labelled = {row.query_id for row in labels if row.relevance >= positive_grade}
+    return {"queries": len(split.ids), "labels": len(labels), "unlabelled": len(split.ids) - len(labelled)}
+
+
+def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> None:
+    names = sorted(n for n in os.listdir(folder) if n.endswith((".parquet", ".arrow")))
+    files = [
+        {"name": n, "bytes": os.path.getsize(os.path.join(folder, n)), "sha256": sha256_of(os.path.join(folder, n))}
+        for n in names
+    ]
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": manifest.fingerprint,
+        "rows": rows,
+        "bytes": sum(int(f["bytes"]) for f in files),
+        "files": files,
+        "splits": manifest.splits,
+        "empty_passages": manifest.empty_passages,
+    }
+    write_json_atomic(os.path.join(folder, "manifest.json"), value)
+
+
+def _tell(manifest: CollectionManifest, source: Source) -> None:
+    if manifest.empty_passages:
+        say(f"collection: {manifest.empty_passages:,} passages are empty; they are kept and can only be found by their markers")
+    for name, split in manifest.splits.items():
+        if split["unlabelled"]:
+            use = "not trained on" if name == "train" else "they score zero, or are left out where they have no label at all"
+            say(f"collection: {split['unlabelled']:,} of {split['queries']:,} {name} queries have no positive label; {use}")
+    missing = [s for s in ("dev", "test") if s not in source.splits]
+    if missing:
+        say(f"collection: no {' and no '.join(missing)} split; it is left out of the evaluation")

@@ -1,0 +1,140 @@
+"""Reading a built collection: texts at random or in order, ids, queries and labels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from ckd_ray.errors import JobError
+from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_json
+
+Int64Array = npt.NDArray[np.int64]
+_CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
+
+
+@dataclass(frozen=True)
+class Queries:
+    """ids and texts of a split, by dense query index."""
+
+    ids: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Qrels:
+    """Labels of a split, one row each: dense indices, outside ids, and the grade."""
+
+    query_index: Int64Array
+    passage_index: Int64Array
+    query_ids: list[str]
+    passage_ids: list[str]
+    relevance: Int64Array
+
+
+class Collection:
+    """Opened by `Collection.open(run)`; cheap, since files are read when they are needed."""
+
+    def __init__(self, run: str, manifest: dict[str, Any]) -> None:
+        self.run, self.manifest = run, manifest
+        self.num_passages: int = manifest["rows"]
+        self.splits: list[str] = list(manifest["splits"])
+        self._groups: OrderedDict[tuple[int, int], list[str]] = OrderedDict()
+
+    @classmethod
+    def open(cls, run: str) -> Collection:
+        """The collection of a run directory.
+
+        Raises:
+            JobError: it has not been built.
+        """
+        path = join(run, "corpus", "manifest.json")
+        if not exists(path):
+            raise JobError(f"{run}: no collection here; run ckd-ray train --until collection")
+        return cls(run, read_json(path))
+
+    @cached_property
+    def _files(self) -> list[pq.ParquetFile]:
+        folder = join(self.run, "corpus")
+        found = []
+        for name in list_files(folder, ".parquet"):
+            fs, path = filesystem_of(join(folder, name))
+            found.append(pq.ParquetFile(path, filesystem=fs, memory_map=is_local(folder)))
+        return found
+
+    @cached_property
+    def _bounds(self) -> tuple[Int64Array, list[tuple[int, int]]]:
+        """First passage of every row group, and which (file, group) it is."""
+        firsts, which, row = [], [], 0
+        for i, file in enumerate(self._files):
+            for group in range(file.num_row_groups):
+                firsts.append(row)
+                which.append((i, group))
+                row += file.metadata.row_group(group).num_rows
+        return np.array(firsts, np.int64), which
+
+    def _group(self, key: tuple[int, int]) -> list[str]:
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        file, group = key
+        texts = self._files[file].read_row_group(group, columns=["text"], use_threads=False)["text"].to_pylist()
+        self._groups[key] = texts
+        if len(self._groups) > _CACHED_GROUPS:
+            self._groups.popitem(last=False)
+        return texts
+
+    def texts(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
+        """Texts of the passages asked for, in that order; reads only the row groups that hold them."""
+        asked = np.asarray(passages, np.int64)
+        firsts, which = self._bounds
+        at = np.searchsorted(firsts, asked, side="right") - 1
+        return [self._group(which[g])[p - int(firsts[g])] for g, p in zip(at.tolist(), asked.tolist(), strict=True)]
+
+    def iter_passages(self, start: int, stop: int) -> list[str]:
+        """Texts of the passages [start, stop), read in order and not kept."""
+        firsts, which = self._bounds
+        low, high = np.searchsorted(firsts, [start, stop - 1], side="right") - 1
+        texts: list[str] = []
+        for file in sorted({which[g][0] for g in range(low, high + 1)}):
+            groups = [which[g][1] for g in range(low, high + 1) if which[g][0] == file]
+            texts += self._files[file].read_row_groups(groups, columns=["text"])["text"].to_pylist()
+        offset = start - int(firsts[low])
+        return texts[offset : offset + stop - start]
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        fs, path = filesystem_of(join(self.run, "corpus", "ids.arrow"))
+        source = pa.memory_map(path) if is_local(self.run) else pa.BufferReader(fs.open_input_stream(path).read())
+        return ipc.open_file(source).read_all()["passage_id"]
+
+    def passage_ids(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
+        """Outside ids of dense passage indices, in that order."""
+        asked = pa.array(np.asarray(passages, np.int64))
+        return self._ids.take(asked).to_pylist()
+
+    def queries(self, split: str) -> Queries:
+        """The queries of a split."""
+        fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
+        table = pq.read_table(path, filesystem=fs)
+        return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
+
+    def qrels(self, split: str) -> Qrels:
+        """The labels of a split, as they stand in the input."""
+        fs, path = filesystem_of(join(self.run, "queries", f"{split}.qrels.parquet"))
+        table = pq.read_table(path, filesystem=fs)
+        return Qrels(
+            table["query_index"].to_numpy().astype(np.int64),
+            table["passage_index"].to_numpy(),
+            table["query_id"].to_pylist(),
+            table["passage_id"].to_pylist(),
+            table["relevance"].to_numpy().astype(np.int64),
+        )

@@ -1,0 +1,154 @@
+"""A real collection that is always there: the documentation of the Python packages installed beside ours.
+
+A query is the first sentence of a docstring; its labelled passage is the qualified name and the rest of the docstring. The
+first sentence is left out of the passage, so that a query must be answered by what the rest says. Sources are parsed, never
+imported. A thing documented in the same words twice counts once.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from ckd_ray.config import CollectionConfig
+from ckd_ray.data.problems import Problems
+from ckd_ray.data.sources import QrelRow, Source, TextRow
+from ckd_ray.errors import UserError
+
+# Dependencies of ours with docstrings of prose, so they are there wherever ckd-ray is. (transformers would double the corpus, and the
+# 20 seconds of parsing it say little more: most of it repeats one pattern a model.)
+PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "ray", "pydantic")
+_FEWEST_QUERY_WORDS, _FEWEST_PASSAGE_WORDS, _MOST_PASSAGE_CHARACTERS = 5, 12, 4000
+_HELD_OUT_OF_100 = {"test": 8, "dev": 8}
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`:\[(*\"'])")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A documented thing: its qualified name, the first sentence, the rest."""
+
+    name: str
+    sentence: str
+    rest: str
+
+    @property
+    def split(self) -> str:
+        """By a hash of the name, so that it stays when packages come and go."""
+        bucket = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") % 100
+        edge = 0
+        for split, share in _HELD_OUT_OF_100.items():
+            edge += share
+            if bucket < edge:
+                return split
+        return "train"
+
+
+def docstring_source(settings: CollectionConfig) -> Source:
+    """Reads collection.packages, or the packages that ckd-ray depends on.
+
+    Raises:
+        UserError: a package named in the configuration is not installed, or there is no documentation at all.
+    """
+    named = settings.packages is not None
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    for package in settings.packages or PACKAGES:
+        files = _sources(package)
+        if files is None and named:
+            raise UserError(
+                f"the package {package!r} is not installed", where="collection.packages", fix=f"pip install {package}"
+            )
+        for module, path in files or ():
+            for entry in read_docstrings(module, path):
+                key = " ".join((entry.sentence + entry.rest).lower().split())
+                if key not in seen:
+                    seen.add(key)
+                    entries.append(entry)
+    if not entries:
+        raise UserError("the installed packages hold no documentation", where="collection.packages")
+    # In the order of a hash, so that a limit keeps a mixture of all packages.
+    entries.sort(key=lambda e: hashlib.sha256(e.name.encode()).digest())
+    if settings.limit is not None:
+        entries = entries[: settings.limit]
+
+    def texts(split: str | None, query: bool) -> Iterator[TextRow]:
+        for entry in entries:
+            if split in (None, entry.split):
+                text = entry.sentence if query else f"{entry.name}\n{entry.rest}"
+                yield TextRow(entry.name, text, entry.name)
+
+    def qrels(split: str, problems: Problems) -> Iterator[QrelRow]:
+        return (QrelRow(e.name, e.name, 1, e.name) for e in entries if e.split == split)
+
+    return Source(
+        passages=lambda problems: texts(None, query=False),
+        queries=lambda split, problems: texts(split, query=True),
+        qrels=qrels,
+        splits=("train", "dev", "test"),
+        files=(),
+    )
+
+
+def versions(settings: CollectionConfig) -> dict[str, str]:
+    """The installed version of each package that is read; documentation changes with it."""
+    found = {}
+    for package in settings.packages or PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sources(package: str) -> list[tuple[str, Path]] | None:
+    """(module name, file) of a distribution's Python sources, sorted; None when it is not installed."""
+    try:
+        files = metadata.distribution(package).files or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = []
+    for file in files:
+        parts = file.parts
+        if file.suffix != ".py" or parts[0].startswith(".") or any(p in ("tests", "test", "testing") or p.startswith("_") for p in parts[:-1]):
+            continue
+        names = [*parts[:-1], *([] if file.stem == "__init__" else [file.stem])]
+        if names:
+            found.append((".".join(names), Path(str(file.locate()))))
+    return sorted(found)
+
+
+def read_docstrings(module: str, path: Path) -> Iterator[Entry]:
+    """Documented classes and functions of one source file; a file that does not parse has none."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return
+    stack: list[tuple[str, ast.AST]] = [(module, tree)]
+    while stack:
+        prefix, node = stack.pop()
+        for child in reversed(list(ast.iter_child_nodes(node))):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if child.name.startswith("_"):
+                    continue
+                name = f"{prefix}.{child.name}"
+                entry = split_docstring(name, ast.get_docstring(child) or "")
+                if entry is not None:
+                    yield entry
+                stack.append((name, child))
+
+
+def split_docstring(name: str, docstring: str) -> Entry | None:
+    """The first sentence and the rest; None when either is too short to ask for or to answer with."""
+    paragraph, _, below = docstring.strip().partition("\n\n")
+    sentences = _SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)
+    sentence, inline = sentences[0], " ".join(sentences[1:])
+    rest = "\n".join(part for part in (inline, " ".join(below.split())) if part)[:_MOST_PASSAGE_CHARACTERS]
+    rest = rest.replace(sentence, " ") if sentence else rest
+    if len(sentence.split()) < _FEWEST_QUERY_WORDS or len(rest.split()) < _FEWEST_PASSAGE_WORDS:
+        return None
+    return Entry(name, sentence, rest.strip())

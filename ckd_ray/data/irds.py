@@ -1,0 +1,63 @@
+"""Collections by their `ir_datasets` id. The package is an extra: pip install 'ckd-ray[datasets]'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ckd_ray.config import CollectionConfig
+from ckd_ray.data.problems import Problems
+from ckd_ray.data.sources import SPLITS, QrelRow, Source, TextRow
+from ckd_ray.errors import UserError
+
+
+def ir_datasets_source(settings: CollectionConfig) -> Source:
+    """`path` is the id of the corpus (msmarco-passage); a split is `path/NAME`, NAME from collection.train, dev and test.
+
+    A split's name may also be a whole id (msmarco-passage/dev/small).
+    """
+    try:
+        import ir_datasets
+    except ImportError as error:
+        raise UserError(
+            "ir_datasets is not installed", where="collection.format", fix="pip install 'ckd-ray[datasets]'"
+        ) from error
+    base = str(settings.path)
+    corpus = _load(ir_datasets, base)
+    parts: dict[str, Any] = {}
+    for split in SPLITS:
+        name = getattr(settings, split)
+        wanted = name if name.startswith(base) else f"{base}/{name}"
+        try:
+            part = _load(ir_datasets, wanted)
+        except UserError:
+            if split == "train":
+                raise
+            continue
+        if part.has_queries() and part.has_qrels():
+            parts[split] = part
+    return Source(
+        passages=lambda problems: _texts(base, corpus.docs_iter(), "doc_id"),
+        queries=lambda split, problems: _texts(f"{base} {split}", parts[split].queries_iter(), "query_id"),
+        qrels=lambda split, problems: _qrels(f"{base} {split}", parts[split].qrels_iter(), problems),
+        splits=tuple(parts),
+        files=(),
+    )
+
+
+def _load(ir_datasets: Any, name: str) -> Any:
+    try:
+        return ir_datasets.load(name)
+    except KeyError:
+        raise UserError("ir_datasets knows no such id", where="collection.path", found=name) from None
+
+
+def _texts(where: str, rows: Any, id_field: str) -> Iterator[TextRow]:
+    for number, row in enumerate(rows, 1):
+        text = row.default_text() if hasattr(row, "default_text") else row.text
+        yield TextRow(str(getattr(row, id_field)), text, f"{where}: row {number}")
+
+
+def _qrels(where: str, rows: Any, problems: Problems) -> Iterator[QrelRow]:
+    for number, row in enumerate(rows, 1):
+        yield QrelRow(str(row.query_id), str(row.doc_id), int(row.relevance), f"{where}: row {number}")

@@ -1,0 +1,42 @@
+"""Problems of input files, collected so that a user mends them at once."""
+
+from __future__ import annotations
+
+from ckd_ray.errors import UserError
+
+_MOST = 20
+
+
+class InputError(UserError):
+    """Everything wrong that was found in the input, one line a problem."""
+
+    def __init__(self, problems: list[str], more: bool) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        head = f"{'the first ' if more else ''}{count} in the collection"
+        super().__init__("\n".join([head, *(f"  {p}" for p in problems)]))
+
+
+class Problems:
+    """A list that raises when it is full."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, where: str, what: str, *, expected: str, found: str, fix: str | None = None) -> None:
+        """Note a problem; the twentieth stops the reading."""
+        text = f"{where}: {what}; expected {expected}, found {found}"
+        self.lines.append(text + (f"; fix: {fix}" if fix else ""))
+        if len(self.lines) >= _MOST:
+            raise InputError(self.lines, more=True)
+
+    def check(self) -> None:
+        """Raise when there are any."""
+        if self.lines:
+            raise InputError(self.lines, more=False)
+
+
+def shorten(value: str, most: int = 60) -> str:
+    """A value fit for a message: one line, printable, not long."""
+    text = value if len(value) <= most else value[: most - 3] + "..."
+    return repr(text)

@@ -1,0 +1,1 @@
+"""Runs, measures (ir-measures), significance, and the comparison of teacher and student."""

@@ -1,0 +1,50 @@
+"""Measures of a ranking, through ir-measures (which asks trec_eval)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ckd_ray.evaluate.names import parse_measure
+
+
+@dataclass(frozen=True)
+class Measures:
+    """mean: by the name that the user wrote; per_query: the same name -> query id -> value."""
+
+    mean: dict[str, float]
+    per_query: dict[str, dict[str, float]]
+
+
+def measure_run(
+    run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str], relevance_threshold: int = 1
+) -> Measures:
+    """Measure a run.
+
+    Every query with at least one label counts: one that has no results, or no relevant label, has the value 0 (trec_eval's
+    convention with -c). Equal scores are ordered as trec_eval orders them, so give scores that fall with the rank.
+
+    Args:
+        run: columns query_id, doc_id, score.
+        qrels: columns query_id, doc_id, relevance.
+        measures: names of ir-measures, or MRR@K.
+        relevance_threshold: the grade from which binary measures count a passage as relevant; nDCG keeps the grades.
+    """
+    import ir_measures
+
+    parsed = {name: parse_measure(name, relevance_threshold) for name in measures}
+    queries = list(dict.fromkeys(qrels["query_id"]))
+    per_query: dict[str, dict[str, float]] = {name: dict.fromkeys(queries, 0.0) for name in measures}
+    names: dict[str, list[str]] = {}
+    for name, measure in parsed.items():
+        names.setdefault(str(measure), []).append(name)
+    if len(run) and len(qrels):
+        for value in ir_measures.iter_calc(list(dict.fromkeys(parsed.values())), qrels, run):
+            for name in names[str(value.measure)]:
+                if value.query_id in per_query[name]:
+                    per_query[name][value.query_id] = float(value.value)
+    mean = {name: float(np.mean(list(values.values()))) if values else 0.0 for name, values in per_query.items()}
+    return Measures(mean, per_query)

@@ -1,0 +1,1 @@
+"""Candidate generation and exact MaxSim over one range of shards or many."""

@@ -1,0 +1,97 @@
+"""IVF-PQ over token embeddings, as published, for candidate passages and for nearest tokens (method.md, steps 2 to 4).
+
+Shapes: T stored token embeddings, M vectors, k neighbours, B queries, Q rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+_TRAINING_POINTS_A_CELL = 64
+_MOST_TRAINING_POINTS = 2_000_000
+
+
+def choose_cells(num_tokens: int) -> int:
+    """The power of two next to 2 sqrt(T), from 1 to 2^18, with at least 39 embeddings a cell (what k-means wants).
+
+    8.8 million passages of 68 tokens get 32,768 to 65,536 cells; the paper took 32,768.
+    """
+    wanted = 2 ** round(np.log2(max(1.0, 2 * np.sqrt(num_tokens))))
+    while wanted > 1 and num_tokens / wanted < 39:
+        wanted //= 2
+    return int(min(wanted, 1 << 18))
+
+
+def choose_subquantizers(dim: int) -> int:
+    """16 as published where D can be cut into 16 parts, else the largest divisor of D below that."""
+    return max(m for m in range(1, 17) if dim % m == 0)
+
+
+class TokenIndex:
+    """A trained and filled IVF-PQ index.
+
+    Args:
+        rows_TD: unit rows, any float type; converted a block at a time.
+        cells: number of inverted lists, `auto` for `choose_cells`.
+        seed: of the training sample and of faiss' own k-means.
+    """
+
+    def __init__(self, rows_TD: Tensor, *, cells: int | str = "auto", nprobe: int = 32, seed: int = 17) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        count, dim = rows_TD.shape
+        self.cells = choose_cells(count) if cells == "auto" else max(1, min(int(cells), count // 39))
+        bits = 8 if count >= 256 * 39 // 4 else max(1, min(8, int(np.log2(max(2, count // 10)))))
+        quantizer = faiss.IndexFlatL2(dim)
+        self.index: Any = faiss.IndexIVFPQ(quantizer, dim, self.cells, choose_subquantizers(dim), bits)
+        self._quantizer = quantizer  # faiss keeps a bare pointer to it
+        self.index.cp.seed = self.index.pq.cp.seed = seed
+        self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
+        size = min(count, max(10_000, self.cells * _TRAINING_POINTS_A_CELL), _MOST_TRAINING_POINTS)
+        sample = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
+        self.index.train(rows_TD[torch.from_numpy(sample)].float().numpy())
+        for block in rows_TD.split(1 << 17):
+            self.index.add(block.float().numpy())
+        self.index.nprobe = min(nprobe, self.cells)
+
+    def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
+        """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind the end."""
+        distances, positions = self.index.search(vectors_MD.float().contiguous().numpy(), k)
+        return np.where(positions < 0, np.inf, distances), positions
+
+
+def candidate_passages(
+    distances_QK: Float32Array, positions_QK: Int64Array, passage_of: npt.NDArray[np.int32], limit: int
+) -> Int64Array:
+    """Passages of one query's nearest embeddings, the `limit` most promising of them, in ascending order.
+
+    A passage is promising by the sum over query rows of its best approximate similarity; a row in which the passage was not
+    met counts as that row's farthest neighbour, which is the most it can be.
+
+    Args:
+        distances_QK, positions_QK: K nearest embeddings of each of the Q query rows.
+        passage_of: the passage of every embedding.
+    """
+    rows = np.broadcast_to(np.arange(len(positions_QK))[:, None], positions_QK.shape)
+    met = positions_QK >= 0
+    similarity_QK = -distances_QK / 2  # of unit rows: <q, d> - 1
+    farthest_Q = np.where(met, similarity_QK, np.inf).min(1)
+    passages = passage_of[positions_QK[met]].astype(np.int64)
+    gain = similarity_QK[met] - farthest_Q[rows[met]]
+    keys = passages * len(positions_QK) + rows[met]
+    order = np.lexsort((-gain, keys))
+    best = np.unique(keys[order], return_index=True)[1]  # the best embedding of every (passage, row)
+    found, where = np.unique(passages[order][best], return_inverse=True)
+    if len(found) <= limit:
+        return found
+    total = np.bincount(where, weights=gain[order][best], minlength=len(found))
+    return np.sort(found[np.argpartition(-total, limit)[:limit]])
