@@ -43,8 +43,8 @@ class CollectionManifest:
     splits: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """For the stage's manifest and closing table. `content` identifies the collection wherever it was read from."""
-        return {"empty_passages": self.empty_passages, "splits": self.splits, "content": self.fingerprint}
+        """For the manifest of the stage and the closing table."""
+        return {"empty_passages": self.empty_passages, "splits": self.splits}
 
 
 @dataclass

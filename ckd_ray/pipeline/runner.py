@@ -97,7 +97,7 @@ def _identity(context: RunContext, stage: Any, print_of: str) -> str:
     """What later stages depend on: the content for the collection (wherever it was read from), else how it was made."""
     if stage.name != "collection":
         return print_of
-    return str((manifest_of(context.path("corpus")) or {})["content"])
+    return str((manifest_of(context.path("corpus")) or {})["fingerprint"])
 
 
 def _record(context: RunContext) -> None:
