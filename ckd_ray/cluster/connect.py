@@ -26,9 +26,9 @@ def connected(target: str | None) -> Iterator[None]:
     Raises:
         UserError: the address cannot be reached, or refuses our token.
     """
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     _start(target)
     try:
         _quiet_data()
@@ -94,3 +94,4 @@ def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []

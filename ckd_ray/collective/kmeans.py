@@ -38,7 +38,7 @@ def start_positions(lengths: Sequence[int], clusters: int) -> list[int]:
 
     The clusters are shared out evenly over the passages, at linspace(0, K, P + 1) rounded down, and seeded at
     evenly spaced token positions in each. K = min(clusters, tokens). Empty passages take no part. A passage
-    too short for its share keeps one cluster a token and hands the rest, one by one, to the passages that have
+    too short for its share keeps one cluster a token and hands the rest, one by one, to the passages with
     room, best ranked first: no position is used twice.
 
     Args:
@@ -89,10 +89,10 @@ def kmeans(
 ) -> Clusters:
     """Lloyd's algorithm on a padded batch, in the dtype of the points (float32 or float64), on their device.
 
-    A query stops when no label changes, or when the squared shifts of its centroids sum to at most `tolerance`
-    times the mean variance of its dimensions; in the second case its points are assigned once more. A cluster
-    that loses all its points moves to the point that lies farthest from its own centroid. A point at equal
-    distances goes to the first cluster.
+    A query stops when no label changes, or when the squared shifts of its centroids sum to `tolerance` times
+    the mean variance of its dimensions or less; in the second case its points are assigned once more. A
+    cluster that loses all its points moves to the point that lies farthest from its own centroid. A point at
+    equal distances goes to the first cluster.
 
     Args:
         points_BTD: (B, T, D); what stands in padding does not count, as long as it is finite.
@@ -240,7 +240,7 @@ def _relocate(
     sums_KD: Tensor,
     sizes_K: Tensor,
 ) -> None:
-    """Move each empty cluster of one query to the point farthest from its centroid, the first to the farthest."""
+    """Move the empty clusters of a query to the points farthest from their centroids, the farthest first."""
     empty = empty_K.nonzero()[:, 0].tolist()
     distances_T = (points_TD - centroids_KD[labels_T.clamp(min=0)]).square().sum(1)
     distances_T = distances_T.masked_fill(labels_T < 0, -1)

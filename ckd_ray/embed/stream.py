@@ -57,34 +57,48 @@ def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> li
 
 
 def embed_texts(
-    job: EmbedJob, settings: EmbedConfig, num_texts: int, *, stage: str = "embed", reason: str = ""
-) -> EmbeddingStore:
-    """Encode all texts of `job` that are not in its store yet, close the store and open it.
+    jobs: Sequence[tuple[EmbedJob, int]], settings: EmbedConfig, *, stage: str = "embed"
+) -> list[EmbeddingStore]:
+    """Encode the texts of all jobs that are not in their stores yet, in one stream; close the stores and open them.
+
+    Args:
+        jobs: each with its number of texts. They share a checkpoint, so one pool of actors serves all.
 
     Raises:
         UserError: the pool of actors does not fit the cluster.
         JobError: an encoder failed.
     """
+    spans = [_agree_on_plan(job, plan_shards(count, settings.passages_per_shard)) for job, count in jobs]
+    work: list[dict[str, int]] = []
+    done = 0
+    for number, (job, _) in enumerate(jobs):
+        intact = _left_by_an_earlier_run(job, stage)
+        done += sum(header.passages for header in intact.values())
+        work += [
+            {"job": number, "shard": i, "first": first, "stop": stop}
+            for i, (first, stop) in enumerate(spans[number])
+            if i not in intact
+        ]
+    with Progress(stage, sum(count for _, count in jobs), "texts", done=done) as progress:
+        if work:
+            pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(work))
+            for row in _stream([job for job, _ in jobs], work, pool):
+                progress.advance(row["passages"])
+    for (job, _), shards in zip(jobs, spans, strict=True):
+        _close(job, [read_header(join(job.out, shard_name(i)))[0] for i in range(len(shards))])
+    return [EmbeddingStore.open(job.out) for job, _ in jobs]
+
+
+def _left_by_an_earlier_run(job: EmbedJob, stage: str) -> dict[int, ShardHeader]:
+    """Whole shards of this very job; what is broken or foreign is named and removed."""
     make_folder(job.out)
-    spans = plan_shards(num_texts, settings.passages_per_shard)
-    spans = _agree_on_plan(job, spans)
-    done, refused = intact_shards(job.out, job.fingerprint)
+    intact, refused = intact_shards(job.out, job.fingerprint)
     for name, why in refused.items():
         say(f"{stage}: {why}; it is computed again")
         delete(join(job.out, name))
-    missing = [i for i in range(len(spans)) if i not in done]
-    unit = "passages" if job.texts == "passages" else "queries"
-    finished = sum(h.passages for h in done.values())
-    if finished:
-        say(f"{stage}: {len(done)} of {len(spans)} shards are already there")
-    with Progress(stage, num_texts, unit, done=finished) as progress:
-        if missing:
-            pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(missing))
-            for row in _stream(job, [(i, *spans[i]) for i in missing], pool):
-                progress.advance(row["passages"])
-    headers = [read_header(join(job.out, shard_name(i)))[0] for i in range(len(spans))]
-    _close(job, headers)
-    return EmbeddingStore.open(job.out)
+    if intact:
+        say(f"{stage}: {job.texts}: {len(intact)} shards are there already")
+    return intact
 
 
 def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -108,13 +122,12 @@ def _close(job: EmbedJob, headers: list[ShardHeader]) -> None:
     write_manifest(job.out, job.fingerprint, headers, size, precision=job.precision, texts=job.texts)
 
 
-def _stream(job: EmbedJob, work: Sequence[tuple[int, int, int]], pool: Pool) -> Any:
+def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool) -> Any:
     """Rows of figures, one a shard, as they are finished."""
-    items = [{"shard": i, "first": first, "stop": stop} for i, first, stop in work]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset = ray.data.from_items(work, override_num_blocks=len(work))
     dataset = dataset.map_batches(
         _tokenise,
-        fn_kwargs={"job": job},
+        fn_kwargs={"jobs": jobs},
         batch_size=1,
         batch_format="numpy",
         num_cpus=pool.feeder_cpus,
@@ -122,7 +135,7 @@ def _stream(job: EmbedJob, work: Sequence[tuple[int, int, int]], pool: Pool) -> 
     )
     dataset = dataset.map_batches(
         ShardEncoder,
-        fn_constructor_kwargs={"job": job, "threads": pool.threads},
+        fn_constructor_kwargs={"jobs": jobs, "threads": pool.threads},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
@@ -146,27 +159,35 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     return tokenizer, lambda first, stop: texts[first:stop]
 
 
-def _tokenise(batch: dict[str, Any], job: EmbedJob) -> pa.Table:
-    """Read and tokenise the texts of one shard: one row, its token ids flat beside their lengths."""
+def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
+    """Read and tokenise the texts of one shard: one row, its token ids flat beside their lengths.
+
+    Queries go on as texts: their rows have one length, and the encoder tokenises them in no time.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    number, shard, first, stop = (int(batch[name][0]) for name in ("job", "shard", "first", "stop"))
+    job = jobs[number]
     tokenizer, texts_of = _tokenizer_and_texts(job)
-    shard, first, stop = (int(batch[name][0]) for name in ("shard", "first", "stop"))
     texts = list(texts_of(first, stop))
-    row: dict[str, Any] = {"shard": [shard], "first": [first]}
-    if job.texts == "passages":
-        tokens = tokenizer.passages(texts)
-        flat = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
-        row["lengths"] = pa.array([np.array([len(t) for t in tokens], np.int32)], pa.large_list(pa.int32()))
-        row["token_ids"] = pa.array([flat], pa.large_list(pa.int32()))
-    else:
-        row["texts"] = [texts]
-    return pa.table(row)
+    passages = job.texts == "passages"
+    tokens = tokenizer.passages(texts) if passages else []
+    flat = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
+    return pa.table(
+        {
+            "job": [number],
+            "shard": [shard],
+            "first": [first],
+            "lengths": pa.array([np.array([len(t) for t in tokens], np.int32)], pa.large_list(pa.int32())),
+            "token_ids": pa.array([flat], pa.large_list(pa.int32())),
+            "queries": pa.array([[] if passages else texts], pa.large_list(pa.large_string())),
+        }
+    )
 
 
 class ShardEncoder:
-    """An actor: encodes the shards that reach it and writes each to the store. Returns figures, never embeddings."""
+    """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings."""
 
-    def __init__(self, job: EmbedJob, threads: int) -> None:
+    def __init__(self, jobs: list[EmbedJob], threads: int) -> None:
         import torch
 
         from ckd_ray.embed.encoder import TextEncoder
@@ -174,55 +195,53 @@ class ShardEncoder:
         from ckd_ray.store.codec import make_codec
 
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
-        self.job = job
-        with local_copy(job.checkpoint) as folder:
+        self.jobs = jobs
+        with local_copy(jobs[0].checkpoint) as folder:
             model = ColBERT.from_pretrained(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = TextEncoder(model, device=device, token_budget=job.token_budget, precision=job.precision)
-        self.codec = make_codec(job.codec, model.settings.dim)
+        self.encoder = TextEncoder(
+            model, device=device, token_budget=jobs[0].token_budget, precision=jobs[0].precision
+        )
+        self.codec = make_codec(jobs[0].codec, model.settings.dim)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = [self._one(row) for row in table.slice(0).to_batches() for row in _rows(row)]
-        return pa.Table.from_pylist(rows)
+        return pa.Table.from_pylist([self._encode(table.slice(i, 1)) for i in range(table.num_rows)])
 
-    def _one(self, row: dict[str, Any]) -> dict[str, int]:
-        index, first = row["shard"], row["first"]
-        uri = join(self.job.out, shard_name(index))
-        if exists(uri):
-            # A retried task whose first try had come as far as the rename.
-            try:
-                header, _, _ = read_header(uri)
-                if header.fingerprint == self.job.fingerprint and header.index == index:
-                    return {"shard": index, "passages": header.passages, "tokens": header.tokens}
-            except BrokenShardError:
-                delete(uri)
-        encoded = self.encoder.queries(row["texts"]) if "texts" in row else self.encoder.passages(_split(row))
-        header, _ = write_shard(
-            uri,
-            fingerprint=self.job.fingerprint,
-            index=index,
-            first=first,
-            lengths=encoded.lengths,
-            token_ids=encoded.token_ids,
-            embeddings_TD=encoded.embeddings_TD,
-            codec=self.codec,
-        )
+    def _encode(self, row: pa.Table) -> dict[str, int]:
+        job = self.jobs[row["job"][0].as_py()]
+        index, uri = row["shard"][0].as_py(), join(job.out, shard_name(row["shard"][0].as_py()))
+        header = _already_there(uri, job, index)
+        if header is None:
+            if job.texts == "passages":
+                encoded = self.encoder.passages(_split(row))
+            else:
+                encoded = self.encoder.queries(row["queries"][0].as_py())
+            header, _ = write_shard(
+                uri,
+                fingerprint=job.fingerprint,
+                index=index,
+                first=row["first"][0].as_py(),
+                lengths=encoded.lengths,
+                token_ids=encoded.token_ids,
+                embeddings_TD=encoded.embeddings_TD,
+                codec=self.codec,
+            )
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows of a batch, lists as numpy arrays (no Python object a token)."""
-    rows = []
-    for i in range(batch.num_rows):
-        row: dict[str, Any] = {"shard": batch["shard"][i].as_py(), "first": batch["first"][i].as_py()}
-        if "texts" in batch.schema.names:
-            row["texts"] = batch["texts"][i].as_py()
-        else:
-            row["lengths"] = batch["lengths"][i].values.to_numpy()
-            row["token_ids"] = batch["token_ids"][i].values.to_numpy()
-        rows.append(row)
-    return rows
+def _already_there(uri: str, job: EmbedJob, index: int) -> ShardHeader | None:
+    """The header of a shard whose first try had come as far as the rename before its actor died."""
+    if not exists(uri):
+        return None
+    try:
+        header, _, _ = read_header(uri)
+    except BrokenShardError:
+        return None
+    return header if header.fingerprint == job.fingerprint and header.index == index else None
 
 
-def _split(row: dict[str, Any]) -> list[Any]:
-    return np.split(row["token_ids"], np.cumsum(row["lengths"])[:-1]) if len(row["lengths"]) else []
+def _split(row: pa.Table) -> list[Any]:
+    """The token ids of each passage, as views of one flat array."""
+    lengths = row["lengths"][0].values.to_numpy()
+    flat = row["token_ids"][0].values.to_numpy()
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -173,7 +173,12 @@ def load_tokenizer(folder: str | Path) -> ColBERTTokenizer:
 
 def _load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    # It would report the pooler, which is dropped below, as missing or newly initialised at every load.
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         backbone = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
@@ -184,6 +189,8 @@ def _load_transformers(folder: str, source: str) -> tuple[Any, Any]:
             expected="a folder or hub id that transformers' AutoModel and AutoTokenizer read",
             found=str(error).strip().splitlines()[0][:300],
         ) from error
+    finally:
+        logging.set_verbosity(before)
     # The pooler gives nothing to token embeddings, and a parameter without a gradient stops DDP.
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None

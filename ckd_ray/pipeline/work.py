@@ -135,8 +135,8 @@ def embed_all(
     say(f"{stage}: {precision} ({reason})")
     collection = Collection.open(context.run)
     sizes = {f"queries.{split}": len(collection.queries(split).ids) for split in splits}
-    sizes["passages"] = collection.num_passages
-    for texts, count in sizes.items():
+    jobs = []
+    for texts, count in {"passages": collection.num_passages, **sizes}.items():
         job = EmbedJob(
             run=context.run,
             texts=texts,
@@ -147,8 +147,8 @@ def embed_all(
             precision=precision,
             codec=config.codec,
         )
-        store = embed_texts(job, config, count, stage=stage)
-    return store
+        jobs.append((job, count))
+    return embed_texts(jobs, config, stage=stage)[0]
 
 
 def search_settings(config: Config, store: EmbeddingStore, num_queries: int) -> SearchSettings:

@@ -1,4 +1,4 @@
-"""Expansions of a batch against a literal version a query at a time; votes, idf, and what comes of odd feedback."""
+"""Expansions of a batch against a literal version a query at a time; votes, idf, and odd feedback."""
 
 from __future__ import annotations
 

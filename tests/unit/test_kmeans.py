@@ -114,7 +114,7 @@ def test_fewer_distinct_points_than_clusters_leave_clusters_empty() -> None:
 def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
     points, mask = batch([6, 6, 6], 8, 4, seed=4)
     points[1, 2, 3] = value
-    with pytest.raises(ValueError, match="finite.*query 1"):
+    with pytest.raises(ValueError, match=r"finite.*query 1"):
         kmeans(points, mask, points[:, :2].nan_to_num(0.0, 0.0, 0.0))
 
 
@@ -124,7 +124,7 @@ def test_wrong_arguments() -> None:
         kmeans(points, mask, points[:1, :2])
     with pytest.raises(ValueError, match="mask_BT"):
         kmeans(points, mask[:, :7], points[:, :2])
-    with pytest.raises(ValueError, match="mask_BT.*query 1"):
+    with pytest.raises(ValueError, match=r"mask_BT.*query 1"):
         kmeans(points, mask & torch.tensor([[True], [False]]), points[:, :2])
     with pytest.raises(ValueError, match="points_BTD"):
         kmeans(points.half(), mask, points[:, :2].half())
@@ -140,7 +140,7 @@ def test_start_positions_by_hand() -> None:
     assert start_positions([9], 4) == [0, 2, 5, 8]
     assert start_positions([0, 4, 0, 4], 4) == start_positions([4, 4], 4)
     assert start_positions([2, 1], 24) == [0, 1, 2]
-    # The first passage is too short for its five: the surplus goes to the passages with room, best ranked first.
+    # One token for a share of three: the two left over go to the passages with room, best ranked first.
     assert start_positions([1, 6, 6], 9) == sorted(
         {0, *[1 + r for r in (0, 1, 3, 5)], *[7 + r for r in (0, 1, 3, 5)]}
     )

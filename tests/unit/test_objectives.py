@@ -109,10 +109,9 @@ def test_the_gradient_is_the_difference_of_the_distributions() -> None:
 
 
 def test_collective_loss_by_hand() -> None:
-    # The positive (column 0) is raised from -3 to 0: targets 1/2, 1/2 and, at T = 1/4, exp(-4 ln 2 / ...) for -ln 2.
     student = torch.zeros(1, 3, requires_grad=True)
     teacher = torch.tensor([[-3.0, 0.0, -math.log(2.0) / 4]])
-    # softmax((0, 0, -ln 2 / 4) / 0.25) = (2, 2, 1) / 5.
+    # The positive is raised from -3 to 0; softmax((0, 0, -ln 2 / 4) / 0.25) = (2, 2, 1) / 5.
     loss = collective_loss(student, teacher, torch.tensor([0]), 0.25)
     assert loss.item() == pytest.approx(2 * 0.4 * math.log(0.4) + 0.2 * math.log(0.2) + math.log(3), abs=1e-6)
     loss.backward()
