@@ -124,8 +124,15 @@ def kmeans(
     step = B if points_BTD.is_cuda else max(1, _POINTS_CPU // T)
     for first in range(0, B, step):
         part = slice(first, first + step)
-        arrays = [array[part] for array in (points_BTD, mask_BT, start_BKD, there_BK, threshold_B)]
-        _Lloyd(*arrays, max_iterations).run(Clusters(*(array[part] for array in vars(out).values())))
+        lloyd = _Lloyd(
+            points_BTD[part],
+            mask_BT[part],
+            start_BKD[part],
+            there_BK[part],
+            threshold_B[part],
+            max_iterations,
+        )
+        lloyd.run(Clusters(*(array[part] for array in vars(out).values())))
     return out
 
 

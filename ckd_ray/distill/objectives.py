@@ -54,7 +54,10 @@ def target_distribution(
         if teacher_scores_BN is None:
             raise ValueError(f"objective {name} needs teacher scores")
         _check_finite("teacher", teacher_scores_BN, valid_BN)
-        target = soft_labels(teacher_scores_BN.to(student_scores_BN.dtype), positives_B, temperature, valid_BN)
+        # In float64 a target becomes 0 only 745 below its row's maximum after the division by T.
+        target = soft_labels(teacher_scores_BN.double(), positives_B, temperature, valid_BN)
+        _check_underflow(target, valid_BN, temperature)
+        target = target.to(student_scores_BN.dtype)
     else:
         target = torch.zeros_like(student_scores_BN).scatter_(1, positives_B[:, None], 1.0)
     if smoothing:
@@ -91,7 +94,8 @@ def objective_loss(
         ValueError: the objective is unknown or lacks its teacher.
         FloatingPointError: scores are not finite.
     """
-    _check_finite("student", student_scores_BN, None)
+    _check_arguments(student_scores_BN, positives_B, teacher_scores_BN, valid_BN, temperature, smoothing)
+    _check_finite("student", student_scores_BN, valid_BN)
     target_BN = target_distribution(
         name,
         student_scores_BN,
@@ -126,6 +130,43 @@ def collective_loss(
         teacher_scores_BN=teacher_scores_BN,
         temperature=temperature,
     ).mean()
+
+
+def _check_underflow(target_BN: Tensor, valid_BN: Tensor | None, temperature: float) -> None:
+    """A confident row is no mistake; a batch in which every row is the bare label says nothing."""
+    if target_BN.shape[1] < 2 or not len(target_BN):
+        return
+    alone_B = (target_BN > 0).sum(1) == 1
+    if valid_BN is not None:
+        alone_B = alone_B & (valid_BN.sum(1) > 1)
+    if bool(alone_B.all()):
+        raise FloatingPointError(
+            "the teacher's distribution underflows to the label alone in every row: its scores lie more than "
+            f"{745 * temperature:.4g} apart at temperature {temperature:g}; raise distill.temperature"
+        )
+
+
+def _check_arguments(
+    student_BN: Tensor,
+    positives_B: Tensor,
+    teacher_BN: Tensor | None,
+    valid_BN: Tensor | None,
+    temperature: float,
+    smoothing: float,
+) -> None:
+    if student_BN.ndim != 2:
+        raise ValueError(f"student_scores_BN: expected (B, N), got {tuple(student_BN.shape)}")
+    if positives_B.shape != student_BN.shape[:1]:
+        raise ValueError(f"positives_B: expected ({len(student_BN)},), got {tuple(positives_B.shape)}")
+    for name, other in (("teacher_scores_BN", teacher_BN), ("valid_BN", valid_BN)):
+        if other is not None and other.shape != student_BN.shape:
+            raise ValueError(f"{name}: expected {tuple(student_BN.shape)}, got {tuple(other.shape)}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing: expected 0 <= smoothing < 1, got {smoothing}")
+    if valid_BN is not None and not bool(valid_BN.gather(1, positives_B[:, None]).all()):
+        raise ValueError("valid_BN: expected every row's labelled positive to be valid")
 
 
 def _check_finite(who: str, scores_BN: Tensor, valid_BN: Tensor | None) -> None:

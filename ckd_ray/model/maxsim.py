@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 # Similarities held at a time, in numbers. Passages are taken in chunks of that size, so memory does not grow with N, and on a
 # CPU the maximum reads what the matrix product has just left in the cache.
 _BLOCK = 1 << 21
+_BLOCK_GPU = 1 << 25
 # The similarity of a query row with a passage that has no rows: that of opposite unit rows, the least there can be.
 _NOTHING = {"l2": -4.0, "cosine": -1.0}
 
@@ -50,9 +51,24 @@ def maxsim(
         ValueError: shapes do not fit, or the similarity is unknown.
     """
     _check(queries_BQD, passages_NLD, passage_mask_NL, weights_BQ, similarity)
-    dtype = torch.float64 if queries_BQD.dtype == torch.float64 else torch.float32
-    a_BQD, b_NLD = queries_BQD.to(dtype), passages_NLD.to(dtype)
-    mask_NL = passage_mask_NL.bool()
+    # Autocast would take the products, and the sum over query rows, back to half precision.
+    with torch.autocast(queries_BQD.device.type, enabled=False):
+        return _scores(
+            queries_BQD, passages_NLD, passage_mask_NL.bool(), weights_BQ, similarity, zero_row_floor
+        )
+
+
+def _scores(
+    queries_BQD: Tensor,
+    passages_NLD: Tensor,
+    mask_NL: Tensor,
+    weights_BQ: Tensor | None,
+    similarity: str,
+    zero_row_floor: bool,
+) -> Tensor:
+    dtype = torch.float64 if torch.float64 in (queries_BQD.dtype, passages_NLD.dtype) else torch.float32
+    # Masked rows are cleared: a NaN in them would survive a bias of -inf.
+    a_BQD, b_NLD = queries_BQD.to(dtype), passages_NLD.to(dtype).masked_fill(~mask_NL[:, :, None], 0.0)
     if similarity == "cosine":
         a_BQD, b_NLD = F.normalize(a_BQD, dim=-1), F.normalize(b_NLD, dim=-1)
         bias_NL = b_NLD.new_zeros(mask_NL.shape)
@@ -99,11 +115,11 @@ class _BestRow(torch.autograd.Function):
         a_RD = a_BQD.reshape(-1, dim)
         best_RN = a_RD.new_empty(len(a_RD), num_passages)
         where_RN = torch.empty(len(a_RD), num_passages, dtype=torch.int64, device=a_RD.device)
-        step = max(1, _BLOCK // max(1, len(a_RD) * length))
+        step = max(1, (_BLOCK_GPU if a_RD.is_cuda else _BLOCK) // max(1, len(a_RD) * length))
         for start in range(0, num_passages if length else 0, step):
             part = slice(start, start + step)
             block = torch.addmm(bias_NL[part].reshape(1, -1), a_RD, b_NLD[part].reshape(-1, dim).T)
-            best_RN[:, part], where_RN[:, part] = block.view(len(a_RD), -1, length).max(-1)
+            best_RN[:, part], where_RN[:, part] = block.unflatten(1, (-1, length)).max(-1)
         if not length:
             best_RN.fill_(-torch.inf)
             where_RN.zero_()
@@ -120,16 +136,21 @@ class _BestRow(torch.autograd.Function):
         grad_bias = b_NLD.new_zeros(num_passages * length)
         flat_RN = where_RN + torch.arange(num_passages, device=where_RN.device) * length
         b_TD = b_NLD.reshape(-1, dim)
-        step = max(1, _BLOCK // max(1, len(a_RD) * dim))
-        for start in range(0, num_passages if length else 0, step):
-            part = slice(start, start + step)
-            rows, grad = flat_RN[:, part].reshape(-1), grad_RN[:, part]
+        if grad_RN.numel() and length:
+            # Bags add their rows in one fixed order, also on a GPU, and hold no (R, N, D) block.
             if ctx.needs_input_grad[0]:
-                grad_a += torch.einsum("rn,rnd->rd", grad, b_TD[rows].view(len(a_RD), -1, dim))
+                grad_a = F.embedding_bag(flat_RN, b_TD, per_sample_weights=grad_RN, mode="sum")
+            order = torch.argsort(flat_RN.reshape(-1), stable=True)
+            chosen_T = torch.bincount(flat_RN.reshape(-1), minlength=len(b_TD))
+            first_T, sorted_grad = chosen_T.cumsum(0) - chosen_T, grad_RN.reshape(-1)[order]
+            row = torch.div(order, num_passages, rounding_mode="floor")
             if ctx.needs_input_grad[1]:
-                grad_b.index_add_(0, rows, (grad[:, :, None] * a_RD[:, None]).reshape(-1, dim))
+                grad_b = F.embedding_bag(row, a_RD, first_T, per_sample_weights=sorted_grad, mode="sum")
             if ctx.needs_input_grad[2]:
-                grad_bias.index_add_(0, rows, grad.reshape(-1))
+                one = a_RD.new_ones(1, 1)
+                grad_bias = F.embedding_bag(
+                    torch.zeros_like(row), one, first_T, per_sample_weights=sorted_grad, mode="sum"
+                )[:, 0]
         return (
             grad_a.view(*grad_BQN.shape[:2], dim),
             grad_b.view_as(b_NLD),

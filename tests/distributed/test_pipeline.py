@@ -1,0 +1,134 @@
+"""The whole job on a tiny collection through real Ray: artefacts, resuming, and what a change runs again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ckd_ray.collective.labels import ExpansionReader
+from ckd_ray.config import load_config
+from ckd_ray.evaluate.runs import read_trec_run
+from ckd_ray.model import ColBERT
+from ckd_ray.pipeline.runner import StageReport, run_stages
+from ckd_ray.pipeline.stages import STAGE_NAMES
+from ckd_ray.store import EmbeddingStore, shard_name
+from tests.support import overrides
+
+
+def run(storage: Path, backbone: str, collection: str, *more: str, **options: object) -> list[StageReport]:
+    return run_stages(load_config(None, overrides(storage, backbone, collection, *more)), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str
+) -> Path:
+    storage = tmp_path_factory.mktemp("runs")
+    reports = run(storage, tiny_backbone, tiny_collection)
+    assert [r.name for r in reports] == list(STAGE_NAMES)
+    assert not any(r.skipped for r in reports)
+    return storage
+
+
+def test_rankings_have_the_contract_s_columns_and_are_exact(finished: Path) -> None:
+    folder = finished / "tiny" / "rankings"
+    table = pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("train-*.parquet"))])
+    assert table.schema.field("query_id").type == pa.string()
+    assert table.schema.field("passage_id").type == pa.string()
+    assert table.schema.field("rank").type == pa.int32()
+    assert table.schema.field("score").type == pa.float32()
+    frame = table.to_pandas()
+    assert frame.groupby("query_id").size().eq(20).all() and frame["query_id"].nunique() == 24
+    queries = EmbeddingStore.open(str(finished / "tiny/embeddings/queries.train"))
+    passages = EmbeddingStore.open(str(finished / "tiny/embeddings/passages"))
+    rows = queries.gather(np.array([3])).embeddings_TD.float()
+    documents = passages.gather(np.arange(60)).split()
+    literal = np.array([float((rows @ d.float().T).max(1).values.sum()) for d in documents])
+    mine = frame[frame["query_id"] == "q3"].sort_values("rank")
+    assert mine["passage_index"].tolist() == np.lexsort((np.arange(60), -literal))[:20].tolist()
+    assert np.allclose(mine["score"], np.sort(literal)[::-1][:20], atol=1e-4)
+
+
+def test_labels_have_the_contract_s_columns(finished: Path) -> None:
+    folder = finished / "tiny" / "labels"
+    table = pq.read_table(next(iter(folder.glob("train-*.parquet"))))
+    assert table.schema.field("feedback_ids").type.value_type == pa.string()
+    assert table.schema.field("expansion").type.value_type == pa.list_(pa.float32(), 16)
+    assert table.schema.field("idf").type.value_type == pa.float32()
+    assert table.schema.field("token_ids").type.value_type == pa.int32()
+    rankings = pq.read_table(next(iter((finished / "tiny/rankings").glob("train-*.parquet")))).to_pandas()
+    for i, row in enumerate(table.to_pylist()):
+        top = rankings[(rankings["query_id"] == row["query_id"]) & (rankings["rank"] <= 3)]["passage_id"].tolist()
+        assert row["feedback_ids"] == top
+        assert row["idf"] == sorted(row["idf"], reverse=True)
+        assert len(row["expansion"]) == len(row["idf"]) == len(row["token_ids"]) <= 8
+        expansion, weights = ExpansionReader.open(str(folder), "train").select(np.array([i]), 4, 0.5)
+        kept = min(4, len(row["idf"]))
+        assert np.allclose(weights[0, :kept], 0.5 * np.array(row["idf"][:kept]))
+        assert np.allclose(expansion[0, :kept], np.array(row["expansion"])[:kept])
+
+
+def test_evaluation_files(finished: Path) -> None:
+    folder = finished / "tiny" / "evaluation"
+    measures = json.loads((folder / "measures.json").read_text())
+    assert set(measures["splits"]) == {"dev", "test"}
+    assert measures["MRR@10"] == measures["splits"]["test"]["student"]["MRR@10"]
+    run_file = read_trec_run(str(folder / "student.dev.run"))
+    assert run_file.groupby("query_id").size().eq(50).all()
+    first = {q: g.sort_values("rank")["doc_id"].tolist() for q, g in run_file.groupby("query_id")}
+    per_query = json.loads((folder / "student.dev.per_query.json").read_text())
+    for query, ranked in first.items():
+        rank = ranked.index(f"p{query[1:]}") + 1 if f"p{query[1:]}" in ranked else 99
+        assert per_query["MRR@10"][query] == pytest.approx(1 / rank if rank <= 10 else 0)
+
+
+def test_student_is_a_checkpoint_that_transformers_reads(finished: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = finished / "tiny" / "student"
+    assert AutoModel.from_pretrained(folder).config.hidden_size == 32
+    assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+    student, teacher = ColBERT.from_pretrained(folder), ColBERT.from_pretrained(finished / "tiny" / "teacher")
+    moved = (student.projection.weight - teacher.projection.weight).abs().max()
+    assert 0 < float(moved) < 0.01
+
+
+def test_a_second_run_does_nothing(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
+    reports = run(finished, tiny_backbone, tiny_collection)
+    assert all(r.skipped for r in reports)
+
+
+def test_workers_and_actors_do_not_count_as_a_change(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
+    reports = run(finished, tiny_backbone, tiny_collection, "embed.actors=1", "distill.workers=2", "distill.log_every=7")
+    assert all(r.skipped for r in reports)
+
+
+def test_a_broken_shard_alone_is_made_again(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
+    folder = finished / "tiny" / "embeddings" / "passages"
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("*.arrow")}
+    victim = folder / shard_name(2)
+    os.truncate(victim, 100)
+    reports = {r.name: r.skipped for r in run(finished, tiny_backbone, tiny_collection, until="embed")}
+    assert reports == {"collection": True, "teacher": True, "embed": False}
+    for name, (changed, data) in before.items():
+        assert (folder / name).read_bytes() == data, name
+        assert ((folder / name).stat().st_mtime_ns == changed) == (name != victim.name)
+
+
+def test_temperature_runs_distill_and_evaluate_only(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
+    reports = run(finished, tiny_backbone, tiny_collection, "distill.temperature=0.5")
+    assert [r.name for r in reports if not r.skipped] == ["distill", "evaluate"]
+
+
+def test_contrastive_needs_no_labels(
+    ray_session: None, finished: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    reports = run(finished, tiny_backbone, tiny_collection, "distill.objective=contrastive", until="distill")
+    assert "label" not in {r.name for r in reports}
+    assert [r.name for r in reports if not r.skipped] == ["distill"]

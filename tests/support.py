@@ -1,0 +1,59 @@
+"""Builders that tests share: a tiny collection, and the settings of a run that takes seconds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+WORDS = [f"{a}{b}" for a in "bcdfghjklmnp" for b in ("an", "el", "im", "or", "uk", "ost")]
+
+
+def write_collection(folder: Path, passages: int = 60, queries: int = 24) -> Path:
+    """An MS MARCO folder: passages about a few of the words, queries of three words of their passage."""
+    rng = random.Random(5)
+    texts = []
+    for _ in range(passages):
+        topic = rng.sample(WORDS, 6)
+        texts.append(" ".join(rng.choice(topic) for _ in range(rng.randint(4, 40))) + ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"p{i}\t{text}\n" for i, text in enumerate(texts)]
+    (folder / "collection.tsv").write_text("".join(lines))
+    for split, first, count in (("train", 0, queries), ("dev", queries, 6), ("test", queries + 6, 6)):
+        asked = range(first, first + count)
+        words = {q: " ".join(sorted(set(texts[q % passages].rstrip(".").split()))[:3]) for q in asked}
+        (folder / f"queries.{split}.tsv").write_text("".join(f"q{q}\t{words[q]}\n" for q in asked))
+        (folder / f"qrels.{split}.tsv").write_text("".join(f"q{q}\t0\tp{q % passages}\t1\n" for q in asked))
+    return folder
+
+
+def overrides(storage: Path | str, backbone: str, collection: str, *more: str) -> list[str]:
+    """`--set` values of a run that takes seconds."""
+    return [
+        f"run.storage={storage}",
+        "run.name=tiny",
+        "collection.format=msmarco",
+        f"collection.path={collection}",
+        "collection.limit=null",
+        f"model.backbone={backbone}",
+        "model.dim=16",
+        "model.doc_maxlen=48",
+        "model.query_maxlen=12",
+        "teacher.steps=4",
+        "teacher.batch_size=6",
+        "teacher.precision=fp32",
+        "teacher.log_every=1",
+        "embed.precision=fp32",
+        "embed.passages_per_shard=16",
+        "retrieve.depth=20",
+        "retrieve.engine=exact",
+        "label.clusters=8",
+        "distill.expansion_size=4",
+        "distill.negatives_depth=15",
+        "distill.steps=4",
+        "distill.batch_size=6",
+        "distill.precision=fp32",
+        "distill.log_every=1",
+        "evaluate.depth=50",
+        "evaluate.measures=[MRR@10,nDCG@10,R@50]",
+        *more,
+    ]
