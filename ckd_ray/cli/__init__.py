@@ -25,13 +25,16 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", "-c", help="YAML configuration; the embedded quick start when left out.")
+    str | None,
+    typer.Option("--config", "-c", help="YAML configuration; the embedded quick start when left out."),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Set one key: --set distill.temperature=0.3 (may be repeated).")
+    list[str] | None,
+    typer.Option("--set", help="Set one key: --set distill.temperature=0.3 (may be repeated)."),
 ]
 ClusterOption = Annotated[
-    str | None, typer.Option("--cluster", help="`local`, or a Ray address. Default: a running Ray, else local.")
+    str | None,
+    typer.Option("--cluster", help="`local`, or a Ray address. Default: a running Ray, else local."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
@@ -80,9 +83,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def session(
-    config: str | None, overrides: list[str] | None, cluster: str | None, quiet: bool
-) -> Iterator[Any]:
+def session(config: str | None, overrides: list[str] | None, cluster: str | None, quiet: bool) -> Iterator[Any]:
     """The configuration, checked before anything starts, and Ray around the block."""
     from ckd_ray.config import load_config
     from ckd_ray.progress import set_quiet
@@ -139,7 +140,16 @@ def _stage_command(name: str, text: str) -> None:
         json_: JsonOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        train(config=config, set_=set_, cluster=cluster, start=None, until=name, fresh=False, json_=json_, quiet=quiet)
+        train(
+            config=config,
+            set_=set_,
+            cluster=cluster,
+            start=None,
+            until=name,
+            fresh=False,
+            json_=json_,
+            quiet=quiet,
+        )
 
     app.command(name=name, help=f"{text} Stages before it that are missing are run first.")(command)
 

@@ -6,12 +6,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 
-# Blocks that travel through the object store are token ids of a few shards; embeddings never do. A small store is enough,
-# and leaves the memory to the encoders.
+# Blocks that travel through the object store are token ids of a few shards; embeddings never do. A small store is
+# enough, and leaves the memory to the encoders.
 _LOCAL_OBJECT_STORE = 512 * 2**20
 
 
@@ -20,8 +21,8 @@ def connected(target: str | None) -> Iterator[None]:
     """Ray for the length of the block.
 
     Args:
-        target: None joins a running Ray (RAY_ADDRESS, or the one on this machine) and else starts one in place; `local` always
-            starts one; anything else is a Ray address.
+        target: None joins a running Ray (RAY_ADDRESS, or the one on this machine) and else starts one in place;
+            `local` always starts one; anything else is a Ray address.
 
     Raises:
         UserError: the address cannot be reached, or refuses our token.
@@ -40,8 +41,10 @@ def connected(target: str | None) -> Iterator[None]:
 def _start(target: str | None) -> None:
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if target is not None and target.startswith(("http://", "https://")) or (target or "").endswith((".yaml", ".yml")):
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if (target is not None and target.startswith(("http://", "https://"))) or (target or "").endswith(
+        (".yaml", ".yml")
+    ):
         raise UserError(
             "jobs cannot be sent to another machine yet",
             where="--cluster",
@@ -73,7 +76,7 @@ def _start(target: str | None) -> None:
             where="--cluster" if target else "RAY_ADDRESS",
             expected="the address of a running head node (HOST:6379)",
             found=f"{address}: {str(error).strip().splitlines()[0]}",
-            fix="check that the head runs, and that both sides hold the same token (RAY_AUTH_TOKEN or ~/.ray/auth_token)",
+            fix="check that the head runs and that both sides hold the same token (RAY_AUTH_TOKEN, ~/.ray/auth_token)",
         ) from error
     say(f"joined Ray at {address} ({_size()})")
 

@@ -22,8 +22,8 @@ Neighbours = Callable[[Tensor], IntArray]
 
 # Padded points held at a time (rows of D floats); bounds the memory of a call whatever the number of queries.
 _POINTS = 1 << 17
-# Queries are padded to a multiple of this many points, which depends on the query alone: its result does not change with
-# the company it is computed in.
+# Queries are padded to a multiple of this many points, which depends on the query alone: its result does not change
+# with the company it is computed in.
 _PAD = 64
 
 
@@ -32,8 +32,8 @@ class Expansions:
     """All kept centroids of B queries, highest idf first; zero rows behind the last.
 
     Attributes:
-        embeddings_BKD: float32, not re-normalised; idf_BK: float32, the weight at beta = 1; token_ids_BK: int64, -1 behind the
-            last; counts_B: int64, how many a query has.
+        embeddings_BKD: float32, not re-normalised; idf_BK: float32, the weight at beta = 1; token_ids_BK: int64, -1
+            behind the last; counts_B: int64, how many a query has.
     """
 
     embeddings_BKD: Tensor
@@ -42,7 +42,7 @@ class Expansions:
     counts_B: Tensor
 
     def select(self, size: int, beta: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The `size` of highest weight: (expansions_BED, weights_BE = beta * idf). Missing ones are zero rows of weight 0."""
+        """The `size` of highest weight: (expansions_BED, weights_BE = beta * idf); missing ones weigh 0."""
         short = max(0, size - self.idf_BK.shape[1])
         embeddings = torch.nn.functional.pad(self.embeddings_BKD[:, :size], (0, 0, 0, short))
         return embeddings, beta * torch.nn.functional.pad(self.idf_BK[:, :size], (0, short))
@@ -64,17 +64,17 @@ def expand(
     """Cluster the feedback of every query, name each centroid by its neighbours' votes, and weigh it by idf.
 
     Args:
-        feedback: for each query its feedback passages, each (L_i, D). A query without feedback, or whose passages have no rows,
-            gets no expansion.
-        neighbours: vectors (M, D) to the token ids (M, V) of their nearest token embeddings in the collection, nearest first, -1
-            for none; V should be `voters`. Not needed when the feedback votes.
+        feedback: for each query its feedback passages, each (L_i, D). A query without feedback, or whose passages have
+            no rows, gets no expansion.
+        neighbours: vectors (M, D) to the token ids (M, V) of their nearest token embeddings in the collection, nearest
+            first, -1 for none; V should be `voters`. Not needed when the feedback votes.
         document_frequencies: (V,) passages that hold each token id; num_passages: N of the idf.
         special_ids: token ids that do not vote.
         clusters: K; a query with fewer token embeddings gets as many as it has.
         voters: neighbours that vote.
         tokens: token ids of the feedback, nested like it; needed when `token_vote` is `feedback`.
-        token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the query's own
-            `feedback`.
+        token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the
+            query's own `feedback`.
 
     Raises:
         ValueError: an argument is missing, or an embedding is not finite.

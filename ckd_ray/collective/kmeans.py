@@ -276,9 +276,7 @@ def _check(points_BTD: Tensor, mask_BT: Tensor, start_BKD: Tensor, there_BK: Ten
         )
     for name, mask, shape in (("mask_BT", mask_BT, (B, T)), ("there_BK", there_BK, start_BKD.shape[:2])):
         if mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"{name}: expected bool of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}"
-            )
+            raise ValueError(f"{name}: expected bool of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}")
         lacking = (~mask.any(1)).nonzero()[:, 0].tolist()
         if lacking:
             raise ValueError(f"{name}: expected a true value in each row, got none in query {lacking[0]}")

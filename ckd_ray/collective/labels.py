@@ -1,8 +1,9 @@
 """Labels on disk: Parquet for people and other programs, and beside it arrays that training reads at random.
 
-A part holds the labels of consecutive queries of a split: `train-000012.parquet` (contract.md: query_id, feedback_ids, expansion,
-idf, token_ids) and `train-000012.npy`, float32 (queries, K, D + 1): the K centroids of highest idf first, their idf in the
-last column, zero rows where a query has fewer. Shapes: B queries, K centroids, E kept expansion embeddings, D dimensions.
+A part holds the labels of consecutive queries of a split: `train-000012.parquet` (columns query_id, feedback_ids,
+expansion, idf, token_ids) and `train-000012.npy`, float32 (queries, K, D + 1): the K centroids of highest idf first,
+their idf in the last column, zero rows where a query has fewer. Shapes: B queries, K centroids, E kept expansion
+embeddings, D dimensions.
 """
 
 from __future__ import annotations

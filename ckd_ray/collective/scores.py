@@ -26,8 +26,8 @@ def teacher_scores(
 ) -> Tensor:
     """s_T(q, p) = MaxSim(Q, P) + sum_e w_e max_j sim(C_e, P_j), without a gradient.
 
-    Expansion embeddings are ordinary query rows with a weight, so both sums are one pass over the passages. Rows of weight 0
-    (short feedback) add nothing; E may be 0.
+    Expansion embeddings are ordinary query rows with a weight, so both sums are one pass over the passages. Rows of
+    weight 0 (short feedback) add nothing; E may be 0.
 
     Returns:
         scores_BN, float32.
@@ -35,6 +35,4 @@ def teacher_scores(
     rows_BRD = torch.cat([queries_BQD.float(), expansions_BED.float()], 1)
     ones_BQ = weights_BE.new_ones(queries_BQD.shape[:2])
     weights_BR = torch.cat([ones_BQ, weights_BE], 1)
-    return maxsim(
-        rows_BRD, passages_NLD, passage_mask_NL, weights_BR, similarity, zero_row_floor=zero_row_floor
-    )
+    return maxsim(rows_BRD, passages_NLD, passage_mask_NL, weights_BR, similarity, zero_row_floor=zero_row_floor)

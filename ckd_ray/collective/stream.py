@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,4 +102,4 @@ def _nest(flat: Any, counts: Any) -> list[Any]:
     """Cut a flat list into one list a query."""
     bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
     flat = list(flat)
-    return [flat[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [flat[low:high] for low, high in pairwise(bounds)]

@@ -19,13 +19,19 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
     if config.distill.objective == "label_smoothing" and config.distill.smoothing == 0:
         yield "distill.smoothing", "objective label_smoothing needs a share above 0 (0.1 is usual)"
     if config.distill.objective == "cross_encoder":
-        yield "distill.objective", "cross_encoder cannot be run yet: its scores have no source in this version"
+        yield (
+            "distill.objective",
+            "cross_encoder cannot be run yet: its scores have no source in this version",
+        )
     for name in ("teacher", "distill"):
         section = getattr(config, name)
         if section.accumulate > section.batch_size:
             yield f"{name}.accumulate", f"must be at most {name}.batch_size ({section.batch_size})"
         if section.accumulate > 1 and config.model.dropout > 0:
-            yield "model.dropout", f"must be 0 with {name}.accumulate above 1: parts are encoded twice and must agree"
+            yield (
+                "model.dropout",
+                f"must be 0 with {name}.accumulate above 1: parts are encoded twice and must agree",
+            )
     yield from _measures(config)
 
 
@@ -42,7 +48,10 @@ def _collection(config: Config) -> Iterator[tuple[str, str]]:
         if not c.path:
             yield "collection.path", "format ir_datasets needs an id, such as msmarco-passage"
     elif not c.path and not (c.passages and c.queries and c.qrels):
-        yield "collection.path", f"format {c.format} needs a folder, or passages, queries and qrels as single files"
+        yield (
+            "collection.path",
+            f"format {c.format} needs a folder, or passages, queries and qrels as single files",
+        )
 
 
 def _measures(config: Config) -> Iterator[tuple[str, str]]:

@@ -75,7 +75,8 @@ def quickstart_text() -> str:
 
 
 def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
-    """The configuration; wrong keys are noted and fall back to their defaults, so that combinations are checked as well."""
+    """The configuration; wrong keys are noted and fall back to their defaults, so that combinations are checked as
+    well."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -161,7 +162,9 @@ def _problem(error: Any) -> Problem:
 
     A key that takes `auto` or a number fails once for each kind; both become the one sentence that names both.
     """
-    location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained-")))]
+    location = [
+        part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained-")))
+    ]
     location = [part for part in location if part not in ("int", "float", "str")]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     if error["type"] == "extra_forbidden":

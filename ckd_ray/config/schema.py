@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
-Splits = dict[str, str]
+Split = Literal["train", "dev", "test"]
+FilesBySplit = dict[Split, str]
 
 
 class Section(BaseModel):
@@ -22,7 +23,8 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random choice."""
+    """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random
+    choice."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")] = "quickstart"
     storage: Annotated[str, Field(min_length=1)] = "runs"
@@ -32,16 +34,17 @@ class RunConfig(Section):
 class CollectionConfig(Section):
     """The corpus, the queries and their labels.
 
-    `path` is a folder (an id for ir_datasets); `passages`, `queries` and `qrels` name single files instead, the last two by split.
-    `limit` keeps the labelled passages and the first others up to that number. `positive_grade` is the grade from which a label
-    makes a passage a training positive. `packages` (docstrings only) are the distributions to read.
+    `path` is a folder (an id for ir_datasets); `passages`, `queries` and `qrels` name single files instead, the last
+    two by split. `limit` keeps the labelled passages and the first others up to that number. `positive_grade` is the
+    grade from which a label makes a passage a training positive. `packages` (docstrings only) are the distributions to
+    read.
     """
 
     format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "parquet"] = "docstrings"
     path: str | None = None
     passages: str | None = None
-    queries: Splits = Field(default_factory=dict)
-    qrels: Splits = Field(default_factory=dict)
+    queries: FilesBySplit = Field(default_factory=dict)
+    qrels: FilesBySplit = Field(default_factory=dict)
     train: str = "train"
     dev: str = "dev"
     test: str = "test"
@@ -65,8 +68,8 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """What the teacher's and the student's training share.
 
-    `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between them, so the
-    loss is that of the whole batch. `workers`: one a GPU, or one, when `auto`.
+    `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between
+    them, so the loss is that of the whole batch. `workers`: one a GPU, or one, when `auto`.
     """
 
     steps: Positive = 2000
@@ -125,7 +128,9 @@ class LabelConfig(Section):
 class DistillConfig(TrainingConfig):
     """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial."""
 
-    objective: Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"] = "collective"
+    objective: Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"] = (
+        "collective"
+    )
     temperature: Annotated[float, Field(gt=0, le=100)] = 0.25
     smoothing: Share = 0.0
     beta: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -134,15 +139,19 @@ class DistillConfig(TrainingConfig):
     zero_row_floor: bool = False
 
 
+def _dev_and_test() -> list[Split]:
+    return ["dev", "test"]
+
+
 class EvaluateConfig(Section):
-    """Measures by ir-measures' names (MRR@10 is its RR@10). `relevance_threshold`: the grade that binary measures count."""
+    """Measures by ir-measures' names, or MRR@K. `relevance_threshold`: the grade that binary measures count."""
 
     measures: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["MRR@10", "nDCG@10", "R@100", "R@1000"]
     )
     depth: Positive = 1000
     relevance_threshold: Positive = 1
-    splits: list[Literal["train", "dev", "test"]] = Field(default_factory=lambda: ["dev", "test"])
+    splits: list[Split] = Field(default_factory=_dev_and_test)
 
 
 class Config(Section):

@@ -112,7 +112,12 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
         if not row.id.strip():
             problems.add(row.where, "an empty query id", expected="an id", found=shorten(row.id))
         elif row.id in where:
-            problems.add(row.where, "a duplicate query id", expected="unique ids", found=f"{shorten(row.id)}, also at {where[row.id]}")
+            problems.add(
+                row.where,
+                "a duplicate query id",
+                expected="unique ids",
+                found=f"{shorten(row.id)}, also at {where[row.id]}",
+            )
         else:
             where[row.id] = row.where
             ids.append(row.id)
@@ -123,7 +128,10 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
         key = (label.query_id, label.passage_id)
         if label.query_id not in where:
             problems.add(
-                label.where, "a label of an unknown query", expected=f"a query of split {split}", found=shorten(label.query_id)
+                label.where,
+                "a label of an unknown query",
+                expected=f"a query of split {split}",
+                found=shorten(label.query_id),
             )
         elif key in seen:
             if seen[key].relevance != label.relevance:
@@ -254,7 +262,10 @@ def _check_labels(splits: dict[str, _Split], wanted: dict[str, int], problems: P
         for label in split.labels:
             if wanted[label.passage_id] < 0:
                 problems.add(
-                    label.where, "a label of an unknown passage", expected="a passage id of the corpus", found=shorten(label.passage_id)
+                    label.where,
+                    "a label of an unknown passage",
+                    expected="a passage id of the corpus",
+                    found=shorten(label.passage_id),
                 )
 
 
@@ -287,8 +298,12 @@ def _write_split(
 
 def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> None:
     names = sorted(n for n in os.listdir(folder) if n.endswith((".parquet", ".arrow")))
-    files = [
-        {"name": n, "bytes": os.path.getsize(os.path.join(folder, n)), "sha256": sha256_of(os.path.join(folder, n))}
+    files: list[dict[str, Any]] = [
+        {
+            "name": n,
+            "bytes": os.path.getsize(os.path.join(folder, n)),
+            "sha256": sha256_of(os.path.join(folder, n)),
+        }
         for n in names
     ]
     value = {
@@ -305,11 +320,15 @@ def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> Non
 
 def _tell(manifest: CollectionManifest, source: Source) -> None:
     if manifest.empty_passages:
-        say(f"collection: {manifest.empty_passages:,} passages are empty; they are kept and can only be found by their markers")
+        say(f"collection: {manifest.empty_passages:,} passages are empty; they are kept, though little can find them")
     for name, split in manifest.splits.items():
         if split["unlabelled"]:
-            use = "not trained on" if name == "train" else "they score zero, or are left out where they have no label at all"
-            say(f"collection: {split['unlabelled']:,} of {split['queries']:,} {name} queries have no positive label; {use}")
+            use = (
+                "not trained on"
+                if name == "train"
+                else "they score zero, or are left out where they have no label at all"
+            )
+            say(f"collection: {split['unlabelled']:,} of {split['queries']:,} {name} queries have no positive; {use}")
     missing = [s for s in ("dev", "test") if s not in source.splits]
     if missing:
         say(f"collection: no {' and no '.join(missing)} split; it is left out of the evaluation")

@@ -1,8 +1,8 @@
 """A real collection that is always there: the documentation of the Python packages installed beside ours.
 
-A query is the first sentence of a docstring; its labelled passage is the qualified name and the rest of the docstring. The
-first sentence is left out of the passage, so that a query must be answered by what the rest says. Sources are parsed, never
-imported. A thing documented in the same words twice counts once.
+A query is the first sentence of a docstring; its labelled passage is the qualified name and the rest of the docstring.
+The first sentence is left out of the passage, so that a query must be answered by what the rest says. Sources are
+parsed, never imported. A thing documented in the same words twice counts once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ckd_ray.data.problems import Problems
 from ckd_ray.data.sources import QrelRow, Source, TextRow
 from ckd_ray.errors import UserError
 
-# Dependencies of ours with docstrings of prose, so they are there wherever ckd-ray is. (transformers would double the corpus, and the
-# 20 seconds of parsing it say little more: most of it repeats one pattern a model.)
+# Dependencies of ours with docstrings of prose, so they are there wherever ckd-ray is. (transformers would double the
+# corpus, and the 20 seconds of parsing it say little more: most of it repeats one pattern a model.)
 PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "ray", "pydantic")
 _FEWEST_QUERY_WORDS, _FEWEST_PASSAGE_WORDS, _MOST_PASSAGE_CHARACTERS = 5, 12, 4000
 _HELD_OUT_OF_100 = {"test": 8, "dev": 8}
@@ -61,7 +61,9 @@ def docstring_source(settings: CollectionConfig) -> Source:
         files = _sources(package)
         if files is None and named:
             raise UserError(
-                f"the package {package!r} is not installed", where="collection.packages", fix=f"pip install {package}"
+                f"the package {package!r} is not installed",
+                where="collection.packages",
+                fix=f"pip install {package}",
             )
         for module, path in files or ():
             for entry in read_docstrings(module, path):
@@ -114,7 +116,11 @@ def _sources(package: str) -> list[tuple[str, Path]] | None:
     found = []
     for file in files:
         parts = file.parts
-        if file.suffix != ".py" or parts[0].startswith(".") or any(p in ("tests", "test", "testing") or p.startswith("_") for p in parts[:-1]):
+        if (
+            file.suffix != ".py"
+            or parts[0].startswith(".")
+            or any(p in ("tests", "test", "testing") or p.startswith("_") for p in parts[:-1])
+        ):
             continue
         names = [*parts[:-1], *([] if file.stem == "__init__" else [file.stem])]
         if names:

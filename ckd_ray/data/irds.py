@@ -12,7 +12,7 @@ from ckd_ray.errors import UserError
 
 
 def ir_datasets_source(settings: CollectionConfig) -> Source:
-    """`path` is the id of the corpus (msmarco-passage); a split is `path/NAME`, NAME from collection.train, dev and test.
+    """`path` is the corpus (msmarco-passage); a split is `path/NAME`, as named by collection.train, dev, test.
 
     A split's name may also be a whole id (msmarco-passage/dev/small).
     """

@@ -17,8 +17,9 @@ _LONGEST_LINE = 64 << 20
 def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Blocks of (number of the first line, its lines without their ends); memory is bounded by the block.
 
-    A line that is not UTF-8 is noted with the byte in question, and passed on with the undecodable bytes replaced, so that
-    reading can go on to the next problem. Empty lines are passed on: only the reader knows whether they mean something.
+    A line that is not UTF-8 is noted with the byte in question, and passed on with the undecodable bytes replaced, so
+    that reading can go on to the next problem. Empty lines are passed on: only the reader knows whether they mean
+    something.
     """
     fs, path = filesystem_of(uri)
     number, rest, first = 1, b"", True
@@ -39,7 +40,10 @@ def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
             rest = data[cut:]
             if len(rest) > _LONGEST_LINE:
                 raise UserError(
-                    "a line has no end", where=f"{uri}:{number}", expected="lines below 64 MiB", found=f"{len(rest)} bytes"
+                    "a line has no end",
+                    where=f"{uri}:{number}",
+                    expected="lines below 64 MiB",
+                    found=f"{len(rest)} bytes",
                 )
             if cut:
                 lines = _decode(uri, number, data[:cut], problems)

@@ -1,7 +1,7 @@
 """Readers: every format becomes the same three streams, passages, queries and qrels.
 
-They check the form of what they read (tabs, columns, JSON, numbers); what depends on the whole (duplicates, unknown ids) is
-checked in `build.py`.
+They check the form of what they read (tabs, columns, JSON, numbers); what depends on the whole (duplicates, unknown
+ids) is checked in `build.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ckd_ray.config import CollectionConfig
+from ckd_ray.config.schema import Split
 from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
 from ckd_ray.store.files import exists, filesystem_of, join, list_files
 
-SPLITS = ("train", "dev", "test")
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,10 @@ def _tsv_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
                     continue  # BEIR's header: query-id, corpus-id, score
             else:
                 problems.add(
-                    where, "wrong number of columns", expected="query, 0, passage, grade", found=f"{len(columns)}: {shorten(line)}"
+                    where,
+                    "wrong number of columns",
+                    expected="query, 0, passage, grade",
+                    found=f"{len(columns)}: {shorten(line)}",
                 )
                 continue
             if not _is_integer(grade):
@@ -242,7 +246,10 @@ def _parquet_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
             where = f"{uri}: row {first + i}"
             if query is None or passage is None or not isinstance(grade, int):
                 problems.add(
-                    where, "a null or a grade that is no integer", expected="ids and an integer", found=f"{query!r}, {passage!r}, {grade!r}"
+                    where,
+                    "a null or a grade that is no integer",
+                    expected="ids and an integer",
+                    found=f"{query!r}, {passage!r}, {grade!r}",
                 )
                 continue
             yield QrelRow(str(query), str(passage), grade, where)

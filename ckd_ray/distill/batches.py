@@ -30,7 +30,12 @@ class Positives:
 
     @classmethod
     def from_qrels(
-        cls, num_queries: int, query_index: Int64Array, passage_index: Int64Array, relevance: Int64Array, grade: int
+        cls,
+        num_queries: int,
+        query_index: Int64Array,
+        passage_index: Int64Array,
+        relevance: Int64Array,
+        grade: int,
     ) -> Positives:
         """Labels with `relevance >= grade`; a query may end up with none."""
         chosen = relevance >= grade
@@ -63,8 +68,8 @@ class BatchPlan:
     Args:
         positives: labels of the training split.
         num_passages: size of the corpus.
-        rankings: (num_queries, depth) passage indices, best first, -1 where a ranking ends (memory-mapped), whose top is
-            the pool of hard negatives; None samples negatives from the whole corpus (the teacher's training).
+        rankings: (num_queries, depth) passage indices, best first, -1 where a ranking ends (memory-mapped), whose top
+            is the pool of hard negatives; None samples negatives from the whole corpus (the teacher's training).
         negatives_depth: how much of the top counts.
     """
 

@@ -1,8 +1,8 @@
 """The tensors of a batch, read ahead of the step that needs them.
 
-A worker encodes its own slice of the global batch and scores its queries against the passages of all workers, so it reads
-the texts of its slice and the teacher's embeddings of every passage of the batch. Shapes: b queries of this worker, n = b * M
-its passages, N passages of the global batch, Q and L rows, D dimensions, E expansion embeddings.
+A worker encodes its own slice of the global batch and scores its queries against the passages of all workers, so it
+reads the texts of its slice and the teacher's embeddings of every passage of the batch. Shapes: b queries of this
+worker, n = b * M its passages, N passages of the global batch, Q and L rows, D dimensions, E expansion embeddings.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ class InputReader:
         self.query_texts = self.collection.queries("train").texts
         qrels = self.collection.qrels("train")
         self.positives = Positives.from_qrels(
-            len(self.query_texts), qrels.query_index, qrels.passage_index, qrels.relevance, task.positive_grade
+            len(self.query_texts),
+            qrels.query_index,
+            qrels.passage_index,
+            qrels.relevance,
+            task.positive_grade,
         )
         rankings = read_ranking_matrix(join(task.run, "rankings"), "train") if task.hard_negatives else None
         self.plan = BatchPlan(
@@ -126,7 +130,10 @@ class InputReader:
         rows = self.queries.gather(queries_b)
         queries_bQD = rows.embeddings_TD.float().reshape(len(queries_b), -1, self.queries.dim)
         if self.expansions is None:
-            expansions, weights = queries_bQD.new_zeros(len(queries_b), 0, self.queries.dim), queries_bQD.new_zeros(len(queries_b), 0)
+            expansions, weights = (
+                queries_bQD.new_zeros(len(queries_b), 0, self.queries.dim),
+                queries_bQD.new_zeros(len(queries_b), 0),
+            )
         else:
             expansions, weights = self.expansions.select(queries_b, self.task.expansion_size, self.task.beta)
         passages_NLD, mask_NL = self.passages.gather(passages_N).padded()

@@ -8,8 +8,8 @@ loss of a row = KL(target || softmax(student)), where the target is
     cross_encoder      softmax(raise(s_T) / T), s_T another teacher's scores
     collective         softmax(raise(s_T) / T), s_T the teacher with its expansion (method.md, step 5)
 
-`raise` lifts the labelled positive to its row's maximum (method.md step 6). T divides the teacher alone, and there is no T^2
-factor. `smoothing` mixes a uniform part e / n into any of them. Shapes: B rows (queries), N columns (passages).
+`raise` lifts the labelled positive to its row's maximum (method.md step 6). T divides the teacher alone, and there is
+no T^2 factor. `smoothing` mixes a uniform part e / n into any of them. Shapes: B rows (queries), N columns (passages).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def objective_loss(
         student_scores_BN: MaxSim scores, with gradient.
         positives_B: int64, the column of each row's labelled positive (always valid).
         teacher_scores_BN: for self_distillation, cross_encoder and collective.
-        valid_BN: False takes a passage out of the row's softmax on both sides: another labelled positive of the query, or the
-            same passage a second time.
+        valid_BN: False takes a passage out of the row's softmax on both sides: another labelled positive of the query,
+            or the same passage a second time.
         temperature: T > 0, divides the teacher's scores.
         smoothing: e in [0, 1).
 

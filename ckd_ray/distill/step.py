@@ -17,6 +17,7 @@ from ckd_ray.distill.inputs import StepInputs
 from ckd_ray.distill.objectives import objective_loss
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.embed.encoder import Precision, computing
+from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.maxsim import maxsim
 
 
@@ -56,6 +57,13 @@ def gather_passages(passages_nLD: Tensor, keep_nL: Tensor) -> tuple[Tensor, Tens
     return passages, torch.cat([m[:c].bool() for m, c in zip(masks, counts, strict=True)])
 
 
+def _settings(model: nn.Module) -> ColBERTSettings:
+    """Of a ColBERT, or of one inside DDP."""
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, ColBERT)
+    return inner.settings
+
+
 class TrainingStep:
     """Computes the loss and leaves gradients in the model's parameters.
 
@@ -66,7 +74,7 @@ class TrainingStep:
 
     def __init__(self, model: nn.Module, task: TrainingTask, precision: Precision, world: int = 1) -> None:
         self.model, self.task, self.precision, self.world = model, task, precision, world
-        self.similarity = getattr(model, "module", model).settings.similarity
+        self.similarity = _settings(model).similarity
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Backward pass included. Returns this worker's share of the loss: the sum over workers is the batch's loss."""
@@ -124,8 +132,8 @@ class TrainingStep:
     def _cached(self, inputs: StepInputs) -> Tensor:
         """Cached gradients (GradCache, Gao et al. 2021): memory of one part, loss of the whole batch.
 
-        Embeddings are computed part by part without a graph, the loss gives their gradients, and each part is encoded once
-        more to carry these into the weights. Exact only without dropout, which the configuration checks.
+        Embeddings are computed part by part without a graph, the loss gives their gradients, and each part is encoded
+        once more to carry these into the weights. Exact only without dropout, which the configuration checks.
         """
         parts = list(self._parts(inputs))
         with torch.no_grad():

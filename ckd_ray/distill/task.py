@@ -21,7 +21,8 @@ class TrainingTask:
         zero_row_floor: the published score's clip, off by default.
         positive_grade: the qrels grade from which a passage is a positive.
         hard_negatives: from the rankings; else from the whole corpus.
-        accumulate: parts in which a batch is encoded. Gradients are cached between the parts, so the loss stays that of the whole batch.
+        accumulate: parts in which a batch is encoded. Gradients are cached between the parts, so the loss stays that
+            of the whole batch.
         embeddings, expansions: folders below `run` for the teacher's store and labels.
     """
 

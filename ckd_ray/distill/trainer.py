@@ -24,7 +24,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """metrics: one record every `log_every` steps (step, loss, learning_rate, gradient_norm, seconds); workers: how many ran."""
+    """metrics: one record every `log_every` steps (step, loss, learning_rate, ...); workers: how many ran."""
 
     metrics: list[dict[str, Any]]
     workers: int
@@ -64,7 +64,10 @@ def plan_workers(workers: int | Literal["auto"], batch_size: int, key: str) -> t
         )
     if chosen > batch_size:
         raise UserError(
-            "more workers than queries in a batch", where=f"{key}.batch_size", expected=f">= {chosen}", found=str(batch_size)
+            "more workers than queries in a batch",
+            where=f"{key}.batch_size",
+            expected=f">= {chosen}",
+            found=str(batch_size),
         )
     return chosen, use_gpu
 
@@ -84,7 +87,8 @@ def fit(
 
     count, use_gpu = plan_workers(workers, task.batch_size, task.stage)
     board_name = f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
-    board = ray.remote(num_cpus=0)(_Board).options(name=board_name).remote()
+    remote: Any = ray.remote(num_cpus=0)(_Board)
+    board = remote.options(name=board_name).remote()
     ray.get(board.read.remote())
     checkpoints = join(task.run, "checkpoints")
     fs, path = filesystem_of(checkpoints)

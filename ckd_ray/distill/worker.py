@@ -1,8 +1,8 @@
 """The training loop of one Ray Train worker.
 
-A checkpoint is a folder: `model/` (a ColBERT checkpoint), `optimizer.pt` (read with weights_only), `state.json` (the next step and
-the metrics so far). Batches, warm-up and decay follow from the step number, so nothing else is needed to go on as if
-nothing had happened.
+A checkpoint is a folder: `model/` (a ColBERT checkpoint), `optimizer.pt` (read with weights_only), `state.json` (the
+next step and the metrics so far). Batches, warm-up and decay follow from the step number, so nothing else is needed to
+go on as if nothing had happened.
 """
 
 from __future__ import annotations

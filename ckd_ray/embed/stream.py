@@ -1,8 +1,8 @@
 """The embed stage: Ray Data streams texts through tokenising tasks into a pool of encoder actors that write shards.
 
-The unit of work is one shard, a run of consecutive texts. Only shard numbers and a line of figures pass the driver: texts are
-read where they are tokenised, embeddings are written where they are made. A shard that is already there with this run's
-fingerprint is not computed again, whether the actor, its node or the driver has died in between.
+The unit of work is one shard, a run of consecutive texts. Only shard numbers and a line of figures pass the driver:
+texts are read where they are tokenised, embeddings are written where they are made. A shard that is already there with
+this run's fingerprint is not computed again, whether the actor, its node or the driver has died in between.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _close(job: EmbedJob, headers: list[ShardHeader]) -> None:
 
 def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool) -> Any:
     """Rows of figures, one a shard, as they are finished."""
-    dataset = ray.data.from_items(work, override_num_blocks=len(work))
+    dataset: Any = ray.data.from_items(work, override_num_blocks=len(work))
     dataset = dataset.map_batches(
         _tokenise,
         fn_kwargs={"jobs": jobs},
@@ -199,9 +199,7 @@ class ShardEncoder:
         with local_copy(jobs[0].checkpoint) as folder:
             model = ColBERT.from_pretrained(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = TextEncoder(
-            model, device=device, token_budget=jobs[0].token_budget, precision=jobs[0].precision
-        )
+        self.encoder = TextEncoder(model, device=device, token_budget=jobs[0].token_budget, precision=jobs[0].precision)
         self.codec = make_codec(jobs[0].codec, model.settings.dim)
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -24,8 +24,9 @@ def measure_run(
 ) -> Measures:
     """Measure a run.
 
-    Every query with at least one label counts: one that has no results, or no relevant label, has the value 0 (trec_eval's
-    convention with -c). Equal scores are ordered as trec_eval orders them, so give scores that fall with the rank.
+    Every query with at least one label counts: one that has no results, or no relevant label, has the value 0
+    (trec_eval's convention with -c). Equal scores are ordered as trec_eval orders them, so give scores
+    that fall with the rank.
 
     Args:
         run: columns query_id, doc_id, score.

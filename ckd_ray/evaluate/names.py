@@ -8,7 +8,8 @@ from typing import Any
 def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
     """The ir-measures measure of that name.
 
-    Binary measures count grades from `relevance_threshold` on, unless the name sets `rel` itself; nDCG keeps the grades.
+    Binary measures count grades from `relevance_threshold` on, unless the name sets `rel` itself; nDCG keeps the
+    grades.
 
     Raises:
         ValueError: ir-measures knows no such measure.

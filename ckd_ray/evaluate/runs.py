@@ -14,8 +14,8 @@ from ckd_ray.store.files import filesystem_of, write_atomic
 def falling_scores(run: pd.DataFrame) -> pd.DataFrame:
     """The run with scores that fall strictly with the rank.
 
-    trec_eval ignores ranks and orders equal scores by passage id, descending; so a tie would be measured in another order
-    than we show. Each score that does not fall is lowered by the least that a reader of the file can see.
+    trec_eval ignores ranks and orders equal scores by passage id, descending; so a tie would be measured in another
+    order than we show. Each score that does not fall is lowered by the least that a reader of the file can see.
     """
     run = run.sort_values(["query_id", "rank"], kind="stable")
     scores = run["score"].to_numpy(dtype="float64", copy=True)

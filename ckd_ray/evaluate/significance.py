@@ -23,9 +23,9 @@ class Difference:
 def paired_difference(a: FloatArray, b: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> Difference:
     """Compare two systems on the same queries.
 
-    Randomisation (Fisher's paired test): under chance the sign of every query's difference is free, so p is the share of
-    random sign patterns whose mean is at least as far from 0, with the observed one counted in. Bootstrap: percentiles of the
-    mean over queries drawn with replacement.
+    Randomisation (Fisher's paired test): under chance the sign of every query's difference is free, so p is the share
+    of random sign patterns whose mean is at least as far from 0, with the observed one counted in. Bootstrap:
+    percentiles of the mean over queries drawn with replacement.
 
     Args:
         a, b: values of the queries, in the same order.

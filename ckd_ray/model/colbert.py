@@ -37,12 +37,11 @@ class ColBERT(nn.Module):
         self.tokenizer = ColBERTTokenizer(tokenizer, settings)
         self.settings = settings
         self.projection = nn.Linear(backbone.config.hidden_size, settings.dim, bias=False)
+        self.skip_ids: Tensor
         self.register_buffer("skip_ids", torch.from_numpy(self.tokenizer.skip_ids).long(), persistent=False)
 
     @classmethod
-    def from_backbone(
-        cls, source: str, settings: ColBERTSettings, *, seed: int = 0, dropout: float = 0.0
-    ) -> ColBERT:
+    def from_backbone(cls, source: str, settings: ColBERTSettings, *, seed: int = 0, dropout: float = 0.0) -> ColBERT:
         """A bare `transformers` encoder with a new orthogonal projection drawn from `seed`.
 
         Args:

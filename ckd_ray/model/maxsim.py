@@ -1,7 +1,7 @@
 """MaxSim, the late interaction of ColBERT: every query row takes its best passage row.
 
-Source: method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query, N passages, L rows a
-passage, D dimensions.
+Source: method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query, N passages,
+L rows a passage, D dimensions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Similarities held at a time, in numbers. Passages are taken in chunks of that size, so memory does not grow with N, and on a
-# CPU the maximum reads what the matrix product has just left in the cache.
+# Similarities held at a time, in numbers. Passages are taken in chunks of that size, so memory does not grow with N,
+# and on a CPU the maximum reads what the matrix product has just left in the cache.
 _BLOCK = 1 << 21
 _BLOCK_GPU = 1 << 25
 # The similarity of a query row with a passage that has no rows: that of opposite unit rows, the least there can be.
@@ -32,17 +32,19 @@ def maxsim(
 ) -> Tensor:
     """Scores of all passages for all queries: sum_i w_i max_j sim(Q_i, P_j).
 
-    Computed as 2 <a, b> - |a|^2 - |b|^2 by matrix products; only the winning row of every maximum is kept for the backward pass.
+    Computed as 2 <a, b> - |a|^2 - |b|^2 by matrix products; only the winning row of every maximum is kept for the
+    backward pass.
 
     Args:
         queries_BQD: any float type; half types are computed in float32. Rows need not be unit.
         passages_NLD: the same D.
-        passage_mask_NL: bool or 0/1. Rows where it is False never win. A passage without rows gives -4 (l2) or -1 (cosine) a query
-            row, the similarity of opposite unit rows, so that it ranks below every other.
+        passage_mask_NL: bool or 0/1. Rows where it is False never win. A passage without rows gives -4 (l2) or -1
+            (cosine) a query row, the similarity of opposite unit rows, so that it ranks below every other.
         weights_BQ: a factor for each query row; ones when None. Rows of weight 0 add nothing.
-        similarity: `l2`: -|a - b|^2. `cosine`: <a, b> / (|a| |b|), also for rows that are not unit; a zero row has cosine 0.
-        zero_row_floor: put a zero row beside every passage, as padding does in the published training score: no maximum falls
-            below -|a|^2 (l2) or 0 (cosine).
+        similarity: `l2`: -|a - b|^2. `cosine`: <a, b> / (|a| |b|), also for rows that are not unit; a zero row has
+            cosine 0.
+        zero_row_floor: put a zero row beside every passage, as padding does in the published training score: no
+            maximum falls below -|a|^2 (l2) or 0 (cosine).
 
     Returns:
         scores_BN, float32 (float64 for float64 inputs).
@@ -53,9 +55,7 @@ def maxsim(
     _check(queries_BQD, passages_NLD, passage_mask_NL, weights_BQ, similarity)
     # Autocast would take the products, and the sum over query rows, back to half precision.
     with torch.autocast(queries_BQD.device.type, enabled=False):
-        return _scores(
-            queries_BQD, passages_NLD, passage_mask_NL.bool(), weights_BQ, similarity, zero_row_floor
-        )
+        return _scores(queries_BQD, passages_NLD, passage_mask_NL.bool(), weights_BQ, similarity, zero_row_floor)
 
 
 def _scores(
@@ -89,9 +89,7 @@ def _scores(
     return torch.einsum("bqn,bq->bn", best_BQN, weights_BQ.to(dtype))
 
 
-def _check(
-    queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor | None, similarity: str
-) -> None:
+def _check(queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor | None, similarity: str) -> None:
     if similarity not in _NOTHING:
         raise ValueError(f"similarity: expected l2 or cosine, got {similarity!r}")
     if queries.ndim != 3 or passages.ndim != 3 or queries.shape[2] != passages.shape[2]:
@@ -128,7 +126,7 @@ class _BestRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BQN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BQN: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         a_RD, b_NLD, where_RN, nothing_RN = ctx.saved_tensors
         num_passages, length, dim = b_NLD.shape
         grad_RN = grad_BQN.reshape(len(a_RD), num_passages).masked_fill(nothing_RN, 0.0)

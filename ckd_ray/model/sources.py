@@ -13,8 +13,8 @@ PACKAGE_PREFIX = "package:"
 def resolve_backbone(source: str) -> str:
     """A local folder, or the hub id unchanged.
 
-    `package:NAME/FOLDER` is FOLDER inside the installed package NAME, found without importing it, so that a model can be
-    installed by pip where hubs cannot be reached.
+    `package:NAME/FOLDER` is FOLDER inside the installed package NAME, found without importing it, so that a model can
+    be installed by pip where hubs cannot be reached.
 
     Raises:
         UserError: the package or the folder is not there.
@@ -33,5 +33,7 @@ def resolve_backbone(source: str) -> str:
     base = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (base / folder).resolve()
     if not path.is_relative_to(base) or not (path / "config.json").is_file():
-        raise UserError("no encoder in this package folder", where="model.backbone", found=source, expected="config.json")
+        raise UserError(
+            "no encoder in this package folder", where="model.backbone", found=source, expected="config.json"
+        )
     return str(path)

@@ -51,7 +51,14 @@ class ColBERTTokenizer:
 
     def _silent_ids(self) -> Int32Array:
         unused = {i for token, i in self.hf.get_vocab().items() if token.startswith("[unused")}
-        marks = {self.query_marker_id, self.doc_marker_id, self.mask_id, self.cls_id, self.sep_id, self.pad_id}
+        marks = {
+            self.query_marker_id,
+            self.doc_marker_id,
+            self.mask_id,
+            self.cls_id,
+            self.sep_id,
+            self.pad_id,
+        }
         return np.array(sorted(set(self.hf.all_special_ids) | unused | marks), np.int32)
 
     def _ids(self, texts: Sequence[str], maxlen: int) -> list[list[int]]:

@@ -40,8 +40,8 @@ def is_made(uri: str, fingerprint: str) -> bool:
 def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) -> bool:
     """Run `work` unless the artefact is there. Returns whether it ran.
 
-    `work` writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list of files.
-    When it writes a manifest of its own (the token store does), that one is extended.
+    `work` writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list of
+    files. When it writes a manifest of its own (the token store does), that one is extended.
     """
     if is_made(uri, fingerprint):
         return False

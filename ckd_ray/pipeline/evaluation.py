@@ -33,7 +33,7 @@ def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
     from ckd_ray.pipeline.work import embed_all
 
     collection = Collection.open(context.run)
-    splits = [s for s in context.config.evaluate.splits if s in collection.splits]
+    splits: list[str] = [s for s in context.config.evaluate.splits if s in collection.splits]
     if not splits:
         say("evaluate: the collection has none of the splits of evaluate.splits")
     embeddings = {"teacher": context.path("embeddings"), "student": context.path("student_embeddings")}
@@ -42,7 +42,12 @@ def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
 
     def embed_student() -> dict[str, Any]:
         store = embed_all(
-            context, context.path("student"), embeddings["student"], student_of, stage="evaluate", splits=splits
+            context,
+            context.path("student"),
+            embeddings["student"],
+            student_of,
+            stage="evaluate",
+            splits=splits,
         )
         return {"passages": store.num_passages}
 
@@ -79,9 +84,7 @@ def _measure_system(
     for split in splits:
         run = read_run(out, split)
         write_trec_run(context.path("evaluation", f"{system}.{split}.run"), run, f"ckd-ray-{system}")
-        measured[split] = measure_run(
-            run, _qrels(collection, split), settings.measures, settings.relevance_threshold
-        )
+        measured[split] = measure_run(run, _qrels(collection, split), settings.measures, settings.relevance_threshold)
     return measured
 
 
@@ -95,9 +98,7 @@ def read_run(folder: str, split: str) -> pd.DataFrame:
 
 def _qrels(collection: Collection, split: str) -> pd.DataFrame:
     labels = collection.qrels(split)
-    return pd.DataFrame(
-        {"query_id": labels.query_ids, "doc_id": labels.passage_ids, "relevance": labels.relevance}
-    )
+    return pd.DataFrame({"query_id": labels.query_ids, "doc_id": labels.passage_ids, "relevance": labels.relevance})
 
 
 def _write(context: RunContext, found: dict[str, dict[str, Measures]]) -> None:

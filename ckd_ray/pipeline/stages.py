@@ -1,7 +1,7 @@
 """The stages of a run, in order: what each depends on, which settings count, and the call that does it.
 
-A stage's fingerprint covers its settings and the fingerprints of its inputs, so a change reaches exactly what follows from it.
-Settings that only say where and how fast (actors, workers, checkpoint_every) are left out.
+A stage's fingerprint covers its settings and the fingerprints of its inputs, so a change reaches exactly what follows
+from it. Settings that only say where and how fast (actors, workers, checkpoint_every) are left out.
 """
 
 from __future__ import annotations

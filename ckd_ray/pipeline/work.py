@@ -1,7 +1,7 @@
 """What each stage does, in terms of the other rooms. Each function has the name of its stage.
 
-They take the run and the stage's fingerprint, fill the stage's folder, and return figures: `count` and `unit` for the closing
-line, and whatever the stage found out on the way.
+They take the run and the stage's fingerprint, fill the stage's folder, and return figures: `count` and `unit` for the
+closing line, and whatever the stage found out on the way.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def label(context: RunContext, made_of: str) -> dict[str, Any]:
         settings = search_settings(config, store, count * config.label.clusters // 32)
         with serving(store, settings, config.retrieve.actors) as servers:
             queries_per_part = label_queries(job, servers, count)
-    write_json_atomic(
-        context.path("labels", "manifest.json"), {"queries_per_part": queries_per_part, "split": "train"}
-    )
+    write_json_atomic(context.path("labels", "manifest.json"), {"queries_per_part": queries_per_part, "split": "train"})
     return {"count": count, "unit": "queries", "token_vote": config.label.token_vote}
 
 
@@ -154,7 +152,7 @@ def embed_all(
 def search_settings(config: Config, store: EmbeddingStore, num_queries: int) -> SearchSettings:
     """The engine for so many queries over this store; `auto` decides by the work that exact search would be."""
     r = config.retrieve
-    engine = r.engine
+    engine: str = r.engine
     if engine == "auto":
         engine = choose_engine(num_queries, config.model.query_maxlen, store.num_tokens, store.dim)
     return SearchSettings(engine, r.cells, r.nprobe, r.candidates, config.run.seed)
@@ -220,7 +218,15 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
     values: dict[str, Any] = {name: getattr(section, name) for name in shared}
     if stage == "distill":
         d = config.distill
-        names = ("objective", "temperature", "smoothing", "beta", "expansion_size", "zero_row_floor", "negatives_depth")
+        names = (
+            "objective",
+            "temperature",
+            "smoothing",
+            "beta",
+            "expansion_size",
+            "zero_row_floor",
+            "negatives_depth",
+        )
         values |= {name: getattr(d, name) for name in names}
         values["hard_negatives"] = True
     return TrainingTask(

@@ -1,9 +1,9 @@
 """Exact MaxSim over ragged passages, by grouped matrix products.
 
-Passages of equal length lie together, so that a block of them is one dense product and its maximum a plain reduction: no
-padding is multiplied and no index is followed. Scores are sum_i max_j <q_i, d_j> over unit rows, in float32, whatever the
-similarity (l2 and cosine rank alike there). Shapes: B queries, Q rows, N passages, L rows a passage, T rows of all, D
-dimensions, K results, M vectors.
+Passages of equal length lie together, so that a block of them is one dense product and its maximum a plain reduction:
+no padding is multiplied and no index is followed. Scores are sum_i max_j <q_i, d_j> over unit rows, in float32,
+whatever the similarity (l2 and cosine rank alike there). Shapes: B queries, Q rows, N passages, L rows a passage, T
+rows of all, D dimensions, K results, M vectors.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ class ExactIndex:
         return scores_BN
 
     def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
-        """The best `depth`: (scores_BK, passages_BK), highest first, equal scores by passage index; -inf and -1 behind the end."""
-        parts = [self._top(queries, depth) for queries in queries_BQD.split(max(1, (1 << 24) // max(1, self.num_passages)))]
+        """The best `depth`: (scores_BK, passages_BK), highest first, ties by passage index; -inf and -1 at the end."""
+        parts = [
+            self._top(queries, depth) for queries in queries_BQD.split(max(1, (1 << 24) // max(1, self.num_passages)))
+        ]
         return np.concatenate([s for s, _ in parts]), np.concatenate([p for _, p in parts])
 
     def _top(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:

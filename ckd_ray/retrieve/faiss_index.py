@@ -64,7 +64,8 @@ class TokenIndex:
         self.index.nprobe = min(nprobe, self.cells)
 
     def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
-        """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind the end."""
+        """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind
+        the end."""
         distances, positions = self.index.search(vectors_MD.float().contiguous().numpy(), k)
         return np.where(positions < 0, np.inf, distances), positions
 
@@ -74,8 +75,8 @@ def candidate_passages(
 ) -> Int64Array:
     """Passages of one query's nearest embeddings, the `limit` most promising of them, in ascending order.
 
-    A passage is promising by the sum over query rows of its best approximate similarity; a row in which the passage was not
-    met counts as that row's farthest neighbour, which is the most it can be.
+    A passage is promising by the sum over query rows of its best approximate similarity; a row in which the passage
+    was not met counts as that row's farthest neighbour, which is the most it can be.
 
     Args:
         distances_QK, positions_QK: K nearest embeddings of each of the Q query rows.

@@ -14,9 +14,7 @@ Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
 
-def merge_top(
-    parts: Sequence[tuple[Float32Array, Int64Array]], depth: int
-) -> tuple[Float32Array, Int64Array]:
+def merge_top(parts: Sequence[tuple[Float32Array, Int64Array]], depth: int) -> tuple[Float32Array, Int64Array]:
     """The best `depth` of all parts: (scores_BK, passages_BK), highest score first, equal scores by passage index.
 
     Args:
@@ -40,7 +38,7 @@ def merge_top(
 def merge_neighbours(
     parts: Sequence[tuple[Float32Array, Int64Array, Int64Array]], k: int
 ) -> tuple[Float32Array, Int64Array]:
-    """The k nearest of all parts: (distances_Mk, token_ids_Mk), nearest first, equal distances by position in the store.
+    """The k nearest of all parts: (distances_Mk, token_ids_Mk), nearest first, ties by position in the store.
 
     Args:
         parts: distances (M, k_i), token ids and positions (the number of the embedding in the whole store), +inf and -1

@@ -1,8 +1,8 @@
 """Rankings on disk. Shapes: B queries, K = depth results a query.
 
-A part holds the rankings of consecutive queries of a split: `train-000012.parquet` with query_id, passage_id, rank (from 1) and score
-(contract.md), and the dense query_index and passage_index beside them. When all parts are there, `train.npy` is made of
-them: int32 (queries, K), passage indices best first, -1 where a ranking ends, for random access in training.
+A part holds the rankings of consecutive queries of a split: `train-000012.parquet` with query_id, passage_id, rank
+(from 1) and score, and the dense query_index and passage_index beside them. When all parts are there, `train.npy` is
+made of them: int32 (queries, K), passage indices best first, -1 where a ranking ends, for random access in training.
 """
 
 from __future__ import annotations

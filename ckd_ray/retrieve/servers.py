@@ -92,7 +92,8 @@ class serving:
 
     def __init__(self, store: EmbeddingStore, settings: SearchSettings, servers: int | str = "auto") -> None:
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        # A faiss index of its own for every range would change the candidates with the number of servers, so there is one.
+        # A faiss index of its own for every range would change the candidates with the number of servers, so there is
+        # one.
         wanted = (1 if settings.engine == "faiss" else cpus) if servers == "auto" else int(servers)
         count = max(1, min(wanted, store.num_shards))
         self._bounds = np.linspace(0, store.num_shards, count + 1).astype(int)

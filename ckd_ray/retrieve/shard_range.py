@@ -25,7 +25,8 @@ _EXACT_OPERATIONS = 6e13
 
 
 def choose_engine(num_queries: int, query_rows: int, num_tokens: int, dim: int) -> str:
-    """`exact` while all queries against all token embeddings are within 6e13 multiplications and additions, else `faiss`."""
+    """`exact` while all queries against all token embeddings are within 6e13 multiplications and additions, else
+    `faiss`."""
     return "exact" if 2.0 * num_queries * query_rows * num_tokens * dim <= _EXACT_OPERATIONS else "faiss"
 
 
@@ -78,7 +79,8 @@ class ShardRange:
         return len(self.lengths)
 
     def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
-        """The best `depth` passages of this range: scores_BK and dense indices, highest first; -inf and -1 behind the end."""
+        """The best `depth` passages of this range: scores_BK and dense indices, highest first; -inf and -1 behind the
+        end."""
         if self.engine == "exact":
             return self._exact.search(queries_BQD, depth)
         flat = queries_BQD.reshape(-1, queries_BQD.shape[2])
@@ -94,7 +96,8 @@ class ShardRange:
         return np.concatenate([s for s, _ in rows]), np.concatenate([p for _, p in rows])
 
     def nearest_token_ids(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
-        """The k nearest token embeddings: squared distances, their vocabulary ids, and their positions in the whole store."""
+        """The k nearest token embeddings: squared distances, their vocabulary ids, and their positions in the whole
+        store."""
         if self.engine == "exact":
             found, at = nearest_rows(vectors_MD, self.rows_TD, k)
             distances, positions = found.cpu().numpy(), at.cpu().numpy()

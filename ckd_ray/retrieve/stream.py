@@ -1,4 +1,5 @@
-"""The retrieve stage: Ray Data streams query batches to the shard servers; each finished batch is a file of rankings."""
+"""The retrieve stage: Ray Data streams query batches to the shard servers; each finished batch is a file of
+rankings."""
 
 from __future__ import annotations
 

@@ -177,7 +177,9 @@ def write_manifest(uri: str, fingerprint: str, headers: list[ShardHeader], size:
         "codec": headers[0].codec if headers else "fp16",
         "vocabulary": vocabulary,
         "bytes": size,
-        "shards": [{k: v for k, v in asdict(h).items() if k in ("first", "passages", "tokens", "sha256")} for h in headers],
+        "shards": [
+            {k: v for k, v in asdict(h).items() if k in ("first", "passages", "tokens", "sha256")} for h in headers
+        ],
         **extra,
     }
     write_json_atomic(join(uri, MANIFEST), manifest)

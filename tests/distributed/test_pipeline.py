@@ -105,7 +105,9 @@ def test_a_second_run_does_nothing(finished: Path, tiny_backbone: str, tiny_coll
 
 
 def test_workers_and_actors_do_not_count_as_a_change(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
-    reports = run(finished, tiny_backbone, tiny_collection, "embed.actors=1", "distill.workers=2", "distill.log_every=7")
+    reports = run(
+        finished, tiny_backbone, tiny_collection, "embed.actors=1", "distill.workers=2", "distill.log_every=7"
+    )
     assert all(r.skipped for r in reports)
 
 

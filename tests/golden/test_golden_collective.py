@@ -38,7 +38,9 @@ def test_centroids_and_clusters(golden: dict[str, np.ndarray], feedback: list[li
     for query, passages in enumerate(feedback):
         points = torch.cat(passages)[None]
         mask = torch.ones(points.shape[:2], dtype=torch.bool)
-        found = kmeans(points, mask, torch.from_numpy(golden["start"][query])[None], torch.ones(1, 24, dtype=torch.bool))
+        found = kmeans(
+            points, mask, torch.from_numpy(golden["start"][query])[None], torch.ones(1, 24, dtype=torch.bool)
+        )
         assert np.abs(found.centroids_BKD[0].numpy() - golden["centroids"][query]).max() < 1e-3
         assert np.array_equal(found.labels_BT[0].numpy(), golden["labels"][first : first + points.shape[1]])
         first += points.shape[1]
@@ -52,7 +54,8 @@ def test_votes(golden: dict[str, np.ndarray]) -> None:
 
 
 def test_expansions(golden: dict[str, np.ndarray], feedback: list[list[torch.Tensor]]) -> None:
-    """All four queries in one call, each centroid answered with the published neighbours of the nearest published one."""
+    """All four queries in one call, each centroid answered with the published neighbours of the nearest published
+    one."""
 
     def neighbours(centroids: torch.Tensor) -> np.ndarray:
         published = torch.from_numpy(golden["centroids"]).reshape(-1, 128)

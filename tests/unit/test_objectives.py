@@ -63,9 +63,7 @@ def test_objectives_equal_the_literal_version(name: str, smoothing: float, maske
         **arguments,
     )
     wanted = [
-        literal_row(
-            name, student[b].tolist(), teacher[b].tolist(), int(positives[b]), valid[b].tolist(), smoothing
-        )
+        literal_row(name, student[b].tolist(), teacher[b].tolist(), int(positives[b]), valid[b].tolist(), smoothing)
         for b in range(6)
     ]
     assert rows.tolist() == pytest.approx(wanted, abs=1e-9)
@@ -132,9 +130,7 @@ def test_invalid_columns_may_hold_any_teacher_score() -> None:
     before = objective_loss("cross_encoder", student, teacher_scores_BN=teacher, **arguments)
     for value in (torch.nan, 1e30):
         other = torch.where(valid, teacher, value)
-        assert torch.equal(
-            objective_loss("cross_encoder", student, teacher_scores_BN=other, **arguments), before
-        )
+        assert torch.equal(objective_loss("cross_encoder", student, teacher_scores_BN=other, **arguments), before)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -162,8 +158,7 @@ def test_unknown_objective_and_missing_teacher() -> None:
 def test_teacher_scores_are_two_weighted_sums(similarity: str, floor: bool) -> None:
     random = torch.Generator().manual_seed(7)
     queries, passages = (
-        torch.nn.functional.normalize(torch.randn(s, generator=random), dim=-1)
-        for s in ((2, 5, 8), (4, 6, 8))
+        torch.nn.functional.normalize(torch.randn(s, generator=random), dim=-1) for s in ((2, 5, 8), (4, 6, 8))
     )
     expansions, weights = (
         0.5 * torch.randn(2, 3, 8, generator=random),
@@ -171,17 +166,13 @@ def test_teacher_scores_are_two_weighted_sums(similarity: str, floor: bool) -> N
     )
     mask = torch.rand(4, 6, generator=random) < 0.7
     mask[:, 0] = True
-    scores = teacher_scores(
-        queries, expansions, weights, passages, mask, similarity=similarity, zero_row_floor=floor
-    )
+    scores = teacher_scores(queries, expansions, weights, passages, mask, similarity=similarity, zero_row_floor=floor)
     own = maxsim(queries, passages, mask, similarity=similarity, zero_row_floor=floor)
     extra = torch.stack(
         [
             sum(
                 weights[b, e]
-                * maxsim(
-                    expansions[b : b + 1, e : e + 1], passages, mask, None, similarity, zero_row_floor=floor
-                )[0]
+                * maxsim(expansions[b : b + 1, e : e + 1], passages, mask, None, similarity, zero_row_floor=floor)[0]
                 for e in range(3)
             )
             for b in range(2)
