@@ -67,11 +67,8 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def quickstart_text() -> str:
-    """The YAML of the embedded default: package data when installed, `configs/` in a source tree."""
-    packaged = resources.files("ckd_ray").joinpath("configs", QUICKSTART)
-    if packaged.is_file():
-        return packaged.read_text(encoding="utf-8")
-    return (Path(__file__).parents[2] / "configs" / QUICKSTART).read_text(encoding="utf-8")
+    """The YAML of the embedded default, `configs/quickstart.yaml`, which is installed with the package."""
+    return resources.files("ckd_ray.config").joinpath(QUICKSTART).read_text(encoding="utf-8")
 
 
 def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:

@@ -1,0 +1,134 @@
+"""The configuration: defaults of the contract, overrides, and every mistake at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ckd_ray.config import Config, ConfigError, load_config
+from ckd_ray.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_example_is_valid(path: Path) -> None:
+    assert load_config(str(path)).run.name == path.stem
+
+
+def test_no_file_reads_the_embedded_quick_start() -> None:
+    assert load_config(None) == load_config(str(CONFIGS[0].with_name("quickstart.yaml")))
+
+
+def test_defaults_of_the_contract(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    c = load_config(str(tmp_path / "empty.yaml"))
+    assert (c.run.name, c.run.storage, c.run.seed) == ("quickstart", "runs", 17)
+    assert (c.collection.train, c.collection.dev, c.collection.test, c.collection.limit) == ("train", "dev", "test", None)
+    m = c.model
+    assert (m.dim, m.query_maxlen, m.doc_maxlen, m.mask_punctuation, m.similarity) == (128, 32, 180, True, "l2")
+    assert (c.teacher.checkpoint, c.teacher.batch_size, c.teacher.learning_rate) == (None, 36, 3e-6)
+    r = c.retrieve
+    assert (r.engine, r.cells, r.nprobe, r.candidates, r.depth) == ("auto", "auto", 32, 1024, 100)
+    assert c.label.model_dump() == {
+        "feedback_passages": 3,
+        "clusters": 24,
+        "voters": 10,
+        "token_vote": "collection",
+    }
+    d = c.distill
+    assert (d.objective, d.temperature, d.smoothing, d.beta, d.expansion_size) == ("collective", 0.25, 0.0, 1.0, 10)
+    assert (d.negatives, d.negatives_depth, d.batch_size, d.learning_rate) == (1, 100, 36, 3e-6)
+    assert c.evaluate.measures == ["MRR@10", "nDCG@10", "R@100", "R@1000"]
+    assert (c.evaluate.depth, c.evaluate.relevance_threshold) == (1000, 1)
+
+
+def test_overrides_are_yaml_and_the_last_wins() -> None:
+    c = load_config(
+        None,
+        ["distill.temperature=0.5", "distill.temperature=3e-1", "evaluate.measures=[P@5]", "collection.limit=null"],
+    )
+    assert c.distill.temperature == 0.3
+    assert c.evaluate.measures == ["P@5"]
+    assert c.collection.limit is None
+
+
+def problems(*overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, list(overrides))
+    for problem in caught.value.problems:
+        assert problem.path in str(caught.value) and problem.message in str(caught.value)
+    return {p.path: p.message for p in caught.value.problems}
+
+
+def test_all_problems_at_once() -> None:
+    """An unknown key, a wrong type, a wrong choice and an impossible combination in one message."""
+    found = problems(
+        "distill.temperatur=0.3",
+        "label.clusters=many",
+        "embed.actors=0",
+        "retrieve.engine=fais",
+        "distill.expansion_size=30",
+    )
+    assert found == {
+        "distill.temperatur": "unknown key; did you mean distill.temperature?",
+        "label.clusters": "input should be a valid integer, unable to parse string as an integer, found 'many'",
+        "embed.actors": "expected auto or a number in range, found 0",
+        "retrieve.engine": "input should be 'auto', 'exact' or 'faiss', found 'fais'",
+        "distill.expansion_size": "must be at most label.clusters (24)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "message"),
+    [
+        ("temperature=1", "temperature", "did you mean distill.temperature?"),
+        ("retreive.depth=3", "retreive", "did you mean retrieve?"),
+        ("teacher=3", "teacher", "expected a section of keys, found 3"),
+        ("distill.temperature=0", "distill.temperature", "greater than 0"),
+        ("distill.smoothing=1", "distill.smoothing", "less than 1"),
+        ("run.name=a/b", "run.name", "match pattern"),
+        ("collection.format=beir", "collection.path", "needs a folder"),
+        ("collection.path=x", "collection.path", "no meaning for format docstrings"),
+        ("distill.negatives_depth=101", "distill.negatives_depth", "at most retrieve.depth (100)"),
+        ("retrieve.depth=2", "retrieve.depth", "at least label.feedback_passages (3)"),
+        ("distill.objective=label_smoothing", "distill.smoothing", "needs a share above 0"),
+        ("distill.accumulate=99", "distill.accumulate", "at most distill.batch_size"),
+        ("evaluate.measures=[MRR@10,magic@3]", "evaluate.measures[1]", "unknown measure 'magic@3'"),
+        ("run.name.x=1", "run.name.x", "name is 'quickstart', not a section"),
+    ],
+)
+def test_each_problem_names_the_key_and_the_way_out(override: str, path: str, message: str) -> None:
+    found = problems(override)
+    assert path in found and message in found[path], found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distill: [", "not valid YAML"),
+        ("distill: {beta: 1, beta: 2}", "key 'beta' is given twice"),
+        ("- a\n- b\n", "expected sections"),
+        ("run: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        load_config(str(path))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml.*cannot be read"):
+        load_config("nowhere.yaml")
+
+
+def test_an_override_without_a_value() -> None:
+    assert "expected key=value" in problems("distill.temperature")[""]
+
+
+def test_the_tree_does_not_change_after_loading() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().run.name = "other"  # type: ignore[misc]
