@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import click
 import typer
 
 from ckd_ray.errors import JobError, UserError
@@ -44,25 +44,34 @@ def main() -> None:
     """Entry point: exit status 0 done, 1 the job failed, 2 the user's input is wrong, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = app(standalone_mode=False)
-        code = status if isinstance(status, int) else 0
-    except click.exceptions.Abort:
-        code = _fail("interrupted; the same command goes on where this one stopped", 130)
-    except KeyboardInterrupt:
-        code = _fail("interrupted; the same command goes on where this one stopped", 130)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except UserError as error:
-        code = _fail(str(error), 2)
-    except JobError as error:
-        code = _fail(str(error), 1)
-    except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request
-        if os.environ.get("CKD_RAY_TRACEBACK"):
-            raise
-        code = _fail(f"{type(error).__name__}: {_root_cause(error)}\n  (CKD_RAY_TRACEBACK=1 shows the traceback)", 1)
-    sys.stdout.flush()
-    sys.exit(code)
+        app()
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(_fail("interrupted", 130))
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors end the process with a message and the right status, never with a traceback."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            code = _fail("interrupted; the same command goes on where this one stopped", 130)
+        except UserError as error:
+            code = _fail(str(error), 2)
+        except JobError as error:
+            code = _fail(str(error), 1)
+        except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request
+            if os.environ.get("CKD_RAY_TRACEBACK"):
+                raise
+            hint = "CKD_RAY_TRACEBACK=1 shows the traceback"
+            code = _fail(f"{type(error).__name__}: {_root_cause(error)}\n  ({hint})", 1)
+        else:
+            return
+        raise typer.Exit(code)
+
+    return call
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -109,6 +118,7 @@ def version_option(
 
 
 @app.command()
+@guarded
 def train(
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -133,6 +143,7 @@ def train(
 
 
 def _stage_command(name: str, text: str) -> None:
+    @guarded
     def command(
         config: ConfigOption = None,
         set_: SetOption = None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ckd_ray.errors import JobError, UserError
@@ -28,14 +30,30 @@ def connected(target: str | None) -> Iterator[None]:
         UserError: the address cannot be reached, or refuses our token.
     """
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    # Joining does not switch token authentication on by itself, while a head that finds a token demands it; a head without
+    # authentication does not mind. Read when Ray is first imported.
+    if _token_file().exists() or os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     _start(target)
     try:
         _quiet_data()
+        _keep_token_private()
         yield
     finally:
         ray.shutdown()
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _keep_token_private() -> None:
+    """Ray writes the token so that everybody on the machine can read it."""
+    with suppress(OSError):
+        if _token_file().stat().st_mode & 0o077:
+            _token_file().chmod(0o600)
 
 
 def _start(target: str | None) -> None:
@@ -69,16 +87,24 @@ def _start(target: str | None) -> None:
         return
     address = target or os.environ["RAY_ADDRESS"]
     try:
+        _reach(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # OSError holds ConnectionError and TimeoutError
         raise UserError(
             "this Ray cannot be joined",
             where="--cluster" if target else "RAY_ADDRESS",
             expected="the address of a running head node (HOST:6379)",
-            found=f"{address}: {str(error).strip().splitlines()[0]}",
+            found=f"{address}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             fix="check that the head runs and that both sides hold the same token (RAY_AUTH_TOKEN, ~/.ray/auth_token)",
         ) from error
     say(f"joined Ray at {address} ({_size()})")
+
+
+def _reach(address: str) -> None:
+    """Knock first: Ray itself waits for minutes where nobody answers. `auto` and ray:// addresses are left to Ray."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _size() -> str:

