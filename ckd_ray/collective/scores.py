@@ -1,4 +1,4 @@
-"""The teacher's score: its own MaxSim, plus that of the expansion (method.md, step 5).
+"""The teacher's score: its own MaxSim, plus that of the expansion (docs/method.md, step 5).
 
 Shapes: B queries, Q rows, E expansion embeddings, N passages, L rows a passage, D dimensions.
 """

@@ -1,4 +1,4 @@
-"""The label stage: for every training query its feedback passages and their collective expansion (method.md step 4).
+"""The label stage: for every training query its feedback passages and their collective expansion (docs/method.md step 4).
 
 Runs on Ray Data, a file of labels a batch of queries; the mathematics is in `expand.py` and knows nothing of Ray.
 """

@@ -71,8 +71,9 @@ def _measures(config: Config) -> Iterator[tuple[str, str]]:
             yield path, str(error)
             continue
         cutoff = measure.params.get("cutoff")
-        wrong = [key for key, value in measure.params.items() if not measure.SUPPORTED_PARAMS[key].validate(value)]
-        missing = [key for key, info in measure.SUPPORTED_PARAMS.items() if info.required and key not in measure.params]
+        takes = measure.SUPPORTED_PARAMS
+        wrong = [key for key, value in measure.params.items() if key not in takes or not takes[key].validate(value)]
+        missing = [key for key, info in takes.items() if info.required and key not in measure.params]
         if "cutoff" in wrong or "cutoff" in missing or (cutoff is not None and cutoff < 1):
             yield path, f"{name!r} needs a cutoff, a whole number of 1 or more, such as {name.partition('@')[0]}@10"
         elif wrong or missing:

@@ -129,7 +129,7 @@ class RetrieveConfig(Section):
 
 
 class LabelConfig(Section):
-    """Collective knowledge (method.md step 4). `token_vote`: who names a centroid's token."""
+    """Collective knowledge (docs/method.md step 4). `token_vote`: who names a centroid's token."""
 
     feedback_passages: Positive = 3
     clusters: Annotated[int, Field(gt=0, le=1024)] = 24

@@ -27,6 +27,7 @@ SCHEMA_VERSION = 1
 ROWS_A_GROUP = 256  # training reads passages at random, a row group each
 _ROWS_A_FILE = 131_072
 _ROWS_A_BLOCK = 4096
+_DUPLICATES_NAMED = 20
 _PASSAGES = pa.schema([("passage_id", pa.string()), ("text", pa.large_string())])
 _IDS = pa.schema([("passage_id", pa.large_string())])
 
@@ -40,6 +41,8 @@ class CollectionManifest:
     num_passages: int
     fingerprint: str
     empty_passages: int
+    mended_passages: int = 0
+    limit: int | None = None
     splits: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
@@ -59,23 +62,28 @@ class _Split:
 def build_collection(settings: CollectionConfig, out: str, *, progress: Advance | None = None) -> CollectionManifest:
     """Read the configured collection and write `out`/queries and `out`/corpus.
 
-    With `limit` the corpus keeps every labelled passage and the first others up to that many in all.
+    With `limit` the corpus keeps every labelled passage, however many there are, and the first others up to that many
+    in all, so that no query loses its label; the manifest records the limit. (Docstrings are cut before they are
+    labelled.)
 
     Raises:
-        InputError: lists what is wrong, with file and line. UserError: a file is missing.
+        InputError: lists what is wrong, with file and line; up to 20 problems at once.
+        UserError: a file is missing or cannot be read.
     """
     source = open_source(settings)
     problems = Problems()
     splits = {split: _read_split(source, split, problems) for split in source.splits}
+    _check_training(splits, settings, problems)
     problems.check()
     wanted = {row.passage_id: -1 for split in splits.values() for row in split.labels}
     with new_folder(join(out, "corpus")) as folder:
         writer = _CorpusWriter(folder, wanted, settings.limit, progress or (lambda done, total: None))
         writer.write(source.passages(problems), problems)
+        _name_duplicates(source, writer.duplicates(), problems)
         _check_labels(splits, wanted, problems)
         problems.check()
         digest = writer.digest
-        manifest = CollectionManifest(writer.count, "", writer.empty)
+        manifest = CollectionManifest(writer.count, "", writer.empty, writer.mended, settings.limit)
         with new_folder(join(out, "queries")) as queries:
             for name, split in splits.items():
                 manifest.splits[name] = _write_split(queries, name, split, wanted, settings.positive_grade, digest)
@@ -144,16 +152,11 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
         else:
             seen[key] = label
             labels.append(label)
-    if source.splits and _one_file_of_queries(source):
+    if source.shared_queries:
         labelled = {label.query_id for label in labels}
         kept = [i for i, name in enumerate(ids) if name in labelled]
         ids, texts = [ids[i] for i in kept], [texts[i] for i in kept]
     return _Split(ids, texts, labels)
-
-
-def _one_file_of_queries(source: Source) -> bool:
-    """BEIR keeps the queries of all splits in one file: a split's queries are those that its qrels name."""
-    return any(file.endswith(("queries.jsonl", "queries.jsonl.gz")) for file in source.files)
 
 
 class _CorpusWriter:
@@ -161,7 +164,7 @@ class _CorpusWriter:
 
     def __init__(self, folder: str, wanted: dict[str, int], limit: int | None, progress: Advance) -> None:
         self.folder, self.wanted, self.limit, self.progress = folder, wanted, limit, progress
-        self.count = self.empty = 0
+        self.count = self.empty = self.mended = 0
         self.digest = hashlib.sha256(f"ckd-ray collection {SCHEMA_VERSION}".encode())
         self._others = 0  # unlabelled passages kept
         self._labelled = len(wanted)
@@ -187,7 +190,6 @@ class _CorpusWriter:
             self._flush(block, ids)
         if self._parquet is not None:
             self._parquet.close()
-        self._check_duplicates(problems)
         if not self.count and not problems.lines:
             problems.add("collection", "no passages", expected="at least one", found="an empty file")
 
@@ -203,16 +205,16 @@ class _CorpusWriter:
         if not block:
             return
         names = [row.id for row in block]
-        texts = [_storable(row.text) for row in block]
+        texts = [row.text for row in block]
         for i, name in enumerate(names):
             if name in self.wanted and name not in self._met:
                 self._met.add(name)
                 self.wanted[name] = self.count + i
-        self.empty += sum(not text.strip() for text in texts)
+        self.empty += sum(not text or text.isspace() for text in texts)
+        self.digest.update(self._bytes(names, texts))
+        keys = pa.array(names, pa.large_string())
         self._hashes.append(pd.util.hash_array(np.array(names, object), categorize=False))
-        for name, text in zip(names, texts, strict=True):
-            self.digest.update(f"{len(name)}:{len(text)}:".encode() + name.encode() + text.encode())
-        table = pa.table([pa.array(names, pa.string()), pa.array(texts, pa.large_string())], schema=_PASSAGES)
+        table = pa.table([keys.cast(pa.string()), pa.array(texts, pa.large_string())], schema=_PASSAGES)
         if self._parquet is None or self._rows_in_file >= _ROWS_A_FILE:
             if self._parquet is not None:
                 self._parquet.close()
@@ -220,32 +222,66 @@ class _CorpusWriter:
             self._parquet = pq.ParquetWriter(path, _PASSAGES, compression="zstd")
             self._files, self._rows_in_file = self._files + 1, 0
         self._parquet.write_table(table, row_group_size=ROWS_A_GROUP)
-        ids.write_table(pa.table([pa.array(names, pa.large_string())], schema=_IDS))
+        ids.write_table(pa.table([keys], schema=_IDS))
         self._rows_in_file += len(block)
         self.count += len(block)
         self.progress(self.count, None)
 
-    def _check_duplicates(self, problems: Problems) -> None:
-        """By 8-byte hashes; only where these agree the ids themselves are looked up and compared."""
+    def _bytes(self, names: list[str], texts: list[str]) -> bytes:
+        """What the fingerprint takes in; texts that UTF-8 cannot hold are mended in place, and counted."""
+        try:
+            return _hashable(names, texts)
+        except UnicodeEncodeError:
+            for i, text in enumerate(texts):
+                texts[i] = _storable(text)
+                self.mended += texts[i] != text
+            return _hashable(names, texts)
+
+    def duplicates(self) -> set[str]:
+        """Ids that came twice (at most a message's worth): found by 8-byte hashes, confirmed on the ids themselves."""
+        found: set[str] = set()
         if not self._hashes:
-            return
+            return found
         hashes = np.concatenate(self._hashes)
         order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        hashes = hashes[order]
+        same = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
         if not len(same):
-            return
+            return found
         with pa.memory_map(os.path.join(self.folder, "ids.arrow")) as source:
             column = ipc.open_file(source).read_all()["passage_id"]
+            seen: set[str] = set()
             for i in same.tolist():
-                first, second = sorted((int(order[i]), int(order[i + 1])))
-                name = column[second].as_py()
-                if column[first].as_py() == name:
-                    problems.add(
-                        f"passage {second + 1}",
-                        "a duplicate passage id",
-                        expected="unique ids",
-                        found=f"{shorten(name)}, also passage {first + 1} of the file",
-                    )
+                if i == 1 or hashes[i - 2] != hashes[i - 1]:  # the first of its hash
+                    seen = {column[int(order[i - 1])].as_py()}
+                name = column[int(order[i])].as_py()
+                if name in seen:
+                    found.add(name)
+                    if len(found) >= _DUPLICATES_NAMED:
+                        break
+                seen.add(name)
+        return found
+
+
+def _hashable(names: list[str], texts: list[str]) -> bytes:
+    """Lengths in front, so that no two different lists read alike."""
+    rows = zip(names, texts, strict=True)
+    return "".join([f"{len(name)}:{len(text)}:{name}{text}" for name, text in rows]).encode()
+
+
+def _name_duplicates(source: Source, names: set[str], problems: Problems) -> None:
+    """Both places of each duplicate, by reading the source once more: places are not kept while it streams."""
+    if not names:
+        return
+    first: dict[str, str] = {}
+    for row in source.passages(Problems(most=None)):
+        if row.id not in names:
+            continue
+        if row.id in first:
+            found = f"{shorten(row.id)}, also at {first[row.id]}"
+            problems.add(row.where, "a duplicate passage id", expected="unique ids", found=found)
+        else:
+            first[row.id] = row.where
 
 
 def _storable(text: str) -> str:
@@ -255,6 +291,19 @@ def _storable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode()
     return text
+
+
+def _check_training(splits: dict[str, _Split], settings: CollectionConfig, problems: Problems) -> None:
+    """Without one labelled training query there is nothing to learn from; better said here than by the teacher."""
+    split = splits.get("train")
+    if split is None or problems.lines or any(row.relevance >= settings.positive_grade for row in split.labels):
+        return
+    problems.add(
+        f"split {settings.train}",
+        "no training query has a positive label",
+        expected=f"a label of grade {settings.positive_grade} (collection.positive_grade) or more",
+        found=f"{len(split.ids)} queries, {len(split.labels)} labels",
+    )
 
 
 def _check_labels(splits: dict[str, _Split], wanted: dict[str, int], problems: Problems) -> None:
@@ -288,8 +337,7 @@ def _write_split(
     )
     pq.write_table(table, os.path.join(folder, f"{name}.qrels.parquet"), compression="zstd")
     digest.update(f"split {name} {len(split.ids)} {len(labels)}:".encode())
-    for query, text in zip(split.ids, texts, strict=True):
-        digest.update(f"{len(query)}:{len(text)}:".encode() + query.encode() + text.encode())
+    digest.update(_hashable(split.ids, texts))
     for row in labels:
         digest.update(f"{len(row.query_id)}:{row.query_id}:{wanted[row.passage_id]}:{row.relevance};".encode())
     labelled = {row.query_id for row in labels if row.relevance >= positive_grade}
@@ -301,6 +349,7 @@ def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> Non
     files: list[dict[str, Any]] = [
         {
             "name": n,
+            "rows": _rows(os.path.join(folder, n)),
             "bytes": os.path.getsize(os.path.join(folder, n)),
             "sha256": sha256_of(os.path.join(folder, n)),
         }
@@ -314,13 +363,24 @@ def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> Non
         "files": files,
         "splits": manifest.splits,
         "empty_passages": manifest.empty_passages,
+        "mended_passages": manifest.mended_passages,
+        "limit": manifest.limit,
     }
     write_json_atomic(os.path.join(folder, "manifest.json"), value)
+
+
+def _rows(path: str) -> int:
+    if path.endswith(".parquet"):
+        return int(pq.read_metadata(path).num_rows)
+    with pa.memory_map(path) as source:
+        return int(ipc.open_file(source).read_all().num_rows)
 
 
 def _tell(manifest: CollectionManifest, source: Source) -> None:
     if manifest.empty_passages:
         say(f"collection: {manifest.empty_passages:,} passages are empty; they are kept, though little can find them")
+    if manifest.mended_passages:
+        say(f"collection: {manifest.mended_passages:,} passages held half a surrogate pair, now a question mark")
     for name, split in manifest.splits.items():
         if split["unlabelled"]:
             use = (

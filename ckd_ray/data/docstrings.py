@@ -2,7 +2,8 @@
 
 A query is the first sentence of a docstring; its labelled passage is the qualified name and the rest of the docstring.
 The first sentence is left out of the passage, so that a query must be answered by what the rest says. Sources are
-parsed, never imported. A thing documented in the same words twice counts once.
+parsed, never imported. A thing documented in the same words twice counts once, and so does a name that is defined
+twice (the getter and the setter of a property, overloads): the first stands.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def docstring_source(settings: CollectionConfig) -> Source:
         UserError: a package named in the configuration is not installed, or there is no documentation at all.
     """
     named = settings.packages is not None
-    entries: list[Entry] = []
+    entries: dict[str, Entry] = {}
     seen: set[str] = set()
     for package in settings.packages or PACKAGES:
         files = _sources(package)
@@ -68,24 +69,21 @@ def docstring_source(settings: CollectionConfig) -> Source:
         for module, path in files or ():
             for entry in read_docstrings(module, path):
                 key = " ".join((entry.sentence + entry.rest).lower().split())
-                if key not in seen:
+                if key not in seen and entry.name not in entries:
                     seen.add(key)
-                    entries.append(entry)
+                    entries[entry.name] = entry
     if not entries:
         raise UserError("the installed packages hold no documentation", where="collection.packages")
     # In the order of a hash, so that a limit keeps a mixture of all packages.
-    entries.sort(key=lambda e: hashlib.sha256(e.name.encode()).digest())
-    if settings.limit is not None:
-        entries = entries[: settings.limit]
+    ordered = sorted(entries.values(), key=lambda e: hashlib.sha256(e.name.encode()).digest())[: settings.limit]
 
     def texts(split: str | None, query: bool) -> Iterator[TextRow]:
-        for entry in entries:
+        for entry in ordered:
             if split in (None, entry.split):
-                text = entry.sentence if query else f"{entry.name}\n{entry.rest}"
-                yield TextRow(entry.name, text, entry.name)
+                yield TextRow(entry.name, entry.sentence if query else f"{entry.name}\n{entry.rest}", entry.name)
 
     def qrels(split: str, problems: Problems) -> Iterator[QrelRow]:
-        return (QrelRow(e.name, e.name, 1, e.name) for e in entries if e.split == split)
+        return (QrelRow(e.name, e.name, 1, e.name) for e in ordered if e.split == split)
 
     return Source(
         passages=lambda problems: texts(None, query=False),

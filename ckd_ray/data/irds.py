@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems
-from ckd_ray.data.sources import SPLITS, QrelRow, Source, TextRow
+from ckd_ray.data.sources import SPLITS, QrelRow, Source, TextRow, grade_fits
 from ckd_ray.errors import UserError
 
 
@@ -24,10 +24,12 @@ def ir_datasets_source(settings: CollectionConfig) -> Source:
         ) from error
     base = str(settings.path)
     corpus = _load(ir_datasets, base)
+    if not corpus.has_docs():
+        raise UserError("this id has no passages", where="collection.path", found=base)
     parts: dict[str, Any] = {}
     for split in SPLITS:
         name = getattr(settings, split)
-        wanted = name if name.startswith(base) else f"{base}/{name}"
+        wanted = name if name == base or name.startswith(f"{base}/") else f"{base}/{name}"
         try:
             part = _load(ir_datasets, wanted)
         except UserError:
@@ -36,10 +38,14 @@ def ir_datasets_source(settings: CollectionConfig) -> Source:
             continue
         if part.has_queries() and part.has_qrels():
             parts[split] = part
+        elif split == "train":
+            raise UserError(
+                "this id has no queries with labels", where="collection.train", found=wanted, fix="name another split"
+            )
     return Source(
-        passages=lambda problems: _texts(base, corpus.docs_iter(), "doc_id"),
-        queries=lambda split, problems: _texts(f"{base} {split}", parts[split].queries_iter(), "query_id"),
-        qrels=lambda split, problems: _qrels(f"{base} {split}", parts[split].qrels_iter(), problems),
+        passages=lambda problems: _texts(base, corpus.docs_iter, "doc_id"),
+        queries=lambda split, problems: _texts(f"{base} {split}", parts[split].queries_iter, "query_id"),
+        qrels=lambda split, problems: _qrels(f"{base} {split}", parts[split].qrels_iter, problems),
         splits=tuple(parts),
         files=(),
     )
@@ -52,12 +58,23 @@ def _load(ir_datasets: Any, name: str) -> Any:
         raise UserError("ir_datasets knows no such id", where="collection.path", found=name) from None
 
 
-def _texts(where: str, rows: Any, id_field: str) -> Iterator[TextRow]:
-    for number, row in enumerate(rows, 1):
+def _rows(where: str, open_rows: Callable[[], Iterable[Any]]) -> Iterator[tuple[int, Any]]:
+    """Numbered rows; what ir_datasets raises (no network, a data set to be fetched by hand) becomes a UserError."""
+    try:
+        yield from enumerate(open_rows(), 1)
+    except (OSError, RuntimeError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError("ir_datasets cannot read this data set", where=where, found=said) from error
+
+
+def _texts(where: str, open_rows: Callable[[], Iterable[Any]], id_field: str) -> Iterator[TextRow]:
+    for number, row in _rows(where, open_rows):
         text = row.default_text() if hasattr(row, "default_text") else row.text
-        yield TextRow(str(getattr(row, id_field)), text, f"{where}: row {number}")
+        yield TextRow(str(getattr(row, id_field)), text, f"{where}: row ", number)
 
 
-def _qrels(where: str, rows: Any, problems: Problems) -> Iterator[QrelRow]:
-    for number, row in enumerate(rows, 1):
-        yield QrelRow(str(row.query_id), str(row.doc_id), int(row.relevance), f"{where}: row {number}")
+def _qrels(where: str, open_rows: Callable[[], Iterable[Any]], problems: Problems) -> Iterator[QrelRow]:
+    for number, row in _rows(where, open_rows):
+        grade = int(row.relevance)
+        if grade_fits(grade, f"{where}: row {number}", problems):
+            yield QrelRow(str(row.query_id), str(row.doc_id), grade, f"{where}: row ", number)

@@ -27,12 +27,14 @@ def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
         stream = fs.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None)
     except FileNotFoundError:
         raise UserError("this file does not exist", where=uri) from None
+    except OSError as error:  # a folder, or no permission
+        raise unreadable(uri, error) from None
     with stream:
         while True:
             try:
                 block = stream.read(_BLOCK)
             except (OSError, pa.ArrowInvalid) as error:
-                raise UserError("the file cannot be read", where=uri, found=str(error).splitlines()[0]) from None
+                raise unreadable(uri, error) from None
             if first:
                 block, first = block.removeprefix(b"\xef\xbb\xbf"), False
             data = rest + block
@@ -51,6 +53,12 @@ def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
                 number += len(lines)
             if not block:
                 return
+
+
+def unreadable(uri: str, error: Exception) -> UserError:
+    """What the file system or the decompressor said, as a UserError."""
+    said = str(error).splitlines() or [type(error).__name__]
+    return UserError("the file cannot be read", where=uri, found=said[0])
 
 
 def _decode(uri: str, number: int, data: bytes, problems: Problems) -> list[str]:

@@ -18,16 +18,17 @@ class InputError(UserError):
 
 
 class Problems:
-    """A list that raises when it is full."""
+    """A list that raises when it is full; never, when `most` is None."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = _MOST) -> None:
         self.lines: list[str] = []
+        self._most = most
 
     def add(self, where: str, what: str, *, expected: str, found: str, fix: str | None = None) -> None:
         """Note a problem; the twentieth stops the reading."""
         text = f"{where}: {what}; expected {expected}, found {found}"
         self.lines.append(text + (f"; fix: {fix}" if fix else ""))
-        if len(self.lines) >= _MOST:
+        if self._most is not None and len(self.lines) >= self._most:
             raise InputError(self.lines, more=True)
 
     def check(self) -> None:

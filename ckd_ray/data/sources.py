@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ckd_ray.config import CollectionConfig
 from ckd_ray.config.schema import Split
-from ckd_ray.data.lines import read_lines
+from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
 from ckd_ray.store.files import exists, filesystem_of, join, list_files
@@ -24,23 +24,33 @@ from ckd_ray.store.files import exists, filesystem_of, join, list_files
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
-@dataclass(frozen=True)
-class TextRow:
-    """A passage or a query, and where it stands (file:line)."""
+class TextRow(NamedTuple):
+    """A passage or a query, and where it stands: the file with what separates it from the number, and the line."""
 
     id: str
     text: str
-    where: str
+    place: str
+    number: int | None = None
+
+    @property
+    def where(self) -> str:
+        """`file:line`, made only when it is asked for: most rows are in order."""
+        return self.place if self.number is None else f"{self.place}{self.number}"
 
 
-@dataclass(frozen=True)
-class QrelRow:
+class QrelRow(NamedTuple):
     """A label, and where it stands."""
 
     query_id: str
     passage_id: str
     relevance: int
-    where: str
+    place: str
+    number: int | None = None
+
+    @property
+    def where(self) -> str:
+        """`file:line`."""
+        return self.place if self.number is None else f"{self.place}{self.number}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Source:
     Attributes:
         files: what is read, for the fingerprint of the input.
         splits: those that have both queries and qrels.
+        shared_queries: all splits are in one file, so a split's queries are those that its qrels name.
     """
 
     passages: Callable[[Problems], Iterator[TextRow]]
@@ -57,6 +68,7 @@ class Source:
     qrels: Callable[[str, Problems], Iterator[QrelRow]]
     splits: tuple[str, ...]
     files: tuple[str, ...]
+    shared_queries: bool = False
 
 
 def open_source(settings: CollectionConfig) -> Source:
@@ -111,6 +123,7 @@ def _file_source(settings: CollectionConfig) -> Source:
         qrels=lambda split, problems: read_qrels(qrels[split], problems),
         splits=tuple(queries),
         files=tuple(dict.fromkeys(files)),
+        shared_queries=kind == "beir",
     )
 
 
@@ -133,123 +146,180 @@ def _find(settings: CollectionConfig, name: str, required: bool) -> str | None:
 
 def _tsv_texts(uri: str, problems: Problems) -> Iterator[TextRow]:
     """`id TAB text`; further tabs belong to the text."""
+    place = f"{uri}:"
     for first, lines in read_lines(uri, problems):
-        for i, line in enumerate(lines):
-            where = f"{uri}:{first + i}"
+        for number, line in enumerate(lines, first):
             name, tab, text = line.partition("\t")
             if not tab:
-                problems.add(where, "a line without a tab", expected="id TAB text", found=shorten(line))
+                problems.add(f"{place}{number}", "a line without a tab", expected="id TAB text", found=shorten(line))
                 continue
-            yield TextRow(name, text, where)
+            yield TextRow(name, text, place, number)
 
 
 def _json_texts(uri: str, problems: Problems) -> Iterator[TextRow]:
     """BEIR: `_id`, `text`, and for passages `title`, which goes in front of the text."""
+    place = f"{uri}:"
     for first, lines in read_lines(uri, problems):
-        for i, line in enumerate(lines):
-            where = f"{uri}:{first + i}"
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                problems.add(where, "not valid JSON", expected="one object a line", found=f"{shorten(line)} ({error})")
-                continue
-            if not isinstance(value, dict) or not isinstance(value.get("_id"), str | int):
-                problems.add(where, "no _id", expected='an object with "_id" and "text"', found=shorten(line))
-                continue
-            text = value.get("text", "")
-            title = value.get("title") or ""
-            if not isinstance(text, str) or not isinstance(title, str):
-                problems.add(where, "text or title is not a string", expected="strings", found=shorten(line))
-                continue
-            yield TextRow(str(value["_id"]), f"{title} {text}".strip() if title else text, where)
+        for number, line in enumerate(lines, first):
+            row = _json_row(line, place, number, problems)
+            if row is not None:
+                yield row
+
+
+def _json_row(line: str, place: str, number: int, problems: Problems) -> TextRow | None:
+    where = f"{place}{number}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        problems.add(where, "not valid JSON", expected="one object a line", found=f"{shorten(line)} ({reason})")
+        return None
+    name = value.get("_id") if isinstance(value, dict) else None
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        problems.add(where, "no _id", expected='an object with "_id" and "text"', found=shorten(line))
+        return None
+    if "text" not in value:
+        problems.add(where, "no text", expected='an object with "_id" and "text"', found=shorten(line))
+        return None
+    name, text, title = str(name), value["text"], value.get("title") or ""
+    if not isinstance(text, str) or not isinstance(title, str):
+        problems.add(where, "text or title is not a string", expected="strings", found=shorten(line))
+        return None
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        problems.add(where, "half a surrogate pair in an id", expected="an id that UTF-8 can hold", found=shorten(name))
+        return None
+    return TextRow(name, f"{title} {text}".strip() if title else text, place, number)
+
+
+_HEADERS = {"query-id", "query_id", "queryid", "qid", "query"}
 
 
 def _tsv_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
     """TREC's four columns (query, 0, passage, grade) by tabs or spaces, or BEIR's three with a header line."""
+    place = f"{uri}:"
     for first, lines in read_lines(uri, problems):
-        for i, line in enumerate(lines):
-            where, number = f"{uri}:{first + i}", first + i
+        for number, line in enumerate(lines, first):
             columns = line.split("\t") if "\t" in line else line.split()
-            if len(columns) == 4:
-                query_id, _, passage_id, grade = columns
-            elif len(columns) == 3:
-                query_id, passage_id, grade = columns
-                if number == 1 and not _is_integer(grade):
-                    continue  # BEIR's header: query-id, corpus-id, score
-            else:
+            if len(columns) not in (3, 4):
                 problems.add(
-                    where,
+                    f"{place}{number}",
                     "wrong number of columns",
                     expected="query, 0, passage, grade",
                     found=f"{len(columns)}: {shorten(line)}",
                 )
                 continue
+            query_id, passage_id, grade = columns[0], columns[-2], columns[-1]
+            if number == 1 and query_id.strip().lower() in _HEADERS and not _is_integer(grade):
+                continue  # BEIR's header: query-id, corpus-id, score
             if not _is_integer(grade):
-                problems.add(where, "the grade is not a whole number", expected="an integer", found=shorten(grade))
-                continue
-            if not -(2**31) <= int(grade) < 2**31:
-                problems.add(where, "the grade is out of range", expected="32 bits", found=shorten(grade))
-                continue
-            yield QrelRow(query_id, passage_id, int(grade), where)
+                problems.add(
+                    f"{place}{number}", "the grade is not a whole number", expected="an integer", found=shorten(grade)
+                )
+            elif grade_fits(grade, f"{place}{number}", problems):
+                yield QrelRow(query_id, passage_id, int(grade), place, number)
+
+
+def grade_fits(grade: str | int, where: str, problems: Problems) -> bool:
+    """Grades are kept in 32 bits; the length is looked at first, as Python refuses to read thousands of digits."""
+    if len(str(grade)) <= 20 and -(2**31) <= int(grade) < 2**31:
+        return True
+    problems.add(where, "the grade is out of range", expected="32 bits", found=shorten(str(grade)))
+    return False
 
 
 def _is_integer(text: str) -> bool:
     return text.strip().removeprefix("-").isdecimal() and text.isascii()
 
 
-def _parquet(uri: str, wanted: dict[str, tuple[str, ...]]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Batches of the wanted columns (each under one of several names), with the number of their first row."""
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return _is_text(kind) or pa.types.is_integer(kind)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column under one of several names, and the types that it may have."""
+
+    names: tuple[str, ...]
+    accepts: Callable[[pa.DataType], bool]
+    expected: str
+
+
+def _id_column(*names: str) -> _Column:
+    return _Column(names, _is_id, "strings or integers")
+
+
+def _parquet(uri: str, wanted: dict[str, _Column]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Batches of the wanted columns, with the number of their first row."""
     fs, path = filesystem_of(uri)
     try:
         file = pq.ParquetFile(path, filesystem=fs)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError("not a Parquet file", where=uri, found=str(error).splitlines()[0]) from None
-    have = file.schema_arrow.names
-    columns = {}
-    for name, spellings in wanted.items():
-        match = next((s for s in spellings if s in have), None)
-        if match is None:
-            raise UserError(f"no column {name}", where=uri, expected=" or ".join(spellings), found=", ".join(have))
-        columns[name] = match
-    row = 1
-    for batch in file.iter_batches(batch_size=4096, columns=list(columns.values())):
-        yield row, {name: batch[column].to_pylist() for name, column in columns.items()}
-        row += batch.num_rows
+    with file:
+        columns = {name: _column(uri, file.schema_arrow, name, column) for name, column in wanted.items()}
+        row = 1
+        try:
+            for batch in file.iter_batches(batch_size=4096, columns=list(columns.values())):
+                for column in columns.values():
+                    batch[column].validate(full=True)  # undecodable bytes: Arrow takes them, Python does not
+                yield row, {name: batch[column].to_pylist() for name, column in columns.items()}
+                row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(f"{uri}: after row {row - 1}", error) from None
 
 
-def _parquet_texts(uri: str, problems: Problems, id_names: tuple[str, ...]) -> Iterator[TextRow]:
-    for first, batch in _parquet(uri, {"id": id_names, "text": ("text",)}):
-        for i, (name, text) in enumerate(zip(batch["id"], batch["text"], strict=True)):
-            where = f"{uri}: row {first + i}"
+def _column(uri: str, schema: pa.Schema, name: str, column: _Column) -> str:
+    match = next((spelling for spelling in column.names if spelling in schema.names), None)
+    if match is None:
+        raise UserError(
+            f"no column {name}", where=uri, expected=" or ".join(column.names), found=", ".join(schema.names)
+        )
+    kind = schema.field(match).type
+    if not column.accepts(kind):
+        raise UserError(f"column {match} has the wrong type", where=uri, expected=column.expected, found=str(kind))
+    return match
+
+
+def _parquet_texts(uri: str, problems: Problems, *id_names: str) -> Iterator[TextRow]:
+    """One row a passage or query: an id and a text. Integers are taken as ids, in decimal."""
+    place = f"{uri}: row "
+    wanted = {"id": _id_column(*id_names), "text": _Column(("text",), _is_text, "strings")}
+    for first, batch in _parquet(uri, wanted):
+        for number, (name, text) in enumerate(zip(batch["id"], batch["text"], strict=True), first):
             if name is None or text is None:
-                problems.add(where, "a null", expected="an id and a text", found=f"{name!r}, {shorten(str(text))}")
+                found = f"{name!r}, {shorten(str(text))}"
+                problems.add(f"{place}{number}", "a null", expected="an id and a text", found=found)
                 continue
-            yield TextRow(str(name), str(text), where)
+            yield TextRow(str(name), text, place, number)
 
 
 def _parquet_passages(uri: str, problems: Problems) -> Iterator[TextRow]:
-    return _parquet_texts(uri, problems, ("passage_id", "pid", "id"))
+    return _parquet_texts(uri, problems, "passage_id", "pid", "id")
 
 
 def _parquet_queries(uri: str, problems: Problems) -> Iterator[TextRow]:
-    return _parquet_texts(uri, problems, ("query_id", "qid", "id"))
+    return _parquet_texts(uri, problems, "query_id", "qid", "id")
 
 
 def _parquet_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
+    place = f"{uri}: row "
     columns = {
-        "query": ("query_id", "qid"),
-        "passage": ("passage_id", "pid"),
-        "grade": ("relevance", "grade", "score"),
+        "query": _id_column("query_id", "qid"),
+        "passage": _id_column("passage_id", "pid"),
+        "grade": _Column(("relevance", "grade", "score"), pa.types.is_integer, "integers"),
     }
     for first, batch in _parquet(uri, columns):
-        for i, (query, passage, grade) in enumerate(zip(*batch.values(), strict=True)):
-            where = f"{uri}: row {first + i}"
-            if query is None or passage is None or not isinstance(grade, int):
-                problems.add(
-                    where,
-                    "a null or a grade that is no integer",
-                    expected="ids and an integer",
-                    found=f"{query!r}, {passage!r}, {grade!r}",
-                )
-                continue
-            yield QrelRow(str(query), str(passage), grade, where)
+        rows = zip(batch["query"], batch["passage"], batch["grade"], strict=True)
+        for number, (query, passage, grade) in enumerate(rows, first):
+            where = f"{place}{number}"
+            if query is None or passage is None or grade is None:
+                found = f"{query!r}, {passage!r}, {grade!r}"
+                problems.add(where, "a null", expected="two ids and a grade", found=found)
+            elif grade_fits(grade, where, problems):
+                yield QrelRow(str(query), str(passage), grade, place, number)

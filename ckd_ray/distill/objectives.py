@@ -6,9 +6,9 @@ loss of a row = KL(target || softmax(student)), where the target is
     label_smoothing    (1 - e) one-hot + e / n, e = smoothing                    (uniform over the n valid passages)
     self_distillation  softmax(raise(s_T) / T), s_T the teacher without expansion
     cross_encoder      softmax(raise(s_T) / T), s_T another teacher's scores
-    collective         softmax(raise(s_T) / T), s_T the teacher with its expansion (method.md, step 5)
+    collective         softmax(raise(s_T) / T), s_T the teacher with its expansion (docs/method.md, step 5)
 
-`raise` lifts the labelled positive to its row's maximum (method.md step 6). T divides the teacher alone, and there is
+`raise` lifts the labelled positive to its row's maximum (docs/method.md step 6). T divides the teacher alone, and there is
 no T^2 factor. `smoothing` mixes a uniform part e / n into any of them. Shapes: B rows (queries), N columns (passages).
 """
 
@@ -115,7 +115,7 @@ def objective_loss(
 def collective_loss(
     student_scores_BN: Tensor, teacher_scores_BN: Tensor, positives_B: Tensor, temperature: float
 ) -> Tensor:
-    """mean over rows of KL(softmax(raise(s_T) / T) || softmax(s_S)): method.md, step 6.
+    """mean over rows of KL(softmax(raise(s_T) / T) || softmax(s_S)): docs/method.md, step 6.
 
     Args:
         student_scores_BN: scores of all passages of the batch for all its queries, with gradient.

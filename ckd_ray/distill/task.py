@@ -15,7 +15,7 @@ class TrainingTask:
         run: the run directory (collection, store, rankings, labels are below it).
         start: folder of the checkpoint to start from.
         objective: see `ckd_ray.distill.objectives`.
-        temperature: divides the teacher's scores alone (method.md step 6).
+        temperature: divides the teacher's scores alone (docs/method.md step 6).
         smoothing: share of the uniform distribution mixed into the labels.
         beta, expansion_size: how strong and how long the expansion is when labels are read.
         zero_row_floor: the published score's clip, off by default.

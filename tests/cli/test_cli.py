@@ -75,7 +75,12 @@ def running_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = 26379
     folder = tmp_path_factory.mktemp("ray", numbered=True)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--port={port}", "--include-dashboard=false", "--object-store-memory=157286400", "--disable-usage-stats"]
+    command += [
+        f"--port={port}",
+        "--include-dashboard=false",
+        "--object-store-memory=157286400",
+        "--disable-usage-stats",
+    ]
     process = subprocess.Popen(
         [*command, "--min-worker-port=0", "--max-worker-port=0"],
         stdout=(folder / "out").open("w"),
@@ -130,7 +135,10 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, tiny_backbon
 
     run = str(tmp_path / "run")
     with run_lock(run):
-        with pytest.raises(UserError, match=f"another ckd-ray works in this run(.|\n)*process {os.getpid()}"), run_lock(run):
+        with (
+            pytest.raises(UserError, match=f"another ckd-ray works in this run(.|\n)*process {os.getpid()}"),
+            run_lock(run),
+        ):
             pass
     (tmp_path / "run" / ".lock").write_text(json.dumps({"host": __import__("socket").gethostname(), "pid": 2**22 + 1}))
     with run_lock(run):  # the lock of a process that is gone

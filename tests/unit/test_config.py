@@ -25,7 +25,12 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     c = load_config(str(tmp_path / "empty.yaml"))
     assert (c.run.name, c.run.storage, c.run.seed) == ("quickstart", "runs", 17)
-    assert (c.collection.train, c.collection.dev, c.collection.test, c.collection.limit) == ("train", "dev", "test", None)
+    assert (c.collection.train, c.collection.dev, c.collection.test, c.collection.limit) == (
+        "train",
+        "dev",
+        "test",
+        None,
+    )
     m = c.model
     assert (m.dim, m.query_maxlen, m.doc_maxlen, m.mask_punctuation, m.similarity) == (128, 32, 180, True, "l2")
     assert (c.teacher.checkpoint, c.teacher.batch_size, c.teacher.learning_rate) == (None, 36, 3e-6)

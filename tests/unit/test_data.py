@@ -35,7 +35,9 @@ def write_msmarco(folder: Path) -> Path:
 
 def write_beir(folder: Path) -> Path:
     (folder / "qrels").mkdir(parents=True)
-    corpus = [{"_id": k, "title": v.split(" ", 1)[0], "text": v[len(v.split(" ", 1)[0]) + 1 :]} for k, v in PASSAGES.items()]
+    corpus = [
+        {"_id": k, "title": v.split(" ", 1)[0], "text": v[len(v.split(" ", 1)[0]) + 1 :]} for k, v in PASSAGES.items()
+    ]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
     queries = [{"_id": k, "text": v} for split in QUERIES.values() for k, v in split.items()]
     (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
@@ -47,7 +49,9 @@ def write_beir(folder: Path) -> Path:
 
 def write_parquet(folder: Path) -> Path:
     folder.mkdir()
-    pq.write_table(pa.table({"passage_id": list(PASSAGES), "text": list(PASSAGES.values())}), folder / "passages.parquet")
+    pq.write_table(
+        pa.table({"passage_id": list(PASSAGES), "text": list(PASSAGES.values())}), folder / "passages.parquet"
+    )
     for split, queries in QUERIES.items():
         table = pa.table({"query_id": list(queries), "text": list(queries.values())})
         pq.write_table(table, folder / f"queries.{split}.parquet")
@@ -57,12 +61,16 @@ def write_parquet(folder: Path) -> Path:
 
 
 def build(kind: str, folder: Path | str, out: Path, *more: str) -> Collection:
-    config = load_config(None, [f"collection.format={kind}", f"collection.path={folder}", "collection.limit=null", *more])
+    config = load_config(
+        None, [f"collection.format={kind}", f"collection.path={folder}", "collection.limit=null", *more]
+    )
     build_collection(config.collection, str(out))
     return Collection.open(str(out))
 
 
-@pytest.mark.parametrize(("kind", "write"), [("msmarco", write_msmarco), ("beir", write_beir), ("parquet", write_parquet)])
+@pytest.mark.parametrize(
+    ("kind", "write"), [("msmarco", write_msmarco), ("beir", write_beir), ("parquet", write_parquet)]
+)
 def test_formats_read_alike(tmp_path: Path, kind: str, write: object) -> None:
     c = build(kind, write(tmp_path / "in"), tmp_path / "out")  # type: ignore[operator]
     assert c.num_passages == 4 and c.splits == ["train", "dev"]
@@ -139,17 +147,33 @@ BAD = [
     ("collection.tsv", "p1\tx\np2 no tab\n", ":2: a line without a tab; expected id TAB text, found 'p2 no tab'"),
     ("collection.tsv", "\tx\n", ":1: an empty passage id"),
     ("collection.tsv", "p1\tx\n\np2\ty\n", ":2: a line without a tab"),
-    ("collection.tsv", "p1\tx\np2\ty\np4\tz\np1\tagain\n", "passage 4: a duplicate passage id; expected unique ids, found 'p1', also passage 1"),
+    (
+        "collection.tsv",
+        "p1\tx\np2\ty\np4\tz\np1\tagain\n",
+        "passage 4: a duplicate passage id; expected unique ids, found 'p1', also passage 1",
+    ),
     ("collection.tsv", b"p1\tx\np2\tab\xff\n", ":2: byte 6 of the line is not UTF-8"),
     ("collection.tsv", "", "no passages"),
     ("queries.train.tsv", "q1\ta\nq1\tb\n", ":2: a duplicate query id; expected unique ids, found 'q1', also at"),
     ("queries.train.tsv", " \ta\n", ":1: an empty query id"),
-    ("qrels.train.tsv", "q1\t0\tp9\t1\n", ":1: a label of an unknown passage; expected a passage id of the corpus, found 'p9'"),
-    ("qrels.train.tsv", "q9\t0\tp1\t1\n", ":1: a label of an unknown query; expected a query of split train, found 'q9'"),
+    (
+        "qrels.train.tsv",
+        "q1\t0\tp9\t1\n",
+        ":1: a label of an unknown passage; expected a passage id of the corpus, found 'p9'",
+    ),
+    (
+        "qrels.train.tsv",
+        "q9\t0\tp1\t1\n",
+        ":1: a label of an unknown query; expected a query of split train, found 'q9'",
+    ),
     ("qrels.train.tsv", "q1\tp1\n", ":1: wrong number of columns; expected query, 0, passage, grade, found 2"),
     ("qrels.train.tsv", "q1\t0\tp1\t1.5\n", ":1: the grade is not a whole number; expected an integer, found '1.5'"),
     ("qrels.train.tsv", "q1\t0\tp1\t99999999999\n", ":1: the grade is out of range"),
-    ("qrels.train.tsv", "q1\t0\tp1\t1\nq1\t0\tp1\t2\n", ":2: a second grade for the same query and passage; expected 1"),
+    (
+        "qrels.train.tsv",
+        "q1\t0\tp1\t1\nq1\t0\tp1\t2\n",
+        ":2: a second grade for the same query and passage; expected 1",
+    ),
 ]
 
 
@@ -185,7 +209,9 @@ def test_missing_files_say_what_is_there(tmp_path: Path) -> None:
 
 def test_bad_json_and_bad_parquet(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "beir")
-    (folder / "corpus.jsonl").write_text('{"_id": "p1", "text": "a"}\n{"text": "b"}\n[1]\nnot json\n{"_id": "p2", "text": 3}\n')
+    (folder / "corpus.jsonl").write_text(
+        '{"_id": "p1", "text": "a"}\n{"text": "b"}\n[1]\nnot json\n{"_id": "p2", "text": 3}\n'
+    )
     with pytest.raises(InputError) as caught:
         build("beir", folder, tmp_path / "out")
     text = str(caught.value)

@@ -52,7 +52,11 @@ def test_equal_to_trec_eval_on_a_graded_run_with_missing_queries() -> None:
     qrels = {f"q{q}": {f"p{p}": int(rng.integers(0, 4)) for p in rng.choice(40, 15, False)} for q in range(12)}
     results = {f"q{q}": {f"p{p}": float(rng.normal()) for p in rng.choice(40, 25, False)} for q in range(9)}
     frame = pd.DataFrame(
-        [(q, p, i + 1, s) for q, d in results.items() for i, (p, s) in enumerate(sorted(d.items(), key=lambda x: -x[1]))],
+        [
+            (q, p, i + 1, s)
+            for q, d in results.items()
+            for i, (p, s) in enumerate(sorted(d.items(), key=lambda x: -x[1]))
+        ],
         columns=["query_id", "doc_id", "rank", "score"],
     )
     labels = pd.DataFrame([(q, p, g) for q, d in qrels.items() for p, g in d.items()], columns=list(QRELS.columns))

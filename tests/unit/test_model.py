@@ -86,7 +86,9 @@ def test_a_vocabulary_without_unused_tokens_gets_markers(tiny_backbone: str, tmp
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
-    text = (Path(tiny_backbone) / "tokenizer.json").read_text().replace("[unused0]", "odd0").replace("[unused1]", "odd1")
+    text = (
+        (Path(tiny_backbone) / "tokenizer.json").read_text().replace("[unused0]", "odd0").replace("[unused1]", "odd1")
+    )
     AutoModel.from_pretrained(tiny_backbone).save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").write_text(text)
