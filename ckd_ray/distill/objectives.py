@@ -8,7 +8,7 @@ loss of a row = KL(target || softmax(student)), where the target is
     cross_encoder      softmax(raise(s_T) / T), s_T another teacher's scores
     collective         softmax(raise(s_T) / T), s_T the teacher with its expansion (docs/method.md, step 5)
 
-`raise` lifts the labelled positive to its row's maximum (docs/method.md step 6). T divides the teacher alone, and there is
+`raise` lifts the labelled positive to its row's maximum (docs/method.md step 6). T divides the teacher alone, there is
 no T^2 factor. `smoothing` mixes a uniform part e / n into any of them. Shapes: B rows (queries), N columns (passages).
 """
 

@@ -1,7 +1,7 @@
 """MaxSim, the late interaction of ColBERT: every query row takes its best passage row.
 
-Source: docs/method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query, N passages,
-L rows a passage, D dimensions.
+Source: docs/method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query,
+N passages, L rows a passage, D dimensions.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def literal(query: torch.Tensor, documents: list[torch.Tensor]) -> np.ndarray:
 def write(folder: Path, documents: list[torch.Tensor], shards: int) -> EmbeddingStore:
     bounds = np.linspace(0, len(documents), shards + 1).astype(int)
     headers, token = [], 0
-    for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (low, high) in enumerate(pairwise(bounds)):
         part = documents[low:high]
         rows = torch.cat([*part, torch.empty(0, DIM).half()])
         header, _ = write_shard(
