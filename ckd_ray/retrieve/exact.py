@@ -121,21 +121,18 @@ def rerank(
         for each query the scores of its candidates, in their order.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    lengths = np.asarray(lengths, np.int64)
     out = []
     for queries_QD, chosen in zip(queries_BQD.float(), candidates, strict=True):
         scores = np.full(len(chosen), EMPTY_ROW_SCORE * len(queries_QD), np.float32)
-        order = np.argsort(lengths[chosen], kind="stable")
-        sorted_lengths = lengths[chosen][order]
-        for length in np.unique(sorted_lengths):
-            if length == 0:
-                continue
-            low, high = np.searchsorted(sorted_lengths, [length, length + 1])
-            members = order[low:high]
-            rows = (offsets[chosen[members]][:, None] + np.arange(length)).reshape(-1)
-            block = rows_TD[torch.from_numpy(rows)]
-            for part, found in maxsim_blocks(queries_QD, block, int(length), len(queries_QD)):
-                scores[members[part]] = found[:, 0].cpu().numpy()
+        sizes = offsets[chosen + 1] - offsets[chosen]
+        filled = np.flatnonzero(sizes)
+        if len(filled):
+            starts = np.concatenate([[0], np.cumsum(sizes[filled])[:-1]])
+            # Consecutive row numbers within each candidate: a running count, shifted to where the candidate's rows begin.
+            index = np.arange(sizes.sum()) + np.repeat(offsets[chosen[filled]] - starts, sizes[filled])
+            similarity_TQ = rows_TD[torch.from_numpy(index)].float() @ queries_QD.to(rows_TD.device).T
+            best = np.maximum.reduceat(similarity_TQ.cpu().numpy(), starts, axis=0)
+            scores[filled] = best.sum(1)
         out.append(scores)
     return out
 

@@ -82,17 +82,17 @@ def candidate_passages(
         distances_QK, positions_QK: K nearest embeddings of each of the Q query rows.
         passage_of: the passage of every embedding.
     """
-    rows = np.broadcast_to(np.arange(len(positions_QK))[:, None], positions_QK.shape)
+    rows_QK = np.broadcast_to(np.arange(len(positions_QK))[:, None], positions_QK.shape)
     met = positions_QK >= 0
     similarity_QK = -distances_QK / 2  # of unit rows: <q, d> - 1
     farthest_Q = np.where(met, similarity_QK, np.inf).min(1)
-    passages = passage_of[positions_QK[met]].astype(np.int64)
-    gain = similarity_QK[met] - farthest_Q[rows[met]]
-    keys = passages * len(positions_QK) + rows[met]
-    order = np.lexsort((-gain, keys))
-    best = np.unique(keys[order], return_index=True)[1]  # the best embedding of every (passage, row)
-    found, where = np.unique(passages[order][best], return_inverse=True)
-    if len(found) <= limit:
-        return found
-    total = np.bincount(where, weights=gain[order][best], minlength=len(found))
-    return np.sort(found[np.argpartition(-total, limit)[:limit]])
+    gain = similarity_QK[met] - farthest_Q[rows_QK[met]]
+    keys = passage_of[positions_QK[met]].astype(np.int64) * len(positions_QK) + rows_QK[met]
+    # Rows are nearest first, so the first of equal keys is the passage's best embedding for that query row.
+    unique, best = np.unique(keys, return_index=True)
+    passages = unique // len(positions_QK)
+    starts = np.flatnonzero(np.diff(passages, prepend=-1))
+    if len(starts) <= limit:
+        return passages[starts]
+    total = np.add.reduceat(gain[best], starts)
+    return np.sort(passages[starts][np.argpartition(-total, limit)[:limit]])

@@ -53,7 +53,7 @@ class ShardRange:
         nprobe: int = 32,
         candidates: int = 1024,
         seed: int = 17,
-        rerank_factor: int = 8,
+        rerank_factor: int = 4,
     ) -> None:
         opened = [store.shard(i) for i in shards]
         for shard in opened:
