@@ -130,16 +130,23 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Run the whole job: collection, teacher, embed, retrieve, label, distill, evaluate. Run again, it goes on."""
-    from ckd_ray.cli.show import closing_table, summary
+    from ckd_ray.pipeline.stages import check_stage_names
 
+    check_stage_names(start, until)
     with session(config, set_, cluster, quiet) as loaded:
-        from ckd_ray.pipeline.runner import run_stages
+        _stages(loaded, json_, until=until, start=start, fresh=fresh)
 
-        reports = run_stages(loaded, until=until, start=start, fresh=fresh)
+
+def _stages(config: Any, json_: bool, **options: Any) -> None:
+    """Run the stages, and show what came of it."""
+    from ckd_ray.cli.show import closing_table, summary
+    from ckd_ray.pipeline.runner import run_stages
+
+    reports = run_stages(config, **options)
     if json_:
-        typer.echo(json.dumps(summary(loaded, reports)))
+        typer.echo(json.dumps(summary(config, reports)))
     else:
-        closing_table(loaded, reports)
+        closing_table(config, reports)
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -151,16 +158,8 @@ def _stage_command(name: str, text: str) -> None:
         json_: JsonOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        train(
-            config=config,
-            set_=set_,
-            cluster=cluster,
-            start=None,
-            until=name,
-            fresh=False,
-            json_=json_,
-            quiet=quiet,
-        )
+        with session(config, set_, cluster, quiet) as loaded:
+            _stages(loaded, json_, until=name)
 
     app.command(name=name, help=f"{text} Stages before it that are missing are run first.")(command)
 

@@ -108,8 +108,6 @@ def train_worker(config: dict[str, Any]) -> None:
             board.tell(state.next_step, loss)
         if state.next_step == task.steps or state.next_step % task.checkpoint_every == 0:
             _report(state, rank, loss)
-    if state.next_step >= task.steps and not task.steps:
-        _report(state, rank, 0.0)
 
 
 def _update(state: WorkerState, step: TrainingStep, inputs: Any, lr: float, world: int) -> tuple[float, float]:

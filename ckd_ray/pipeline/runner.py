@@ -8,11 +8,10 @@ from typing import Any
 
 from ckd_ray import __version__
 from ckd_ray.config import Config
-from ckd_ray.errors import UserError
 from ckd_ray.pipeline.artefact import is_made, make, manifest_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
-from ckd_ray.pipeline.stages import STAGE_NAMES, made_of, needed
+from ckd_ray.pipeline.stages import BESIDE, check_stage_names, made_of, needed
 from ckd_ray.progress import duration, say
 from ckd_ray.store.files import delete, write_json_atomic
 
@@ -40,9 +39,7 @@ def run_stages(
     Raises:
         UserError: a stage name is unknown, or another process holds the run.
     """
-    for option, name in (("--from", start), ("--until", until)):
-        if name is not None and name not in STAGE_NAMES:
-            raise UserError("unknown stage", where=option, expected=", ".join(STAGE_NAMES), found=name)
+    check_stage_names(start, until)
     from ckd_ray.data import source_signature
 
     context = RunContext.of(config)
@@ -50,8 +47,8 @@ def run_stages(
     with run_lock(context.run):
         stages = needed(config, until)
         if fresh:
-            for stage in stages:
-                delete(context.path(stage.folder))
+            for folder in (*(stage.folder for stage in stages), *BESIDE):
+                delete(context.path(folder))
         _record(context)
         done: dict[str, str] = {}
         reports: list[StageReport] = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckd_ray.config import Config
+from ckd_ray.errors import UserError
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 
@@ -120,6 +121,15 @@ STAGES: tuple[Stage, ...] = (
     Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+# Folders of a run that belong to a stage without being its artefact.
+BESIDE = ("queries", "student_embeddings", "checkpoints")
+
+
+def check_stage_names(start: str | None, until: str) -> None:
+    """Raises UserError for a `--from` or `--until` that names no stage."""
+    for option, name in (("--from", start), ("--until", until)):
+        if name is not None and name not in STAGE_NAMES:
+            raise UserError("unknown stage", where=option, expected=", ".join(STAGE_NAMES), found=name)
 
 
 def needed(config: Config, until: str) -> list[Stage]:

@@ -128,7 +128,7 @@ def rerank(
         filled = np.flatnonzero(sizes)
         if len(filled):
             starts = np.concatenate([[0], np.cumsum(sizes[filled])[:-1]])
-            # Consecutive row numbers within each candidate: a running count, shifted to where the candidate's rows begin.
+            # Consecutive row numbers within each candidate: a running count, shifted to where its rows begin.
             index = np.arange(sizes.sum()) + np.repeat(offsets[chosen[filled]] - starts, sizes[filled])
             similarity_TQ = rows_TD[torch.from_numpy(index)].float() @ queries_QD.to(rows_TD.device).T
             best = np.maximum.reduceat(similarity_TQ.cpu().numpy(), starts, axis=0)

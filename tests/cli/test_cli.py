@@ -45,6 +45,8 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
     ("arguments", "message"),
     [
         (["train", "--set", "distill.temperatur=1"], "did you mean distill.temperature?"),
+        (["embed", "--set", "distill.temperatur=1"], "did you mean distill.temperature?"),
+        (["train", "--until", "nowhere"], "unknown stage"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--bogus"], "--bogus"),
         (["trian"], "trian"),
