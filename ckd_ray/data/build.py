@@ -73,7 +73,6 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
     source = open_source(settings)
     problems = Problems()
     splits = {split: _read_split(source, split, problems) for split in source.splits}
-    _check_training(splits, settings, problems)
     problems.check()
     wanted = {row.passage_id: -1 for split in splits.values() for row in split.labels}
     with new_folder(join(out, "corpus")) as folder:
@@ -81,6 +80,7 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
         writer.write(source.passages(problems), problems)
         _name_duplicates(source, writer.duplicates(), problems)
         _check_labels(splits, wanted, problems)
+        _check_training(splits, settings, problems)
         problems.check()
         digest = writer.digest
         manifest = CollectionManifest(writer.count, "", writer.empty, writer.mended, settings.limit)
@@ -294,7 +294,10 @@ def _storable(text: str) -> str:
 
 
 def _check_training(splits: dict[str, _Split], settings: CollectionConfig, problems: Problems) -> None:
-    """Without one labelled training query there is nothing to learn from; better said here than by the teacher."""
+    """Without one labelled training query there is nothing to learn from; better said here than by the teacher.
+
+    Said only where nothing else is wrong: broken lines are the likelier cause.
+    """
     split = splits.get("train")
     if split is None or problems.lines or any(row.relevance >= settings.positive_grade for row in split.labels):
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -127,15 +128,18 @@ def _sources(package: str) -> list[tuple[str, Path]] | None:
 
 
 def read_docstrings(module: str, path: Path) -> Iterator[Entry]:
-    """Documented classes and functions of one source file; a file that does not parse has none."""
+    """Documented classes and functions of one source file, the outer before the inner, else in the order of the file.
+
+    A file that does not parse has none.
+    """
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
         return
-    stack: list[tuple[str, ast.AST]] = [(module, tree)]
-    while stack:
-        prefix, node = stack.pop()
-        for child in reversed(list(ast.iter_child_nodes(node))):
+    waiting: deque[tuple[str, ast.AST]] = deque([(module, tree)])
+    while waiting:
+        prefix, node = waiting.popleft()
+        for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 if child.name.startswith("_"):
                     continue
@@ -143,7 +147,7 @@ def read_docstrings(module: str, path: Path) -> Iterator[Entry]:
                 entry = split_docstring(name, ast.get_docstring(child) or "")
                 if entry is not None:
                     yield entry
-                stack.append((name, child))
+                waiting.append((name, child))
 
 
 def split_docstring(name: str, docstring: str) -> Entry | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,30 @@ def test_all_problems_at_once() -> None:
     ("override", "path", "message"),
     [
         ("temperature=1", "temperature", "did you mean distill.temperature?"),
-        ("retreive.depth=3", "retreive", "did you mean retrieve?"),
+        ("retreive.depth=3", "retreive.depth", "did you mean retrieve.depth?"),
+        ("retreive=3", "retreive", "did you mean retrieve?"),
+        ("distill.depth=5", "distill.depth", "did you mean retrieve.depth?"),
+        ("Distill.Learning-Rate=1", "Distill.Learning-Rate", "did you mean distill.learning_rate?"),
+        ("label.clusters=true", "label.clusters", "true and false are for switches"),
+        ("distill.beta=yes", "distill.beta", "true and false are for switches"),
+        ("teacher.clip_norm=.inf", "teacher.clip_norm", "finite number"),
+        ("distill.temperature=.nan", "distill.temperature", "finite number"),
+        ("distill.steps=99999999999", "distill.steps", "less than 2147483648"),
+        ("run.name=..", "run.name", "match pattern"),
+        ("run.name=2024", "run.name", "put it in quotes"),
+        ("collection.train=", "collection.train", "valid string"),
+        ("collection.packages=[]", "collection.packages", "at least 1 item"),
+        ("collection.queries={validation: a}", "collection.queries.validation", "'train', 'dev' or 'test'"),
+        ("evaluate.splits=[dev,dev]", "evaluate.splits[1]", "listed twice"),
+        ("evaluate.measures=[MRR@10,RR@10]", "evaluate.measures[1]", "listed twice"),
+        ("evaluate.measures=[R]", "evaluate.measures[0]", "needs a cutoff"),
+        ("evaluate.measures=[MRR@0]", "evaluate.measures[0]", "needs a cutoff"),
+        ("evaluate.measures=[R@1e3]", "evaluate.measures[0]", "needs a cutoff"),
+        ("evaluate.measures=[R@2000]", "evaluate.measures[0]", "deeper than evaluate.depth (1000)"),
+        ("evaluate.measures=[P@3.5]", "evaluate.measures[0]", "needs a cutoff"),
+        ("run={seed: 1, seed: 2}", "run.seed", "is given twice, in lines 1 and 1"),
+        ("distill.steps=" + "9" * 5000, "distill.steps", "not valid YAML"),
+        ("evaluate.measures=" + "[" * 5000, "evaluate.measures", "nested too deeply"),
         ("teacher=3", "teacher", "expected a section of keys, found 3"),
         ("distill.temperature=0", "distill.temperature", "greater than 0"),
         ("distill.smoothing=1", "distill.smoothing", "less than 1"),
@@ -113,7 +138,11 @@ def test_each_problem_names_the_key_and_the_way_out(override: str, path: str, me
     ("text", "message"),
     [
         ("distill: [", "not valid YAML"),
-        ("distill: {beta: 1, beta: 2}", "key 'beta' is given twice"),
+        ("distill:\n  beta: 1\n  beta: 2\n", "distill.beta: is given twice, in lines 2 and 3"),
+        ("a: " + "[" * 20000, "nested too deeply"),
+        ("run: {name: 2024-13-45}", "not valid YAML"),
+        ("[a]: 1", "not valid YAML"),
+        ("run: &a {name: *a}", "run.name"),
         ("- a\n- b\n", "expected sections"),
         ("run: !!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
@@ -137,3 +166,52 @@ def test_an_override_without_a_value() -> None:
 def test_the_tree_does_not_change_after_loading() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().run.name = "other"  # type: ignore[misc]
+
+
+def test_twice_given_keys_are_reported_with_everything_else(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("run: {name: a, name: b}\nfoo: 1\nteacher: {steps: 5, steps: 0}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert [problem.path for problem in caught.value.problems] == ["run.name", "teacher.steps", "teacher.steps", "foo"]
+
+
+def test_a_small_file_of_anchors_makes_no_large_message(tmp_path: Path) -> None:
+    """Each line doubles the one before: written out, the last would be 2**60 items long."""
+    lines = ["l0: &l0 [x, x]"] + [f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]" for i in range(1, 60)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join([*lines, "run: *l59", "evaluate: {measures: *l59}"]))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert len(str(caught.value)) < 10_000
+
+
+def test_overrides_of_one_section_leave_its_anchored_twin_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("teacher: &t {steps: 5, warmup: 0.5}\ndistill: *t\nlabel:\nembed: {<<: {token_budget: 32}}\n")
+    c = load_config(str(path), ["distill.steps=7", "distill={beta: 0.5}"])
+    assert (c.teacher.steps, c.distill.steps, c.distill.warmup, c.distill.beta) == (5, 7, 0.5, 0.5)
+    assert c.label.clusters == 24 and c.embed.token_budget == 32
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("teacher: {learning_rate: 3e-6, steps: 1e3, weight_decay: 1E-2}\n")
+    t = load_config(str(path)).teacher
+    assert (t.learning_rate, t.steps, t.weight_decay) == (3e-6, 1000, 0.01)
+
+
+def test_a_split_of_single_files_needs_both() -> None:
+    found = problems(
+        "collection.format=msmarco",
+        "collection.passages=c.tsv",
+        "collection.queries={train: q, dev: d}",
+        "collection.qrels={train: r}",
+        "collection.limit=null",
+    )
+    assert found == {"collection.qrels.dev": "is missing: a split needs both its queries and its qrels"}
+
+
+def test_the_configuration_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, ckd_ray.config; sys.exit(len({'torch', 'ray', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -150,7 +150,7 @@ BAD = [
     (
         "collection.tsv",
         "p1\tx\np2\ty\np4\tz\np1\tagain\n",
-        "passage 4: a duplicate passage id; expected unique ids, found 'p1', also passage 1",
+        "collection.tsv:4: a duplicate passage id; expected unique ids, found 'p1', also at ",
     ),
     ("collection.tsv", b"p1\tx\np2\tab\xff\n", ":2: byte 6 of the line is not UTF-8"),
     ("collection.tsv", "", "no passages"),
@@ -264,7 +264,8 @@ def test_the_signature_follows_the_files(tmp_path: Path) -> None:
 
 
 def test_first_sentence_asks_and_the_rest_answers() -> None:
-    text = "Sort the rows by the given key. Equal keys keep\ntheir order.\n\nThe sort is stable and works in place for lists."
+    text = "Sort the rows by the given key. Equal keys keep\ntheir order.\n\n"
+    text += "The sort is stable and works in place for lists."
     assert split_docstring("m.f", text) == Entry(
         "m.f",
         "Sort the rows by the given key.",
