@@ -102,6 +102,7 @@ def session(config: str | None, overrides: list[str] | None, cluster: str | None
     from ckd_ray.cluster.connect import connected
 
     with connected(cluster):
+        signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler in place, which exits without a word
         yield loaded
 
 

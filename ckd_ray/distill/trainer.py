@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import uuid
 from dataclasses import dataclass
@@ -121,10 +122,16 @@ def _resources(use_gpu: bool) -> dict[str, float]:
 def _run(trainer: Any, task: TrainingTask) -> Any:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    before = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
+    except SystemExit as error:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
+        raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         raise JobError(f"{task.stage}: training failed: {_cause(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
     if result.error is not None:
         raise JobError(f"{task.stage}: training failed: {_cause(result.error)}")
     if result.checkpoint is None:

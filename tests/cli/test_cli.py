@@ -131,6 +131,30 @@ def test_a_killed_driver_loses_no_shard_and_the_same_command_goes_on(
     assert summary["stages"][2]["figures"]["count"] == 60
 
 
+def test_ctrl_c_in_training_exits_with_130_and_keeps_the_checkpoints(
+    running_head: str, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    changes = ("teacher.steps=1000000", "teacher.checkpoint_every=5")
+    values = sets(overrides(tmp_path, tiny_backbone, tiny_collection, *changes))
+    process = subprocess.Popen(
+        [*COMMAND, "train", *values],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": running_head},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("teacher-*/step-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "interrupted; the same command goes on" in stderr and "Traceback" not in stderr
+    assert list(checkpoints.glob("teacher-*/step-*")) and not (tmp_path / "tiny" / ".lock").exists()
+
+
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
     from ckd_ray.errors import UserError
     from ckd_ray.pipeline.lock import run_lock
