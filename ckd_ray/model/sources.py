@@ -37,3 +37,12 @@ def resolve_backbone(source: str) -> str:
             "no encoder in this package folder", where="model.backbone", found=source, expected="config.json"
         )
     return str(path)
+
+
+def signature(source: str) -> list[list[str | int]]:
+    """Changes when the files of a local folder do (name, size, time of change); empty for packages and hub ids."""
+    folder = Path(source)
+    if source.startswith(PACKAGE_PREFIX) or not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

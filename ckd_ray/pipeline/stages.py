@@ -12,6 +12,7 @@ from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.errors import UserError
+from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 
@@ -44,11 +45,13 @@ def _collection(config: Config) -> dict[str, Any]:
 
 def _teacher(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(mode="json")
-    if config.teacher.checkpoint is not None:
-        return {"model": model, "checkpoint": config.teacher.checkpoint}
+    given = config.teacher.checkpoint
+    if given is not None:
+        return {"model": model, "checkpoint": given, "files": signature(given)}
     settings = _training(config.teacher.model_dump(mode="json"))
     return {
         "model": model,
+        "files": signature(config.model.backbone),
         "teacher": settings,
         "seed": config.run.seed,
         "positive_grade": config.collection.positive_grade,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import ray
 import torch
 
+from ckd_ray.progress import say
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import ShardRange
 from ckd_ray.store import EmbeddingStore
@@ -106,6 +107,8 @@ class serving:
         for low, high in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             shards = list(range(int(low), int(high)))
             self._actors.append(remote.remote(self._store.uri, shards, self._settings, self._threads))
+        task = "building an IVF-PQ index over" if self._settings.engine == "faiss" else "loading"
+        say(f"  {task} {self._store.num_tokens:,} token embeddings ({self._count} servers)")
         ray.get([actor.ready.remote() for actor in self._actors])
         return ServerGroup(tuple(self._actors))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.config import load_config
@@ -134,3 +135,20 @@ def test_contrastive_needs_no_labels(
     reports = run(finished, tiny_backbone, tiny_collection, "distill.objective=contrastive", until="distill")
     assert "label" not in {r.name for r in reports}
     assert [r.name for r in reports if not r.skipped] == ["distill"]
+
+
+def test_a_given_teacher_is_taken_over_and_followed(
+    ray_session: None, finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    """`teacher.checkpoint` replaces training; another checkpoint under the same name is noticed."""
+    given = tmp_path / "given"
+    model = ColBERT.from_pretrained(finished / "tiny" / "student")
+    model.save(given)
+    values = (f"teacher.checkpoint={given}",)
+    reports = run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")
+    assert reports[-1].figures == {"given": str(given)}
+    taken = ColBERT.from_pretrained(tmp_path / "tiny" / "teacher")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), taken.parameters(), strict=True))
+    assert run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")[-1].skipped
+    ColBERT.from_pretrained(finished / "tiny" / "teacher").save(given)
+    assert not run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")[-1].skipped
