@@ -32,6 +32,9 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
                 "model.dropout",
                 f"must be 0 with {name}.accumulate above 1: parts are encoded twice and must agree",
             )
+    bits = {"residual1": 1, "residual2": 2, "residual4": 4}.get(config.embed.codec, 8)
+    if config.model.dim * bits % 8:
+        yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"
     yield from _measures(config)
 
 

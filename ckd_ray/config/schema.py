@@ -107,9 +107,12 @@ class TeacherConfig(TrainingConfig):
 
 
 class EmbedConfig(Section):
-    """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its memory."""
+    """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its memory.
 
-    codec: Literal["fp16"] = "fp16"
+    `codec`: two bytes a dimension, or a learned centroid and 1, 2 or 4 bits a dimension of the rest.
+    """
+
+    codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"
     passages_per_shard: Auto | Positive = "auto"
     token_budget: Annotated[int, Field(ge=16, lt=2**31)] = 8192
     actors: Auto | Positive = "auto"

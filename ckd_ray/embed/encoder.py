@@ -70,6 +70,7 @@ class TextEncoder:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        self.dim = model.settings.dim
         self.token_budget = token_budget
         self.precision: Precision = precision
 

@@ -8,10 +8,10 @@ this run's fingerprint is not computed again, whether the actor, its node or the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,12 @@ from ckd_ray.data import Collection
 from ckd_ray.embed.pool import Pool, plan_pool
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, intact_shards, shard_name, write_manifest, write_shard
+from ckd_ray.store.codec import load_codec
 from ckd_ray.store.files import delete, exists, join, local_copy, make_folder, read_json, write_json_atomic
 from ckd_ray.store.shard import BrokenShardError, read_header
+
+if TYPE_CHECKING:
+    from ckd_ray.embed.encoder import Encoded
 
 PLAN = "plan.json"
 
@@ -38,6 +42,7 @@ class EmbedJob:
         checkpoint: the folder of the ColBERT model, visible to all workers.
         out: the folder of the store.
         fingerprint: of settings and inputs; shards with another one are not ours.
+        codec: how the store keeps rows; a learned one lies in `out` already, with `codec_digest`.
     """
 
     run: str
@@ -47,7 +52,20 @@ class EmbedJob:
     fingerprint: str
     token_budget: int
     precision: Literal["fp32", "bf16"]
-    codec: str
+    codec: str = "fp16"
+    codec_digest: str = ""
+
+
+class Encoder(Protocol):
+    """What a pool's actor asks of a model; `TextEncoder`, or a stand-in in measurements of the stream itself."""
+
+    dim: int
+
+    def passages(self, tokens: Sequence[Any]) -> Encoded:
+        """Encode tokenised passages."""
+
+    def queries(self, texts: Sequence[str]) -> Encoded:
+        """Encode query texts."""
 
 
 def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> list[tuple[int, int]]:
@@ -57,18 +75,23 @@ def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> li
 
 
 def embed_texts(
-    jobs: Sequence[tuple[EmbedJob, int]], settings: EmbedConfig, *, stage: str = "embed"
+    jobs: Sequence[tuple[EmbedJob, Sequence[tuple[int, int]]]],
+    settings: EmbedConfig,
+    *,
+    stage: str = "embed",
+    make_encoder: Callable[[EmbedJob, int], Encoder] | None = None,
 ) -> list[EmbeddingStore]:
     """Encode the texts of all jobs that are not in their stores yet, in one stream; close the stores and open them.
 
     Args:
-        jobs: each with its number of texts. They share a checkpoint, so one pool of actors serves all.
+        jobs: each with the (first, stop) of its shards. They share a checkpoint, so one pool of actors serves all.
+        make_encoder: (job, threads) to the encoder of an actor; `load_encoder` when None.
 
     Raises:
         UserError: the pool of actors does not fit the cluster.
         JobError: an encoder failed.
     """
-    spans = [_agree_on_plan(job, plan_shards(count, settings.passages_per_shard)) for job, count in jobs]
+    spans = [_agree_on_plan(job, list(wanted)) for job, wanted in jobs]
     work: list[dict[str, int]] = []
     done = 0
     for number, (job, _) in enumerate(jobs):
@@ -79,10 +102,11 @@ def embed_texts(
             for i, (first, stop) in enumerate(spans[number])
             if i not in intact
         ]
-    with Progress(stage, sum(count for _, count in jobs), "texts", done=done) as progress:
+    total = sum(stop - first for shards in spans for first, stop in shards)
+    with Progress(stage, total, "texts", done=done) as progress:
         if work:
             pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(work))
-            for row in _stream([job for job, _ in jobs], work, pool):
+            for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
                 progress.advance(row["passages"])
     for (job, _), shards in zip(jobs, spans, strict=True):
         _close(job, [read_header(join(job.out, shard_name(i)))[0] for i in range(len(shards))])
@@ -122,7 +146,7 @@ def _close(job: EmbedJob, headers: list[ShardHeader]) -> None:
     write_manifest(job.out, job.fingerprint, headers, size, precision=job.precision, texts=job.texts)
 
 
-def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool) -> Any:
+def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_encoder: Any) -> Any:
     """Rows of figures, one a shard, as they are finished."""
     dataset: Any = ray.data.from_items(work, override_num_blocks=len(work))
     dataset = dataset.map_batches(
@@ -135,7 +159,7 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool) -> Any
     )
     dataset = dataset.map_batches(
         ShardEncoder,
-        fn_constructor_kwargs={"jobs": jobs, "threads": pool.threads},
+        fn_constructor_kwargs={"jobs": jobs, "threads": pool.threads, "make_encoder": make_encoder},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
@@ -187,20 +211,9 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
 class ShardEncoder:
     """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings."""
 
-    def __init__(self, jobs: list[EmbedJob], threads: int) -> None:
-        import torch
-
-        from ckd_ray.embed.encoder import TextEncoder
-        from ckd_ray.model import ColBERT
-        from ckd_ray.store.codec import make_codec
-
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    def __init__(self, jobs: list[EmbedJob], threads: int, make_encoder: Callable[[EmbedJob, int], Encoder]) -> None:
         self.jobs = jobs
-        with local_copy(jobs[0].checkpoint) as folder:
-            model = ColBERT.from_pretrained(folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = TextEncoder(model, device=device, token_budget=jobs[0].token_budget, precision=jobs[0].precision)
-        self.codec = make_codec(jobs[0].codec, model.settings.dim)
+        self.encoder = make_encoder(jobs[0], threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._encode(table.slice(i, 1)) for i in range(table.num_rows)])
@@ -222,9 +235,23 @@ class ShardEncoder:
                 lengths=encoded.lengths,
                 token_ids=encoded.token_ids,
                 embeddings_TD=encoded.embeddings_TD,
-                codec=self.codec,
+                codec=load_codec(job.codec, self.encoder.dim, job.out, job.codec_digest),
             )
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}
+
+
+def load_encoder(job: EmbedJob, threads: int) -> Encoder:
+    """The model of a job's checkpoint on the actor's device, with so many CPU threads."""
+    import torch
+
+    from ckd_ray.embed.encoder import TextEncoder
+    from ckd_ray.model import ColBERT
+
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    with local_copy(job.checkpoint) as folder:
+        model = ColBERT.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TextEncoder(model, device=device, token_budget=job.token_budget, precision=job.precision)
 
 
 def _already_there(uri: str, job: EmbedJob, index: int) -> ShardHeader | None:

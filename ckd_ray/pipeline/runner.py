@@ -8,6 +8,7 @@ from typing import Any
 
 from ckd_ray import __version__
 from ckd_ray.config import Config
+from ckd_ray.errors import UserError
 from ckd_ray.pipeline.artefact import is_made, make, manifest_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
@@ -58,9 +59,28 @@ def run_stages(
             again = again or stage.name == start
             if again:
                 delete(context.path(stage.folder))
-            reports.append(_run(context, stage, print_of))
+            try:
+                reports.append(_run(context, stage, print_of))
+            except UserError:
+                raise
+            except Exception:
+                if not _repaired(context, stages, reports, done):
+                    raise
+                reports.append(_run(context, stage, print_of))
             done[stage.name] = _identity(context, stage, print_of)
         return reports
+
+
+def _repaired(context: RunContext, stages: list[Any], reports: list[StageReport], done: dict[str, str]) -> bool:
+    """Look for broken shards after a failure; when there are any, compute these again. Returns whether there were."""
+    from ckd_ray.pipeline.repair import remove_broken_shards
+
+    if "embed" not in done or not remove_broken_shards(context):
+        return False
+    embed = next(stage for stage in stages if stage.name == "embed")
+    at = next(i for i, report in enumerate(reports) if report.name == "embed")
+    reports[at] = _run(context, embed, done["embed"])
+    return True
 
 
 def _run(context: RunContext, stage: Any, print_of: str) -> StageReport:

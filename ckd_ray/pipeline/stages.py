@@ -63,7 +63,8 @@ def _training(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _embed(config: Config) -> dict[str, Any]:
-    return {"codec": config.embed.codec, "precision": config.embed.precision}
+    learned = {} if config.embed.codec == "fp16" else {"seed": config.run.seed}
+    return {"codec": config.embed.codec, "precision": config.embed.precision, **learned}
 
 
 def _retrieve(config: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ closing line, and whatever the stage found out on the way.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ckd_ray.collective.stream import LabelJob, label as label_queries
@@ -14,7 +15,8 @@ from ckd_ray.data import Collection, build_collection
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.trainer import fit
 from ckd_ray.embed.encoder import choose_precision
-from ckd_ray.embed.stream import EmbedJob, embed_texts
+from ckd_ray.embed.learn_codec import with_codec
+from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
 from ckd_ray.model.sources import resolve_backbone
@@ -143,9 +145,11 @@ def embed_all(
             fingerprint=f"{made_of}/{texts}",
             token_budget=config.token_budget,
             precision=precision,
-            codec=config.codec,
         )
-        jobs.append((job, count))
+        if texts == "passages":
+            # Queries stay in fp16: they are few, and read in every comparison.
+            job = with_codec(replace(job, codec=config.codec), count, config, seed=context.config.run.seed, stage=stage)
+        jobs.append((job, plan_shards(count, config.passages_per_shard)))
     return embed_texts(jobs, config, stage=stage)[0]
 
 

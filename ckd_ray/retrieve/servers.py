@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -41,15 +42,19 @@ class ShardServer:
 
     def __init__(self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int) -> None:
         torch.set_num_threads(max(1, threads))
-        self.settings = settings
-        self.range = ShardRange(
-            EmbeddingStore.open(store),
-            shards,
-            engine=settings.engine,
-            cells=settings.cells,
-            nprobe=settings.nprobe,
-            candidates=settings.candidates,
-            seed=settings.seed,
+        self._store, self._shards, self._settings = store, shards, settings
+
+    @cached_property
+    def range(self) -> ShardRange:
+        """Loaded by the first call and not by the constructor, whose errors Ray reports without their type."""
+        return ShardRange(
+            EmbeddingStore.open(self._store),
+            self._shards,
+            engine=self._settings.engine,
+            cells=self._settings.cells,
+            nprobe=self._settings.nprobe,
+            candidates=self._settings.candidates,
+            seed=self._settings.seed,
         )
 
     def ready(self) -> int:
@@ -109,7 +114,11 @@ class serving:
             self._actors.append(remote.remote(self._store.uri, shards, self._settings, self._threads))
         task = "building an IVF-PQ index over" if self._settings.engine == "faiss" else "loading"
         say(f"  {task} {self._store.num_tokens:,} token embeddings ({self._count} servers)")
-        ray.get([actor.ready.remote() for actor in self._actors])
+        try:
+            ray.get([actor.ready.remote() for actor in self._actors])
+        except BaseException:
+            self.__exit__(None, None, None)  # `with` does not, when entering fails
+            raise
         return ServerGroup(tuple(self._actors))
 
     def __exit__(

@@ -1,32 +1,64 @@
-"""How a token embedding becomes bytes, behind one interface. Shapes: T tokens, D dimensions, C bytes a token."""
+"""How a token embedding becomes bytes, behind one interface.
+
+`fp16` keeps two bytes a dimension. `residual1`, `residual2` and `residual4` keep the nearest of K learned centroids
+(four bytes) and 1, 2 or 4 bits a dimension of what is left over, as ColBERTv2 does (Santhanam et al., NAACL 2022,
+section 3.3).
+Shapes: T tokens, D dimensions, C bytes a token, K centroids.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.store.files import filesystem_of, join, write_atomic
 
 Bytes = npt.NDArray[np.uint8]
 
+RESIDUAL_BITS = {"residual1": 1, "residual2": 2, "residual4": 4}
+CODEC_NAMES = ("fp16", *RESIDUAL_BITS)
+# The learned part of a residual codec, beside the shards that were written with it.
+CODEC_FILE = "codec.safetensors"
+# Says of what it was learned, for a run that is gone on with.
+CODEC_RECORD = "codec.json"
+_ID_BYTES = 4
+# Numbers of a block of similarities to all centroids, while encoding: 64 MiB of float32.
+_BLOCK = 1 << 24
+_GPU_BLOCK = 1 << 28
+
+
+class BrokenCodecError(JobError):
+    """The learned part of a codec is missing or altered: the shards beside it cannot be decoded."""
+
 
 class Codec(Protocol):
-    """A codec is fixed before the first shard is written; its name stands in the manifest of the store."""
+    """A codec is fixed before the first shard is written; its name and digest stand in every shard.
+
+    Attributes:
+        digest: SHA-256 of the file that holds its learned part, empty when nothing is learned.
+    """
 
     name: str
     dim: int
+    digest: str
 
     @property
     def bytes_per_token(self) -> int:
         """C."""
 
-    def encode(self, embeddings_TD: torch.Tensor) -> Bytes:
-        """Rows of any float type to bytes (T, C)."""
+    def encode(self, embeddings_TD: Tensor) -> Bytes:
+        """Rows of any float type, on any device, to bytes (T, C)."""
 
-    def decode(self, codes_TC: Bytes) -> torch.Tensor:
+    def decode(self, codes_TC: Bytes) -> Tensor:
         """Bytes (T, C) to float16 rows (T, D)."""
 
 
@@ -34,6 +66,7 @@ class Float16:
     """Two bytes a dimension; decoding is a view, nothing is copied."""
 
     name = "fp16"
+    digest = ""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -43,27 +76,159 @@ class Float16:
         """C = 2 D."""
         return 2 * self.dim
 
-    def encode(self, embeddings_TD: torch.Tensor) -> Bytes:
+    def encode(self, embeddings_TD: Tensor) -> Bytes:
         """Round to the nearest float16."""
         halves = embeddings_TD.detach().to("cpu", torch.float16).contiguous().numpy()
         return halves.view(np.uint8).reshape(len(halves), self.bytes_per_token)
 
-    def decode(self, codes_TC: Bytes) -> torch.Tensor:
+    def decode(self, codes_TC: Bytes) -> Tensor:
         """A float16 view of the bytes; read-only when the bytes are memory-mapped."""
         return _as_tensor(codes_TC.view(np.float16))
 
 
-def make_codec(name: str, dim: int) -> Codec:
-    """The codec `name` for rows of D = `dim`."""
+class Residual:
+    """A centroid's number and a few bits a dimension.
+
+    Args:
+        name: one of `RESIDUAL_BITS`.
+        centroids_KD: what rows are compared with, by inner product.
+        cutoffs: (2^bits - 1,) ascending bounds between the buckets of a residual's value.
+        weights: (2^bits,) the value that a bucket stands for.
+        digest: of the file these were read from.
+
+    Raises:
+        UserError: D dimensions do not fill whole bytes.
+    """
+
+    def __init__(self, name: str, centroids_KD: Tensor, cutoffs: Tensor, weights: Tensor, digest: str = "") -> None:
+        self.name, self.bits, self.digest = name, RESIDUAL_BITS[name], digest
+        self.dim = centroids_KD.shape[1]
+        check_dim(name, self.dim)
+        self.centroids_KD = centroids_KD.to(torch.float16)
+        self.cutoffs, self.weights = cutoffs.float(), weights.float()
+        if len(self.cutoffs) != 2**self.bits - 1 or len(self.weights) != 2**self.bits:
+            raise ValueError(f"{name}: expected {2**self.bits} buckets, got {len(self.weights)}")
+        # What each byte stands for, so that decoding is one lookup a byte: (256, 8 / bits).
+        shifts = torch.arange(0, 8, self.bits)
+        self._values = self.weights[(torch.arange(256)[:, None] >> shifts) & (2**self.bits - 1)]
+        self._device_centroids: Tensor | None = None
+
+    @property
+    def num_centroids(self) -> int:
+        """K."""
+        return len(self.centroids_KD)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """C = 4 + D * bits / 8: 36 for 2 bits and 128 dimensions."""
+        return _ID_BYTES + self.dim * self.bits // 8
+
+    def nearest_centroids(self, rows_TD: Tensor) -> Tensor:
+        """(T,) int64: the centroid of the greatest inner product with each row, on the device of the rows."""
+        if self._device_centroids is None or self._device_centroids.device != rows_TD.device:
+            self._device_centroids = self.centroids_KD.to(rows_TD.device).float()
+        centroids_KD = self._device_centroids
+        step = max(1, (_GPU_BLOCK if rows_TD.is_cuda else _BLOCK) // self.num_centroids)
+        found = [(block.float() @ centroids_KD.T).argmax(1) for block in rows_TD.split(step)]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=rows_TD.device)
+
+    def encode(self, embeddings_TD: Tensor) -> Bytes:
+        """The nearest centroid, then each dimension's bucket of the rest."""
+        rows_TD = embeddings_TD.detach()
+        ids_T = self.nearest_centroids(rows_TD).cpu()
+        out = np.empty((len(rows_TD), self.bytes_per_token), np.uint8)
+        out[:, :_ID_BYTES] = ids_T.to(torch.int32).numpy().view(np.uint8).reshape(-1, _ID_BYTES)
+        step = 1 << 16
+        for start in range(0, len(rows_TD), step):
+            rows = rows_TD[start : start + step].cpu().float()
+            residual = rows - self.centroids_KD[ids_T[start : start + step]].float()
+            buckets = torch.bucketize(residual, self.cutoffs, out_int32=True).to(torch.uint8)
+            parts = buckets.view(len(rows), -1, 8 // self.bits)
+            packed = torch.zeros(parts.shape[:2], dtype=torch.uint8)
+            for i in range(8 // self.bits):
+                packed |= parts[:, :, i] << (i * self.bits)
+            out[start : start + step, _ID_BYTES:] = packed.numpy()
+        return out
+
+    def centroid_ids(self, codes_TC: Bytes) -> npt.NDArray[np.int32]:
+        """(T,) int32 centroids of coded rows."""
+        return np.ascontiguousarray(codes_TC[:, :_ID_BYTES]).view(np.int32)[:, 0]
+
+    def decode(self, codes_TC: Bytes) -> Tensor:
+        """Centroid plus bucket values, at unit length (the embeddings were)."""
+        out = torch.empty(len(codes_TC), self.dim, dtype=torch.float16)
+        step = 1 << 14  # keeps the float32 rows of a block in the cache
+        for start in range(0, len(codes_TC), step):
+            codes = codes_TC[start : start + step]
+            ids = torch.from_numpy(self.centroid_ids(codes)).long()
+            packed = torch.from_numpy(codes[:, _ID_BYTES:].astype(np.int32))
+            rows = self._values[packed].view(len(codes), self.dim)
+            rows += self.centroids_KD[ids]
+            out[start : start + step] = torch.nn.functional.normalize(rows, dim=1)
+        return out
+
+
+def check_dim(name: str, dim: int) -> None:
+    """Raises UserError when `dim` dimensions do not fill whole bytes under the codec `name`."""
+    bits = RESIDUAL_BITS.get(name, 8)
+    if dim * bits % 8:
+        raise UserError(
+            "these dimensions do not fill whole bytes",
+            where="model.dim",
+            expected=f"a multiple of {8 // bits} for embed.codec {name}",
+            found=str(dim),
+        )
+
+
+def save_codec(codec: Residual, folder: str) -> str:
+    """Write the learned part of `codec` as `folder`/codec.safetensors, atomically. Returns its digest."""
+    from safetensors.torch import save
+
+    tensors = {
+        "centroids": codec.centroids_KD.contiguous(),
+        "cutoffs": codec.cutoffs.contiguous(),
+        "weights": codec.weights.contiguous(),
+    }
+    data = save(tensors, {"ckd_ray.codec": json.dumps({"name": codec.name})})
+    write_atomic(join(folder, CODEC_FILE), lambda stream: stream.write(data))
+    return hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def load_codec(name: str, dim: int, folder: str = "", digest: str = "") -> Codec:
+    """The codec `name` of the store in `folder`, whose learned part lies in `folder`/codec.safetensors.
+
+    Args:
+        digest: what `save_codec` returned and the shards carry.
+
+    Raises:
+        UserError: there is no such codec.
+        BrokenCodecError: its learned part is missing, or is not what the shards were written with.
+    """
     if name == Float16.name:
         return Float16(dim)
-    raise UserError("unknown codec", where="embed.codec", expected=Float16.name, found=name)
+    if name not in RESIDUAL_BITS:
+        raise UserError("unknown codec", where="embed.codec", expected=", ".join(CODEC_NAMES), found=name)
+    uri = join(folder, CODEC_FILE)
+    fs, path = filesystem_of(uri)
+    try:
+        with fs.open_input_stream(path) as stream:
+            data = stream.read()
+    except FileNotFoundError as error:
+        raise BrokenCodecError(f"{uri}: missing, so the shards beside it cannot be decoded; embed again") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise BrokenCodecError(f"{uri}: not what the shards beside it were written with; embed again")
+    from safetensors.torch import load
+
+    tensors = load(data)
+    codec = Residual(name, tensors["centroids"], tensors["cutoffs"], tensors["weights"], digest)
+    if codec.dim != dim:
+        raise BrokenCodecError(f"{uri}: has {codec.dim} dimensions, the shards have {dim}")
+    return codec
 
 
-def _as_tensor(values: npt.NDArray[np.float16]) -> torch.Tensor:
+def _as_tensor(values: npt.NDArray[np.float16]) -> Tensor:
     # Memory-mapped arrays are read-only and torch warns that it cannot know; nothing here writes to them.
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(values)

@@ -6,6 +6,7 @@ Shapes: P passages asked for, T their tokens, D dimensions, V vocabulary ids.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy.typing as npt
 import torch
 
 from ckd_ray.errors import JobError
-from ckd_ray.store.files import join, list_files, read_json, write_json_atomic
+from ckd_ray.store.cache import ShardCache
+from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, BrokenCodecError
+from ckd_ray.store.files import is_local, join, list_files, read_json, write_json_atomic
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, ShardHeader, read_header, shard_name
 
 MANIFEST = "manifest.json"
@@ -60,6 +63,7 @@ class EmbeddingStore:
         self._shards: list[dict[str, Any]] = manifest["shards"]
         self.num_shards = len(self._shards)
         self.firsts = np.array([s["first"] for s in self._shards], np.int64)
+        self._cache = None if is_local(uri) else ShardCache.of_this_machine()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._frequencies: npt.NDArray[np.int64] | None = None
 
@@ -83,13 +87,20 @@ class EmbeddingStore:
         if i in self._open:
             self._open.move_to_end(i)
             return self._open[i]
-        shard = Shard(join(self.uri, shard_name(i)))
-        if shard.header.sha256 != self._shards[i]["sha256"]:
-            raise BrokenShardError(f"{shard.uri}: not the shard that the manifest names")
+        uri, digest = join(self.uri, shard_name(i)), self._shards[i]["sha256"]
+        shard = Shard(uri, self._cache.fetch(uri, digest) if self._cache else None)
+        if shard.header.sha256 != digest:
+            raise BrokenShardError(f"{uri}: not the shard that the manifest names", uri)
         self._open[i] = shard
-        if len(self._open) > _OPEN_SHARDS:
+        while len(self._open) > 1 and not self._may_stay_open():
             self._open.popitem(last=False)
         return shard
+
+    def _may_stay_open(self) -> bool:
+        """Maps of cached copies hold their space on the disk even when the cache has dropped them."""
+        if len(self._open) > _OPEN_SHARDS:
+            return False
+        return self._cache is None or sum(s.codes.nbytes for s in self._open.values()) <= self._cache.limit
 
     def shard_tokens(self, i: int) -> int:
         """Rows of shard `i`, from the manifest."""
@@ -129,14 +140,20 @@ class EmbeddingStore:
         token_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
         return Ragged(flat, np.array([len(x) for x in ids], np.int32), token_ids)
 
-    def verify(self) -> list[str]:
-        """Read every shard; the names of those that are broken."""
+    def verify(self, shards: Iterable[int] | None = None) -> list[str]:
+        """Read these shards, or all, whole; the names of the files that are broken.
+
+        Without their codec no shard can be decoded, so when that is broken all are named, and what it was learned from.
+        """
         broken = []
-        for i in range(self.num_shards):
+        for i in range(self.num_shards) if shards is None else shards:
             try:
                 self.shard(i).verify()
             except BrokenShardError:
+                self._open.pop(i, None)
                 broken.append(shard_name(i))
+            except BrokenCodecError:
+                return [CODEC_RECORD, CODEC_FILE, *(shard_name(k) for k in range(self.num_shards))]
         return broken
 
 

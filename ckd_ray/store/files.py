@@ -59,6 +59,13 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`, sorted; a missing folder is empty."""
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
+
+
 def make_folder(uri: str) -> None:
     """Create the folder `uri` and those above it."""
     fs, path = filesystem_of(uri)

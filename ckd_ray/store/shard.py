@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +28,7 @@ import pyarrow.ipc as ipc
 import torch
 
 from ckd_ray.errors import JobError
-from ckd_ray.store.codec import Codec, make_codec
+from ckd_ray.store.codec import Codec, load_codec
 from ckd_ray.store.files import filesystem_of, is_local, write_atomic
 
 SCHEMA_VERSION = 1
@@ -37,7 +39,18 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class BrokenShardError(JobError):
-    """A shard is truncated, altered, or belongs to another run; it must be computed again."""
+    """A shard is truncated, altered, or belongs to another run; it must be computed again.
+
+    Attributes:
+        uri: of the shard.
+    """
+
+    def __init__(self, message: str, uri: str) -> None:
+        super().__init__(message, uri)
+        self.uri = uri
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class ShardHeader:
     dim: int
     codec: str
     sha256: str
+    codec_digest: str = ""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -91,6 +105,7 @@ def write_shard(
         dim=codec.dim,
         codec=codec.name,
         sha256=_digest(first, lengths, token_ids, codes, ids, counts),
+        codec_digest=codec.digest,
     )
     metadata = {
         _HEADER: json.dumps(asdict(header)).encode(),
@@ -145,15 +160,15 @@ def read_header(uri: str) -> tuple[ShardHeader, Int32Array, Int32Array]:
         with fs.open_input_file(path) as source:
             return _parse_metadata(uri, ipc.open_file(source).schema.metadata)
     except (pa.ArrowInvalid, OSError) as error:
-        raise BrokenShardError(f"{uri}: not a whole shard ({str(error).splitlines()[0]})") from error
+        raise BrokenShardError(f"{uri}: not a whole shard ({str(error).splitlines()[0]})", uri) from error
 
 
 def _parse_metadata(uri: str, metadata: dict[bytes, bytes] | None) -> tuple[ShardHeader, Int32Array, Int32Array]:
     if not metadata or _HEADER not in metadata:
-        raise BrokenShardError(f"{uri}: not a shard of token embeddings")
+        raise BrokenShardError(f"{uri}: not a shard of token embeddings", uri)
     values: dict[str, Any] = json.loads(metadata[_HEADER])
     if values.get("schema_version") != SCHEMA_VERSION:
-        raise BrokenShardError(f"{uri}: schema version {values.get('schema_version')}, this is {SCHEMA_VERSION}")
+        raise BrokenShardError(f"{uri}: schema version {values.get('schema_version')}, this is {SCHEMA_VERSION}", uri)
     ids = np.frombuffer(metadata[_FREQUENCY_IDS], np.int32)
     counts = np.frombuffer(metadata[_FREQUENCY_COUNTS], np.int32)
     return ShardHeader(**values), ids, counts
@@ -162,26 +177,31 @@ def _parse_metadata(uri: str, metadata: dict[bytes, bytes] | None) -> tuple[Shar
 class Shard:
     """A shard opened for reading; local files are memory-mapped.
 
+    Args:
+        uri: where the shard is.
+        local: a local copy of it to map instead.
+
     Attributes:
         header: what the shard says of itself.
         first: dense index of its first passage.
         lengths: (P,) int32; offsets: (P + 1,) int64; token_ids: (T,) int32; codes: (T, C) uint8.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, local: str | None = None) -> None:
+        self.uri, self._local = uri, local
         try:
-            self._open()
+            self._open(local or uri)
         except (pa.ArrowInvalid, OSError) as error:
-            raise BrokenShardError(f"{uri}: not a whole shard ({str(error).splitlines()[0]})") from error
+            raise BrokenShardError(f"{uri}: not a whole shard ({str(error).splitlines()[0]})", uri) from error
 
-    def _open(self) -> None:
-        fs, path = filesystem_of(self.uri)
-        source = pa.memory_map(path) if is_local(self.uri) else pa.BufferReader(fs.open_input_stream(path).read())
+    def _open(self, where: str) -> None:
+        fs, path = filesystem_of(where)
+        source = pa.memory_map(path) if is_local(where) else pa.BufferReader(fs.open_input_stream(path).read())
         reader = ipc.open_file(source)
         self.header, self.frequency_ids, self.frequency_counts = _parse_metadata(self.uri, reader.schema.metadata)
         self.first = self.header.first
-        self.codec = make_codec(self.header.codec, self.header.dim)
+        folder = self.uri.rpartition("/")[0]
+        self.codec = load_codec(self.header.codec, self.header.dim, folder, self.header.codec_digest)
         batch = reader.get_batch(0)
         self.lengths: Int32Array = batch.column("lengths").to_numpy()
         self.offsets: Int64Array = batch.column("token_ids").offsets.to_numpy()
@@ -190,7 +210,7 @@ class Shard:
         flat = batch.column("embeddings").buffers()[2]
         size = self.header.tokens * width
         if len(self.lengths) != self.header.passages or (flat.size if flat else 0) < size:
-            raise BrokenShardError(f"{self.uri}: columns are shorter than the header says")
+            raise BrokenShardError(f"{self.uri}: columns are shorter than the header says", self.uri)
         self.codes = np.frombuffer(flat or b"", np.uint8, count=size).reshape(self.header.tokens, width)
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -199,11 +219,14 @@ class Shard:
         return self.codec.decode(self.codes[self.offsets[start] : self.offsets[stop]])
 
     def verify(self) -> None:
-        """Read every byte and compare with the checksum.
+        """Read every byte and compare with the checksum. A local copy that differs is removed.
 
         Raises:
             BrokenShardError: a bit differs.
         """
         columns = (self.lengths, self.token_ids, self.codes, self.frequency_ids, self.frequency_counts)
         if _digest(self.first, *columns) != self.header.sha256:
-            raise BrokenShardError(f"{self.uri}: its bytes do not match its checksum")
+            if self._local:
+                with suppress(FileNotFoundError):
+                    os.remove(self._local)
+            raise BrokenShardError(f"{self.uri}: its bytes do not match its checksum", self.uri)

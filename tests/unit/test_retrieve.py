@@ -16,7 +16,7 @@ from ckd_ray.retrieve.faiss_index import candidate_passages, choose_cells, choos
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
-from ckd_ray.store.codec import make_codec
+from ckd_ray.store.codec import Float16
 
 DIM, QUERY_ROWS = 16, 5
 
@@ -53,7 +53,7 @@ def write(folder: Path, documents: list[torch.Tensor], shards: int) -> Embedding
             lengths=np.array([len(d) for d in part], np.int32),
             token_ids=np.arange(token, token + len(rows), dtype=np.int32),
             embeddings_TD=rows,
-            codec=make_codec("fp16", DIM),
+            codec=Float16(DIM),
         )
         token += len(rows)
         headers.append(header)

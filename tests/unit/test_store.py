@@ -17,7 +17,7 @@ from ckd_ray.store import (
     write_manifest,
     write_shard,
 )
-from ckd_ray.store.codec import make_codec
+from ckd_ray.store.codec import Float16
 from ckd_ray.store.files import new_folder, read_json, write_atomic, write_json_atomic
 from ckd_ray.store.shard import document_frequencies
 
@@ -39,7 +39,7 @@ def write_store(folder: Path, lengths: list[list[int]], fingerprint: str = "f") 
             lengths=sizes,
             token_ids=np.arange(len(rows), dtype=np.int32) % 5,
             embeddings_TD=rows,
-            codec=make_codec("fp16", DIM),
+            codec=Float16(DIM),
         )
         headers.append(header)
         passages += list(torch.split(rows.half(), shard_lengths))

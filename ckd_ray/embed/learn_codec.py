@@ -1,0 +1,88 @@
+"""Before a store with a learned codec is written: embed a sample of the corpus, learn the codec from it.
+
+The sample goes through the same stream as the corpus, into a small fp16 store beside the shards, so that a killed run
+goes on here too; it is removed once the codec is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import ray
+import torch
+
+from ckd_ray.config import EmbedConfig
+from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
+from ckd_ray.progress import say
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.codec import CODEC_RECORD, RESIDUAL_BITS, save_codec
+from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
+from ckd_ray.store.files import delete, exists, join, read_json, write_json_atomic
+
+_SAMPLE = "sample"
+# Consecutive passages that are drawn together: few reads, and still spread over the corpus.
+_SPAN = 32
+
+
+def with_codec(
+    job: EmbedJob,
+    num_passages: int,
+    settings: EmbedConfig,
+    *,
+    seed: int,
+    stage: str = "embed",
+    make_encoder: Callable[[EmbedJob, int], Encoder] | None = None,
+) -> EmbedJob:
+    """`job` with the digest of its codec, which is learned first unless an earlier try has done that.
+
+    Args:
+        job: of passages; its `codec` is a name.
+        num_passages: of the corpus.
+        seed: of the sample and of k-means.
+    """
+    if job.codec not in RESIDUAL_BITS or num_passages == 0:
+        return replace(job, codec="fp16" if num_passages == 0 else job.codec)
+    record = join(job.out, CODEC_RECORD)
+    if exists(record):
+        kept = read_json(record)
+        if kept["fingerprint"] == job.fingerprint:
+            delete(join(job.out, _SAMPLE))
+            return replace(job, codec_digest=kept["digest"])
+    spans = sample_spans(num_passages, seed)
+    sample = replace(job, out=join(job.out, _SAMPLE), codec="fp16", fingerprint=f"{job.fingerprint}/sample")
+    store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample", make_encoder=make_encoder)[0]
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus)(_learn)
+    digest, centroids = ray.get(task.remote(job, store.uri, num_passages, seed))
+    say(f"{stage}: {job.codec} learned from {store.num_tokens:,} token embeddings ({centroids:,} centroids)")
+    write_json_atomic(record, {"fingerprint": job.fingerprint, "digest": digest, "centroids": centroids})
+    delete(store.uri)
+    return replace(job, codec_digest=digest)
+
+
+def sample_spans(num_passages: int, seed: int) -> list[tuple[int, int]]:
+    """(first, stop) of the passages to learn from, ascending: enough for the codec of a corpus of this size.
+
+    A passage is taken for 64 tokens here; the true number is known, and used, once the sample is embedded.
+    """
+    wanted = -(-sample_size(64 * num_passages) // 64)
+    starts = np.arange(0, num_passages, _SPAN)
+    count = min(len(starts), -(-wanted // _SPAN))
+    chosen = np.sort(np.random.default_rng(seed).choice(starts, count, replace=False)).tolist()
+    return [(first, min(first + _SPAN, num_passages)) for first in chosen]
+
+
+def _learn(job: EmbedJob, sample: str, num_passages: int, seed: int) -> tuple[str, int]:
+    """Runs in a task of its own, so that the driver stays small; uses all cores, which nothing else needs now."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    store = EmbeddingStore.open(sample)
+    rows_SD = torch.cat([store.shard(i).embeddings() for i in range(store.num_shards)])
+    tokens = int(store.num_tokens / max(1, store.num_passages) * num_passages)
+    centroids = choose_centroids(tokens)
+    while centroids * SAMPLE_A_CENTROID > 2 * len(rows_SD) and centroids > 1:
+        centroids //= 2
+    codec = train_codec(job.codec, rows_SD, centroids, seed)
+    return save_codec(codec, job.out), codec.num_centroids
