@@ -18,9 +18,9 @@ from ckd_ray.config import EmbedConfig
 from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
 from ckd_ray.progress import say
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.codec import CODEC_RECORD, RESIDUAL_BITS, save_codec
+from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
 from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
-from ckd_ray.store.files import delete, exists, join, read_json, write_json_atomic
+from ckd_ray.store.files import delete, exists, is_whole, join, read_json, write_json_atomic
 
 _SAMPLE = "sample"
 # Consecutive passages that are drawn together: few reads, and still spread over the corpus.
@@ -48,9 +48,14 @@ def with_codec(
     record = join(job.out, CODEC_RECORD)
     if exists(record):
         kept = read_json(record)
-        if kept["fingerprint"] == job.fingerprint:
+        learned = join(job.out, CODEC_FILE)
+        if kept["fingerprint"] == job.fingerprint and is_whole(learned, kept["digest"]):
             delete(join(job.out, _SAMPLE))
             return replace(job, codec_digest=kept["digest"])
+        if kept["fingerprint"] == job.fingerprint:
+            # The same sample gives the same codec on the same kind of machine, and then all shards are kept; shards
+            # that were written with another one are refused.
+            say(f"{stage}: {learned}: missing, or not what the shards were written with; it is learned again")
     spans = sample_spans(num_passages, seed)
     sample = replace(job, out=join(job.out, _SAMPLE), codec="fp16", fingerprint=f"{job.fingerprint}/sample")
     store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample", make_encoder=make_encoder)[0]

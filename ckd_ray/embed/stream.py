@@ -20,8 +20,9 @@ import ray
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
 from ckd_ray.embed.pool import Pool, plan_pool
+from ckd_ray.embed.survey import close, whole_shards
 from ckd_ray.progress import Progress, say
-from ckd_ray.store import EmbeddingStore, ShardHeader, intact_shards, shard_name, write_manifest, write_shard
+from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
 from ckd_ray.store.files import delete, exists, join, local_copy, make_folder, read_json, write_json_atomic
 from ckd_ray.store.shard import BrokenShardError, read_header
@@ -109,14 +110,14 @@ def embed_texts(
             for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
                 progress.advance(row["passages"])
     for (job, _), shards in zip(jobs, spans, strict=True):
-        _close(job, [read_header(join(job.out, shard_name(i)))[0] for i in range(len(shards))])
+        close(job.out, job.fingerprint, len(shards), precision=job.precision, texts=job.texts)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]
 
 
 def _left_by_an_earlier_run(job: EmbedJob, stage: str) -> dict[int, ShardHeader]:
     """Whole shards of this very job; what is broken or foreign is named and removed."""
     make_folder(job.out)
-    intact, refused = intact_shards(job.out, job.fingerprint)
+    intact, refused = whole_shards(job.out, job.fingerprint, job.codec_digest)
     for name, why in refused.items():
         say(f"{stage}: {why}; it is computed again")
         delete(join(job.out, name))
@@ -134,16 +135,6 @@ def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[in
             return [tuple(span) for span in kept["spans"]]
     write_json_atomic(plan, {"fingerprint": job.fingerprint, "spans": spans})
     return spans
-
-
-def _close(job: EmbedJob, headers: list[ShardHeader]) -> None:
-    from ckd_ray.store.files import filesystem_of
-
-    size = 0
-    for header in headers:
-        fs, path = filesystem_of(join(job.out, shard_name(header.index)))
-        size += int(fs.get_file_info(path).size)
-    write_manifest(job.out, job.fingerprint, headers, size, precision=job.precision, texts=job.texts)
 
 
 def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_encoder: Any) -> Any:

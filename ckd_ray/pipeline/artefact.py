@@ -12,7 +12,16 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from ckd_ray.progress import say
-from ckd_ray.store.files import delete, exists, filesystem_of, join, make_folder, read_json, write_json_atomic
+from ckd_ray.store.files import (
+    delete,
+    exists,
+    filesystem_of,
+    join,
+    make_folder,
+    read_json,
+    remove_stale,
+    write_json_atomic,
+)
 
 MANIFEST, MAKING = "manifest.json", "making.json"
 SCHEMA_VERSION = 1
@@ -27,18 +36,17 @@ def manifest_of(uri: str) -> dict[str, Any] | None:
 def is_made(uri: str, fingerprint: str) -> bool:
     """True when the artefact is finished, of this fingerprint, and no file it names is missing or of another size."""
     manifest = manifest_of(uri)
-    if manifest is None or manifest.get("made_of") != fingerprint:
-        return False
-    fs, path = filesystem_of(uri)
-    for entry in manifest.get("files", []):
-        info = fs.get_file_info(f"{path}/{entry['name']}")
-        if info.size != entry["bytes"]:
-            return False
-    return True
+    return manifest is not None and manifest.get("made_of") == fingerprint and not _damaged(uri, manifest)
+
+
+def _damaged(uri: str, manifest: dict[str, Any]) -> list[str]:
+    """Names of the files in the manifest that are missing or of another size; one listing, however many there are."""
+    sizes = {entry["name"]: entry["bytes"] for entry in _files(uri)}
+    return [entry["name"] for entry in manifest.get("files", []) if sizes.get(entry["name"]) != entry["bytes"]]
 
 
 def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) -> bool:
-    """Run `work` unless the artefact is there. Returns whether it ran.
+    """Run `work` unless the artefact is there. Returns whether it ran. What killed writers have left is removed first.
 
     `work` writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list of
     files. When it writes a manifest of its own (the token store does), that one is extended.
@@ -46,6 +54,7 @@ def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) 
     if is_made(uri, fingerprint):
         return False
     making = join(uri, MAKING)
+    remove_stale(uri)
     if not _go_on(uri, fingerprint):
         delete(uri)
     make_folder(uri)
@@ -74,18 +83,16 @@ def _go_on(uri: str, fingerprint: str) -> bool:
     manifest = manifest_of(uri)
     if manifest is None or manifest.get("made_of") != fingerprint:
         return False
-    fs, path = filesystem_of(uri)
-    for entry in manifest.get("files", []):
-        if fs.get_file_info(f"{path}/{entry['name']}").size != entry["bytes"]:
-            say(f"{join(uri, entry['name'])}: missing or of another size; it is made again")
-            delete(join(uri, entry["name"]))
+    for name in _damaged(uri, manifest):
+        say(f"{join(uri, name)}: missing or of another size; it is made again")
+        delete(join(uri, name))
     return True
 
 
 def _files(uri: str) -> list[dict[str, Any]]:
     """Every file below the folder, by its path in it, with its bytes."""
     fs, path = filesystem_of(uri)
-    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
     found = [(i.path[len(path.rstrip("/")) + 1 :], int(i.size)) for i in infos if i.type == pafs.FileType.File]
     skipped = (MANIFEST, MAKING)
-    return [{"name": n, "bytes": size} for n, size in sorted(found) if n not in skipped and ".tmp-" not in n]
+    return [{"name": n, "bytes": size} for n, size in sorted(found) if n not in skipped]

@@ -21,9 +21,8 @@ def run_lock(run: str) -> Iterator[None]:
         UserError: another live process holds the run.
     """
     make_folder(run)
-    if not is_local(
-        run
-    ):  # object stores have no exclusive create in pyarrow; shards are idempotent, so the worst is waste
+    if not is_local(run):
+        # Object stores have no exclusive create in pyarrow. Shards are idempotent, so two commands waste work at worst.
         yield
         return
     path = os.path.join(filesystem_of(run)[1], ".lock")

@@ -72,10 +72,10 @@ def run_stages(
 
 
 def _repaired(context: RunContext, stages: list[Any], reports: list[StageReport], done: dict[str, str]) -> bool:
-    """Look for broken shards after a failure; when there are any, compute these again. Returns whether there were."""
-    from ckd_ray.pipeline.repair import remove_broken_shards
+    """After a failure, look for broken files of a store and make these again. Returns whether there were any."""
+    from ckd_ray.pipeline.repair import remove_broken_files
 
-    if "embed" not in done or not remove_broken_shards(context):
+    if "embed" not in done or not remove_broken_files(context):
         return False
     embed = next(stage for stage in stages if stage.name == "embed")
     at = next(i for i, report in enumerate(reports) if report.name == "embed")

@@ -80,7 +80,9 @@ def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int)
 def write_ranking_matrix(folder: str, split: str, spans: Sequence[tuple[int, int]], depth: int) -> None:
     """Make `SPLIT.npy` of all parts, one part in memory at a time."""
     total = spans[-1][1] if spans else 0
-    with tempfile.TemporaryDirectory(dir=filesystem_of(folder)[1] if is_local(folder) else None) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix=".matrix.tmp-", dir=filesystem_of(folder)[1] if is_local(folder) else None
+    ) as scratch:
         path = os.path.join(scratch, "matrix.npy")
         matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(total, depth))
         for part, (first, stop) in enumerate(spans):

@@ -1,7 +1,8 @@
 """The token-embedding store: shards, codecs, manifests, random access by passage. Imports without Ray."""
 
-from ckd_ray.store.embeddings import EmbeddingStore, Ragged, intact_shards, write_manifest
+from ckd_ray.store.embeddings import EmbeddingStore, Ragged
 from ckd_ray.store.shard import BrokenShardError, Shard, ShardHeader, shard_name, write_shard
+from ckd_ray.store.writing import close_store, intact_shards, take_stock, write_manifest
 
 __all__ = [
     "BrokenShardError",
@@ -9,8 +10,10 @@ __all__ = [
     "Ragged",
     "Shard",
     "ShardHeader",
+    "close_store",
     "intact_shards",
     "shard_name",
+    "take_stock",
     "write_manifest",
     "write_shard",
 ]

@@ -3,7 +3,7 @@
 `fp16` keeps two bytes a dimension. `residual1`, `residual2` and `residual4` keep the nearest of K learned centroids
 (four bytes) and 1, 2 or 4 bits a dimension of what is left over, as ColBERTv2 does (Santhanam et al., NAACL 2022,
 section 3.3).
-Shapes: T tokens, D dimensions, C bytes a token, K centroids.
+Shapes: T tokens, D dimensions, C bytes a token, K centroids, G groups of centroids, N groups next to one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -31,9 +32,15 @@ CODEC_FILE = "codec.safetensors"
 # Says of what it was learned, for a run that is gone on with.
 CODEC_RECORD = "codec.json"
 _ID_BYTES = 4
-# Numbers of a block of similarities to all centroids, while encoding: 64 MiB of float32.
-_BLOCK = 1 << 24
+# Numbers of a block of similarities to centroids, while encoding: 4 MiB of float32 stay in a core's cache.
+_BLOCK = 1 << 20
 _GPU_BLOCK = 1 << 28
+
+with warnings.catch_warnings():
+    # Memory-mapped arrays are read-only, and torch says once a process that it cannot know that. Nothing here writes to
+    # them; said now, into the void, it is not said later.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"\0\0", np.float16))
 
 
 class BrokenCodecError(JobError):
@@ -74,7 +81,7 @@ class Float16:
     @property
     def bytes_per_token(self) -> int:
         """C = 2 D."""
-        return 2 * self.dim
+        return bytes_per_token(self.name, self.dim)
 
     def encode(self, embeddings_TD: Tensor) -> Bytes:
         """Round to the nearest float16."""
@@ -83,7 +90,38 @@ class Float16:
 
     def decode(self, codes_TC: Bytes) -> Tensor:
         """A float16 view of the bytes; read-only when the bytes are memory-mapped."""
-        return _as_tensor(codes_TC.view(np.float16))
+        return torch.from_numpy(codes_TC.view(np.float16))
+
+
+def bytes_per_token(name: str, dim: int) -> int:
+    """C: 2 D for fp16, 4 + D * bits / 8 for residual codes (36 for 2 bits and 128 dimensions)."""
+    return 2 * dim if name == Float16.name else _ID_BYTES + dim * RESIDUAL_BITS[name] // 8
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Centroids in groups, so that a row is compared with those of the groups next to it alone.
+
+    Attributes:
+        centers_GD: a row belongs to the group of the greatest inner product.
+        bounds: (G + 1,) int64: the centroids of group g are those from bounds[g] up to bounds[g + 1].
+        near_GN: int64, the groups whose centroids are candidates for the rows of a group.
+    """
+
+    centers_GD: Tensor
+    bounds: Tensor
+    near_GN: Tensor
+
+    @classmethod
+    def one(cls, centroids_KD: Tensor) -> Groups:
+        """All centroids in one group: every row is compared with every centroid."""
+        zero = torch.zeros(1, 1, dtype=torch.int64)
+        return cls(centroids_KD.new_zeros(1, centroids_KD.shape[1]), torch.tensor([0, len(centroids_KD)]), zero)
+
+    def candidates(self, group: int) -> Tensor:
+        """Numbers of the centroids that a row of this group is compared with."""
+        near = self.near_GN[group].tolist()
+        return torch.cat([torch.arange(int(self.bounds[g]), int(self.bounds[g + 1])) for g in near])
 
 
 class Residual:
@@ -95,23 +133,32 @@ class Residual:
         cutoffs: (2^bits - 1,) ascending bounds between the buckets of a residual's value.
         weights: (2^bits,) the value that a bucket stands for.
         digest: of the file these were read from.
+        groups: of the centroids; one when None.
 
     Raises:
         UserError: D dimensions do not fill whole bytes.
     """
 
-    def __init__(self, name: str, centroids_KD: Tensor, cutoffs: Tensor, weights: Tensor, digest: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        centroids_KD: Tensor,
+        cutoffs: Tensor,
+        weights: Tensor,
+        digest: str = "",
+        groups: Groups | None = None,
+    ) -> None:
         self.name, self.bits, self.digest = name, RESIDUAL_BITS[name], digest
         self.dim = centroids_KD.shape[1]
         check_dim(name, self.dim)
         self.centroids_KD = centroids_KD.to(torch.float16)
         self.cutoffs, self.weights = cutoffs.float(), weights.float()
+        self.groups = groups or Groups.one(self.centroids_KD)
         if len(self.cutoffs) != 2**self.bits - 1 or len(self.weights) != 2**self.bits:
             raise ValueError(f"{name}: expected {2**self.bits} buckets, got {len(self.weights)}")
         # What each byte stands for, so that decoding is one lookup a byte: (256, 8 / bits).
         shifts = torch.arange(0, 8, self.bits)
         self._values = self.weights[(torch.arange(256)[:, None] >> shifts) & (2**self.bits - 1)]
-        self._device_centroids: Tensor | None = None
 
     @property
     def num_centroids(self) -> int:
@@ -121,16 +168,26 @@ class Residual:
     @property
     def bytes_per_token(self) -> int:
         """C = 4 + D * bits / 8: 36 for 2 bits and 128 dimensions."""
-        return _ID_BYTES + self.dim * self.bits // 8
+        return bytes_per_token(self.name, self.dim)
 
     def nearest_centroids(self, rows_TD: Tensor) -> Tensor:
-        """(T,) int64: the centroid of the greatest inner product with each row, on the device of the rows."""
-        if self._device_centroids is None or self._device_centroids.device != rows_TD.device:
-            self._device_centroids = self.centroids_KD.to(rows_TD.device).float()
-        centroids_KD = self._device_centroids
-        step = max(1, (_GPU_BLOCK if rows_TD.is_cuda else _BLOCK) // self.num_centroids)
-        found = [(block.float() @ centroids_KD.T).argmax(1) for block in rows_TD.split(step)]
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=rows_TD.device)
+        """(T,) int64: the centroid of the greatest inner product with each row, on the device of the rows.
+
+        With several groups, the greatest among those of the groups next to the row's own: all rows of a group are one
+        matrix product with its candidates.
+        """
+        rows_TD = rows_TD.float()
+        centroids_KD = self.centroids_KD.to(rows_TD.device).float()
+        if len(self.groups.centers_GD) == 1:
+            return _argmax(rows_TD, centroids_KD)
+        out = torch.empty(len(rows_TD), dtype=torch.int64, device=rows_TD.device)
+        order = _argmax(rows_TD, self.groups.centers_GD.to(rows_TD.device).float()).sort(stable=True)
+        sizes = torch.bincount(order.values, minlength=len(self.groups.centers_GD)).tolist()
+        for group, members in enumerate(order.indices.split(sizes)):
+            if len(members):
+                candidates = self.groups.candidates(group).to(rows_TD.device)
+                out[members] = candidates[_argmax(rows_TD[members], centroids_KD[candidates])]
+        return out
 
     def encode(self, embeddings_TD: Tensor) -> Bytes:
         """The nearest centroid, then each dimension's bucket of the rest."""
@@ -168,6 +225,13 @@ class Residual:
         return out
 
 
+def _argmax(rows_TD: Tensor, centroids_KD: Tensor) -> Tensor:
+    """(T,) the row of `centroids_KD` with the greatest inner product, a block at a time."""
+    step = max(1, (_GPU_BLOCK if rows_TD.is_cuda else _BLOCK) // len(centroids_KD))
+    found = [(block @ centroids_KD.T).argmax(1) for block in rows_TD.split(step)]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=rows_TD.device)
+
+
 def check_dim(name: str, dim: int) -> None:
     """Raises UserError when `dim` dimensions do not fill whole bytes under the codec `name`."""
     bits = RESIDUAL_BITS.get(name, 8)
@@ -188,6 +252,9 @@ def save_codec(codec: Residual, folder: str) -> str:
         "centroids": codec.centroids_KD.contiguous(),
         "cutoffs": codec.cutoffs.contiguous(),
         "weights": codec.weights.contiguous(),
+        "group_centers": codec.groups.centers_GD.contiguous(),
+        "group_bounds": codec.groups.bounds.contiguous(),
+        "group_near": codec.groups.near_GN.contiguous(),
     }
     data = save(tensors, {"ckd_ray.codec": json.dumps({"name": codec.name})})
     write_atomic(join(folder, CODEC_FILE), lambda stream: stream.write(data))
@@ -215,20 +282,14 @@ def load_codec(name: str, dim: int, folder: str = "", digest: str = "") -> Codec
         with fs.open_input_stream(path) as stream:
             data = stream.read()
     except FileNotFoundError as error:
-        raise BrokenCodecError(f"{uri}: missing, so the shards beside it cannot be decoded; embed again") from error
+        raise BrokenCodecError(f"{uri}: missing, so the shards beside it cannot be decoded") from error
     if hashlib.sha256(data).hexdigest() != digest:
-        raise BrokenCodecError(f"{uri}: not what the shards beside it were written with; embed again")
+        raise BrokenCodecError(f"{uri}: not what the shards beside it were written with")
     from safetensors.torch import load
 
     tensors = load(data)
-    codec = Residual(name, tensors["centroids"], tensors["cutoffs"], tensors["weights"], digest)
+    groups = Groups(tensors["group_centers"], tensors["group_bounds"], tensors["group_near"])
+    codec = Residual(name, tensors["centroids"], tensors["cutoffs"], tensors["weights"], digest, groups)
     if codec.dim != dim:
         raise BrokenCodecError(f"{uri}: has {codec.dim} dimensions, the shards have {dim}")
     return codec
-
-
-def _as_tensor(values: npt.NDArray[np.float16]) -> Tensor:
-    # Memory-mapped arrays are read-only and torch warns that it cannot know; nothing here writes to them.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(values)

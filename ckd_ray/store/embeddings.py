@@ -5,9 +5,11 @@ Shapes: P passages asked for, T their tokens, D dimensions, V vocabulary ids.
 
 from __future__ import annotations
 
+import hashlib
+import resource
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,14 @@ import torch
 
 from ckd_ray.errors import JobError
 from ckd_ray.store.cache import ShardCache
-from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, BrokenCodecError
-from ckd_ray.store.files import is_local, join, list_files, read_json, write_json_atomic
-from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, ShardHeader, read_header, shard_name
+from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, Codec, load_codec
+from ckd_ray.store.files import filesystem_of, is_local, is_whole, join, read_json
+from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, shard_name
+from ckd_ray.store.writing import FREQUENCIES, LENGTHS, MANIFEST, SCHEMA_VERSION
 
-MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
-_OPEN_SHARDS = 1024  # memory maps kept open; each costs a file handle and address space, no memory of its own
+# Memory maps kept open: each costs a file handle and address space, no memory of its own. A quarter of the handles that
+# a process may have, since it has other uses for them.
+_OPEN_SHARDS = 1024
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class EmbeddingStore:
         self.firsts = np.array([s["first"] for s in self._shards], np.int64)
         self._cache = None if is_local(uri) else ShardCache.of_this_machine()
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._frequencies: npt.NDArray[np.int64] | None = None
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_open = _OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(_OPEN_SHARDS, soft // 4))
+        self._beside: dict[str, npt.NDArray[Any]] = {}
 
     @classmethod
     def open(cls, uri: str) -> EmbeddingStore:
@@ -82,15 +87,21 @@ class EmbeddingStore:
             raise JobError(f"{uri}: written by another version (schema {manifest.get('schema_version')})")
         return cls(uri, manifest)
 
+    @property
+    def codec(self) -> Codec:
+        """What decodes the rows.
+
+        Raises:
+            BrokenCodecError: its learned part is missing or altered.
+        """
+        return load_codec(self.manifest["codec"], self.dim, self.uri, self.manifest["codec_digest"])
+
     def shard(self, i: int) -> Shard:
         """Shard `i`, opened once and kept."""
         if i in self._open:
             self._open.move_to_end(i)
             return self._open[i]
-        uri, digest = join(self.uri, shard_name(i)), self._shards[i]["sha256"]
-        shard = Shard(uri, self._cache.fetch(uri, digest) if self._cache else None)
-        if shard.header.sha256 != digest:
-            raise BrokenShardError(f"{uri}: not the shard that the manifest names", uri)
+        shard = Shard(join(self.uri, shard_name(i)), self._cache, self._shards[i]["sha256"])
         self._open[i] = shard
         while len(self._open) > 1 and not self._may_stay_open():
             self._open.popitem(last=False)
@@ -98,7 +109,7 @@ class EmbeddingStore:
 
     def _may_stay_open(self) -> bool:
         """Maps of cached copies hold their space on the disk even when the cache has dropped them."""
-        if len(self._open) > _OPEN_SHARDS:
+        if len(self._open) > self._most_open:
             return False
         return self._cache is None or sum(s.codes.nbytes for s in self._open.values()) <= self._cache.limit
 
@@ -109,94 +120,80 @@ class EmbeddingStore:
     @property
     def document_frequencies(self) -> npt.NDArray[np.int64]:
         """(V,) passages that hold each token id; V is one more than the largest id met."""
-        if self._frequencies is None:
-            total = np.zeros(self.manifest["vocabulary"], np.int64)
-            for i in range(self.num_shards):
-                shard = self.shard(i)
-                total[shard.frequency_ids] += shard.frequency_counts
-            self._frequencies = total
-        return self._frequencies
+        return self._whole(FREQUENCIES, np.dtype("<i8"), self.manifest["vocabulary"])
 
     def lengths(self) -> Int32Array:
-        """(num_passages,) int32 rows of every passage."""
-        if not self.num_shards:
-            return np.empty(0, np.int32)
-        return np.concatenate([self.shard(i).lengths for i in range(self.num_shards)])
+        """(num_passages,) int32 rows of every passage, memory-mapped."""
+        return self._whole(LENGTHS, np.dtype("<i4"), self.num_passages)
+
+    def _whole(self, name: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+        """A file that was made of all shards when the store was closed; checked when it is first read."""
+        if name not in self._beside:
+            uri, digest = join(self.uri, name), self.manifest["sha256"][name]
+            values = self._map(uri, digest, dtype, count)
+            if values is None and self._cache:
+                self._cache.discard(uri, digest)
+                values = self._map(uri, digest, dtype, count)
+            if values is None:
+                raise BrokenShardError(f"{uri}: not what the manifest names", uri)
+            self._beside[name] = values
+        return self._beside[name]
+
+    def _map(self, uri: str, digest: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any] | None:
+        """None when the file is missing or its bytes are not those of `digest`."""
+        if count == 0:
+            return np.empty(0, dtype)
+        try:
+            path = self._cache.fetch(uri, digest) if self._cache else filesystem_of(uri)[1]
+            values = np.memmap(path, dtype, "r")
+        except (FileNotFoundError, ValueError):  # ValueError: empty, or no whole number of values
+            return None
+        whole = len(values) == count and hashlib.sha256(values.data).hexdigest() == digest
+        return values if whole else None
 
     def gather(self, passages: npt.NDArray[np.int64]) -> Ragged:
-        """The passages asked for, in that order, duplicates allowed (P of them)."""
+        """The passages asked for, in that order, duplicates allowed (P of them).
+
+        Every shard is opened once for all of its passages, and each passage is compared with its checksum.
+
+        Raises:
+            IndexError: there is no such passage. BrokenShardError: the bytes of one are not what was written.
+        """
         passages = np.asarray(passages, np.int64)
         if len(passages) and (passages.min() < 0 or passages.max() >= self.num_passages):
             raise IndexError(f"passage index out of 0..{self.num_passages - 1}")
+        lengths = np.asarray(self.lengths()[passages], np.int32)
+        at = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        codec = self.codec
+        codes_TC = np.empty((int(at[-1]), codec.bytes_per_token), np.uint8)
+        token_ids = np.empty(int(at[-1]), np.int32)
         which = np.searchsorted(self.firsts, passages, side="right") - 1
-        rows: list[torch.Tensor] = []
-        ids: list[Int32Array] = []
-        for i, passage in zip(which.tolist(), passages.tolist(), strict=True):
-            shard = self.shard(i)
-            local = passage - shard.first
-            rows.append(shard.embeddings(local, local + 1))
-            ids.append(shard.token_ids[shard.offsets[local] : shard.offsets[local + 1]])
-        flat = torch.cat(rows) if rows else torch.empty(0, self.dim, dtype=torch.float16)
-        token_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
-        return Ragged(flat, np.array([len(x) for x in ids], np.int32), token_ids)
+        order = np.argsort(which, kind="stable")
+        starts = np.flatnonzero(np.diff(which[order], prepend=-1))
+        for group in np.split(order, starts[1:]) if len(order) else []:
+            shard = self.shard(int(which[group[0]]))
+            local = passages[group] - shard.first
+            shard.check_lengths(local, lengths[group])
+            shard.copy(local.tolist(), codes_TC, token_ids, at[group].tolist())
+        return Ragged(codec.decode(codes_TC), lengths, token_ids)
 
     def verify(self, shards: Iterable[int] | None = None) -> list[str]:
-        """Read these shards, or all, whole; the names of the files that are broken.
+        """Read these shards, or all, whole; the names of the files that are missing or broken.
 
-        Without their codec no shard can be decoded, so when that is broken all are named, and what it was learned from.
+        Reads the store itself, not the copies in this machine's cache. Memory: one shard when the store is remote.
         """
         broken = []
         for i in range(self.num_shards) if shards is None else shards:
             try:
-                self.shard(i).verify()
-            except BrokenShardError:
-                self._open.pop(i, None)
+                Shard(join(self.uri, shard_name(i)), digest=self._shards[i]["sha256"]).verify()
+            except (BrokenShardError, FileNotFoundError):
                 broken.append(shard_name(i))
-            except BrokenCodecError:
-                return [CODEC_RECORD, CODEC_FILE, *(shard_name(k) for k in range(self.num_shards))]
         return broken
 
-
-def intact_shards(uri: str, fingerprint: str) -> tuple[dict[int, ShardHeader], dict[str, str]]:
-    """Shards of this very run that a stopped stage has left in `uri`, checked byte by byte, and what was refused.
-
-    Returns:
-        headers by shard index, and for each file name that is broken or foreign the reason.
-    """
-    good: dict[int, ShardHeader] = {}
-    refused: dict[str, str] = {}
-    for name in list_files(uri, ".arrow"):
-        try:
-            header, _, _ = read_header(join(uri, name))
-            if header.fingerprint != fingerprint or shard_name(header.index) != name:
-                refused[name] = f"{name}: written by another run"
-                continue
-            Shard(join(uri, name)).verify()
-            good[header.index] = header
-        except BrokenShardError as error:
-            refused[name] = str(error)
-    return good, refused
-
-
-def write_manifest(uri: str, fingerprint: str, headers: list[ShardHeader], size: int, **extra: Any) -> None:
-    """Close a store: all shards are there, so name them with their checksums."""
-    headers = sorted(headers, key=lambda h: h.index)
-    vocabulary = 0
-    for header in headers:
-        _, ids, _ = read_header(join(uri, shard_name(header.index)))
-        vocabulary = max(vocabulary, int(ids.max(initial=-1)) + 1)
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": fingerprint,
-        "passages": sum(h.passages for h in headers),
-        "tokens": sum(h.tokens for h in headers),
-        "dim": headers[0].dim if headers else 0,
-        "codec": headers[0].codec if headers else "fp16",
-        "vocabulary": vocabulary,
-        "bytes": size,
-        "shards": [
-            {k: v for k, v in asdict(h).items() if k in ("first", "passages", "tokens", "sha256")} for h in headers
-        ],
-        **extra,
-    }
-    write_json_atomic(join(uri, MANIFEST), manifest)
+    def verify_beside(self) -> list[str]:
+        """As `verify`, of what lies beside the shards: the codec, lengths and document frequencies."""
+        digests = dict(self.manifest["sha256"])
+        if self.manifest["codec_digest"]:
+            digests[CODEC_FILE] = self.manifest["codec_digest"]
+        wrong = [name for name, digest in digests.items() if not is_whole(join(self.uri, name), digest)]
+        return [*wrong, CODEC_RECORD] if CODEC_FILE in wrong else wrong

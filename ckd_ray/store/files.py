@@ -1,24 +1,34 @@
 """Files of a run directory, local or on any URI that `pyarrow.fs` opens (`s3://`, `gs://`, `file://`).
 
 Nothing here ever leaves a half-written file under its final name: local files are written aside, flushed to the
-disk and renamed; an object store makes an upload visible only when it is complete.
+disk and renamed; an object store makes an upload visible only when it is complete. What a killed writer has left aside
+is removed by `remove_stale`, which a stage calls before it starts (pipeline/artefact.py).
 """
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
+import mmap
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
+
+# Stands in the name of everything that is still being written.
+_ASIDE = ".tmp-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -42,8 +52,21 @@ def is_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with `parts` appended, slashes put where they belong."""
-    return "/".join([uri.rstrip("/"), *parts])
+    """`uri` with `parts` appended, slashes put where they belong; options of a URI (`?scheme=http`) stay at its end."""
+    path, options = _split_options(uri)
+    return "/".join([path.rstrip("/"), *parts]) + options
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    path, options = _split_options(uri)
+    return path.rstrip("/").rpartition("/")[0] + options
+
+
+def _split_options(uri: str) -> tuple[str, str]:
+    """A local path may hold a question mark; in a URI it starts the options of the file system."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return path, mark + options
 
 
 def exists(uri: str) -> bool:
@@ -83,25 +106,77 @@ def delete(uri: str) -> None:
 
 
 def write_atomic(uri: str, write: Callable[[pa.NativeFile], Any]) -> int:
-    """Call `write(stream)` and make the result appear under `uri` at once, or not at all. Returns its bytes."""
+    """Call `write(stream)` and make the result appear under `uri` at once, or not at all. Returns its bytes.
+
+    Raises:
+        JobError: the disk is full; the message names the path.
+    """
     fs, path = filesystem_of(uri)
     if not isinstance(fs, pafs.LocalFileSystem):
-        with fs.open_output_stream(path) as stream:
-            write(stream)
-        return int(fs.get_file_info(path).size)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    aside = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
-        with pa.OSFile(aside, "wb") as stream:
-            write(stream)
-        with open(aside, "rb+") as written:
-            os.fsync(written.fileno())
-        size = os.path.getsize(aside)
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
+        return _upload(fs, path, write)
+    aside = f"{path}{_ASIDE}{uuid.uuid4().hex[:8]}"
+    with room_for(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with pa.OSFile(aside, "wb") as stream:
+                write(stream)
+            with open(aside, "rb+") as written:
+                os.fsync(written.fileno())
+            size = os.path.getsize(aside)
+            os.replace(aside, path)
+        finally:
+            if os.path.exists(aside):
+                os.remove(aside)
     return size
+
+
+def _upload(fs: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], Any]) -> int:
+    """Write a local file first: closing a stream that has failed half-way would make the half visible."""
+    with room_for(tempfile.gettempdir()), tempfile.NamedTemporaryFile() as local:
+        with pa.OSFile(local.name, "wb") as stream:
+            write(stream)
+        size = os.path.getsize(local.name)
+        upload_file(fs, path, local)
+    return size
+
+
+def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
+    """Upload an open local file as one object, in one call: whatever goes wrong before it ends, nothing is visible."""
+    size = os.fstat(local.fileno()).st_size
+    mapped = mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    with fs.open_output_stream(path) as out:
+        out.write(mapped)
+
+
+@contextmanager
+def room_for(where: str) -> Iterator[None]:
+    """Turns a full disk (or quota, or limit on a file's size) into a JobError that names `where`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise JobError(
+            f"{where}: cannot be written: {os.strerror(error.errno)}; make room and give the same command again: what"
+            " was finished is kept"
+        ) from error
+
+
+def remove_stale(uri: str) -> list[str]:
+    """Remove what killed writers have left below the folder `uri`, and beside it under its name; their local paths.
+
+    Only for a folder that nobody writes to at the moment (a run is held by one command). Object stores hold nothing of
+    the kind: an upload that was not completed is invisible.
+    """
+    fs, path = filesystem_of(uri)
+    if not isinstance(fs, pafs.LocalFileSystem):
+        return []
+    folder = Path(path)
+    found = list(folder.rglob(f"*{_ASIDE}*")) if folder.is_dir() else []
+    found += [p for kind in ("tmp", "old") for p in folder.parent.glob(f".{glob.escape(folder.name)}.{kind}-*")]
+    for stale in found:
+        delete(str(stale))
+    return [str(p) for p in found]
 
 
 def write_json_atomic(uri: str, value: Any) -> None:
@@ -131,6 +206,11 @@ def sha256_of(uri: str) -> str:
     return digest.hexdigest()
 
 
+def is_whole(uri: str, digest: str) -> bool:
+    """True when the file is there and has this SHA-256."""
+    return exists(uri) and sha256_of(uri) == digest
+
+
 @contextmanager
 def new_folder(uri: str) -> Iterator[str]:
     """A local folder to fill, which becomes `uri` when the block ends without an error (replacing what was there).
@@ -138,13 +218,10 @@ def new_folder(uri: str) -> Iterator[str]:
     For a remote `uri` the folder is a temporary one, uploaded at the end; the caller writes its manifest last, by
     `write_json_atomic`, so that readers never take a partial upload for a whole one.
     """
-    import shutil
-    import tempfile
-
     if is_local(uri):
         target = Path(filesystem_of(uri)[1])
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{_ASIDE}", dir=target.parent))
         try:
             yield str(aside)
             aside.chmod(0o755)
@@ -169,8 +246,6 @@ def new_folder(uri: str) -> Iterator[str]:
 @contextmanager
 def local_copy(uri: str) -> Iterator[str]:
     """A local path with the contents of the folder `uri`: itself when local, else a temporary download."""
-    import tempfile
-
     fs, path = filesystem_of(uri)
     if isinstance(fs, pafs.LocalFileSystem):
         yield path

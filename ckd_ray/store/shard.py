@@ -1,14 +1,15 @@
-"""One shard of token embeddings: an Arrow IPC file, memory-mapped, that describes and checks itself.
+"""One shard of token embeddings: an Arrow IPC file, memory-mapped, that describes and checks itself (docs/store.md).
 
 A shard holds a run of consecutive passages. Its single record batch has a row a passage:
 
     lengths    int32          rows of the passage (kept tokens only: no padding, no dropped punctuation)
     token_ids  list<int32>    the vocabulary id of each row
     embeddings large_binary   lengths * C bytes (see codec.py)
+    crc32      uint32         of the passage's token ids and embeddings, so that reading one passage checks it
 
-The buffers behind the last two columns are flat, so that a shard reads as one (T,) and one (T, C) array without a copy.
-The schema's metadata names the run that wrote it (fingerprint), its place in the store, its document frequencies and
-the SHA-256 of its columns: renaming the file into place is the commit, and there is no second file to keep in step.
+The buffers behind the two ragged columns are flat, so that a shard reads as one (T,) and one (T, C) array without a
+copy. The schema's metadata names the run that wrote it (fingerprint), its place in the store, its document frequencies
+and the SHA-256 of all of this: renaming the file into place is the commit, and there is no second file to keep in step.
 Shapes: P passages, T tokens, C bytes a token, D dimensions.
 """
 
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +30,18 @@ import pyarrow.ipc as ipc
 import torch
 
 from ckd_ray.errors import JobError
-from ckd_ray.store.codec import Codec, load_codec
-from ckd_ray.store.files import filesystem_of, is_local, write_atomic
+from ckd_ray.store.cache import ShardCache
+from ckd_ray.store.codec import Codec, bytes_per_token, load_codec
+from ckd_ray.store.files import filesystem_of, is_local, parent, write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HEADER, _FREQUENCY_IDS, _FREQUENCY_COUNTS = b"ckd_ray.shard", b"ckd_ray.df_ids", b"ckd_ray.df_counts"
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+T = TypeVar("T")
+# What Arrow, JSON and numpy say of bytes that are not what was written.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 class BrokenShardError(JobError):
@@ -96,6 +102,7 @@ def write_shard(
     assert int(lengths.sum()) == len(token_ids) == len(embeddings_TD)
     codes = codec.encode(embeddings_TD)
     ids, counts = document_frequencies(lengths, token_ids)
+    sums = passage_sums(lengths, token_ids, codes)
     header = ShardHeader(
         fingerprint=fingerprint,
         index=index,
@@ -104,15 +111,16 @@ def write_shard(
         tokens=len(token_ids),
         dim=codec.dim,
         codec=codec.name,
-        sha256=_digest(first, lengths, token_ids, codes, ids, counts),
+        sha256="",
         codec_digest=codec.digest,
     )
+    header = replace(header, sha256=_digest(header, lengths, token_ids, codes, sums, ids, counts))
     metadata = {
         _HEADER: json.dumps(asdict(header)).encode(),
         _FREQUENCY_IDS: ids.tobytes(),
         _FREQUENCY_COUNTS: counts.tobytes(),
     }
-    batch = _batch(lengths, token_ids, codes)
+    batch = _batch(lengths, token_ids, codes, sums)
     schema = batch.schema.with_metadata(metadata)
 
     def write(stream: pa.NativeFile) -> None:
@@ -122,7 +130,7 @@ def write_shard(
     return header, write_atomic(uri, write)
 
 
-def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> pa.RecordBatch:
+def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8], sums: Any) -> pa.RecordBatch:
     token_offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=token_offsets[1:])
     byte_offsets = token_offsets * codes.shape[1]
@@ -130,12 +138,23 @@ def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uin
     embeddings = pa.Array.from_buffers(
         pa.large_binary(), len(lengths), [None, pa.py_buffer(byte_offsets), pa.py_buffer(codes)]
     )
-    names = ["lengths", "token_ids", "embeddings"]
-    return pa.RecordBatch.from_arrays([pa.array(lengths, pa.int32()), ids, embeddings], names=names)
+    columns = [pa.array(lengths, pa.int32()), ids, embeddings, pa.array(sums, pa.uint32())]
+    return pa.RecordBatch.from_arrays(columns, names=["lengths", "token_ids", "embeddings", "crc32"])
 
 
-def _digest(first: int, *columns: npt.NDArray[Any]) -> str:
-    digest = hashlib.sha256(str(first).encode())
+def passage_sums(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """(P,) uint32: the CRC-32 of each passage's token ids followed by its codes."""
+    stops = np.cumsum(lengths, dtype=np.int64).tolist()
+    starts = [0, *stops[:-1]]
+    return np.array([_crc(token_ids[a:b], codes[a:b]) for a, b in zip(starts, stops, strict=False)], np.uint32)
+
+
+def _crc(token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> int:
+    return zlib.crc32(codes.data, zlib.crc32(token_ids.data))
+
+
+def _digest(header: ShardHeader, *columns: npt.NDArray[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(replace(header, sha256=""))).encode())
     for column in columns:
         digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()
@@ -155,12 +174,36 @@ def read_header(uri: str) -> tuple[ShardHeader, Int32Array, Int32Array]:
     Raises:
         BrokenShardError: the file is not a whole Arrow file, or not a shard.
     """
+    header, ids, counts, _ = _read_part(uri, lengths=False)
+    return header, ids, counts
+
+
+def read_lengths(uri: str) -> tuple[ShardHeader, Int32Array, Int32Array, Int32Array]:
+    """As `read_header`, and the lengths of its passages; the embeddings are not read.
+
+    Raises:
+        BrokenShardError: the file is not a whole Arrow file, or not a shard.
+    """
+    return _read_part(uri, lengths=True)
+
+
+def _read_part(uri: str, *, lengths: bool) -> tuple[ShardHeader, Int32Array, Int32Array, Int32Array]:
     fs, path = filesystem_of(uri)
     try:
         with fs.open_input_file(path) as source:
-            return _parse_metadata(uri, ipc.open_file(source).schema.metadata)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BrokenShardError(f"{uri}: not a whole shard ({str(error).splitlines()[0]})", uri) from error
+            reader = ipc.open_file(source, options=ipc.IpcReadOptions(included_fields=[0]))
+            header, ids, counts = _parse_metadata(uri, reader.schema.metadata)
+            column = reader.get_batch(0).column(0).to_numpy() if lengths else np.empty(0, np.int32)
+            if lengths and len(column) != header.passages:
+                raise BrokenShardError(f"{uri}: columns are shorter than the header says", uri)
+            return header, ids, counts, column
+    except _DAMAGE as error:
+        raise _broken(uri, error) from error
+
+
+def _broken(uri: str, error: Exception) -> BrokenShardError:
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    return BrokenShardError(f"{uri}: not a whole shard ({what})", uri)
 
 
 def _parse_metadata(uri: str, metadata: dict[bytes, bytes] | None) -> tuple[ShardHeader, Int32Array, Int32Array]:
@@ -179,54 +222,112 @@ class Shard:
 
     Args:
         uri: where the shard is.
-        local: a local copy of it to map instead.
+        cache: of this machine, to map a local copy of a remote shard; a copy that turns out to be damaged is fetched
+            anew, once. Without it a remote shard is read into memory.
+        digest: that the manifest knows it by; the header must carry it.
 
     Attributes:
         header: what the shard says of itself.
         first: dense index of its first passage.
-        lengths: (P,) int32; offsets: (P + 1,) int64; token_ids: (T,) int32; codes: (T, C) uint8.
+        lengths: (P,) int32; offsets: (P + 1,) int64; token_ids: (T,) int32; codes: (T, C) uint8; sums: (P,) uint32.
+
+    Raises:
+        FileNotFoundError: there is no such file. BrokenShardError: it is not a whole shard, or another one.
     """
 
-    def __init__(self, uri: str, local: str | None = None) -> None:
-        self.uri, self._local = uri, local
-        try:
-            self._open(local or uri)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise BrokenShardError(f"{uri}: not a whole shard ({str(error).splitlines()[0]})", uri) from error
+    def __init__(self, uri: str, cache: ShardCache | None = None, digest: str = "") -> None:
+        self.uri, self._cache, self._digest = uri, cache, digest
+        self._once_more(self._open, opened=False)
 
-    def _open(self, where: str) -> None:
+    def _open(self) -> None:
+        where = self._cache.fetch(self.uri, self._digest) if self._cache else self.uri
         fs, path = filesystem_of(where)
-        source = pa.memory_map(path) if is_local(where) else pa.BufferReader(fs.open_input_stream(path).read())
-        reader = ipc.open_file(source)
+        if not is_local(where):
+            source: Any = pa.BufferReader(fs.open_input_stream(path).read())
+        elif fs.get_file_info(path).size == 0:  # cannot be mapped
+            raise BrokenShardError(f"{self.uri}: empty", self.uri)
+        else:
+            source = pa.memory_map(path)
+        # From here on the bytes are in reach, so that whatever goes wrong is wrong with them.
+        try:
+            self._parse(ipc.open_file(source))
+        except _DAMAGE as error:
+            raise _broken(self.uri, error) from error
+        if self._digest and self.header.sha256 != self._digest:
+            raise BrokenShardError(f"{self.uri}: not the shard that the manifest names", self.uri)
+
+    def _parse(self, reader: Any) -> None:
         self.header, self.frequency_ids, self.frequency_counts = _parse_metadata(self.uri, reader.schema.metadata)
-        self.first = self.header.first
-        folder = self.uri.rpartition("/")[0]
-        self.codec = load_codec(self.header.codec, self.header.dim, folder, self.header.codec_digest)
+        self.first, tokens = self.header.first, self.header.tokens
         batch = reader.get_batch(0)
         self.lengths: Int32Array = batch.column("lengths").to_numpy()
         self.offsets: Int64Array = batch.column("token_ids").offsets.to_numpy()
         self.token_ids: Int32Array = batch.column("token_ids").values.to_numpy()
-        width = self.codec.bytes_per_token
-        flat = batch.column("embeddings").buffers()[2]
-        size = self.header.tokens * width
-        if len(self.lengths) != self.header.passages or (flat.size if flat else 0) < size:
+        self.sums: npt.NDArray[np.uint32] = batch.column("crc32").to_numpy()
+        flat, width = batch.column("embeddings").buffers()[2], bytes_per_token(self.header.codec, self.header.dim)
+        if len(self.lengths) != self.header.passages or len(self.token_ids) != tokens:
             raise BrokenShardError(f"{self.uri}: columns are shorter than the header says", self.uri)
-        self.codes = np.frombuffer(flat or b"", np.uint8, count=size).reshape(self.header.tokens, width)
+        if self.offsets[0] != 0 or not np.array_equal(np.diff(self.offsets), self.lengths):
+            raise BrokenShardError(f"{self.uri}: offsets and lengths differ", self.uri)
+        self.codes = np.frombuffer(flat or b"", np.uint8, count=tokens * width).reshape(tokens, width)
+
+    def _once_more(self, read: Callable[[], T], *, opened: bool = True) -> T:
+        """`read`, and again on a fresh copy when the cached one is damaged."""
+        try:
+            return read()
+        except BrokenShardError:
+            if self._cache is None:
+                raise
+            self._cache.discard(self.uri, self._digest)
+            if opened:
+                self._open()
+            return read()
+
+    @cached_property
+    def codec(self) -> Codec:
+        """What decodes the shard; checking it does without."""
+        return load_codec(self.header.codec, self.header.dim, parent(self.uri), self.header.codec_digest)
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows (T', D), float16, of the shard's passages [start, stop); a view when the codec is fp16."""
+        """Rows (T', D), float16, of the shard's passages [start, stop), unchecked.
+
+        A view of read-only memory when the codec is fp16: writing to it ends the process.
+        """
         stop = len(self.lengths) if stop is None else stop
         return self.codec.decode(self.codes[self.offsets[start] : self.offsets[stop]])
 
+    def check_lengths(self, passages: Int64Array, lengths: Int32Array) -> None:
+        """Raises BrokenShardError when passages (numbers within the shard) have other lengths than the store says."""
+        if not np.array_equal(self.lengths[passages], lengths):
+            raise BrokenShardError(f"{self.uri}: passages of other lengths than the store says", self.uri)
+
+    def copy(self, passages: list[int], codes_TC: npt.NDArray[np.uint8], ids_T: Int32Array, at: list[int]) -> None:
+        """Put passages (numbers within the shard) into `codes_TC` and `ids_T`, each from its row of `at` on.
+
+        Raises:
+            BrokenShardError: the bytes of one differ from its checksum, or do not fit.
+        """
+        self._once_more(lambda: self._copy(passages, codes_TC, ids_T, at))
+
+    def _copy(self, passages: list[int], codes_TC: npt.NDArray[np.uint8], ids_T: Int32Array, at: list[int]) -> None:
+        for passage, row in zip(passages, at, strict=True):
+            low, high = int(self.offsets[passage]), int(self.offsets[passage + 1])
+            codes, ids = self.codes[low:high], self.token_ids[low:high]
+            if _crc(ids, codes) != self.sums[passage]:
+                what = f"the bytes of passage {self.first + passage} do not match their checksum"
+                raise BrokenShardError(f"{self.uri}: {what}", self.uri)
+            codes_TC[row : row + high - low] = codes
+            ids_T[row : row + high - low] = ids
+
     def verify(self) -> None:
-        """Read every byte and compare with the checksum. A local copy that differs is removed.
+        """Read every byte and compare with the checksum.
 
         Raises:
             BrokenShardError: a bit differs.
         """
-        columns = (self.lengths, self.token_ids, self.codes, self.frequency_ids, self.frequency_counts)
-        if _digest(self.first, *columns) != self.header.sha256:
-            if self._local:
-                with suppress(FileNotFoundError):
-                    os.remove(self._local)
+        self._once_more(self._verify)
+
+    def _verify(self) -> None:
+        columns = (self.lengths, self.token_ids, self.codes, self.sums, self.frequency_ids, self.frequency_counts)
+        if _digest(self.header, *columns) != self.header.sha256:
             raise BrokenShardError(f"{self.uri}: its bytes do not match its checksum", self.uri)

@@ -1,0 +1,57 @@
+"""Reading the shards of a store by many tasks at once: which are whole, and what the manifest says of them.
+
+The driver sees headers, lengths and document frequencies, of a few tasks at a time, never embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+
+from ckd_ray.store import ShardHeader, close_store, intact_shards, take_stock
+from ckd_ray.store.files import list_files
+from ckd_ray.store.writing import Stock
+
+_SHARDS_A_TASK = 64
+# Checking reads whole shards, so a task has fewer.
+_CHECKED_A_TASK = 8
+_TASKS_AT_ONCE = 256
+
+
+def whole_shards(uri: str, fingerprint: str, codec_digest: str) -> tuple[dict[int, ShardHeader], dict[str, str]]:
+    """`intact_shards` of all shards in `uri`, checked byte by byte in Ray tasks."""
+    names = list_files(uri, ".arrow")
+    parts = [
+        (uri, fingerprint, names[i : i + _CHECKED_A_TASK], codec_digest) for i in range(0, len(names), _CHECKED_A_TASK)
+    ]
+    good: dict[int, ShardHeader] = {}
+    refused: dict[str, str] = {}
+    for its_good, its_refused in _in_order(intact_shards, parts):
+        good |= its_good
+        refused |= its_refused
+    return good, refused
+
+
+def close(uri: str, fingerprint: str, num_shards: int, **extra: Any) -> None:
+    """`close_store` of `num_shards` shards, whose headers and lengths are read in Ray tasks."""
+    bounds = range(0, num_shards, _SHARDS_A_TASK)
+    parts = [(uri, fingerprint, first, min(first + _SHARDS_A_TASK, num_shards)) for first in bounds]
+    stocks: Iterator[Stock] = _in_order(take_stock, parts)
+    close_store(uri, fingerprint, stocks, **extra)
+
+
+def _in_order(work: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """Results of `work(*part)` in the order of the parts; one part is done here, without a task."""
+    if len(parts) <= 1:
+        yield from (work(*part) for part in parts)
+        return
+    task = ray.remote(num_cpus=0.5)(work)
+    waiting: list[Any] = []
+    for part in parts:
+        if len(waiting) == _TASKS_AT_ONCE:
+            yield ray.get(waiting.pop(0))
+        waiting.append(task.remote(*part))
+    while waiting:
+        yield ray.get(waiting.pop(0))
