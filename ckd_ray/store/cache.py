@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ckd_ray.errors import JobError, UserError
@@ -91,10 +91,11 @@ class ShardCache:
             size = source.size()
             aside = path.with_name(f"{path.name}{_ASIDE}{uuid.uuid4().hex[:8]}")
             try:
-                with open(aside, "xb") as out:
-                    fcntl.flock(out, fcntl.LOCK_EX)
+                with ExitStack() as stack:
                     with self._locked("room"):
                         self._make_room(size)
+                        out = stack.enter_context(open(aside, "xb"))
+                        fcntl.flock(out, fcntl.LOCK_EX)
                         out.truncate(size)  # from here on the others count it
                     while block := source.read(1 << 24):
                         out.write(block)

@@ -209,7 +209,7 @@ class Residual:
 
     def centroid_ids(self, codes_TC: Bytes) -> npt.NDArray[np.int32]:
         """(T,) int32 centroids of coded rows."""
-        return np.ascontiguousarray(codes_TC[:, :_ID_BYTES]).view(np.int32)[:, 0]
+        return codes_TC[:, :_ID_BYTES].copy().view(np.int32).reshape(-1)
 
     def decode(self, codes_TC: Bytes) -> Tensor:
         """Centroid plus bucket values, at unit length (the embeddings were)."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -37,9 +38,20 @@ from ckd_ray.store.files import filesystem_of, is_local, parent, write_atomic
 SCHEMA_VERSION = 2
 _HEADER, _FREQUENCY_IDS, _FREQUENCY_COUNTS = b"ckd_ray.shard", b"ckd_ray.df_ids", b"ckd_ray.df_counts"
 
+_SCHEMA = pa.schema(
+    [
+        ("lengths", pa.int32()),
+        ("token_ids", pa.large_list(pa.int32())),
+        ("embeddings", pa.large_binary()),
+        ("crc32", pa.uint32()),
+    ]
+)
+
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 T = TypeVar("T")
+# How often a copy may be evicted between its arrival and its mapping before the cache is given up as too small.
+_EVICTIONS = 8
 # What Arrow, JSON and numpy say of bytes that are not what was written.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
@@ -139,7 +151,7 @@ def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uin
         pa.large_binary(), len(lengths), [None, pa.py_buffer(byte_offsets), pa.py_buffer(codes)]
     )
     columns = [pa.array(lengths, pa.int32()), ids, embeddings, pa.array(sums, pa.uint32())]
-    return pa.RecordBatch.from_arrays(columns, names=["lengths", "token_ids", "embeddings", "crc32"])
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 def passage_sums(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
@@ -193,8 +205,12 @@ def _read_part(uri: str, *, lengths: bool) -> tuple[ShardHeader, Int32Array, Int
         with fs.open_input_file(path) as source:
             reader = ipc.open_file(source, options=ipc.IpcReadOptions(included_fields=[0]))
             header, ids, counts = _parse_metadata(uri, reader.schema.metadata)
-            column = reader.get_batch(0).column(0).to_numpy() if lengths else np.empty(0, np.int32)
-            if lengths and len(column) != header.passages:
+            column = np.empty(0, np.int32)
+            if lengths:
+                batch = reader.get_batch(0)
+                batch.validate()
+                column = batch.column(0).to_numpy()
+            if lengths and (len(column), column.dtype) != (header.passages, np.int32):
                 raise BrokenShardError(f"{uri}: columns are shorter than the header says", uri)
             return header, ids, counts, column
     except _DAMAGE as error:
@@ -240,14 +256,7 @@ class Shard:
         self._once_more(self._open, opened=False)
 
     def _open(self) -> None:
-        where = self._cache.fetch(self.uri, self._digest) if self._cache else self.uri
-        fs, path = filesystem_of(where)
-        if not is_local(where):
-            source: Any = pa.BufferReader(fs.open_input_stream(path).read())
-        elif fs.get_file_info(path).size == 0:  # cannot be mapped
-            raise BrokenShardError(f"{self.uri}: empty", self.uri)
-        else:
-            source = pa.memory_map(path)
+        source = self._bytes()
         # From here on the bytes are in reach, so that whatever goes wrong is wrong with them.
         try:
             self._parse(ipc.open_file(source))
@@ -256,10 +265,29 @@ class Shard:
         if self._digest and self.header.sha256 != self._digest:
             raise BrokenShardError(f"{self.uri}: not the shard that the manifest names", self.uri)
 
+    def _bytes(self) -> Any:
+        if self._cache is None and not is_local(self.uri):
+            fs, path = filesystem_of(self.uri)
+            return pa.BufferReader(fs.open_input_stream(path).read())
+        tries = _EVICTIONS if self._cache else 1
+        for left in reversed(range(tries)):
+            try:
+                path = self._cache.fetch(self.uri, self._digest) if self._cache else filesystem_of(self.uri)[1]
+                if os.path.getsize(path) == 0:  # cannot be mapped
+                    raise BrokenShardError(f"{self.uri}: empty", self.uri)
+                return pa.memory_map(path)
+            except FileNotFoundError:  # another process may have evicted the copy since
+                if not left:
+                    raise
+        raise AssertionError
+
     def _parse(self, reader: Any) -> None:
         self.header, self.frequency_ids, self.frequency_counts = _parse_metadata(self.uri, reader.schema.metadata)
         self.first, tokens = self.header.first, self.header.tokens
+        if not reader.schema.equals(_SCHEMA):
+            raise BrokenShardError(f"{self.uri}: not the columns of a shard", self.uri)
         batch = reader.get_batch(0)
+        batch.validate()  # Arrow trusts sizes in a file: one wrong bit there, and reading ends the process
         self.lengths: Int32Array = batch.column("lengths").to_numpy()
         self.offsets: Int64Array = batch.column("token_ids").offsets.to_numpy()
         self.token_ids: Int32Array = batch.column("token_ids").values.to_numpy()
