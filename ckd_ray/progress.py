@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import TracebackType
 
 _quiet = False
+# `key:secret` of a URI such as s3://key:secret@bucket/path.
+_SECRET = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 
 
 def set_quiet(quiet: bool) -> None:
@@ -15,10 +18,15 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def without_secrets(text: str) -> str:
+    """`text` with the keys in its URIs hidden, for people and logs."""
+    return _SECRET.sub("***", text)
+
+
 def say(text: str) -> None:
     """Print one line for people."""
     if not _quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(without_secrets(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

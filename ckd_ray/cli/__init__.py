@@ -79,7 +79,9 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"ckd-ray: {message}", file=sys.stderr, flush=True)
+    from ckd_ray.progress import without_secrets
+
+    print(f"ckd-ray: {without_secrets(message)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""No shard lost, none twice: encoders killed, a node cut off, files broken, the disk full, in the middle of embedding."""
+"""No shard lost, none twice: an encoder killed, a node cut off, files broken, the disk full, in mid-embedding."""
 
 from __future__ import annotations
 

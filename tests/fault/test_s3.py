@@ -1,0 +1,193 @@
+"""Runs on `s3://`, against a real S3 server in this process: uploads, the cache, and the embed stage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+import torch
+
+from ckd_ray.config import load_config
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.pipeline.runner import run_stages
+from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
+from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
+from ckd_ray.store.codec import Float16
+from ckd_ray.store.files import (
+    delete,
+    exists,
+    filesystem_of,
+    join,
+    list_files,
+    list_folders,
+    local_copy,
+    make_folder,
+    new_folder,
+    read_json,
+    sha256_of,
+    write_atomic,
+    write_json_atomic,
+)
+from tests.support import overrides
+
+moto_server = pytest.importorskip("moto.server")
+DIM = 16
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A URI of a folder in a new bucket; join() keeps its options at the end."""
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    uri = f"s3://key:secret@ckd-ray/folder?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
+    make_folder(uri)
+    yield uri
+    server.stop()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def names(uri: str) -> dict[str, tuple[int, int]]:
+    """(bytes, time of change) of every object below `uri`."""
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    return {i.path.removeprefix(f"{path}/"): (i.size, i.mtime_ns) for i in infos if i.type == pafs.FileType.File}
+
+
+def test_an_upload_is_visible_when_it_is_whole(bucket: str) -> None:
+    uri = join(bucket, "uploads", "a")
+    data = bytes(range(256)) * (1 << 16)  # two parts of an upload
+
+    def write(stream: object) -> None:
+        stream.write(data)  # type: ignore[attr-defined]
+        assert not exists(uri)
+
+    assert write_atomic(uri, write) == len(data)
+    assert names(join(bucket, "uploads")).keys() == {"a"} and names(join(bucket, "uploads"))["a"][0] == len(data)
+
+    def fail(stream: object) -> None:
+        stream.write(data)  # type: ignore[attr-defined]
+        raise RuntimeError("killed here")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(join(bucket, "uploads", "b"), fail)
+    code = (
+        "import os, signal, sys\nfrom ckd_ray.store.files import filesystem_of\n"
+        "fs, path = filesystem_of(sys.argv[1])\nstream = fs.open_output_stream(path)\n"
+        "stream.write(bytes(24 << 20))\nprint(stream.tell(), flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, join(bucket, "uploads", "c")], capture_output=True, text=True)
+    assert (killed.returncode, killed.stdout.strip()) == (-9, str(24 << 20)), killed.stderr
+    assert list_files(join(bucket, "uploads")) == ["a"]
+    write_atomic(join(bucket, "uploads", "empty"), lambda stream: None)
+    assert names(join(bucket, "uploads"))["empty"][0] == 0
+
+
+def test_files_and_folders(bucket: str, tmp_path: Path) -> None:
+    write_json_atomic(join(bucket, "f", "x.json"), {"n": 1})
+    assert read_json(join(bucket, "f", "x.json")) == {"n": 1} and list_folders(bucket).count("f") == 1
+    with new_folder(join(bucket, "f")) as folder:
+        (Path(folder) / "deep").mkdir()
+        (Path(folder) / "deep" / "y").write_bytes(b"abc")
+    assert names(join(bucket, "f")).keys() == {"deep/y"}
+    assert sha256_of(join(bucket, "f", "deep", "y")).startswith("ba7816bf")
+    with local_copy(join(bucket, "f")) as copy:
+        assert (Path(copy) / "deep" / "y").read_bytes() == b"abc"
+    delete(join(bucket, "f"))
+    assert not exists(join(bucket, "f")) and list_files(join(bucket, "nowhere")) == []
+
+
+def write_store(uri: str) -> list[torch.Tensor]:
+    passages, headers = [], []
+    for i in range(4):
+        rows = torch.randn(600, DIM)
+        passages += list(rows.half().split(60))
+        header, _ = write_shard(
+            join(uri, shard_name(i)),
+            fingerprint="f",
+            index=i,
+            first=10 * i,
+            lengths=np.full(10, 60, np.int32),
+            token_ids=np.arange(600, dtype=np.int32) % 50,
+            embeddings_TD=rows,
+            codec=Float16(DIM),
+        )
+        headers.append(header)
+    write_manifest(uri, "f", headers)
+    return passages
+
+
+def test_a_store_is_read_through_a_bounded_cache(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = join(bucket, "store")
+    passages = write_store(uri)
+    monkeypatch.setenv(LIMIT_VARIABLE, str(60_000 / 2**30))  # two shards of 24 kB and the lengths
+    asked = np.random.default_rng(0).integers(0, 40, 100)
+    for _ in range(2):
+        found = EmbeddingStore.open(uri).gather(asked).split()
+        assert all(torch.equal(rows, passages[p]) for rows, p in zip(found, asked.tolist(), strict=True))
+    held = [p for p in cache.iterdir() if p.is_file()]
+    assert sum(p.stat().st_size for p in held) <= 60_000 and len(held) >= 2
+    for copy in held:
+        data = bytearray(copy.read_bytes())
+        data[len(data) // 2] ^= 1
+        copy.write_bytes(data)
+    store = EmbeddingStore.open(uri)
+    found = store.gather(asked).split()
+    assert all(torch.equal(rows, passages[p]) for rows, p in zip(found, asked.tolist(), strict=True))
+    assert store.document_frequencies.tolist() == [40] * 50
+    assert store.verify() == [] and store.verify_beside() == []
+    fs, path = filesystem_of(join(uri, shard_name(2)))
+    with fs.open_input_stream(path) as stream:
+        data = bytearray(stream.read())
+    data[data.index(passages[20].numpy().tobytes()[:64])] ^= 1
+    write_atomic(join(uri, shard_name(2)), lambda stream: stream.write(bytes(data)))
+    assert EmbeddingStore.open(uri).verify() == [shard_name(2)], "checked over there, whatever the cache holds"
+    for copy in cache.glob("[0-9a-f]*"):
+        copy.unlink()
+    with pytest.raises(BrokenShardError, match=r"shard-000002.arrow\?scheme=http"):
+        EmbeddingStore.open(uri).gather(np.array([20]))
+
+
+def test_the_embed_stage_on_s3(
+    ray_session: None,
+    bucket: str,
+    cache: Path,
+    tmp_path: Path,
+    tiny_backbone: str,
+    tiny_collection: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ColBERTSettings(dim=DIM, query_maxlen=12, doc_maxlen=48)
+    ColBERT.from_backbone(tiny_backbone, settings, seed=1).save(tmp_path / "given")
+    changes = [f"teacher.checkpoint={tmp_path / 'given'}", "embed.codec=residual2"]
+
+    def run(storage: str) -> list[bool]:
+        config = load_config(None, overrides(storage, tiny_backbone, tiny_collection, *changes))
+        return [report.skipped for report in run_stages(config, until="embed")]
+
+    far, near = join(bucket, "runs"), tmp_path / "runs"
+    assert run(far) == [False] * 3 and run(str(near)) == [False] * 3
+    folder = join(far, "tiny", "embeddings")
+    before = names(folder)
+    assert {n for n in before if n.endswith(".arrow")} >= {f"passages/{shard_name(i)}" for i in range(4)}
+    here = EmbeddingStore.open(str(near / "tiny" / "embeddings" / "passages")).gather(np.arange(60))
+    there = EmbeddingStore.open(join(folder, "passages")).gather(np.arange(60))
+    assert torch.equal(here.embeddings_TD, there.embeddings_TD) and np.array_equal(here.token_ids, there.token_ids)
+    assert run(far) == [True] * 3
+    delete(join(folder, "passages", shard_name(1)))
+    assert run(far) == [True, True, False]
+    after = names(folder)
+    again = {n for n in before if n.endswith(".arrow") and before[n] != after[n]}
+    assert again == {f"passages/{shard_name(1)}"} and after[again.pop()][0] == before[f"passages/{shard_name(1)}"][0]
+    told = capsys.readouterr().err
+    assert "secret" not in told and "s3://***@ckd-ray/folder/runs/tiny/embeddings" in told
