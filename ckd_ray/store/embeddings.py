@@ -171,10 +171,15 @@ class EmbeddingStore:
         order = np.argsort(which, kind="stable")
         starts = np.flatnonzero(np.diff(which[order], prepend=-1))
         for group in np.split(order, starts[1:]) if len(order) else []:
-            shard = self.shard(int(which[group[0]]))
+            index = int(which[group[0]])
+            shard = self.shard(index)
             local = passages[group] - shard.first
-            shard.check_lengths(local, lengths[group])
-            shard.copy(local.tolist(), codes_TC, token_ids, at[group].tolist())
+            try:
+                shard.check_lengths(local, lengths[group])
+                shard.copy(local.tolist(), codes_TC, token_ids, at[group].tolist())
+            except BrokenShardError:
+                self._open.pop(index)  # it is made anew under its name, and the map would go on showing the broken one
+                raise
         return Ragged(codec.decode(codes_TC), lengths, token_ids)
 
     def verify(self, shards: Iterable[int] | None = None) -> list[str]:

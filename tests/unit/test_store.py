@@ -261,8 +261,14 @@ def test_a_passage_is_checked_when_it_is_read(tmp_path: Path) -> None:
     damage(tmp_path, tmp_path / shard_name(1), "bit")
     store = EmbeddingStore.open(str(tmp_path))
     assert torch.equal(store.gather(np.array([3])).embeddings_TD, passages[3])
+    broken = (tmp_path / shard_name(1)).read_bytes()
     with pytest.raises(BrokenShardError, match=rf"{shard_name(1)}: the bytes of passage 2 "):
         store.gather(np.array([3, 2]))
+    (tmp_path / "again").mkdir()
+    write_store(tmp_path / "again", [[30, 20], [25], [40]])
+    (tmp_path / "again" / shard_name(1)).replace(tmp_path / shard_name(1))  # as a repair does
+    assert (tmp_path / shard_name(1)).read_bytes() != broken
+    assert torch.equal(store.gather(np.array([3, 2])).embeddings_TD, torch.cat([passages[3], passages[2]]))
 
 
 def test_a_shard_swapped_for_another_is_refused_on_opening(tmp_path: Path) -> None:
