@@ -1,6 +1,6 @@
 """The embed stage and its store: rates against plain loops, growth, memory, many accelerators, 2-bit codes, cold reads.
 
-    python benchmarks/embed.py [--quick] [--data DIR] [--run DIR] [--only rates|growth|accelerators|codec|reads]
+    python benchmarks/embed.py [--quick] [--data DIR] [--run DIR] [--only rates|growth|accelerators|codec|int8|reads]
 
 `--run` takes a finished run (up to `embed`, with an fp16 store) and never writes to it. It gives the trained teacher
 that the ranking of 2-bit codes should be judged with.
@@ -20,6 +20,7 @@ def main() -> None:
     import embed_accelerators
     import embed_codec
     import embed_growth
+    import embed_int8
     import embed_rates
 
     parts: dict[str, Callable[..., dict[str, dict[str, Any]]]] = {
@@ -27,6 +28,7 @@ def main() -> None:
         "growth": embed_growth.figures,
         "accelerators": embed_accelerators.figures,
         "codec": embed_codec.figures,
+        "int8": embed_int8.figures,
         "reads": embed_codec.reads,
     }
     found: dict[str, dict[str, Any]] = {}

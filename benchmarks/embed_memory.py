@@ -1,4 +1,4 @@
-"""Peak memory of this process and of all its descendants (Ray's daemons and workers), sampled once a second."""
+"""Peak memory and processor time of this process and all its descendants (Ray's daemons and workers), once a second."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ class PeakMemory:
     def __init__(self, every: float = 1.0) -> None:
         self.all_gib, self.driver_gib, self.processes = 0.0, 0.0, 0
         self._every, self._stop = every, threading.Event()
+        self._cpu: dict[int, float] = {}
+        self._cpu_before = 0.0
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak starts anew
+        self._cpu_before = sum(map(_cpu_seconds, _family(os.getpid())))
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        self._note_cpu(_family(os.getpid()))
         self.driver_gib = _field(Path("/proc/self/status"), "VmHWM") / 2**20
 
     def _sample(self) -> None:
@@ -38,6 +42,15 @@ class PeakMemory:
             sizes = [_field(Path(f"/proc/{pid}/smaps_rollup"), "Pss") for pid in family]
             self.all_gib = max(self.all_gib, sum(sizes) / 2**20)
             self.processes = max(self.processes, len(family))
+            self._note_cpu(family)
+
+    def _note_cpu(self, family: list[int]) -> None:
+        self._cpu |= {pid: seconds for pid in family if (seconds := _cpu_seconds(pid))}
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Since the block began."""
+        return sum(self._cpu.values()) - self._cpu_before
 
 
 def _field(file: Path, name: str) -> int:
@@ -49,6 +62,15 @@ def _field(file: Path, name: str) -> int:
     except OSError:
         pass
     return 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _family(root: int) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from common import figure, note
+from embed_memory import PeakMemory
 from embed_source import Source, source
 
 from ckd_ray.cluster.connect import connected
@@ -47,18 +48,23 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
     }
     encoder.passages(model.tokenizer.passages(texts[:PEERS_BATCH]))  # warm
     seconds = dict.fromkeys(loops, 0.0)
+    cpu = dict.fromkeys(loops, 0.0)
     stage_seconds = 0.0
     for turn in ("loops", "stage", "loops"):
         if turn == "stage":
             stage_seconds = stage(at, count, precision, settings)
             continue
         for name, loop in loops.items():
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             loop()
             seconds[name] += time.perf_counter() - started
+            cpu[name] += time.process_time() - before
     rates = {name: 2 * len(texts) / value for name, value in seconds.items()} | {"stage": count / stage_seconds}
     settings["rates"] = {"passages": count, "sample": len(texts), "precision": f"{precision} ({reason})"}
     settings["rates"] |= {f"{name}_passages_per_second": round(rate, 2) for name, rate in rates.items()}
+    # Where other jobs share the cores, processor time says more than the clock.
+    spent = {name: value / 2 / len(texts) for name, value in cpu.items()} | {"stage": settings.pop("stage_cpu") / count}
+    settings["rates"] |= {f"{name}_cpu_ms_a_passage": round(1000 * value, 2) for name, value in spent.items()}
     settings["rates"] |= {"stage_start_seconds": round(settings.pop("stage_start"), 1)}
     note(str(settings["rates"]))
     return {
@@ -85,9 +91,11 @@ def stage(at: Source, count: int, precision: str, settings: dict[str, Any]) -> f
     job = at.job(f"{out}/passages", precision=precision)
     try:
         with connected("local"):
-            before, started = time.time(), time.perf_counter()
-            store = embed_texts([(job, plan_shards(count, "auto"))], EmbedConfig())[0]
-            seconds = time.perf_counter() - started
+            with PeakMemory() as used:
+                before, started = time.time(), time.perf_counter()
+                store = embed_texts([(job, plan_shards(count, "auto"))], EmbedConfig())[0]
+                seconds = time.perf_counter() - started
+        settings["stage_cpu"] = used.cpu_seconds
         assert store.num_passages == count
         shards = [entry.stat().st_mtime for entry in os.scandir(job.out) if entry.name.endswith(".arrow")]
         settings["stage_start"] = min(shards) - before

@@ -173,6 +173,9 @@ def _close(job: EmbedJob, headers: list[ShardHeader]) -> None:
 
 def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_encoder: Any) -> Iterator[Any]:
     """Rows of figures, one a shard, as they are finished."""
+    for _ in range(pool.feeders):
+        # The processes that will tokenise load their libraries while the actors load the model.
+        ray.remote(_tokenizer_and_texts_ready).options(num_cpus=pool.feeder_cpus).remote(jobs[0])
     dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), _MOST_BLOCKS))
     dataset = dataset.map_batches(
         _tokenise,
@@ -182,11 +185,10 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
         num_cpus=pool.feeder_cpus,
         compute=ray.data.TaskPoolStrategy(size=pool.feeders),
     )
-    # Two calls at a time: one shard is compressed, hashed and written while the next one is encoded; a third waits.
+    # A pool that may shrink does so while the first shards are being tokenised, and loads the model again later. Two
+    # calls at a time: one shard is compressed, hashed and written while the next one is encoded; a third waits.
     strategy = ray.data.ActorPoolStrategy(
-        min_size=1,
-        max_size=pool.actors,
-        initial_size=pool.actors,
+        size=pool.actors,
         max_concurrent_calls_per_actor=2,
         enable_true_multi_threading=True,
         max_tasks_in_flight_per_actor=3,
@@ -230,6 +232,10 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
         return tokenizer, collection.iter_passages
     texts = collection.queries(job.texts.removeprefix("queries.")).texts
     return tokenizer, lambda first, stop: texts[first:stop]
+
+
+def _tokenizer_and_texts_ready(job: EmbedJob) -> None:
+    _tokenizer_and_texts(job)
 
 
 def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
