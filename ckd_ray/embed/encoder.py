@@ -1,5 +1,7 @@
 """Encode ragged passages in batches of equal work. Pure torch, no Ray.
 
+What bounds the memory: a batch's activations grow with `token_budget` and nothing else; the result of one call is that
+of one shard (`passages_per_shard`), T rows of D float16 numbers.
 Shapes: N passages, L rows of the longest in a batch, T kept tokens, D dimensions.
 """
 
@@ -7,17 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
 from ckd_ray.model.tokenizer import Int32Array
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
+# Batches whose rows are on their way from a GPU while the next ones are computed.
+_UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class TextEncoder:
     Args:
         model: moved to `device` and put into evaluation mode.
         token_budget: padded tokens a batch; bounds the activations' memory.
-        precision: `fp32`, or `bf16` (autocast).
+        precision: `fp32`, `bf16` (autocast), or `int8` (linear layers of the backbone, on a CPU).
     """
 
     def __init__(
@@ -70,6 +77,10 @@ class TextEncoder:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        if precision == "int8":
+            from ckd_ray.embed.int8 import quantise_linears
+
+            quantise_linears(self.model.backbone)
         self.dim = model.settings.dim
         self.token_budget = token_budget
         self.precision: Precision = precision
@@ -84,16 +95,29 @@ class TextEncoder:
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         kept_before = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
         offsets = kept_before[starts]
-        out = torch.empty(int(offsets[-1]), self.model.settings.dim, dtype=torch.float16)
+        kept = np.diff(offsets)
+        landing = _Landing(torch.empty(int(offsets[-1]), self.dim, dtype=torch.float16), self.device)
+        # Tensor cores want multiples of 8; a CPU multiplies what it is given.
         multiple = 8 if self.device.type == "cuda" else 1
         for batch in token_budget_batches(sizes, self.token_budget, multiple):
             ids_NL, mask_NL = tokenizer.pad([tokens[i] for i in batch], multiple)
-            with computing(self.device, self.precision):
-                rows_NLD, keep_NL = self.model.encode_passages(ids_NL.to(self.device), mask_NL.to(self.device))
-            rows_TD = rows_NLD[keep_NL].to("cpu", torch.float16)
-            where = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
-            out[torch.from_numpy(where)] = rows_TD
-        return Encoded(np.diff(offsets).astype(np.int32), flat[keep], out)
+            # Which rows stay is known here: asking the device for it would make every batch wait for its end.
+            kept_T = np.flatnonzero(mask_NL.numpy().astype(bool) & tokenizer.keeps(ids_NL.numpy()))
+            rows_NLD = self._rows(ids_NL, mask_NL, padded=int(sizes[batch].min()) < ids_NL.shape[1])
+            rows_TD = rows_NLD.flatten(0, 1).index_select(0, self._send(torch.from_numpy(kept_T)))
+            landing.add(rows_TD.to(torch.float16), torch.from_numpy(_ranges(offsets[batch], kept[batch])))
+        return Encoded(kept.astype(np.int32), flat[keep], landing.finish())
+
+    def _rows(self, ids_NL: torch.Tensor, mask_NL: torch.Tensor, *, padded: bool) -> torch.Tensor:
+        """Unit rows (N, L, D) on the device. Passages of one length need no mask, and attention is faster without."""
+        with computing(self.device, self.precision):
+            return self.model.rows(self._send(ids_NL), self._send(mask_NL) if padded else None)
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device without waiting: from page-locked memory when that is a GPU."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def queries(self, texts: Sequence[str]) -> Encoded:
@@ -111,15 +135,61 @@ class TextEncoder:
         return Encoded(lengths, ids_BQ.numpy().astype(np.int32).ravel(), torch.cat([empty, *parts]))
 
 
+class _Landing:
+    """Rows on their way from the device to their place in `out_TD`, while the device goes on with the next batch."""
+
+    def __init__(self, out_TD: torch.Tensor, device: torch.device) -> None:
+        self._out_TD, self._device = out_TD, device
+        self._flying: deque[tuple[torch.Tensor, torch.Tensor, Any]] = deque()
+
+    def add(self, rows_TD: torch.Tensor, where_T: torch.Tensor) -> None:
+        if self._device.type != "cuda":
+            self._out_TD[where_T] = rows_TD
+            return
+        host_TD = torch.empty(rows_TD.shape, dtype=rows_TD.dtype, pin_memory=True)
+        host_TD.copy_(rows_TD, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._flying.append((host_TD, where_T, arrived))
+        if len(self._flying) > _UNDER_WAY:
+            self._land()
+
+    def _land(self) -> None:
+        host_TD, where_T, arrived = self._flying.popleft()
+        arrived.synchronize()
+        self._out_TD[where_T] = host_TD
+
+    def finish(self) -> torch.Tensor:
+        while self._flying:
+            self._land()
+        return self._out_TD
+
+
+def _ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The numbers starts[i], starts[i] + 1, ... of which there are counts[i], one range after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - ends + counts, counts)
+
+
 def choose_precision(
     model: ColBERT, requested: str, device: torch.device | str = "cpu", threads: int | None = None
 ) -> tuple[Precision, str]:
-    """`fp32` or `bf16` and the reason, for a log line.
+    """`fp32`, `bf16` or `int8` and the reason, for a log line.
 
     `auto` takes bf16 on a GPU that computes it, and on a CPU only where one measured batch is at least 1.2 times faster
-    (AVX512-BF16 and AMX machines; elsewhere bf16 is emulated and slower).
+    (AMX machines; elsewhere bf16 is emulated, or its conversions eat the gain). `int8` is taken only when asked for: it
+    changes the ranking a little.
+
+    Raises:
+        UserError: int8 on a GPU.
     """
     device = torch.device(device)
+    if requested == "int8" and device.type != "cpu":
+        raise UserError(
+            "int8 is for CPUs", where="embed.precision", expected="auto, bf16 or fp32 on a GPU", found=requested
+        )
+    if requested == "int8":
+        return "int8", "as configured"
     if requested in ("fp32", "bf16"):
         return ("bf16" if requested == "bf16" else "fp32"), "as configured"
     if device.type == "cuda":

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ckd_ray.errors import UserError
+from ckd_ray.progress import say
 
 # Every CPU actor leaves this share of its core to the tasks that feed it (see `Pool.feeder_cpus`).
 _FEEDER_SHARE = 0.1
+# A core tokenises some thousand passages a second. On a CPU that feeds dozens of encoders; a GPU eats the work of
+# several cores.
+_CPU_ACTORS_A_FEEDER = 16
+_FEEDERS_A_GPU = 8
+# Actors that have just ended give their CPUs back within a second or two; other jobs' take longer.
+_PATIENCE_S = 60.0
+_PATIENCE_FOR_ALL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one machine. An actor never spans two."""
+
+    cpus: float
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -22,49 +41,143 @@ class Pool:
     feeders: int
     feeder_cpus: float
 
+    def __str__(self) -> str:
+        return f"{self.actors} actors of {_needs(self.cpus_per_actor, self.gpus_per_actor)}"
+
 
 def plan_pool(
     actors: int | Literal["auto"],
     gpus_per_actor: float | Literal["auto"],
     *,
     limit: int,
-    resources: dict[str, float] | None = None,
+    nodes: Sequence[Node],
     key: str = "embed",
 ) -> Pool:
-    """Choose a pool of at most `limit` actors for the cluster's free or total resources.
+    """Choose a pool of at most `limit` actors for these machines.
 
-    With GPUs: one actor a GPU (or as many as `gpus_per_actor` allows). Without: one single-threaded actor a core, which
-    beats fewer actors with more threads on small encoders.
-
-    Args:
-        resources: {"CPU": ..., "GPU": ...}; the connected cluster's when None.
+    With GPUs: one actor a GPU (or as many as `gpus_per_actor` allows), each with a CPU, or with a share of one where
+    GPUs outnumber CPUs. Without: one single-threaded actor a core, which beats fewer actors with more threads on small
+    encoders.
 
     Raises:
-        UserError: the asked number of actors cannot be placed.
+        UserError: the asked number of actors cannot be placed, or `gpus_per_actor` is neither whole nor a share of one.
     """
-    if resources is None:
-        import ray
-
-        resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     if gpus_per_actor == "auto":
-        gpus_per_actor = 1.0 if gpus >= 1 else 0.0
+        gpus_per_actor = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+    if gpus_per_actor > 1 and gpus_per_actor != int(gpus_per_actor):
+        raise UserError(
+            "Ray places whole GPUs, or shares of one",
+            where=f"{key}.gpus_per_actor",
+            expected="0, a share below 1, or a whole number",
+            found=f"{gpus_per_actor:g}",
+        )
+    cpus_per_actor = 1.0 - _FEEDER_SHARE
     if gpus_per_actor > 0:
-        room, cpus_per_actor, threads = int(gpus / gpus_per_actor + 1e-9), 1.0, 1
-        room = min(room, int(cpus / (cpus_per_actor + _FEEDER_SHARE)))
+        by_gpu = [(_gpu_room(node.gpus, gpus_per_actor), node.cpus) for node in nodes]
+        shares = [cpus / fit - _FEEDER_SHARE for fit, cpus in by_gpu if fit and cpus >= 1]
+        cpus_per_actor = round(max(_FEEDER_SHARE, min([1.0, *shares])), 2)
+        room = sum(min(fit, int(cpus / cpus_per_actor + 1e-9)) for fit, cpus in by_gpu)
     else:
-        room, cpus_per_actor = int(cpus), 1.0 - _FEEDER_SHARE
-        threads = 1
+        room = sum(_cpu_room(node.cpus, cpus_per_actor) for node in nodes)
     wanted = room if actors == "auto" else actors
     if room < 1 or wanted > room:
         raise UserError(
             "the pool of actors does not fit the cluster",
             where=f"{key}.actors",
-            expected=f"at most {room} actors of {cpus_per_actor:g} CPU and {gpus_per_actor:g} GPU",
-            found=f"{wanted} actors asked for; the cluster has {cpus:g} CPU and {gpus:g} GPU",
-            fix=f"set {key}.actors: auto, or add nodes",
+            expected=f"at most {room} actors of {_needs(cpus_per_actor, gpus_per_actor)}, each within one node",
+            found=f"{actors} asked for; {describe(nodes)}",
+            fix=f"set {key}.actors: auto, or add nodes" if room else f"add nodes, or lower {key}.gpus_per_actor",
         )
     chosen = max(1, min(wanted, limit))
-    if gpus_per_actor == 0 and actors == "auto":
-        threads = max(1, int(cpus) // chosen) if chosen < int(cpus) else 1
-    return Pool(chosen, cpus_per_actor, gpus_per_actor, threads, max(1, 2 * chosen), _FEEDER_SHARE)
+    spare = sum(node.cpus for node in nodes) - chosen * cpus_per_actor
+    if gpus_per_actor > 0:
+        share = 1.0 if spare >= 1 else _FEEDER_SHARE
+        feeders = max(1, min(int(spare / share + 1e-9), _FEEDERS_A_GPU * chosen))
+        return Pool(chosen, cpus_per_actor, gpus_per_actor, 1, feeders, share)
+    # A job of fewer shards than cores, on one machine: the cores left over help the actors there are.
+    threads = max(1, room // chosen) if actors == "auto" and len(nodes) == 1 else 1
+    return Pool(chosen, cpus_per_actor, 0.0, threads, -(-chosen // _CPU_ACTORS_A_FEEDER), _FEEDER_SHARE)
+
+
+def place_pool(
+    actors: int | Literal["auto"],
+    gpus_per_actor: float | Literal["auto"],
+    *,
+    limit: int,
+    key: str = "embed",
+    patience: float = _PATIENCE_S,
+) -> Pool:
+    """`plan_pool` for the connected cluster: its totals first, then what other jobs leave free.
+
+    What is occupied may be free in a moment, so there is a little patience. After that `auto` takes what is free, and
+    a number that does not fit is refused.
+
+    Raises:
+        UserError: as `plan_pool`, about the whole cluster or about its free part.
+    """
+    total, _ = cluster_nodes()
+    wanted = plan_pool(actors, gpus_per_actor, limit=limit, nodes=total, key=key)
+    started = time.monotonic()
+    said = False
+    while True:
+        _, free = cluster_nodes()
+        waited = time.monotonic() - started
+        try:
+            pool = plan_pool(actors, wanted.gpus_per_actor, limit=limit, nodes=free, key=key)
+        except UserError as error:
+            if waited >= patience:
+                raise UserError(
+                    "other jobs hold what the pool of actors needs",
+                    where=error.where,
+                    expected=error.expected,
+                    found=f"{error.found}, of {describe(total)}, after {waited:.0f} s",
+                    fix=f"wait for the other jobs, or lower {key}.actors",
+                ) from None
+        else:
+            if pool.actors >= wanted.actors:
+                # Sized by the whole cluster: a moment's small loads elsewhere do not make the actors thinner.
+                return wanted
+            if waited >= min(patience, _PATIENCE_FOR_ALL_S):
+                say(f"{key}: {pool}; the cluster has room for {wanted.actors}, other jobs hold the rest")
+                return pool
+        if not said and waited > 2:
+            said = True
+            say(f"{key}: waiting for {wanted}; free now: {describe(free)}")
+        time.sleep(0.2)
+
+
+def cluster_nodes() -> tuple[list[Node], list[Node]]:
+    """(all, free): CPUs and GPUs of the connected cluster's nodes that are alive."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    now: dict[str, Any] = available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    total = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in alive]
+    left = [now.get(node["NodeID"], {}) for node in alive]
+    return total, [Node(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in left]
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """`4 nodes with 32 CPU and 16 GPU (at most 8 CPU and 4 GPU on one)`."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    text = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'} with {cpus:g} CPU and {gpus:g} GPU"
+    if len(nodes) > 1:
+        text += f" (at most {max(n.cpus for n in nodes):g} CPU and {max(n.gpus for n in nodes):g} GPU on one)"
+    return text
+
+
+def _cpu_room(cpus: float, each: float) -> int:
+    """Actors on a node's CPUs, one a core, with a feeder's share left over."""
+    return max(0, min(math.ceil(cpus), int((cpus - _FEEDER_SHARE) / each + 1e-9)))
+
+
+def _gpu_room(gpus: float, each: float) -> int:
+    """Actors on a node's GPUs; one that takes a share of a GPU lies on a single one."""
+    if each < 1:
+        return int(gpus + 1e-9) * int(1 / each + 1e-9)
+    return int(gpus / each + 1e-9)
+
+
+def _needs(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU and {gpus:g} GPU"

@@ -3,12 +3,17 @@
 The unit of work is one shard, a run of consecutive texts. Only shard numbers and a line of figures pass the driver:
 texts are read where they are tokenised, embeddings are written where they are made. A shard that is already there with
 this run's fingerprint is not computed again, whether the actor, its node or the driver has died in between.
+
+What bounds the memory, whatever the corpus: an actor holds its model, the activations of one batch (`token_budget`)
+and two shards' rows (`passages_per_shard` texts: one is written while the next is encoded); the object store holds the
+token ids of a few shards an actor; the driver holds three numbers a shard.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -19,8 +24,9 @@ import ray
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
-from ckd_ray.embed.pool import Pool, plan_pool
+from ckd_ray.embed.pool import Pool, cluster_nodes, describe, place_pool
 from ckd_ray.embed.survey import close, whole_shards
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
@@ -31,6 +37,14 @@ if TYPE_CHECKING:
     from ckd_ray.embed.encoder import Encoded
 
 PLAN = "plan.json"
+# The plan lies in the driver's memory and in one JSON file: 140 million texts in shards of 16,384 are 8,545.
+_MOST_SHARDS = 200_000
+# Ray Data keeps a few kilobytes a block and looks through all of them; beyond this many, shards share a block.
+_MOST_BLOCKS = 2048
+# From asking for the actors to all of them having loaded the model.
+_START_TIMEOUT_S = 900
+# Without any shard finished, anywhere. A shard of 16,384 texts takes minutes on a CPU with a small encoder.
+_NO_PROGRESS_TIMEOUT_S = 4 * 3600
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class EmbedJob:
     out: str
     fingerprint: str
     token_budget: int
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "int8"]
     codec: str = "fp16"
     codec_digest: str = ""
 
@@ -70,8 +84,19 @@ class Encoder(Protocol):
 
 
 def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> list[tuple[int, int]]:
-    """(first, stop) of every shard. `auto` aims at 256 shards of 256 to 16,384 texts."""
+    """(first, stop) of every shard. `auto` aims at 256 shards of 256 to 16,384 texts.
+
+    Raises:
+        UserError: there would be more shards than a plan should hold.
+    """
     size = min(16384, max(256, -(-num_texts // 256))) if passages_per_shard == "auto" else passages_per_shard
+    if -(-num_texts // size) > _MOST_SHARDS:
+        raise UserError(
+            "so small shards are too many",
+            where="embed.passages_per_shard",
+            expected=f"at least {-(-num_texts // _MOST_SHARDS)}, or auto",
+            found=f"{size}: {-(-num_texts // size):,} shards for {num_texts:,} texts",
+        )
     return [(first, min(first + size, num_texts)) for first in range(0, num_texts, size)]
 
 
@@ -90,7 +115,7 @@ def embed_texts(
 
     Raises:
         UserError: the pool of actors does not fit the cluster.
-        JobError: an encoder failed.
+        JobError: an encoder failed, or the actors did not start.
     """
     spans = [_agree_on_plan(job, list(wanted)) for job, wanted in jobs]
     work: list[dict[str, int]] = []
@@ -106,7 +131,7 @@ def embed_texts(
     total = sum(stop - first for shards in spans for first, stop in shards)
     with Progress(stage, total, "texts", done=done) as progress:
         if work:
-            pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(work))
+            pool = place_pool(settings.actors, settings.gpus_per_actor, limit=len(work))
             for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
                 progress.advance(row["passages"])
     for (job, _), shards in zip(jobs, spans, strict=True):
@@ -137,9 +162,12 @@ def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[in
     return spans
 
 
-def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_encoder: Any) -> Any:
+def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_encoder: Any) -> Iterator[Any]:
     """Rows of figures, one a shard, as they are finished."""
-    dataset: Any = ray.data.from_items(work, override_num_blocks=len(work))
+    for _ in range(pool.feeders):
+        # The processes that will tokenise load their libraries while the actors load the model.
+        ray.remote(_tokenizer_and_texts_ready).options(num_cpus=pool.feeder_cpus).remote(jobs[0])
+    dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), _MOST_BLOCKS))
     dataset = dataset.map_batches(
         _tokenise,
         fn_kwargs={"jobs": jobs},
@@ -148,6 +176,14 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
         num_cpus=pool.feeder_cpus,
         compute=ray.data.TaskPoolStrategy(size=pool.feeders),
     )
+    # A pool that may shrink does so while the first shards are being tokenised, and loads the model again later. Two
+    # calls at a time: one shard is compressed, hashed and written while the next one is encoded; a third waits.
+    strategy = ray.data.ActorPoolStrategy(
+        size=pool.actors,
+        max_concurrent_calls_per_actor=2,
+        enable_true_multi_threading=True,
+        max_tasks_in_flight_per_actor=3,
+    )
     dataset = dataset.map_batches(
         ShardEncoder,
         fn_constructor_kwargs={"jobs": jobs, "threads": pool.threads, "make_encoder": make_encoder},
@@ -155,9 +191,24 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, max_tasks_in_flight_per_actor=2),
+        compute=strategy,
     )
-    return dataset.iter_rows()
+    dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
+    dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.GetTimeoutError as error:
+        total, free = cluster_nodes()
+        raise JobError(
+            f"{pool} did not all start within {_START_TIMEOUT_S} s; the cluster: {describe(total)}; "
+            f"free now: {describe(free)}"
+        ) from error
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        hours = _NO_PROGRESS_TIMEOUT_S / 3600
+        raise JobError(
+            f"no shard was finished for {hours:g} hours by {pool}; the cluster: {describe(cluster_nodes()[0])}. "
+            "If a shard takes that long, lower embed.passages_per_shard"
+        ) from error
 
 
 @lru_cache(maxsize=4)
@@ -172,6 +223,10 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
         return tokenizer, collection.iter_passages
     texts = collection.queries(job.texts.removeprefix("queries.")).texts
     return tokenizer, lambda first, stop: texts[first:stop]
+
+
+def _tokenizer_and_texts_ready(job: EmbedJob) -> None:
+    _tokenizer_and_texts(job)
 
 
 def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
@@ -200,24 +255,27 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
 
 
 class ShardEncoder:
-    """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings."""
+    """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings.
+
+    Called by two threads: one encodes while the other writes.
+    """
 
     def __init__(self, jobs: list[EmbedJob], threads: int, make_encoder: Callable[[EmbedJob, int], Encoder]) -> None:
         self.jobs = jobs
         self.encoder = make_encoder(jobs[0], threads)
+        self._encoding = threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._encode(table.slice(i, 1)) for i in range(table.num_rows)])
+        return pa.Table.from_pylist([self._write(table.slice(i, 1)) for i in range(table.num_rows)])
 
-    def _encode(self, row: pa.Table) -> dict[str, int]:
+    def _write(self, row: pa.Table) -> dict[str, int]:
         job = self.jobs[row["job"][0].as_py()]
-        index, uri = row["shard"][0].as_py(), join(job.out, shard_name(row["shard"][0].as_py()))
+        index = row["shard"][0].as_py()
+        uri = join(job.out, shard_name(index))
         header = _already_there(uri, job, index)
         if header is None:
-            if job.texts == "passages":
-                encoded = self.encoder.passages(_split(row))
-            else:
-                encoded = self.encoder.queries(row["queries"][0].as_py())
+            with self._encoding:
+                encoded = self._encode(job, row)
             header, _ = write_shard(
                 uri,
                 fingerprint=job.fingerprint,
@@ -230,6 +288,11 @@ class ShardEncoder:
             )
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}
 
+    def _encode(self, job: EmbedJob, row: pa.Table) -> Encoded:
+        if job.texts == "passages":
+            return self.encoder.passages(_split(row))
+        return self.encoder.queries(row["queries"][0].as_py())
+
 
 def load_encoder(job: EmbedJob, threads: int) -> Encoder:
     """The model of a job's checkpoint on the actor's device, with so many CPU threads."""
@@ -241,7 +304,8 @@ def load_encoder(job: EmbedJob, threads: int) -> Encoder:
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     with local_copy(job.checkpoint) as folder:
         model = ColBERT.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # An actor that was given no GPU leaves those of its node alone.
+    device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
     return TextEncoder(model, device=device, token_budget=job.token_budget, precision=job.precision)
 
 

@@ -128,21 +128,22 @@ class ColBERT(nn.Module):
         """Where the weights are."""
         return self.projection.weight.device
 
-    def _rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Unit rows (N, L, D), float32, of every position; without a mask all positions are attended to."""
         hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         # Normalised in float32: under bf16 autocast a unit row would otherwise be off by up to 1/256.
         return F.normalize(self.projection(hidden).float(), dim=-1)
 
     def encode_queries(self, ids_BQ: Tensor, mask_BQ: Tensor) -> Tensor:
         """Unit rows of shape (B, Q, D), float32; augmentation tokens included (docs/method.md step 1)."""
-        return self._rows(ids_BQ, mask_BQ)
+        return self.rows(ids_BQ, mask_BQ)
 
     def encode_passages(self, ids_NL: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows (N, L, D), float32, and keep_NL: False on padding and dropped punctuation.
 
         The rows where keep_NL is False hold no meaning: pass keep_NL on to `maxsim` as the passage mask.
         """
-        return self._rows(ids_NL, mask_NL), self.keep_mask(ids_NL, mask_NL)
+        return self.rows(ids_NL, mask_NL), self.keep_mask(ids_NL, mask_NL)
 
     def keep_mask(self, ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
         """Bool (N, L): tokens that are neither padding nor dropped punctuation."""

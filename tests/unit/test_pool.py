@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from ckd_ray.embed.pool import plan_pool
+from ckd_ray.embed.pool import Node, place_pool, plan_pool
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.fingerprint import fingerprint
@@ -12,28 +14,73 @@ from ckd_ray.progress import duration
 
 
 def test_one_actor_a_core_leaves_room_for_the_feeders() -> None:
-    pool = plan_pool("auto", "auto", limit=100, resources={"CPU": 8})
+    pool = plan_pool("auto", "auto", limit=100, nodes=[Node(8)])
     assert (pool.actors, pool.threads, pool.gpus_per_actor) == (8, 1, 0)
-    assert pool.actors * (pool.cpus_per_actor + pool.feeder_cpus) <= 8 + 1e-9
+    assert pool.actors * pool.cpus_per_actor + pool.feeders * pool.feeder_cpus <= 8 + 1e-9
+    # What a small task of somebody else takes does not cost an actor; two cores and no share for a feeder do.
+    assert plan_pool("auto", "auto", limit=100, nodes=[Node(1.9)]).actors == 2
+    assert plan_pool("auto", "auto", limit=100, nodes=[Node(1.8)]).actors == 1
 
 
 def test_one_actor_a_gpu() -> None:
-    pool = plan_pool("auto", "auto", limit=100, resources={"CPU": 16, "GPU": 4})
-    assert (pool.actors, pool.gpus_per_actor) == (4, 1)
-    assert plan_pool("auto", 0.5, limit=100, resources={"CPU": 16, "GPU": 4}).actors == 8
+    pool = plan_pool("auto", "auto", limit=100, nodes=[Node(16, 4)])
+    assert (pool.actors, pool.gpus_per_actor, pool.cpus_per_actor) == (4, 1, 1)
+    assert (pool.feeders, pool.feeder_cpus) == (12, 1.0)
+    assert plan_pool("auto", 0.5, limit=100, nodes=[Node(16, 4)]).actors == 8
+
+
+def test_no_gpu_is_left_out_for_want_of_cpus() -> None:
+    pool = plan_pool("auto", "auto", limit=100, nodes=[Node(4, 4)])
+    assert pool.actors == 4 and pool.cpus_per_actor < 1
+    assert pool.actors * pool.cpus_per_actor + pool.feeder_cpus <= 4 + 1e-9
+
+
+def test_an_actor_fits_one_node() -> None:
+    """Seven GPUs on three machines hold two actors of three; a share of 0.6 fits a GPU once, not 1.67 times."""
+    nodes = [Node(8, 3), Node(8, 2), Node(8, 3)]
+    assert plan_pool("auto", 3, limit=100, nodes=nodes).actors == 2
+    assert plan_pool("auto", 0.6, limit=100, nodes=[Node(16, 3)]).actors == 3
+    assert plan_pool("auto", "auto", limit=100, nodes=[Node(0.5), Node(4), Node(0.5)]).actors == 4
+    with pytest.raises(
+        UserError, match=r"each within one node(.|\n)*3 nodes with 24 CPU and 8 GPU \(at most 8 CPU and 3"
+    ):
+        plan_pool("auto", 4, limit=100, nodes=nodes)
 
 
 def test_few_shards_need_few_actors() -> None:
-    pool = plan_pool("auto", "auto", limit=1, resources={"CPU": 4})
+    pool = plan_pool("auto", "auto", limit=1, nodes=[Node(4)])
     assert (pool.actors, pool.threads) == (1, 4)
 
 
 @pytest.mark.parametrize(
-    ("actors", "gpus", "resources"), [(3, "auto", {"CPU": 2}), (2, 1, {"CPU": 8, "GPU": 1}), ("auto", 1, {"CPU": 8})]
+    ("actors", "gpus", "node", "room"),
+    [(3, "auto", Node(2), 2), (2, 1, Node(8, 1), 1), ("auto", 1, Node(8), 0), (1, "auto", Node(0.5), 0)],
 )
-def test_what_does_not_fit_is_refused_with_numbers(actors: int, gpus: float, resources: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=rf"embed\.actors(.|\n)*the cluster has {resources['CPU']} CPU"):
-        plan_pool(actors, gpus, limit=100, resources=resources)
+def test_what_does_not_fit_is_refused_with_numbers(actors: Any, gpus: Any, node: Node, room: int) -> None:
+    with pytest.raises(UserError, match=rf"embed\.actors(.|\n)*at most {room} (.|\n)*1 node with {node.cpus:g} CPU"):
+        plan_pool(actors, gpus, limit=100, nodes=[node])
+
+
+def test_a_gpu_and_a_half_is_refused() -> None:
+    with pytest.raises(UserError, match=r"embed\.gpus_per_actor(.|\n)*1\.5"):
+        plan_pool("auto", 1.5, limit=1, nodes=[Node(8, 4)])
+
+
+def test_what_other_jobs_hold_is_waited_for_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = [Node(8)]
+    seen = iter([[Node(0)], [Node(0)], [Node(8)]])  # a look at the totals, one that finds nothing free, one that does
+    monkeypatch.setattr("ckd_ray.embed.pool.cluster_nodes", lambda: (total, next(seen)))
+    assert place_pool(8, "auto", limit=100).actors == 8 and next(seen, None) is None
+    monkeypatch.setattr("ckd_ray.embed.pool.cluster_nodes", lambda: (total, [Node(3)]))
+    assert place_pool("auto", "auto", limit=100, patience=0.1).actors == 3
+    with pytest.raises(UserError, match=r"other jobs(.|\n)*8 asked for; 1 node with 3 CPU(.|\n)*of 1 node with 8 CPU"):
+        place_pool(8, "auto", limit=100, patience=0.1)
+
+
+def test_more_shards_than_a_plan_holds_are_refused() -> None:
+    assert len(plan_shards(140_000_000, "auto")) == 8545
+    with pytest.raises(UserError, match=r"embed\.passages_per_shard(.|\n)*at least 700"):
+        plan_shards(140_000_000, 100)
 
 
 def test_shards_cover_the_corpus_once() -> None:

@@ -1,0 +1,105 @@
+"""The stream through several actors gives the bits that one gives; a pool that cannot start ends with numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ckd_ray.embed.stream as stream
+from ckd_ray.config import EmbedConfig, load_config
+from ckd_ray.data import Collection, build_collection
+from ckd_ray.embed.encoder import Encoded, TextEncoder
+from ckd_ray.embed.pool import Pool
+from ckd_ray.embed.stream import EmbedJob, embed_texts
+from ckd_ray.errors import JobError
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.store import EmbeddingStore
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    config = load_config(None, ["collection.format=msmarco", f"collection.path={tiny_collection}"])
+    build_collection(config.collection, str(folder))
+    ColBERT.from_backbone(tiny_backbone, ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)).save(
+        folder / "teacher"
+    )
+    return str(folder)
+
+
+def job_of(run: str, out: Path, texts: str = "passages") -> EmbedJob:
+    return EmbedJob(run, texts, f"{run}/teacher", str(out / texts), f"test/{texts}", token_budget=200, precision="fp32")
+
+
+class Uneven:
+    """The real encoder with pauses, longer for some shards: they are finished out of order."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder, self.dim = encoder, encoder.dim
+
+    def passages(self, tokens: Sequence[Any]) -> Encoded:
+        time.sleep(0.1 * (int(tokens[0][2]) % 3))
+        return self.encoder.passages(tokens)
+
+    def queries(self, texts: Sequence[str]) -> Encoded:
+        return self.encoder.queries(texts)
+
+
+def make_uneven(job: EmbedJob, threads: int) -> Uneven:
+    torch.set_num_threads(1)
+    return Uneven(TextEncoder(ColBERT.from_pretrained(job.checkpoint), token_budget=job.token_budget))
+
+
+def test_two_actors_write_the_bits_of_one_and_of_none(ray_session: None, run: str, tmp_path: Path) -> None:
+    collection = Collection.open(run)
+    spans = [(i, min(i + 7, collection.num_passages)) for i in range(0, collection.num_passages, 7)]
+    count = len(collection.queries("dev").ids)
+    stores: dict[int, list[EmbeddingStore]] = {}
+    for actors in (1, 2):
+        out = tmp_path / str(actors)
+        jobs = [(job_of(run, out), spans), (job_of(run, out, "queries.dev"), [(0, count)])]
+        stores[actors] = embed_texts(jobs, EmbedConfig(actors=actors), make_encoder=make_uneven)
+    for one, two in zip(stores[1], stores[2], strict=True):
+        assert [s["sha256"] for s in one.manifest["shards"]] == [s["sha256"] for s in two.manifest["shards"]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        encoder = TextEncoder(ColBERT.from_pretrained(f"{run}/teacher"), token_budget=200)
+        for i, (first, stop) in enumerate(spans):
+            texts = collection.texts(range(first, stop))
+            expected = encoder.passages(encoder.model.tokenizer.passages(texts))
+            shard = stores[2][0].shard(i)
+            assert (shard.first, shard.lengths.tolist()) == (first, expected.lengths.tolist())
+            assert shard.token_ids.tolist() == expected.token_ids.tolist()
+            assert torch.equal(shard.embeddings(), expected.embeddings_TD)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_shards_that_share_a_block_are_all_written(
+    ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus of more shards than Ray Data should have blocks."""
+    monkeypatch.setattr(stream, "_MOST_BLOCKS", 3)
+    count = Collection.open(run).num_passages
+    store = embed_texts([(job_of(run, tmp_path), [(i, i + 4) for i in range(0, count, 4)])], EmbedConfig())[0]
+    assert store.num_shards == count // 4 and store.firsts.tolist() == list(range(0, count, 4))
+    assert np.all(store.lengths() > 0)
+
+
+def test_a_pool_that_cannot_start_ends_with_numbers(
+    ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the room is taken between the plan and the start."""
+    monkeypatch.setattr(stream, "_START_TIMEOUT_S", 3)
+    monkeypatch.setattr(stream, "place_pool", lambda *_, **__: Pool(3, 0.9, 0.0, 1, 1, 0.1))
+    with pytest.raises(
+        JobError, match=r"3 actors of 0.9 CPU and 0 GPU did not all start within 3 s(.|\n)*1 node with 2 CPU"
+    ):
+        embed_texts([(job_of(run, tmp_path), [(0, 20), (20, 40), (40, 60)])], EmbedConfig())

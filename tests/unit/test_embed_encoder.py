@@ -1,0 +1,129 @@
+"""Batches of equal work, and that an embedding does not depend on the batch it was computed in."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from ckd_ray.embed.encoder import TextEncoder, _ranges, choose_precision, token_budget_batches
+from ckd_ray.embed.int8 import Int8Linear, quantise_linears
+from ckd_ray.errors import UserError
+from ckd_ray.model import ColBERT, ColBERTSettings
+from tests.support import WORDS
+
+SETTINGS = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_backbone: str) -> ColBERT:
+    return ColBERT.from_backbone(tiny_backbone, SETTINGS).eval()
+
+
+def texts() -> list[str]:
+    """Passages of 0 to 60 words, some punctuation, no two alike in order of length."""
+    rng = np.random.default_rng(3)
+    sizes = rng.permutation(np.arange(0, 60, 2))
+    return [" ".join(rng.choice(WORDS, size)) + (" , ." if size % 4 else "") for size in sizes]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 300), max_size=80),
+    st.integers(1, 600),
+    st.sampled_from([1, 8]),
+)
+def test_batches_take_every_passage_once_within_the_budget(lengths: list[int], budget: int, multiple: int) -> None:
+    sizes = np.array(lengths, np.int32)
+    batches = [b.tolist() for b in token_budget_batches(sizes, budget, multiple)]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    widths = [-(-max(1, *(lengths[i] for i in batch), 1) // multiple) * multiple for batch in batches]
+    for batch, width in zip(batches, widths, strict=True):
+        assert width * len(batch) <= budget or len(batch) == 1
+    # Shortest first, and no batch could have taken the next passage as well.
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths)
+    for batch, after in itertools.pairwise(batches):
+        wider = -(-max(1, lengths[after[0]]) // multiple) * multiple
+        assert wider * (len(batch) + 1) > budget
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=20))
+def test_ranges_are_ranges(pairs: list[tuple[int, int]]) -> None:
+    literal = [start + i for start, count in pairs for i in range(count)]
+    starts, counts = (np.array([p[k] for p in pairs], np.int64) for k in (0, 1))
+    assert _ranges(starts, counts).tolist() == literal
+
+
+@pytest.mark.parametrize("budget", [16, 64, 1000, 100_000])
+def test_rows_are_those_of_each_passage_alone(model: ColBERT, budget: int) -> None:
+    tokens = model.tokenizer.passages(texts())
+    encoded = TextEncoder(model, token_budget=budget).passages(tokens)
+    row = 0
+    for ids, length in zip(tokens, encoded.lengths.tolist(), strict=True):
+        keep = model.tokenizer.keeps(ids)
+        with torch.inference_mode():
+            alone_LD = model.rows(torch.from_numpy(ids.astype(np.int64))[None], None)[0][torch.from_numpy(keep)]
+        assert length == int(keep.sum())
+        assert encoded.token_ids[row : row + length].tolist() == ids[keep].tolist()
+        torch.testing.assert_close(encoded.embeddings_TD[row : row + length].float(), alone_LD, atol=1e-3, rtol=0)
+        row += length
+    assert row == len(encoded.embeddings_TD) == len(encoded.token_ids)
+
+
+def test_nothing_to_encode(model: ColBERT) -> None:
+    encoded = TextEncoder(model).passages([])
+    assert encoded.embeddings_TD.shape == (0, 16) and len(encoded.lengths) == 0
+
+
+def test_int8_rounds_weights_by_channel_and_activations_by_token() -> None:
+    linear = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.27, -0.5, 0.0, 0.0], [0.0, 0.0, 254.0, -2.0]]))
+        linear.bias.copy_(torch.tensor([10.0, -1.0]))
+    small = Int8Linear(linear)
+    assert small.codes_IO.tolist() == [[127, 0], [-50, 0], [0, 127], [0, -1]]
+    # Largest 2.0: codes 127, 64 (63.5 to even), 0, -127 (scale 2 / 127).
+    got = small(torch.tensor([[2.0, 1.0, 0.0, -2.0], [0.0, 0.0, 0.0, 0.0]]))
+    first = 2 / 127 * torch.tensor([(127 * 127 - 50 * 64) * 0.01, 127 * 2.0]) + linear.bias
+    torch.testing.assert_close(got, torch.stack([first, linear.bias]).detach(), atol=1e-5, rtol=1e-6)
+
+
+def test_int8_does_not_depend_on_the_batch(model: ColBERT, tiny_backbone: str) -> None:
+    """The same token ids and lengths among other neighbours: the same bits; and near to the float model."""
+    copy = ColBERT.from_backbone(tiny_backbone, SETTINGS).eval()
+    tokens = [ids for ids in model.tokenizer.passages(texts()) if len(ids) > 3]
+    encoder = TextEncoder(copy, token_budget=10_000, precision="int8")
+    layer = Int8Linear(torch.nn.Linear(32, 8))
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(rows)[20:30], layer(rows[20:30]))
+    exact = TextEncoder(model).passages(tokens).embeddings_TD.float()
+    rough = encoder.passages(tokens).embeddings_TD.float()
+    cosine = (exact * rough).sum(-1)
+    assert 0.99 < float(cosine.mean()) < 1 - 1e-6 and float(cosine.min()) > 0.9
+    assert quantise_linears(copy.backbone) == 0  # all twelve are replaced already
+
+
+def test_int8_is_opt_in_and_for_cpus(model: ColBERT) -> None:
+    assert choose_precision(model, "int8")[0] == "int8"
+    assert choose_precision(model, "auto")[0] != "int8"
+    with pytest.raises(UserError, match=r"embed\.precision"):
+        choose_precision(model, "int8", "cuda")
+
+
+def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import gpu_encode
+
+    # Two layers of 4 * 32^2 and 2 * 32 * 64 weights, and the projection; twice that, and attention, for 10 tokens.
+    assert gpu_encode.operations(model, 10) == 10 * 2 * (2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 16) + 2 * 4 * 100 * 32
+    found, figures = gpu_encode.measure(model, "cpu", 20, [64, 1024], matrix=64)
+    assert found["tokens"] == sum(len(ids) for ids in gpu_encode.random_passages(20, 48, 100))
+    rates = {name: value["value"] for name, value in figures.items()}
+    assert rates["gpu_tokens_per_second"] / rates["gpu_passages_per_second"] == pytest.approx(
+        found["tokens"] / 20, rel=1e-3
+    )
+    assert rates["gpu_share_of_matmul"] > 0
