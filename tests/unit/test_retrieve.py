@@ -14,11 +14,13 @@ from ckd_ray.retrieve import exact
 from ckd_ray.retrieve.exact import ExactIndex, nearest_rows, rerank
 from ckd_ray.retrieve.faiss_index import candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
-from ckd_ray.retrieve.shard_range import ShardRange, choose_engine
+from ckd_ray.retrieve.rows import FlatRows
+from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16
 
 DIM, QUERY_ROWS = 16, 5
+EXACT = SearchSettings("exact")
 
 
 def passages(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -28,13 +30,15 @@ def passages(count: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 def queries(count: int, seed: int = 9) -> torch.Tensor:
-    return F.normalize(torch.randn(count, QUERY_ROWS, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return F.normalize(
+        torch.randn(count, QUERY_ROWS, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1
+    ).half()
 
 
 def literal(query: torch.Tensor, documents: list[torch.Tensor]) -> np.ndarray:
     scores = []
     for d in documents:
-        best = [max((float(q @ row) for row in d.float()), default=-1.0) for q in query]
+        best = [max((float(q.double() @ row.double()) for row in d.float()), default=-1.0) for q in query]
         scores.append(sum(best))
     return np.array(scores)
 
@@ -104,11 +108,11 @@ def test_any_cut_into_shards_and_ranges_gives_the_same_list(tmp_path: Path, shar
     store = write(tmp_path, documents, shards)
     cut = max(1, shards // 2)
     parts = [range(cut), range(cut, shards)] if shards > 1 else [range(1)]
-    merged = merge_top([ShardRange(store, list(p)).search(asked, 20) for p in parts], 20)
+    merged = merge_top([ShardRange(store, list(p), EXACT).search(asked, 20) for p in parts], 20)
     assert np.array_equal(merged[1], whole[1])
     assert np.allclose(merged[0], whole[0], atol=1e-6)
     vectors = torch.randn(11, DIM, generator=torch.Generator().manual_seed(1))
-    near = merge_neighbours([ShardRange(store, list(p)).nearest_token_ids(vectors, 6) for p in parts], 6)[1]
+    near = merge_neighbours([ShardRange(store, list(p), EXACT).nearest_token_ids(vectors, 6) for p in parts], 6)[1]
     literal_near = torch.cdist(vectors, torch.cat(documents).float()).argsort(1)[:, :6]
     assert np.array_equal(near, literal_near.numpy())  # token ids were numbered through
 
@@ -125,11 +129,11 @@ def test_nearest_rows_are_blocked_and_stable() -> None:
     rows = torch.randn(100, DIM, generator=torch.Generator().manual_seed(2)).half()
     rows[70] = rows[5]
     vectors = torch.cat([rows[5:6].float(), torch.randn(8, DIM)])
-    distance, where = nearest_rows(vectors, rows, 4, block=16)
+    distance, where = nearest_rows(vectors, FlatRows(rows, np.ones(len(rows), int)), 4, block=16)
     assert where[0, :2].tolist() == [5, 70]
     expected = torch.cdist(vectors, rows.float()).square().sort(1).values[:, :4]
     assert torch.allclose(distance, expected, atol=1e-3)
-    assert nearest_rows(vectors, rows[:2], 4)[1][0].tolist()[2:] == [-1, -1]
+    assert nearest_rows(vectors, FlatRows(rows[:2], np.ones(2, int)), 4)[1][0].tolist()[2:] == [-1, -1]
 
 
 def test_a_range_refuses_a_damaged_shard(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_a_range_refuses_a_damaged_shard(tmp_path: Path) -> None:
     data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(BrokenShardError, match="do not match its checksum"):
-        ShardRange(EmbeddingStore.open(str(tmp_path)), [0, 1])
+        ShardRange(EmbeddingStore.open(str(tmp_path)), [0, 1], EXACT)
 
 
 def test_candidates_by_hand() -> None:
@@ -168,13 +172,14 @@ def test_faiss_finds_nearly_all_of_the_exact_top(tmp_path: Path) -> None:
         dim=-1,
     )
     store = write(tmp_path, documents, 2)
-    truth = ShardRange(store, [0, 1]).search(asked, 20)[1]
-    approximate = ShardRange(store, [0, 1], engine="faiss", candidates=512, nprobe=16)
+    truth = ShardRange(store, [0, 1], EXACT).search(asked, 20)[1]
+    settings = SearchSettings("faiss", candidates=512, nprobe=16, index=str(tmp_path / "kept.faiss"))
+    approximate = ShardRange(store, [0, 1], settings)
     scores, found = approximate.search(asked, 20)
     recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(truth, found, strict=True)])
     assert recall > 0.97
     assert np.array_equal(approximate.search(asked, 20)[1], found)
-    again = ShardRange(store, [0, 1], engine="faiss", candidates=512, nprobe=16).search(asked, 20)
+    again = ShardRange(store, [0, 1], settings).search(asked, 20)
     assert np.array_equal(again[1], found) and np.array_equal(again[0], scores)
 
 
