@@ -113,7 +113,7 @@ class Scorer:
         columns_DR = self.queries_BQD.float().reshape(-1, self.dim).T.contiguous()
         width = max(1, self._columns // self.query_rows)
         for group in _groups(self.source, passages, self.device):
-            step = max(1, self._block // (min(width, self.num_queries) * self.query_rows * group.length))
+            step = max(1, self._block // (max(1, min(width, self.num_queries)) * self.query_rows * group.length))
             members = torch.from_numpy(group.members).to(self.device)
             for start in range(0, len(members), step):
                 rows = group.rows_TD[start * group.length : (start + step) * group.length].float()

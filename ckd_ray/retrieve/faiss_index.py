@@ -69,6 +69,7 @@ class TokenIndex:
             self._build(rows, cells, seed)
             if kept:
                 # Written aside and renamed: another server never reads half an index.
+                os.makedirs(os.path.dirname(kept), exist_ok=True)
                 aside = f"{kept}.tmp-{uuid.uuid4().hex[:8]}"
                 faiss.write_index(self.index, aside)
                 os.replace(aside, kept)

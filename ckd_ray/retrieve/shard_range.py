@@ -26,6 +26,8 @@ Float32Array = npt.NDArray[np.float32]
 _EXACT_OPERATIONS = 6e13
 # Passages that faiss' candidates are cut to before they are scored exactly, as a multiple of the depth.
 _RERANK_FACTOR, _LEAST_RERANKED = 4, 256
+# A range of fewer rows is searched exactly under engine faiss: there is nothing to train product quantisers on.
+_LEAST_INDEXED = 1000
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class ShardRange:
         self.first_token = sum(store.shard_tokens(i) for i in range(shards[0])) if opened else 0
         self._faiss: TokenIndex | None = None
         self._centroids: CentroidIndex | None = None
-        if settings.engine == "faiss" and self.rows.num_rows:
+        if settings.engine == "faiss" and self.rows.num_rows >= _LEAST_INDEXED:
             self._faiss = TokenIndex(
                 self.rows, cells=settings.cells, nprobe=settings.nprobe, seed=settings.seed, kept=settings.index
             )

@@ -76,7 +76,8 @@ def _buckets(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     count = 2**bits
     ordered = values.double().sort().values
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    weights = torch.quantile(values.double()[:: max(1, len(values) // 10**6)], (torch.arange(count) + 0.5) / count)
+    quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    weights = torch.quantile(values.double()[:: max(1, len(values) // 10**6)], quantiles)
     for _ in range(_BUCKET_ITERATIONS):
         edges = torch.searchsorted(ordered, (weights[1:] + weights[:-1]) / 2)
         bounds = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(ordered))])
