@@ -12,6 +12,8 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
     yield from _collection(config)
     if config.retrieve.depth < config.label.feedback_passages:
         yield "retrieve.depth", f"must be at least label.feedback_passages ({config.label.feedback_passages})"
+    if config.retrieve.engine == "centroids" and config.embed.codec == "fp16":
+        yield "retrieve.engine", "centroids needs a residual codec: set embed.codec: residual2, or take faiss or exact"
     if config.distill.negatives_depth > config.retrieve.depth:
         yield "distill.negatives_depth", f"must be at most retrieve.depth ({config.retrieve.depth})"
     if config.distill.expansion_size > config.label.clusters:

@@ -123,9 +123,17 @@ class EmbedConfig(Section):
 
 
 class RetrieveConfig(Section):
-    """Candidates and depth. `cells`, `nprobe` and `candidates` (nearest embeddings a query token) count for faiss."""
+    """How candidates are found, and how many passages a ranking keeps (`depth`).
 
-    engine: Literal["auto", "exact", "faiss"] = "auto"
+    `exact` scores everything; `centroids` works from the codes of a residual `embed.codec`, without an index of its
+    own; `faiss` builds IVF-PQ over the token embeddings, in one server. `auto`: exact for little work, then centroids
+    where the store has them, else faiss.
+    `cells`: inverted lists of faiss. `nprobe`: cells (faiss) or centroids that a query token looks at. `candidates`:
+    nearest embeddings a query token (faiss), or passages a query that are scored exactly (centroids). `actors`: servers
+    of the store, which own the shards between them; one in all for faiss.
+    """
+
+    engine: Literal["auto", "exact", "centroids", "faiss"] = "auto"
     cells: Auto | Positive = "auto"
     nprobe: Positive = 32
     candidates: Positive = 1024

@@ -21,12 +21,24 @@ from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.shard_range import choose_engine
-from ckd_ray.retrieve.stream import RetrieveJob, retrieve as retrieve_queries
+from ckd_ray.retrieve.stream import RetrieveJob, measured_recall, retrieve as retrieve_queries
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import delete, exists, join, local_copy, new_folder, read_json, write_json_atomic
+from ckd_ray.store.files import (
+    delete,
+    exists,
+    is_local,
+    join,
+    list_files,
+    local_copy,
+    make_folder,
+    new_folder,
+    read_json,
+    write_json_atomic,
+)
 
 
 def collection(context: RunContext, made_of: str) -> dict[str, Any]:
@@ -71,6 +83,7 @@ def retrieve(context: RunContext, made_of: str) -> dict[str, Any]:
     count = len(Collection.open(context.run).queries("train").ids)
     settings = search_settings(context.config, store, count)
     say(f"retrieve: engine {settings.engine}")
+    figures: dict[str, Any] = {"count": count, "unit": "queries", "engine": settings.engine, "depth": config.depth}
     job = RetrieveJob(
         run=context.run,
         split="train",
@@ -80,7 +93,12 @@ def retrieve(context: RunContext, made_of: str) -> dict[str, Any]:
     )
     with serving(store, settings, config.actors) as servers:
         retrieve_queries(job, servers, count)
-    return {"count": count, "unit": "queries", "engine": settings.engine, "depth": config.depth}
+        if settings.engine != "exact":
+            operations = 2.0 * context.config.model.query_maxlen * store.num_tokens * store.dim
+            seed = context.config.run.seed
+            figures |= measured_recall(job, servers, count, operations=operations, seed=seed)
+            say(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in figures.items() if k.startswith("recall")))
+    return figures
 
 
 def label(context: RunContext, made_of: str) -> dict[str, Any]:
@@ -158,8 +176,28 @@ def search_settings(config: Config, store: EmbeddingStore, num_queries: int) -> 
     r = config.retrieve
     engine: str = r.engine
     if engine == "auto":
-        engine = choose_engine(num_queries, config.model.query_maxlen, store.num_tokens, store.dim)
-    return SearchSettings(engine, r.cells, r.nprobe, r.candidates, config.run.seed)
+        codec = store.manifest["codec"]
+        engine = choose_engine(num_queries, config.model.query_maxlen, store.num_tokens, store.dim, codec)
+    index = _kept_index(config, store) if engine == "faiss" else None
+    return SearchSettings(engine, r.cells, r.nprobe, r.candidates, config.run.seed, index)
+
+
+def _kept_index(config: Config, store: EmbeddingStore) -> str | None:
+    """Where a faiss index over this store is kept, so that label and a resumed run need not build it again.
+
+    Local runs only: faiss maps a file. An index of other settings or embeddings that lies there is removed.
+    """
+    folder = join(RunContext.of(config).run, "index")
+    if not is_local(folder):
+        return None
+    settings = {"cells": config.retrieve.cells, "seed": config.run.seed}
+    made_of = fingerprint(shards=[s["sha256"] for s in store.manifest["shards"]], **settings)
+    name = f"{made_of[:16]}.faiss"
+    make_folder(folder)
+    for other in list_files(folder, ""):
+        if other != name:
+            delete(join(folder, other))
+    return join(folder, name)
 
 
 def _agreed_precision(out: str, checkpoint: str, requested: str) -> tuple[Any, str]:

@@ -1,117 +1,282 @@
 """Exact MaxSim over ragged passages, by grouped matrix products.
 
-Passages of equal length lie together, so that a block of them is one dense product and its maximum a plain reduction:
-no padding is multiplied and no index is followed. Scores are sum_i max_j <q_i, d_j> over unit rows, in float32,
-whatever the similarity (l2 and cosine rank alike there). Shapes: B queries, Q rows, N passages, L rows a passage, T
-rows of all, D dimensions, K results, M vectors.
+Scores are sum_i max_j <q_i, d_j> over unit rows, whatever the similarity (l2 and cosine rank alike there). Passages of
+about equal length are taken together, each filled up by repeating its last row, which no maximum notices: a group is
+one dense product, its maxima a plain reduction, and no mask is needed.
+
+A ranking is made in two passes. The first, in float32, scores everything. The second scores again, in float64, what the
+error bound of the first leaves in question. Stored rows and queries are float16, so every product is a multiple of
+2^-48 and, between unit rows, every partial sum stays below 2: float64 (53 bits) adds them without rounding. Final
+scores are therefore *exact* and then rounded once, so that they do not depend on block shapes, threads, the cut into
+shards, the number of actors or the processor.
+
+Shapes: B queries, Q rows a query, N passages, L rows a passage, T rows of all, P pairs of query and passage, D
+dimensions, K results, M vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ckd_ray.retrieve.merge import merge_top
+from ckd_ray.retrieve.rows import FlatRows, RangeRows
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 # A query row's score with a passage that has no rows: the least that unit rows can have.
 EMPTY_ROW_SCORE = -1.0
-# Numbers of a block of similarities: 2 MiB of float32, so that the maximum reads them from the cache.
-_BLOCK = 1 << 19
-_GPU_BLOCK = 1 << 26
+# Numbers of a block of similarities: 4 MiB of float32 (measured: smaller ones call too often, larger leave the cache).
+_BLOCK = 1 << 20
+_GPU_BLOCK = 1 << 27
+# Query rows of a block: their 1 MiB stays in the second-level cache.
+_COLUMNS = 2048
+_GPU_COLUMNS = 1 << 15
+# Rows that are gathered at a time: 64 MiB of float16 at 128 dimensions.
+_GATHERED = 1 << 18
+# Passages that a block of the dense pass scores for all queries of a batch.
+_PASSAGES = 1 << 14
+# Vectors whose nearest rows are looked for at a time: 64 MiB of distances to 2^14 rows.
+_VECTORS = 1 << 10
+# Lengths are rounded up to a multiple of this: 2 % more rows, at most 45 groups of passages up to 180 rows.
+_ROUND = 4
+_EXACT_UNIT = 2.0**48
 
 
-def maxsim_blocks(queries_RD: Tensor, rows_TD: Tensor, length: int, query_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Scores of consecutive passages of `length` rows each: (slice of passages, scores (passages, B)).
+@dataclass(frozen=True)
+class _Group:
+    """`members` (n,) of the passages asked for, all with `length` rows: rows_TD (n * length, D) float16."""
+
+    length: int
+    members: Int64Array
+    rows_TD: Tensor
+
+
+def _groups(source: RangeRows, passages: Int64Array, device: torch.device) -> Iterator[_Group]:
+    """The passages that have rows, in groups of equal rounded length, at most `_GATHERED` rows at a time."""
+    lengths = source.lengths[passages]
+    rounded = -(-lengths // _ROUND) * _ROUND
+    order = np.argsort(rounded, kind="stable")
+    order = order[np.searchsorted(rounded[order], 1) :]
+    ends = np.cumsum(rounded[order])
+    start = 0
+    while start < len(order):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _GATHERED, side="right")))
+        chosen = order[start:stop]
+        length_n = lengths[chosen]
+        within = np.arange(int(rounded[chosen].sum())) - np.repeat(
+            np.cumsum(rounded[chosen]) - rounded[chosen], rounded[chosen]
+        )
+        index = np.repeat(source.offsets[passages[chosen]], rounded[chosen])
+        index += np.minimum(within, np.repeat(length_n - 1, rounded[chosen]))
+        rows_TD = source.take(index).to(device)
+        sizes, counts = np.unique(rounded[chosen], return_counts=True)
+        at = row = 0
+        for length, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            yield _Group(length, chosen[at : at + count], rows_TD[row : row + count * length])
+            at, row = at + count, row + count * length
+        start = stop
+
+
+def error_bound(query_rows: int, dim: int) -> float:
+    """How far a float32 score of unit rows can be from the true one: Q sums of D products each, then a sum of Q."""
+    return query_rows * (dim + query_rows) * 2.0**-23
+
+
+class Scorer:
+    """MaxSim of a batch of queries with the passages of `source`.
 
     Args:
-        queries_RD: B * query_rows rows, query after query, float32.
-        rows_TD: passages * length rows, any float type.
+        queries_BQD: unit rows; they are rounded to float16, as the store keeps them.
+        device: where the products are computed.
     """
-    limit = _GPU_BLOCK if rows_TD.device.type == "cuda" else _BLOCK
-    step = max(1, limit // max(1, len(queries_RD) * length))
-    for start in range(0, len(rows_TD) // length, step):
-        block = rows_TD[start * length : (start + step) * length].float()
-        best = (block @ queries_RD.T).view(-1, length, len(queries_RD)).amax(1)
-        yield slice(start, start + len(best)), best.view(len(best), -1, query_rows).sum(-1)
+
+    def __init__(self, queries_BQD: Tensor, source: RangeRows, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.queries_BQD = queries_BQD.half().to(self.device)
+        self.source = source
+        self.num_queries, self.query_rows, self.dim = queries_BQD.shape
+        gpu = self.device.type == "cuda"
+        self._block, self._columns = (_GPU_BLOCK, _GPU_COLUMNS) if gpu else (_BLOCK, _COLUMNS)
+        # All queries with one passage pay where a product is large beside what calling it costs.
+        self._by_passage_from = float("inf") if gpu else 3.0
+
+    def dense(self, passages: Int64Array) -> Tensor:
+        """(B, N) float32 scores of all queries with all of `passages` (positions in the range)."""
+        out_BN = torch.full((self.num_queries, len(passages)), EMPTY_ROW_SCORE * self.query_rows, device=self.device)
+        columns_DR = self.queries_BQD.float().reshape(-1, self.dim).T.contiguous()
+        width = max(1, self._columns // self.query_rows)
+        for group in _groups(self.source, passages, self.device):
+            step = max(1, self._block // (max(1, min(width, self.num_queries)) * self.query_rows * group.length))
+            members = torch.from_numpy(group.members).to(self.device)
+            for start in range(0, len(members), step):
+                rows = group.rows_TD[start * group.length : (start + step) * group.length].float()
+                for low in range(0, self.num_queries, width):
+                    part = columns_DR[:, low * self.query_rows : (low + width) * self.query_rows]
+                    best = torch.mm(rows, part).view(-1, group.length, part.shape[1]).amax(1)
+                    scores_nb = best.view(len(best), -1, self.query_rows).sum(-1)
+                    out_BN[low : low + width, members[start : start + step]] = scores_nb.T
+        return out_BN
+
+    def pairs(self, query_P: Int64Array, passage_P: Int64Array, *, exact: bool = False) -> npt.NDArray[np.float32]:
+        """(P,) scores of pairs of a query and a passage (position in the range).
+
+        Args:
+            exact: in float64, without rounding but the last; else in float32.
+        """
+        out_P = np.full(len(query_P), EMPTY_ROW_SCORE * self.query_rows, np.float32)
+        passages, inverse = np.unique(passage_P, return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        ends = np.cumsum(np.bincount(inverse, minlength=len(passages)))
+        dtype = torch.float64 if exact else torch.float32
+        queries_BQD = self.queries_BQD.to(dtype)
+        by_passage = len(query_P) >= self._by_passage_from * max(1, len(passages))
+        for group in _groups(self.source, passages, self.device):
+            counts = ends[group.members] - np.concatenate([[0], ends])[group.members]
+            starts = ends[group.members] - counts
+            if by_passage:
+                self._score_by_passage(group, queries_BQD, query_P, order, starts, counts, out_P)
+            else:
+                at = order[np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)]
+                member = np.repeat(np.arange(len(counts)), counts)
+                self._score_by_pair(group, queries_BQD, query_P[at], member, at, out_P)
+        return out_P
+
+    def _score_by_passage(
+        self,
+        group: _Group,
+        queries_BQD: Tensor,
+        query_P: Int64Array,
+        order: Int64Array,
+        starts: Int64Array,
+        counts: Int64Array,
+        out_P: Float32Array,
+    ) -> None:
+        rows_nLD = group.rows_TD.view(-1, group.length, self.dim)
+        for i, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+            at = order[start : start + count]
+            asked = queries_BQD[torch.from_numpy(query_P[at])].view(-1, self.dim)
+            best = torch.mm(rows_nLD[i].to(queries_BQD.dtype), asked.T).amax(0)
+            out_P[at] = _sum_rows(best.view(count, self.query_rows))
+
+    def _score_by_pair(
+        self,
+        group: _Group,
+        queries_BQD: Tensor,
+        query_p: Int64Array,
+        member_p: Int64Array,
+        at_p: Int64Array,
+        out_P: Float32Array,
+    ) -> None:
+        rows_nLD = group.rows_TD.view(-1, group.length, self.dim)
+        step = max(1, self._block // (group.length * (self.dim + self.query_rows)))
+        for low in range(0, len(at_p), step):
+            part = slice(low, low + step)
+            rows = rows_nLD[torch.from_numpy(member_p[part]).to(self.device)].to(queries_BQD.dtype)
+            asked = queries_BQD[torch.from_numpy(query_p[part]).to(self.device)]
+            out_P[at_p[part]] = _sum_rows(torch.bmm(rows, asked.transpose(1, 2)).amax(1))
+
+
+def _sum_rows(best_PQ: Tensor) -> Float32Array:
+    """Sums over query rows. float64 is added in whole numbers of 2^-48, whose order of addition cannot matter."""
+    if best_PQ.dtype == torch.float64:
+        best_PQ = (best_PQ * _EXACT_UNIT).to(torch.int64).sum(1).double() / _EXACT_UNIT
+        return best_PQ.float().cpu().numpy()
+    return best_PQ.sum(1).cpu().numpy()
+
+
+def search_all(scorer: Scorer, depth: int) -> tuple[Float32Array, Int64Array]:
+    """The best `depth` of all passages of the range: (scores_BK, passages_BK), see `rank`.
+
+    Holds (B, 2^14) scores at a time, and a running list of those that may still be among the best.
+    """
+    count = scorer.source.num_passages
+    margin = 2 * error_bound(scorer.query_rows, scorer.dim)
+    best_BK = torch.full((scorer.num_queries, depth), -torch.inf, device=scorer.device)
+    kept: list[tuple[Int64Array, Int64Array, Float32Array]] = []
+    for start in range(0, count, _PASSAGES):
+        passages = np.arange(start, min(count, start + _PASSAGES))
+        scores_BN = scorer.dense(passages)
+        top = scores_BN.topk(min(depth, len(passages)), dim=1).values
+        best_BK = torch.cat([best_BK, top], 1).topk(depth, dim=1).values
+        query, passage = (scores_BN >= best_BK[:, -1:] - margin).nonzero(as_tuple=True)
+        values = scores_BN[query, passage].cpu().numpy()
+        kept.append((query.cpu().numpy(), passage.cpu().numpy() + start, values))
+    none = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    query_P, passage_P, score_P = (np.concatenate(x) for x in zip(none, *kept, strict=True))
+    left = score_P >= best_BK[:, -1].cpu().numpy()[query_P] - margin
+    return rank(scorer, query_P[left], passage_P[left], depth)
+
+
+def search_among(scorer: Scorer, candidates: list[Int64Array], depth: int) -> tuple[Float32Array, Int64Array]:
+    """The best `depth` of each query's own candidates (positions in the range): (scores_BK, passages_BK)."""
+    query_P = np.repeat(np.arange(len(candidates)), [len(c) for c in candidates])
+    passage_P = np.concatenate([np.empty(0, np.int64), *candidates]).astype(np.int64)
+    score_P = scorer.pairs(query_P, passage_P)
+    edge_B = np.full(len(candidates), -np.inf, np.float32)
+    ends = np.cumsum([0, *(len(c) for c in candidates)])
+    for i, (low, high) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
+        if high - low > depth:
+            edge_B[i] = np.partition(score_P[low:high], high - low - depth)[high - low - depth]
+    left = score_P >= edge_B[query_P] - 2 * error_bound(scorer.query_rows, scorer.dim)
+    return rank(scorer, query_P[left], passage_P[left], depth)
+
+
+def rank(scorer: Scorer, query_P: Int64Array, passage_P: Int64Array, depth: int) -> tuple[Float32Array, Int64Array]:
+    """Exact scores of these pairs, best first: (scores_BK, passages_BK).
+
+    Passages are indices in the whole store; equal scores go by passage index; -inf and -1 behind the end of a list.
+    """
+    score_P = scorer.pairs(query_P, passage_P, exact=True)
+    order = np.lexsort((passage_P, -score_P, query_P))
+    query_P, passage_P, score_P = query_P[order], passage_P[order], score_P[order]
+    counts = np.bincount(query_P, minlength=scorer.num_queries)
+    place = np.arange(len(query_P)) - np.repeat(np.cumsum(counts) - counts, counts)
+    scores_BK = np.full((scorer.num_queries, depth), -np.inf, np.float32)
+    passages_BK = np.full((scorer.num_queries, depth), -1, np.int64)
+    kept = place < depth
+    scores_BK[query_P[kept], place[kept]] = score_P[kept]
+    passages_BK[query_P[kept], place[kept]] = passage_P[kept] + scorer.source.first
+    return scores_BK, passages_BK
 
 
 class ExactIndex:
-    """The passages of a range of shards, grouped by length.
+    """Exact search over passages held in memory.
 
     Args:
-        embeddings_TD: rows of all passages, float16 (or float32), passage after passage.
+        embeddings_TD: rows of all passages, float16, passage after passage.
         lengths: (N,) rows of each passage.
         first: dense index of the first passage.
     """
 
-    def __init__(self, embeddings_TD: Tensor, lengths: npt.NDArray[np.integer], first: int = 0) -> None:
-        self.first, self.lengths = first, np.asarray(lengths, np.int64)
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        order = np.argsort(self.lengths, kind="stable")
-        # One copy, grouped by length: the shards' pages are read once here, and never again.
-        index = np.concatenate([np.arange(offsets[p], offsets[p + 1]) for p in order]) if len(order) else order
-        self.rows_TD = embeddings_TD[torch.from_numpy(index.astype(np.int64))]
-        self.order = torch.from_numpy(order.astype(np.int64))
-        self._bounds: list[tuple[int, int, int, int]] = []  # length, first and last passage of the order, first row
-        row = 0
-        for length in np.unique(self.lengths):
-            low, high = (int(i) for i in np.searchsorted(self.lengths[order], [length, length + 1]))
-            self._bounds.append((int(length), low, high, row))
-            row += int(length) * (high - low)
-
-    @property
-    def num_passages(self) -> int:
-        """N."""
-        return len(self.lengths)
+    def __init__(
+        self,
+        embeddings_TD: Tensor,
+        lengths: npt.NDArray[np.integer],
+        first: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.source, self.device = FlatRows(embeddings_TD, lengths, first), device
 
     def scores(self, queries_BQD: Tensor) -> Tensor:
-        """(B, N) scores of all passages, in the order of the corpus."""
-        num_queries, query_rows, dim = queries_BQD.shape
-        queries_RD = queries_BQD.reshape(-1, dim).to(self.rows_TD.device, torch.float32)
-        out_NB = torch.empty(self.num_passages, num_queries, device=self.rows_TD.device)
-        for length, low, high, row in self._bounds:
-            if length == 0:
-                out_NB[low:high] = EMPTY_ROW_SCORE * query_rows
-                continue
-            rows = self.rows_TD[row : row + length * (high - low)]
-            for part, scores in maxsim_blocks(queries_RD, rows, length, query_rows):
-                out_NB[low + part.start : low + part.stop] = scores
-        scores_BN = torch.empty(num_queries, self.num_passages, device=out_NB.device)
-        scores_BN[:, self.order.to(out_NB.device)] = out_NB.T
-        return scores_BN
+        """(B, N) float32 scores of all passages, in the order of the corpus."""
+        return Scorer(queries_BQD, self.source, self.device).dense(np.arange(self.source.num_passages))
 
     def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
         """The best `depth`: (scores_BK, passages_BK), highest first, ties by passage index; -inf and -1 at the end."""
-        parts = [
-            self._top(queries, depth) for queries in queries_BQD.split(max(1, (1 << 24) // max(1, self.num_passages)))
-        ]
-        return np.concatenate([s for s, _ in parts]), np.concatenate([p for _, p in parts])
-
-    def _top(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
-        scores_BN = self.scores(queries_BQD)
-        kept = min(depth, self.num_passages)
-        # topk leaves open which of equal scores it takes at the edge: everything down to the last score is looked at.
-        top = scores_BN.topk(kept, dim=1).values if kept else scores_BN
-        edge_B = top[:, -1].cpu().numpy() if kept else np.zeros(len(scores_BN), np.float32)
-        scores = scores_BN.cpu().numpy()
-        rows = []
-        for row, edge in zip(scores, edge_B, strict=True):
-            at = np.flatnonzero(row >= edge) if kept else np.empty(0, np.int64)
-            rows.append(merge_top([(row[at][None], at[None] + self.first)], depth))
-        return np.concatenate([s for s, _ in rows]), np.concatenate([p for _, p in rows])
+        return search_all(Scorer(queries_BQD, self.source, self.device), depth)
 
 
 def rerank(
     queries_BQD: Tensor, candidates: list[Int64Array], rows_TD: Tensor, lengths: npt.NDArray[np.integer]
 ) -> list[Float32Array]:
-    """Exact scores of each query's own candidates.
+    """float32 scores of each query's own candidates.
 
     Args:
         candidates: for each query, positions of passages.
@@ -120,39 +285,51 @@ def rerank(
     Returns:
         for each query the scores of its candidates, in their order.
     """
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    out = []
-    for queries_QD, chosen in zip(queries_BQD.float(), candidates, strict=True):
-        scores = np.full(len(chosen), EMPTY_ROW_SCORE * len(queries_QD), np.float32)
-        sizes = offsets[chosen + 1] - offsets[chosen]
-        filled = np.flatnonzero(sizes)
-        if len(filled):
-            starts = np.concatenate([[0], np.cumsum(sizes[filled])[:-1]])
-            # Consecutive row numbers within each candidate: a running count, shifted to where its rows begin.
-            index = np.arange(sizes.sum()) + np.repeat(offsets[chosen[filled]] - starts, sizes[filled])
-            similarity_TQ = rows_TD[torch.from_numpy(index)].float() @ queries_QD.to(rows_TD.device).T
-            best = np.maximum.reduceat(similarity_TQ.cpu().numpy(), starts, axis=0)
-            scores[filled] = best.sum(1)
-        out.append(scores)
-    return out
+    query_P = np.repeat(np.arange(len(candidates)), [len(c) for c in candidates])
+    passage_P = np.concatenate([np.empty(0, np.int64), *candidates]).astype(np.int64)
+    scores_P = Scorer(queries_BQD, FlatRows(rows_TD, lengths), rows_TD.device).pairs(query_P, passage_P)
+    return np.split(scores_P, np.cumsum([len(c) for c in candidates])[:-1]) if candidates else []
 
 
-def nearest_rows(vectors_MD: Tensor, rows_TD: Tensor, k: int, block: int = 1 << 14) -> tuple[Tensor, Tensor]:
+def nearest_rows(vectors_MD: Tensor, source: RangeRows, k: int, block: int = 1 << 14) -> tuple[Tensor, Tensor]:
     """The k rows nearest to each vector: (squared distances (M, k), positions (M, k)), nearest first, ties by position.
 
-    Blocked over rows with a running top k; fewer than k rows give +inf and -1.
+    A running top 2 k + 8 in float32, whose distances are then computed again one by one in float64, so that the cut
+    into blocks, shards and actors does not decide between near equals. Fewer than k rows give +inf and -1.
     """
-    vectors = vectors_MD.float().to(rows_TD.device)
-    best = torch.full((len(vectors), k), torch.inf, device=vectors.device)
-    where = torch.full((len(vectors), k), -1, dtype=torch.int64, device=vectors.device)
-    norms_M = vectors.square().sum(1, keepdim=True)
-    for start in range(0, len(rows_TD), block):
-        rows = rows_TD[start : start + block].float()
-        distance = torch.addmm(rows.square().sum(1)[None], vectors, rows.T, alpha=-2.0)
-        near, at = distance.topk(min(k, len(rows)), dim=1, largest=False)
-        merged = torch.cat([best, near + norms_M], 1)
-        positions = torch.cat([where, at + start], 1)
-        # Blocks come in order of position, so a stable sort keeps the earlier of two equal distances.
-        order = merged.sort(dim=1, stable=True).indices[:, :k]
-        best, where = merged.gather(1, order), positions.gather(1, order)
-    return best, where
+    wide = 2 * k + 8
+    best = torch.full((len(vectors_MD), wide), torch.inf)
+    where = torch.full((len(vectors_MD), wide), -1, dtype=torch.int64)
+    for start in range(0, source.num_rows, block):
+        rows = source.take(np.arange(start, min(source.num_rows, start + block))).float()
+        norms = rows.square().sum(1)[None]
+        for low in range(0, len(vectors_MD), _VECTORS):
+            part = slice(low, low + _VECTORS)
+            distance = torch.addmm(norms, vectors_MD[part].float(), rows.T, alpha=-2.0)
+            near, at = distance.topk(min(wide, len(rows)), dim=1, largest=False)
+            merged, positions = torch.cat([best[part], near], 1), torch.cat([where[part], at + start], 1)
+            best[part], order = merged.topk(wide, dim=1, largest=False)
+            where[part] = positions.gather(1, order)
+    return sharpen(vectors_MD, source, where, k)
+
+
+def sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of some rows each: (squared distances (M, k) float32, positions (M, k)), computed in float64.
+
+    Args:
+        where_MC: positions of rows, -1 for none.
+    """
+    distances, positions = [], []
+    step = max(1, (1 << 22) // max(1, where_MC.shape[1] * vectors_MD.shape[1]))
+    for vectors, where in zip(vectors_MD.split(step), where_MC.split(step), strict=True):
+        absent = where < 0
+        rows = source.take(where.clamp(min=0).flatten().numpy()).double().view(*where.shape, -1)
+        away = (rows - vectors[:, None].double()).square().sum(-1).float().masked_fill(absent, torch.inf)
+        place = where.masked_fill(absent, torch.iinfo(torch.int64).max)
+        # Two stable sorts: by position, then by distance.
+        first = place.argsort(dim=1, stable=True)
+        order = first.gather(1, away.gather(1, first).argsort(dim=1, stable=True))[:, :k]
+        distances.append(away.gather(1, order))
+        positions.append(where.gather(1, order))
+    empty = vectors_MD.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
+    return torch.cat([empty[0], *distances]), torch.cat([empty[1], *positions])

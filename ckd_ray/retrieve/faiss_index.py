@@ -5,6 +5,8 @@ Shapes: T stored token embeddings, M vectors, k neighbours, B queries, Q rows, D
 
 from __future__ import annotations
 
+import os
+import uuid
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.retrieve.rows import RangeRows
+
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 _TRAINING_POINTS_A_CELL = 64
 _MOST_TRAINING_POINTS = 2_000_000
+_ADDED = 1 << 17  # rows added at a time
 
 
 def choose_cells(num_tokens: int) -> int:
@@ -39,29 +44,53 @@ class TokenIndex:
     """A trained and filled IVF-PQ index.
 
     Args:
-        rows_TD: unit rows, any float type; converted a block at a time.
+        rows: of the whole store; read and converted a block at a time.
         cells: number of inverted lists, `auto` for `choose_cells`.
         seed: of the training sample and of faiss' own k-means.
+        kept: a local file: read (memory-mapped) when it is there, else written once the index stands.
     """
 
-    def __init__(self, rows_TD: Tensor, *, cells: int | str = "auto", nprobe: int = 32, seed: int = 17) -> None:
+    def __init__(
+        self,
+        rows: RangeRows,
+        *,
+        cells: int | str = "auto",
+        nprobe: int = 32,
+        seed: int = 17,
+        kept: str | None = None,
+    ) -> None:
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
-        count, dim = rows_TD.shape
+        if kept and os.path.exists(kept):
+            self.index: Any = faiss.read_index(kept, faiss.IO_FLAG_MMAP)
+            self.cells = int(self.index.nlist)
+        else:
+            self._build(rows, cells, seed)
+            if kept:
+                # Written aside and renamed: another server never reads half an index.
+                os.makedirs(os.path.dirname(kept), exist_ok=True)
+                aside = f"{kept}.tmp-{uuid.uuid4().hex[:8]}"
+                faiss.write_index(self.index, aside)
+                os.replace(aside, kept)
+        self.index.nprobe = min(nprobe, self.cells)
+
+    def _build(self, rows: RangeRows, cells: int | str, seed: int) -> None:
+        import faiss
+
+        count, dim = rows.num_rows, rows.take(np.zeros(1, np.int64)).shape[1]
         self.cells = choose_cells(count) if cells == "auto" else max(1, min(int(cells), count // 39))
         bits = 8 if count >= 256 * 39 // 4 else max(1, min(8, int(np.log2(max(2, count // 10)))))
         quantizer = faiss.IndexFlatL2(dim)
-        self.index: Any = faiss.IndexIVFPQ(quantizer, dim, self.cells, choose_subquantizers(dim), bits)
+        self.index = faiss.IndexIVFPQ(quantizer, dim, self.cells, choose_subquantizers(dim), bits)
         self._quantizer = quantizer  # faiss keeps a bare pointer to it
         self.index.cp.seed = self.index.pq.cp.seed = seed
         self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
         size = min(count, max(10_000, self.cells * _TRAINING_POINTS_A_CELL), _MOST_TRAINING_POINTS)
         sample = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
-        self.index.train(rows_TD[torch.from_numpy(sample)].float().numpy())
-        for block in rows_TD.split(1 << 17):
-            self.index.add(block.float().numpy())
-        self.index.nprobe = min(nprobe, self.cells)
+        self.index.train(rows.take(sample).float().numpy())
+        for start in range(0, count, _ADDED):
+            self.index.add(rows.take(np.arange(start, min(count, start + _ADDED))).float().numpy())
 
     def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
         """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind

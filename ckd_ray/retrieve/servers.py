@@ -1,11 +1,12 @@
 """Shards stay, queries travel: every actor owns a range of shards, query batches go to all, top lists are merged.
 
-Shapes: B queries, Q rows, D dimensions, K results, M vectors, k neighbours.
+Shapes: B queries, Q rows, D dimensions, K results, N candidates, C centroids looked at, M vectors, k neighbours.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,53 +18,64 @@ import numpy.typing as npt
 import ray
 import torch
 
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
-from ckd_ray.retrieve.shard_range import ShardRange
+from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
 from ckd_ray.store import EmbeddingStore
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
+Lists = tuple[Float32Array, Int64Array]
 
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How candidates are found: `engine` is `exact` or `faiss`; the rest counts for faiss only."""
-
-    engine: str
-    cells: int | str = "auto"
-    nprobe: int = 32
-    candidates: int = 1024
-    seed: int = 17
+_CPUS_A_SERVER = 0.5
+# What the tasks that feed the servers need at least.
+_FEEDER_CPUS = 0.25
+# A killed server comes back; one that dies again and again (out of memory) fails the job in the end.
+_RESTARTS = 20
+_START_SECONDS = 300.0
 
 
 class ShardServer:
     """An actor that holds some shards of a store and answers for these."""
 
     def __init__(self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int) -> None:
-        torch.set_num_threads(max(1, threads))
+        torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
         self._store, self._shards, self._settings = store, shards, settings
 
     @cached_property
     def range(self) -> ShardRange:
         """Loaded by the first call and not by the constructor, whose errors Ray reports without their type."""
-        return ShardRange(
-            EmbeddingStore.open(self._store),
-            self._shards,
-            engine=self._settings.engine,
-            cells=self._settings.cells,
-            nprobe=self._settings.nprobe,
-            candidates=self._settings.candidates,
-            seed=self._settings.seed,
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return ShardRange(EmbeddingStore.open(self._store), self._shards, self._settings, device)
+
+    def placed(self) -> int:
+        """The process; returns as soon as there is one."""
+        return os.getpid()
 
     def ready(self) -> int:
         """Passages served; returns when the index stands."""
         return self.range.num_passages
 
-    def search(self, queries_BQD: Float32Array, depth: int) -> tuple[Float32Array, Int64Array]:
+    def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """Top `depth` of this range: scores_BK and dense passage indices passages_BK."""
         return self.range.search(torch.from_numpy(queries_BQD.copy()), depth)
+
+    def search_exactly(self, queries_BQD: Float32Array, depth: int) -> Lists:
+        """The same by exact search, whatever the engine."""
+        return self.range.search_exactly(torch.from_numpy(queries_BQD.copy()), depth)
+
+    def probes(self, queries_BQD: Float32Array) -> tuple[npt.NDArray[np.int32], Float32Array]:
+        """Engine `centroids`: what each query row looks at (B, Q, C)."""
+        return self.range.probes(torch.from_numpy(queries_BQD.copy()))
+
+    def candidates(self, probes: tuple[npt.NDArray[np.int32], Float32Array], limit: int) -> Lists:
+        """Engine `centroids`: estimates and passages of this range's best candidates (B, N)."""
+        return self.range.candidates(*probes, limit)
+
+    def score(self, queries_BQD: Float32Array, passages_BN: Int64Array, depth: int) -> Lists:
+        """Top `depth` of the given passages that lie in this range."""
+        return self.range.score(torch.from_numpy(queries_BQD.copy()), passages_BN, depth)
 
     def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
         """Distances, vocabulary ids and positions of the k nearest token embeddings of this range."""
@@ -75,12 +87,29 @@ class ServerGroup:
     """Handles of all servers of a store; small, so it travels to the tasks that ask."""
 
     actors: tuple[Any, ...]
+    settings: SearchSettings
 
-    def search(self, queries_BQD: Float32Array, depth: int) -> tuple[Float32Array, Int64Array]:
-        """Top `depth` over all shards."""
+    def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
+        """Top `depth` over all shards.
+
+        Engine `centroids` goes twice to all servers, for estimates and then for scores, so that the candidates are the
+        best of the whole store and not of each range.
+        """
         batch = ray.put(queries_BQD)
-        parts = ray.get([actor.search.remote(batch, depth) for actor in self.actors])
-        return merge_top(parts, depth)
+        if self.settings.engine != "centroids":
+            return _merged([actor.search.remote(batch, depth) for actor in self.actors], depth)
+        # Any server can tell; the choice spreads the work and has no bearing on the answer.
+        one = self.actors[zlib.crc32(np.ascontiguousarray(queries_BQD).data) % len(self.actors)]
+        probes = one.probes.remote(batch)
+        limit = max(depth, self.settings.candidates)
+        _, passages_BN = _merged([actor.candidates.remote(probes, limit) for actor in self.actors], limit)
+        chosen = ray.put(passages_BN)
+        return _merged([actor.score.remote(batch, chosen, depth) for actor in self.actors], depth)
+
+    def search_exactly(self, queries_BQD: Float32Array, depth: int) -> Lists:
+        """Top `depth` over all shards by exact search, to compare with."""
+        batch = ray.put(queries_BQD)
+        return _merged([actor.search_exactly.remote(batch, depth) for actor in self.actors], depth)
 
     def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> Int64Array:
         """Vocabulary ids (M, k) of the nearest token embeddings of the whole store, nearest first."""
@@ -89,37 +118,144 @@ class ServerGroup:
         return merge_neighbours(parts, k)[1]
 
 
+def _merged(waiting: list[Any], depth: int) -> Lists:
+    """The best of all answers, merged as they come: two lists are held at a time, in whatever order."""
+    best: Lists | None = None
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1)
+        found = ray.get(done[0])
+        best = merge_top([found] if best is None else [best, found], depth)
+    assert best is not None
+    return best
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`servers` actors with these resources each; `threads` each may use."""
+
+    servers: int
+    cpus: float
+    gpus: float
+    memory: int
+    threads: int
+
+
+def index_bytes(settings: SearchSettings, tokens: int, passages: int, dim: int) -> int:
+    """What the indexes of a whole store take in memory, all servers together.
+
+    exact: nothing that grows (rows stay mapped). centroids: two 32-bit numbers a row, and two a passage. faiss: 16
+    bytes of code, 8 of id and 4 of passage a row, and up to two million float32 rows while it is trained.
+    """
+    if settings.engine == "centroids":
+        return 8 * tokens + 8 * passages
+    if settings.engine == "faiss":
+        return 28 * tokens + 4 * dim * min(tokens, 2_000_000)
+    return 0
+
+
+def plan_servers(
+    settings: SearchSettings,
+    wanted: int | str,
+    *,
+    shards: int,
+    tokens: int,
+    passages: int,
+    dim: int,
+    resources: dict[str, float],
+) -> Placement:
+    """How many servers of what size: one a GPU, or one a core, at most one a shard; one in all for faiss.
+
+    A faiss index of its own for every range would change the candidates with the number of servers.
+
+    Raises:
+        UserError: what was asked for, or the index, does not fit the cluster.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    room = int((cpus - _FEEDER_CPUS) / _CPUS_A_SERVER + 1e-9)
+    natural = int(gpus) if gpus >= 1 else max(1, int(cpus))
+    asked = natural if wanted == "auto" else int(wanted)
+    needed = index_bytes(settings, tokens, passages, dim)
+    if room < 1 or (wanted != "auto" and asked > room):
+        raise UserError(
+            "the servers of the store do not fit the cluster",
+            where="retrieve.actors",
+            expected=f"at most {max(0, room)} servers of {_CPUS_A_SERVER:g} CPU, beside {_FEEDER_CPUS:g} for queries",
+            found=f"{asked} asked for; the cluster has {cpus:g} CPU",
+            fix="set retrieve.actors: auto, or add nodes",
+        )
+    if "memory" in resources and needed > resources["memory"]:
+        raise UserError(
+            f"the index of engine {settings.engine} does not fit the cluster's memory",
+            where="retrieve.engine",
+            expected=f"at most {resources['memory'] / 2**30:.1f} GiB",
+            found=f"{needed / 2**30:.1f} GiB for {tokens:,} token embeddings",
+            fix="add nodes, or take a residual codec (embed.codec) and retrieve.engine: centroids",
+        )
+    count = 1 if settings.engine == "faiss" else max(1, min(asked, room, shards))
+    share = min(1.0, gpus / count) if gpus >= 1 else 0.0
+    return Placement(count, _CPUS_A_SERVER, share, needed // count, max(1, int(cpus) // count))
+
+
 class serving:
     """Starts the servers of a store for the length of a `with` block.
 
     Args:
-        servers: how many; `auto` takes one a core (or as many as there are shards).
+        servers: how many; `auto` takes one a GPU or core (or as many as there are shards).
+
+    Raises:
+        UserError: they do not fit the cluster.
+        JobError: the cluster's resources are taken by others.
     """
 
     def __init__(self, store: EmbeddingStore, settings: SearchSettings, servers: int | str = "auto") -> None:
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        # A faiss index of its own for every range would change the candidates with the number of servers, so there is
-        # one.
-        wanted = (1 if settings.engine == "faiss" else cpus) if servers == "auto" else int(servers)
-        count = max(1, min(wanted, store.num_shards))
-        self._bounds = np.linspace(0, store.num_shards, count + 1).astype(int)
-        self._store, self._settings, self._count = store, settings, count
-        self._threads = max(1, min(os.cpu_count() or 1, cpus // count))
+        self._plan = plan_servers(
+            settings,
+            servers,
+            shards=store.num_shards,
+            tokens=store.num_tokens,
+            passages=store.num_passages,
+            dim=store.dim,
+            resources=ray.cluster_resources(),
+        )
+        self._bounds = np.linspace(0, store.num_shards, self._plan.servers + 1).astype(int)
+        self._store, self._settings = store, settings
         self._actors: list[Any] = []
 
     def __enter__(self) -> ServerGroup:
-        remote = ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=-1)(ShardServer)
+        plan = self._plan
+        options: dict[str, Any] = {"num_cpus": plan.cpus, "max_restarts": _RESTARTS, "max_task_retries": -1}
+        if plan.gpus:
+            options["num_gpus"] = plan.gpus
+        if plan.memory:
+            options["memory"] = plan.memory
+        remote = ray.remote(**options)(ShardServer)
         for low, high in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             shards = list(range(int(low), int(high)))
-            self._actors.append(remote.remote(self._store.uri, shards, self._settings, self._threads))
-        task = "building an IVF-PQ index over" if self._settings.engine == "faiss" else "loading"
-        say(f"  {task} {self._store.num_tokens:,} token embeddings ({self._count} servers)")
+            self._actors.append(remote.remote(self._store.uri, shards, self._settings, plan.threads))
         try:
+            self._wait_until_placed()
+            task = {"faiss": "an IVF-PQ index over", "centroids": "inverted lists of"}.get(self._settings.engine, "")
+            what = f"building {task}" if task else "loading"
+            say(f"  {what} {self._store.num_tokens:,} token embeddings ({plan.servers} servers)")
             ray.get([actor.ready.remote() for actor in self._actors])
         except BaseException:
             self.__exit__(None, None, None)  # `with` does not, when entering fails
             raise
-        return ServerGroup(tuple(self._actors))
+        return ServerGroup(tuple(self._actors), self._settings)
+
+    def _wait_until_placed(self) -> None:
+        """Servers fit the cluster, but another job may hold what they need: say so instead of waiting for ever."""
+        calls = [actor.placed.remote() for actor in self._actors]
+        done, waiting = ray.wait(calls, num_returns=len(calls), timeout=_START_SECONDS)
+        if waiting:
+            free = ray.available_resources()
+            raise JobError(
+                f"only {len(done)} of {len(calls)} servers could be started within {_START_SECONDS:.0f} s: each needs "
+                f"{self._plan.cpus:g} CPU, {self._plan.gpus:g} GPU and {self._plan.memory / 2**30:.1f} GiB; free are "
+                f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU and {free.get('memory', 0) / 2**30:.1f} GiB. "
+                "Set retrieve.actors lower, or wait until other jobs have ended"
+            )
+        ray.get(done)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,113 +1,170 @@
 """Search over a range of shards of a store: what one actor owns. No Ray here.
 
-Shapes: B queries, Q rows, D dimensions, K results, M vectors, k neighbours.
+Shapes: B queries, Q rows, D dimensions, K results, N candidates, M vectors, k neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from ckd_ray.retrieve.exact import ExactIndex, nearest_rows, rerank
+from ckd_ray.retrieve.centroids import CentroidIndex
+from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages
-from ckd_ray.retrieve.merge import merge_top
+from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.codec import RESIDUAL_BITS, Residual
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 # Exact search is taken up to this much work: about 10 minutes on two cores.
 _EXACT_OPERATIONS = 6e13
+# Passages that faiss' candidates are cut to before they are scored exactly, as a multiple of the depth.
+_RERANK_FACTOR, _LEAST_RERANKED = 4, 256
+# A range of fewer rows is searched exactly under engine faiss: there is nothing to train product quantisers on.
+_LEAST_INDEXED = 1000
 
 
-def choose_engine(num_queries: int, query_rows: int, num_tokens: int, dim: int) -> str:
-    """`exact` while all queries against all token embeddings are within 6e13 multiplications and additions, else
-    `faiss`."""
-    return "exact" if 2.0 * num_queries * query_rows * num_tokens * dim <= _EXACT_OPERATIONS else "faiss"
+@dataclass(frozen=True)
+class SearchSettings:
+    """How candidates are found.
+
+    Attributes:
+        engine: `exact`, `centroids` (of a residual codec) or `faiss` (IVF-PQ).
+        cells: inverted lists of faiss.
+        nprobe: cells (faiss) or centroids looked at for a query row.
+        candidates: faiss: nearest embeddings of a query row, whose passages are scored exactly (at most four times
+            the depth of them); centroids: passages of a query that are scored exactly.
+        index: file in which a faiss index is kept between stages; None: built each time.
+    """
+
+    engine: str
+    cells: int | str = "auto"
+    nprobe: int = 32
+    candidates: int = 1024
+    seed: int = 17
+    index: str | None = None
+
+
+def choose_engine(num_queries: int, query_rows: int, num_tokens: int, dim: int, codec: str = "fp16") -> str:
+    """`exact` while all queries against all token embeddings are within 6e13 multiplications and additions; else
+    `centroids` where the store has them, else `faiss`."""
+    if 2.0 * num_queries * query_rows * num_tokens * dim <= _EXACT_OPERATIONS:
+        return "exact"
+    return "centroids" if codec in RESIDUAL_BITS else "faiss"
 
 
 class ShardRange:
-    """Consecutive shards of a store, loaded and verified.
+    """Consecutive shards of a store, verified and mapped; rows are read (and decoded) when they are asked for.
 
     Args:
         shards: indices of consecutive shards.
-        engine: `exact`, or `faiss` (IVF-PQ for candidates, exact scores for these).
-        candidates: nearest embeddings a query row, for faiss.
-        rerank_factor: faiss candidates that are scored exactly, as a multiple of the depth.
+        device: where products are computed.
 
     Raises:
         BrokenShardError: a shard's bytes do not match its checksum.
     """
 
     def __init__(
-        self,
-        store: EmbeddingStore,
-        shards: Sequence[int],
-        *,
-        engine: str = "exact",
-        cells: int | str = "auto",
-        nprobe: int = 32,
-        candidates: int = 1024,
-        seed: int = 17,
-        rerank_factor: int = 4,
+        self, store: EmbeddingStore, shards: Sequence[int], settings: SearchSettings, device: str = "cpu"
     ) -> None:
         opened = [store.shard(i) for i in shards]
         for shard in opened:
             shard.verify()
-        self.first = opened[0].first if opened else 0
-        self.lengths = np.concatenate([s.lengths for s in opened] or [np.empty(0, np.int32)]).astype(np.int64)
-        self.token_ids = np.concatenate([s.token_ids for s in opened] or [np.empty(0, np.int32)])
+        self.settings, self.device = settings, device
+        self.rows = ShardRows(opened, store.dim)
         # The number of this range's first embedding in the whole store, which orders equal distances.
         self.first_token = sum(store.shard_tokens(i) for i in range(shards[0])) if opened else 0
-        empty = torch.empty(0, store.dim, dtype=torch.float16)
-        rows_TD = torch.cat([empty, *(s.embeddings() for s in opened)])
-        self.engine, self._candidates, self._rerank_factor = engine, candidates, rerank_factor
-        self.rows_TD = rows_TD
-        if engine == "exact":
-            self._exact = ExactIndex(rows_TD, self.lengths, self.first)
-        else:
-            self._index = TokenIndex(rows_TD, cells=cells, nprobe=nprobe, seed=seed)
-            self._passage_of = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+        self._faiss: TokenIndex | None = None
+        self._centroids: CentroidIndex | None = None
+        if settings.engine == "faiss" and self.rows.num_rows >= _LEAST_INDEXED:
+            self._faiss = TokenIndex(
+                self.rows, cells=settings.cells, nprobe=settings.nprobe, seed=settings.seed, kept=settings.index
+            )
+            self._passage_of = np.repeat(np.arange(self.rows.num_passages, dtype=np.int32), self.rows.lengths)
+        elif settings.engine == "centroids" and opened:
+            codec = opened[0].codec
+            assert isinstance(codec, Residual), "engine centroids needs a residual codec"
+            self._centroids = CentroidIndex(self.rows, codec, settings.nprobe)
 
     @property
     def num_passages(self) -> int:
         """Passages of this range."""
-        return len(self.lengths)
+        return self.rows.num_passages
 
     def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
         """The best `depth` passages of this range: scores_BK and dense indices, highest first; -inf and -1 behind the
-        end."""
-        if self.engine == "exact":
-            return self._exact.search(queries_BQD, depth)
-        flat = queries_BQD.reshape(-1, queries_BQD.shape[2])
-        distances, positions = self._index.nearest(flat, self._candidates)
+        end.
+
+        Engine `centroids` looks for candidates in this range alone; `ServerGroup` takes those of all ranges together.
+        """
+        if self._centroids is not None:
+            _, passages_BN = self.candidates(*self.probes(queries_BQD), max(depth, self.settings.candidates))
+            return self.score(queries_BQD, passages_BN, depth)
+        scorer = Scorer(queries_BQD, self.rows, self.device)
+        if self._faiss is None:
+            return search_all(scorer, depth)
+        flat = scorer.queries_BQD.float().cpu().reshape(-1, scorer.dim)
+        distances, positions = self._faiss.nearest(flat, self.settings.candidates)
         shape = (len(queries_BQD), queries_BQD.shape[1], -1)
-        limit = max(256, self._rerank_factor * depth)
+        limit = max(_LEAST_RERANKED, _RERANK_FACTOR * depth)
         chosen = [
             candidate_passages(d, p, self._passage_of, limit)
             for d, p in zip(distances.reshape(shape), positions.reshape(shape), strict=True)
         ]
-        scores = rerank(queries_BQD, chosen, self.rows_TD, self.lengths)
-        rows = [merge_top([(s[None], c[None] + self.first)], depth) for s, c in zip(scores, chosen, strict=True)]
-        return np.concatenate([s for s, _ in rows]), np.concatenate([p for _, p in rows])
+        return search_among(scorer, chosen, depth)
+
+    def search_exactly(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
+        """`search` over all passages, whatever the engine."""
+        return search_all(Scorer(queries_BQD, self.rows, self.device), depth)
+
+    def probes(self, queries_BQD: Tensor) -> tuple[npt.NDArray[np.int32], Float32Array]:
+        """Engine `centroids`: the centroids that each query row looks at, the same from every range."""
+        assert self._centroids is not None
+        return self._centroids.probes(queries_BQD)
+
+    def candidates(
+        self, ids_BQC: npt.NDArray[np.int32], similarity_BQC: Float32Array, limit: int
+    ) -> tuple[Float32Array, Int64Array]:
+        """Engine `centroids`: estimates and dense passage indices of this range's candidates, best first."""
+        assert self._centroids is not None
+        return self._centroids.candidates(ids_BQC, similarity_BQC, limit)
+
+    def score(self, queries_BQD: Tensor, passages_BN: Int64Array, depth: int) -> tuple[Float32Array, Int64Array]:
+        """The best `depth` of those of passages_BN (dense indices; -1: none) that lie in this range."""
+        local_BN = passages_BN - self.rows.first
+        inside_BN = (passages_BN >= 0) & (local_BN >= 0) & (local_BN < self.num_passages)
+        chosen = [local[inside] for local, inside in zip(local_BN, inside_BN, strict=True)]
+        return search_among(Scorer(queries_BQD, self.rows, self.device), chosen, depth)
 
     def nearest_token_ids(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
         """The k nearest token embeddings: squared distances, their vocabulary ids, and their positions in the whole
-        store."""
-        if self.engine == "exact":
-            found, at = nearest_rows(vectors_MD, self.rows_TD, k)
-            distances, positions = found.cpu().numpy(), at.cpu().numpy()
+        store; +inf, -1 and the largest number behind the end."""
+        if self._faiss is not None:
+            distances, positions = self._faiss.nearest(vectors_MD, k)
         else:
-            distances, positions = self._index.nearest(vectors_MD, k)
+            found, at = (
+                self._centroids.nearest(vectors_MD, k) if self._centroids else nearest_rows(vectors_MD, self.rows, k)
+            )
+            distances, positions = found.cpu().numpy(), at.cpu().numpy()
         present = positions >= 0
-        safe = np.where(present, positions, 0)
-        token_ids = self.token_ids[safe] if len(self.token_ids) else np.zeros_like(safe)
+        token_ids = self._token_ids(np.where(present, positions, 0))
         return (
             distances.astype(np.float32),
             np.where(present, token_ids, -1).astype(np.int64),
             np.where(present, positions + self.first_token, np.iinfo(np.int64).max),
         )
+
+    def _token_ids(self, positions_MK: Int64Array) -> Int64Array:
+        out = np.zeros(positions_MK.shape, np.int64)
+        low = 0
+        for shard in self.rows.shards:
+            here = (positions_MK >= low) & (positions_MK < low + len(shard.token_ids))
+            out[here] = shard.token_ids[positions_MK[here] - low]
+            low += len(shard.token_ids)
+        return out

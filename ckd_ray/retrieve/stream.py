@@ -13,12 +13,13 @@ import ray
 
 from ckd_ray.data import Collection
 from ckd_ray.progress import Progress
-from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
+from ckd_ray.retrieve.rankings import part_file, read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import join, list_files, make_folder
 
 _QUERIES_A_PART = 256
+_RECALL_OPERATIONS = 6e11
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,31 @@ def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage:
         for row in run_parts(missing, spans, _retrieve_part, {"job": job, "servers": servers}):
             progress.advance(int(row["queries"]))
     write_ranking_matrix(job.out, job.split, spans, job.depth)
+
+
+def measured_recall(
+    job: RetrieveJob, servers: ServerGroup, num_queries: int, *, operations: float, seed: int
+) -> dict[str, Any]:
+    """Recall of the written rankings against exact search, over a sample of the queries.
+
+    Recall@k is the share of the exact top k that the ranking's top k holds; k is 100, or the depth below that. The
+    sample is what 6e11 multiplications and additions allow (a few seconds of a core), 8 to 256 queries.
+
+    Args:
+        operations: of an exact search for one query.
+    """
+    if not num_queries:
+        return {}
+    size = min(num_queries, int(np.clip(_RECALL_OPERATIONS / max(1.0, operations), 8, 256)))
+    sample = np.sort(np.random.default_rng(seed).choice(num_queries, size, replace=False))
+    store = open_once(job.queries)
+    queries_BQD = store.gather(sample).embeddings_TD.float().reshape(size, -1, store.dim).numpy()
+    depth = min(100, job.depth)
+    _, truth_BK = servers.search_exactly(queries_BQD, depth)
+    found_BK = np.asarray(read_ranking_matrix(job.out, job.split)[sample, :depth])
+    hits = [len(np.intersect1d(t[t >= 0], f)) for t, f in zip(truth_BK, found_BK, strict=True)]
+    recall = sum(hits) / max(1, int((truth_BK >= 0).sum()))
+    return {f"recall_at_{depth}": round(recall, 4), "recall_queries": size}
 
 
 def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any]) -> Any:

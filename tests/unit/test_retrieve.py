@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,17 @@ import torch
 import torch.nn.functional as F
 
 from ckd_ray.retrieve import exact
-from ckd_ray.retrieve.exact import ExactIndex, nearest_rows, rerank
-from ckd_ray.retrieve.faiss_index import candidate_passages, choose_cells, choose_subquantizers
+from ckd_ray.retrieve.exact import ExactIndex, Scorer, nearest_rows, rerank, search_among
+from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
-from ckd_ray.retrieve.shard_range import ShardRange, choose_engine
+from ckd_ray.retrieve.rows import FlatRows
+from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
-from ckd_ray.store.codec import Float16
+from ckd_ray.store.codec import Float16, load_codec, save_codec
+from ckd_ray.store.codec_training import train_codec
 
 DIM, QUERY_ROWS = 16, 5
+EXACT = SearchSettings("exact")
 
 
 def passages(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -28,19 +33,40 @@ def passages(count: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 def queries(count: int, seed: int = 9) -> torch.Tensor:
-    return F.normalize(torch.randn(count, QUERY_ROWS, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return F.normalize(
+        torch.randn(count, QUERY_ROWS, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1
+    ).half()
 
 
 def literal(query: torch.Tensor, documents: list[torch.Tensor]) -> np.ndarray:
     scores = []
     for d in documents:
-        best = [max((float(q @ row) for row in d.float()), default=-1.0) for q in query]
+        best = [max((float(q.double() @ row.double()) for row in d.float()), default=-1.0) for q in query]
         scores.append(sum(best))
     return np.array(scores)
 
 
-def write(folder: Path, documents: list[torch.Tensor], shards: int) -> EmbeddingStore:
+def clustered(count: int, asked: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Passages and queries around common centres, as encoders make them."""
+    generator = torch.Generator().manual_seed(4)
+    centres = F.normalize(torch.randn(60, DIM, generator=generator), dim=-1)
+    documents = []
+    for _ in range(count):
+        topic = torch.randint(0, 60, (8,), generator=generator)
+        rows = centres[topic] + 0.25 * torch.randn(8, DIM, generator=generator)
+        documents.append(F.normalize(rows, dim=-1).half())
+    near = centres[torch.randint(0, 60, (asked, QUERY_ROWS), generator=generator)]
+    noise = 0.1 * torch.randn(asked, QUERY_ROWS, DIM, generator=generator)
+    return documents, F.normalize(near + noise, dim=-1).half()
+
+
+def write(folder: Path, documents: list[torch.Tensor], shards: int, codec: str = "fp16") -> EmbeddingStore:
     bounds = np.linspace(0, len(documents), shards + 1).astype(int)
+    learned: Any = Float16(DIM)
+    if codec != "fp16":
+        rows = torch.cat(documents)
+        trained = train_codec(codec, rows, max(1, min(256, len(rows) // 8)))
+        learned = load_codec(codec, DIM, str(folder), save_codec(trained, str(folder)))
     headers, token = [], 0
     for i, (low, high) in enumerate(pairwise(bounds)):
         part = documents[low:high]
@@ -53,7 +79,7 @@ def write(folder: Path, documents: list[torch.Tensor], shards: int) -> Embedding
             lengths=np.array([len(d) for d in part], np.int32),
             token_ids=np.arange(token, token + len(rows), dtype=np.int32),
             embeddings_TD=rows,
-            codec=Float16(DIM),
+            codec=learned,
         )
         token += len(rows)
         headers.append(header)
@@ -104,11 +130,11 @@ def test_any_cut_into_shards_and_ranges_gives_the_same_list(tmp_path: Path, shar
     store = write(tmp_path, documents, shards)
     cut = max(1, shards // 2)
     parts = [range(cut), range(cut, shards)] if shards > 1 else [range(1)]
-    merged = merge_top([ShardRange(store, list(p)).search(asked, 20) for p in parts], 20)
+    merged = merge_top([ShardRange(store, list(p), EXACT).search(asked, 20) for p in parts], 20)
     assert np.array_equal(merged[1], whole[1])
     assert np.allclose(merged[0], whole[0], atol=1e-6)
     vectors = torch.randn(11, DIM, generator=torch.Generator().manual_seed(1))
-    near = merge_neighbours([ShardRange(store, list(p)).nearest_token_ids(vectors, 6) for p in parts], 6)[1]
+    near = merge_neighbours([ShardRange(store, list(p), EXACT).nearest_token_ids(vectors, 6) for p in parts], 6)[1]
     literal_near = torch.cdist(vectors, torch.cat(documents).float()).argsort(1)[:, :6]
     assert np.array_equal(near, literal_near.numpy())  # token ids were numbered through
 
@@ -125,11 +151,11 @@ def test_nearest_rows_are_blocked_and_stable() -> None:
     rows = torch.randn(100, DIM, generator=torch.Generator().manual_seed(2)).half()
     rows[70] = rows[5]
     vectors = torch.cat([rows[5:6].float(), torch.randn(8, DIM)])
-    distance, where = nearest_rows(vectors, rows, 4, block=16)
+    distance, where = nearest_rows(vectors, FlatRows(rows, np.ones(len(rows), int)), 4, block=16)
     assert where[0, :2].tolist() == [5, 70]
     expected = torch.cdist(vectors, rows.float()).square().sort(1).values[:, :4]
     assert torch.allclose(distance, expected, atol=1e-3)
-    assert nearest_rows(vectors, rows[:2], 4)[1][0].tolist()[2:] == [-1, -1]
+    assert nearest_rows(vectors, FlatRows(rows[:2], np.ones(2, int)), 4)[1][0].tolist()[2:] == [-1, -1]
 
 
 def test_a_range_refuses_a_damaged_shard(tmp_path: Path) -> None:
@@ -140,7 +166,7 @@ def test_a_range_refuses_a_damaged_shard(tmp_path: Path) -> None:
     data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(BrokenShardError, match="do not match its checksum"):
-        ShardRange(EmbeddingStore.open(str(tmp_path)), [0, 1])
+        ShardRange(EmbeddingStore.open(str(tmp_path)), [0, 1], EXACT)
 
 
 def test_candidates_by_hand() -> None:
@@ -153,29 +179,114 @@ def test_candidates_by_hand() -> None:
     assert candidate_passages(distances, positions, passage_of, 2).tolist() == [0, 1]
 
 
-def test_faiss_finds_nearly_all_of_the_exact_top(tmp_path: Path) -> None:
-    """Clustered embeddings, as encoders make them: recall@20 of IVF-PQ with exact re-ranking."""
-    generator = torch.Generator().manual_seed(4)
-    centres = F.normalize(torch.randn(60, DIM, generator=generator), dim=-1)
-    documents = []
-    for _ in range(1200):
-        topic = torch.randint(0, 60, (8,), generator=generator)
-        rows = centres[topic] + 0.25 * torch.randn(8, DIM, generator=generator)
-        documents.append(F.normalize(rows, dim=-1).half())
-    asked = F.normalize(
-        centres[torch.randint(0, 60, (20, QUERY_ROWS), generator=generator)]
-        + 0.1 * torch.randn(20, QUERY_ROWS, DIM, generator=generator),
-        dim=-1,
-    )
+def test_faiss_finds_nearly_all_of_the_exact_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recall@20 of IVF-PQ with exact re-ranking; the kept index answers the same without being built again."""
+    documents, asked = clustered(600, 20)
     store = write(tmp_path, documents, 2)
-    truth = ShardRange(store, [0, 1]).search(asked, 20)[1]
-    approximate = ShardRange(store, [0, 1], engine="faiss", candidates=512, nprobe=16)
-    scores, found = approximate.search(asked, 20)
-    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(truth, found, strict=True)])
-    assert recall > 0.97
-    assert np.array_equal(approximate.search(asked, 20)[1], found)
-    again = ShardRange(store, [0, 1], engine="faiss", candidates=512, nprobe=16).search(asked, 20)
-    assert np.array_equal(again[1], found) and np.array_equal(again[0], scores)
+    _, truth = ShardRange(store, [0, 1], EXACT).search(asked, 20)
+    settings = SearchSettings("faiss", candidates=512, nprobe=16, index=str(tmp_path / "kept" / "index.faiss"))
+    values, found = ShardRange(store, [0, 1], settings).search(asked, 20)
+    assert recall(truth, found) > 0.97
+    again = ShardRange(store, [0, 1], SearchSettings("faiss", candidates=512, nprobe=16)).search(asked, 20)
+    assert np.array_equal(again[1], found) and np.array_equal(again[0], values)
+    monkeypatch.setattr(TokenIndex, "_build", lambda *_: pytest.fail("built again"))
+    kept = ShardRange(store, [0, 1], settings).search(asked, 20)
+    assert np.array_equal(kept[1], found) and np.array_equal(kept[0], values)
+
+
+def recall(truth: np.ndarray, found: np.ndarray) -> float:
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(truth, found, strict=True)]))
+
+
+def test_centroids_find_nearly_all_of_the_exact_top(tmp_path: Path) -> None:
+    documents, asked = clustered(1200, 20)
+    store = write(tmp_path, documents, 3, codec="residual4")
+    truth = ShardRange(store, [0, 1, 2], EXACT).search(asked, 20)
+    settings = SearchSettings("centroids", nprobe=32, candidates=300)
+    scores, found = ShardRange(store, [0, 1, 2], settings).search(asked, 20)
+    assert recall(truth[1], found) > 0.97
+    both = truth[1] == found
+    assert np.array_equal(scores[both], truth[0][both])  # scores are exact, whoever found the candidates
+
+
+def test_centroid_estimates_are_the_literal_ones(tmp_path: Path) -> None:
+    """sum over query rows of the best similarity among the centroids looked at, above that of the next centroid."""
+    documents, asked = passages(60), queries(3)
+    store = write(tmp_path, documents, 2, codec="residual4")
+    served = ShardRange(store, [0, 1], SearchSettings("centroids", nprobe=3))
+    estimates, found = served.candidates(*served.probes(asked), 10)
+    codec = store.shard(0).codec
+    ids = [codec.centroid_ids(codec.encode(d)) if len(d) else [] for d in documents]
+    for query, mine, which in zip(asked, estimates, found, strict=True):
+        similarity_QK = query.double() @ codec.centroids_KD.double().T
+        expected = np.zeros(60)
+        for row in similarity_QK:
+            best = row.sort(descending=True)
+            looked, floor = set(best.indices[:3].tolist()), float(best.values[3])
+            for p, passage in enumerate(ids):
+                expected[p] += max((float(row[c]) - floor for c in passage if c in looked), default=0.0)
+        order = np.lexsort((np.arange(60), -expected.round(6)))[:10]
+        present = expected[order] > 0
+        assert which[: present.sum()].tolist() == order[present].tolist()
+        assert np.allclose(mine[: present.sum()], expected[order][present], atol=1e-5)
+
+
+def test_scores_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random shapes: every way through the code gives the same bits, which are those of exact arithmetic."""
+    rng = np.random.default_rng(8)
+    for _ in range(8):
+        dim, rows, count = int(rng.integers(1, 70)), int(rng.integers(1, 40)), int(rng.integers(1, 60))
+        lengths = rng.integers(0, 30, count)
+        documents = [F.normalize(torch.randn(n, dim), dim=-1).half() for n in lengths]
+        asked = F.normalize(torch.randn(int(rng.integers(1, 9)), rows, dim), dim=-1).half()
+        flat, depth = torch.cat(documents), int(rng.integers(1, count + 4))
+        results = []
+        for block, columns, gathered, round_to in ((1 << 20, 2048, 1 << 18, 4), (64, 1, 16, 1), (999, 70, 50, 7)):
+            for name, value in (
+                ("_BLOCK", block),
+                ("_COLUMNS", columns),
+                ("_GATHERED", gathered),
+                ("_ROUND", round_to),
+            ):
+                monkeypatch.setattr(exact, name, value)
+            monkeypatch.setattr(exact, "_PASSAGES", max(1, count // (1 + len(results))))
+            results.append(ExactIndex(flat, lengths).search(asked, depth))
+            every = [np.arange(count)] * len(asked)
+            results.append(search_among(Scorer(asked, FlatRows(flat, lengths)), every, depth))
+        for scores, found in results[1:]:
+            assert np.array_equal(scores, results[0][0]) and np.array_equal(found, results[0][1])
+        fractions = [[Fraction(float(x)) for x in row] for row in asked[0]]
+        for passage, score in zip(results[0][1][0], results[0][0][0], strict=True):
+            if passage >= 0 and lengths[passage]:
+                held = [[Fraction(float(x)) for x in row] for row in documents[passage]]
+                true = sum(max(sum(a * b for a, b in zip(q, d, strict=True)) for d in held) for q in fractions)
+                assert score == np.float32(float(true))
+                break
+
+
+@pytest.mark.parametrize("engine", ["exact", "centroids", "faiss"])
+def test_small_and_empty_collections(tmp_path: Path, engine: str) -> None:
+    """No query, one passage, only empty passages, a depth beyond the corpus: an outcome each, whatever the engine."""
+    settings = SearchSettings(engine, nprobe=64, candidates=64)
+    row = F.normalize(torch.ones(1, DIM), dim=-1).half()
+    codec = "residual4" if engine == "centroids" else "fp16"
+    one = ShardRange(write(tmp_path / "one", [row], 1, codec), [0], settings)
+    scores, found = one.search(queries(2), 3)
+    assert found.tolist() == [[0, -1, -1]] * 2 and np.isneginf(scores[:, 1:]).all() and np.isfinite(scores[:, 0]).all()
+    scores, found = one.search(queries(0), 3)
+    assert scores.shape == found.shape == (0, 3)
+    ties = ShardRange(write(tmp_path / "ties", [row] * 30, 3, codec), [0, 1, 2], settings)
+    assert ties.search(queries(1), 7)[1].tolist() == [list(range(7))]
+    distances, tokens, _ = one.nearest_token_ids(row.float(), 2)
+    assert tokens.tolist() == [[0, -1]] and np.isinf(distances[0, 1])
+
+
+def test_a_store_of_empty_passages_ranks_them_by_index(tmp_path: Path) -> None:
+    nothing = torch.empty(0, DIM).half()
+    for engine in ("exact", "faiss"):
+        served = ShardRange(write(tmp_path / engine, [nothing] * 3, 1), [0], SearchSettings(engine))
+        scores, found = served.search(queries(1), 2)
+        assert found.tolist() == [[0, 1]] and scores.tolist() == [[-QUERY_ROWS] * 2]
 
 
 def test_rules() -> None:
@@ -183,3 +294,4 @@ def test_rules() -> None:
     assert choose_subquantizers(128) == 16 and choose_subquantizers(20) == 10 and choose_subquantizers(17) == 1
     assert choose_engine(1000, 32, 200_000, 128) == "exact"
     assert choose_engine(500_000, 32, 600_000_000, 128) == "faiss"
+    assert choose_engine(500_000, 32, 600_000_000, 128, "residual2") == "centroids"

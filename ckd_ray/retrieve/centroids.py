@@ -1,0 +1,152 @@
+"""Candidates from what the store itself holds: the centroids of its residual codec and each row's centroid.
+
+The idea is PLAID's (Santhanam et al., CIKM 2022): a row is close to its centroid, so a passage's score can be estimated
+from centroids alone. A query row looks at its nearest centroids only; a passage that has none of them counts with the
+similarity of the first centroid that was not looked at, which is the most it can have missed. Memory: 8 bytes a stored
+row (its place and its passage in the inverted lists), and no second index.
+
+An estimate depends on the query, the passage and the codec only. The best of all ranges together are therefore the
+same however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids looked at a row, M vectors, k
+neighbours, T rows of the range, D dimensions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ckd_ray.errors import JobError
+from ckd_ray.retrieve.exact import sharpen
+from ckd_ray.retrieve.rows import ShardRows
+from ckd_ray.store.codec import Residual
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+# Numbers of a block of similarities to all centroids: 128 MiB of float64.
+_BLOCK = 1 << 24
+_MOST_ROWS = 2**31 - 1
+
+
+def probe(vectors_MD: Tensor, centroids_KD: Tensor, count: int) -> tuple[Int32Array, Float32Array]:
+    """The `count` centroids of greatest inner product: (ids (M, C), similarities (M, C)), greatest first.
+
+    The products are exact in float64 for float16 rows (see `exact`), so that the choice is the same everywhere.
+    """
+    count = min(count, len(centroids_KD))
+    centroids_DK = centroids_KD.double().T.contiguous()
+    ids = np.empty((len(vectors_MD), count), np.int32)
+    similarity = np.empty((len(vectors_MD), count), np.float32)
+    step = max(1, _BLOCK // max(1, len(centroids_KD)))
+    for start in range(0, len(vectors_MD), step):
+        top = (vectors_MD[start : start + step].double() @ centroids_DK).topk(count, dim=1)
+        ids[start : start + step] = top.indices.int().cpu().numpy()
+        similarity[start : start + step] = top.values.float().cpu().numpy()
+    return ids, similarity
+
+
+class CentroidIndex:
+    """Inverted lists of a range of shards: centroid -> rows and their passages.
+
+    Args:
+        rows: of shards whose codec is residual.
+        nprobe: centroids looked at for a query row.
+
+    Raises:
+        JobError: the range has more rows than 32 bits count.
+    """
+
+    def __init__(self, rows: ShardRows, codec: Residual, nprobe: int) -> None:
+        if rows.num_rows > _MOST_ROWS:
+            raise JobError(
+                f"a range of {rows.num_rows:,} token embeddings is more than one server can list "
+                f"({_MOST_ROWS:,}); raise retrieve.actors"
+            )
+        self.rows, self.codec, self.nprobe = rows, codec, nprobe
+        ids_T = rows.centroid_ids()
+        self.order = np.argsort(ids_T, kind="stable").astype(np.int32)
+        self.bounds = np.concatenate([[0], np.cumsum(np.bincount(ids_T, minlength=codec.num_centroids))])
+        self.passages = np.repeat(np.arange(rows.num_passages, dtype=np.int32), rows.lengths)[self.order]
+        self._total = np.zeros(rows.num_passages, np.float32)
+        self._stamp = np.zeros(rows.num_passages, np.int32)
+
+    def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
+        """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe + 1 (or K)."""
+        flat = queries_BQD.half().reshape(-1, queries_BQD.shape[2])
+        ids, similarity = probe(flat, self.codec.centroids_KD, self.nprobe + 1)
+        shape = (*queries_BQD.shape[:2], ids.shape[1])
+        return ids.reshape(shape), similarity.reshape(shape)
+
+    def candidates(
+        self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int
+    ) -> tuple[Float32Array, Int64Array]:
+        """The `limit` most promising passages of this range: (estimates, passages) (B, limit), best first.
+
+        Passages are indices in the whole store; ties go by index; -inf and -1 behind the end of a list.
+        """
+        estimates = np.full((len(ids_BQC), limit), -np.inf, np.float32)
+        passages = np.full((len(ids_BQC), limit), -1, np.int64)
+        for i, (ids_QC, similarity_QC) in enumerate(zip(ids_BQC, similarity_BQC, strict=True)):
+            found, gain = self._gains(ids_QC, similarity_QC)
+            if len(found) > limit:
+                edge = np.partition(gain, len(gain) - limit)[len(gain) - limit]
+                kept = gain >= edge
+                found, gain = found[kept], gain[kept]
+            best = np.lexsort((found, -gain))[:limit]
+            estimates[i, : len(best)] = gain[best]
+            passages[i, : len(best)] = found[best] + self.rows.first
+        return estimates, passages
+
+    def _gains(self, ids_QC: Int32Array, similarity_QC: Float32Array) -> tuple[Int64Array, Float32Array]:
+        """Passages that have a centroid looked at, and by how much their estimate exceeds that of all others."""
+        total, stamp = self._total, self._stamp
+        total[:] = 0
+        every = ids_QC.shape[1] == self.codec.num_centroids
+        for ids_C, similarity_C in zip(ids_QC, similarity_QC, strict=True):
+            # When all centroids were looked at, nothing is left to be missed: what has none is an empty passage.
+            floor = np.float32(-1.0) if every else similarity_C[-1]
+            # From the least to the greatest: of a passage's entries the last is the best, and that one is kept.
+            ids = ids_C[::-1] if every else ids_C[-2::-1]
+            gains = (similarity_C[::-1] if every else similarity_C[-2::-1]) - floor
+            lows, highs = self.bounds[ids], self.bounds[ids + 1]
+            listed = np.concatenate([self.passages[a:b] for a, b in zip(lows.tolist(), highs.tolist(), strict=True)])
+            number = np.arange(len(listed), dtype=np.int32)
+            stamp[listed] = number
+            last = np.flatnonzero(stamp[listed] == number)
+            total[listed[last]] += np.repeat(gains, highs - lows)[last]
+        found = np.flatnonzero(total)
+        return found, total[found]
+
+    def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest rows among those of a few centroids: (squared distances, positions in the range) (M, k).
+
+        Each list is decoded once for all vectors that look at it. A quarter of `nprobe` lists are looked at.
+        """
+        lists = max(1, self.nprobe // 4)
+        ids_MC, _ = probe(vectors_MD, self.codec.centroids_KD, lists)
+        lists = ids_MC.shape[1]
+        where = torch.full((len(vectors_MD), lists, k + 4), -1, dtype=torch.int64)
+        near = torch.full((len(vectors_MD), lists, k + 4), torch.inf)
+        order = np.argsort(ids_MC.ravel(), kind="stable")
+        chosen, starts = np.unique(ids_MC.ravel()[order], return_index=True)
+        vectors = vectors_MD.float()
+        for centroid, asked in zip(chosen.tolist(), np.split(order, starts[1:]), strict=True):
+            positions = self.order[self.bounds[centroid] : self.bounds[centroid + 1]].astype(np.int64)
+            if not len(positions):
+                continue
+            rows = self.rows.take(positions).float()
+            row, column = torch.from_numpy(asked // lists), torch.from_numpy(asked % lists)
+            distance = torch.addmm(rows.square().sum(1)[None], vectors[row], rows.T, alpha=-2.0)
+            kept = min(k + 4, len(positions))
+            best, at = distance.topk(kept, dim=1, largest=False)
+            near[row, column, :kept] = best
+            where[row, column, :kept] = torch.from_numpy(positions)[at]
+        wide = min(2 * k + 8, lists * (k + 4))
+        at = near.flatten(1).topk(wide, dim=1, largest=False).indices
+        found = where.flatten(1).gather(1, at)
+        if wide < k:
+            found = torch.nn.functional.pad(found, (0, k - wide), value=-1)
+        return sharpen(vectors_MD, self.rows, found, k)

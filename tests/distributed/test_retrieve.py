@@ -1,0 +1,92 @@
+"""Shard servers through real Ray: any number of shards and actors, a killed server, placement, the stage's recall."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from ckd_ray.errors import UserError
+from ckd_ray.retrieve.exact import ExactIndex
+from ckd_ray.retrieve.servers import SearchSettings, plan_servers, serving
+from ckd_ray.retrieve.stream import RetrieveJob, measured_recall
+from tests.unit.test_retrieve import clustered, passages, queries, write
+
+
+def test_shards_and_servers_do_not_change_a_bit(ray_session: None, tmp_path: Path) -> None:
+    """Exact and centroids; 1, 4 and 16 shards; 1 and 2 servers."""
+    documents, asked = passages(160), queries(6).numpy()
+    truth = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents])).search(queries(6), 20)
+    found = {"exact": [], "centroids": []}
+    for shards, servers in ((1, 1), (4, 2), (16, 1)):
+        plain = write(tmp_path / f"fp16-{shards}", documents, shards)
+        coded = write(tmp_path / f"coded-{shards}", documents, shards, codec="residual4")
+        for store, settings in (
+            (plain, SearchSettings("exact")),
+            (coded, SearchSettings("centroids", nprobe=4, candidates=40)),
+        ):
+            with serving(store, settings, servers) as group:
+                found[settings.engine].append((*group.search(asked, 20), group.nearest_tokens(asked[0], 6)))
+    for answers in found.values():
+        for other in answers[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(answers[0], other, strict=True))
+    assert np.array_equal(found["exact"][0][0], truth[0]) and np.array_equal(found["exact"][0][1], truth[1])
+
+
+def test_a_killed_server_comes_back_and_answers_the_same(ray_session: None, tmp_path: Path) -> None:
+    documents, asked = passages(80), queries(4).numpy()
+    store = write(tmp_path, documents, 4)
+    with serving(store, SearchSettings("exact"), 2) as group:
+        before = group.search(asked, 10)
+        pid = ray.get(group.actors[1].placed.remote())
+        batch = ray.put(asked)
+        running = [actor.search.remote(batch, 10) for actor in group.actors]  # on its way when the process dies
+        os.kill(pid, signal.SIGKILL)
+        after = group.search(asked, 10)
+        ray.get(running)
+        assert ray.get(group.actors[1].placed.remote()) != pid
+    assert np.array_equal(before[0], after[0]) and np.array_equal(before[1], after[1])
+
+
+def test_recall_is_measured_and_not_assumed(ray_session: None, tmp_path: Path) -> None:
+    """Rankings that miss a known share of the exact top are reported with that share."""
+    from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
+
+    documents, asked = clustered(300, 12)
+    store = write(tmp_path / "passages", documents, 2)
+    write(tmp_path / "queries", list(asked), 1)
+    scores, ranked = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents])).search(asked, 20)
+    ranked[:, 15:] = np.arange(1000, 1005)  # five of twenty are wrong
+    job = RetrieveJob("run", "train", str(tmp_path / "queries"), str(tmp_path / "out"), 20)
+    write_ranking_part(
+        str(tmp_path / "out" / part_file("train", 0)),
+        first_query=0,
+        query_ids=[f"q{i}" for i in range(12)],
+        scores_BK=scores,
+        passages_BK=ranked,
+        passage_ids=[str(p) for p in ranked.ravel()],
+    )
+    write_ranking_matrix(job.out, "train", [(0, 12)], 20)
+    with serving(store, SearchSettings("faiss", candidates=64, nprobe=2)) as group:
+        assert measured_recall(job, group, 12, operations=1.0, seed=3) == {"recall_at_20": 0.75, "recall_queries": 12}
+        assert measured_recall(job, group, 0, operations=1.0, seed=3) == {}
+
+
+def test_placement_is_refused_with_numbers(ray_session: None) -> None:
+    sizes = {"shards": 8, "tokens": 10**9, "passages": 10**7, "dim": 128}
+    with pytest.raises(UserError, match="do not fit") as error:
+        plan_servers(SearchSettings("exact"), 4, resources={"CPU": 2}, **sizes)
+    assert "at most 3 servers" in str(error.value) and "4 asked for" in str(error.value)
+    with pytest.raises(UserError, match="memory") as error:
+        plan_servers(SearchSettings("faiss"), "auto", resources={"CPU": 2, "memory": 2**30}, **sizes)
+    assert "at most 1.0 GiB" in str(error.value) and "27.0 GiB" in str(error.value)
+    plan = plan_servers(SearchSettings("centroids"), "auto", resources={"CPU": 16, "GPU": 4}, **sizes)
+    assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (8 * 10**9 + 8 * 10**7) // 4)
+    assert plan_servers(SearchSettings("exact"), 8, resources={"CPU": 16, "GPU": 4}, **sizes).gpus == 0.5
+    assert plan_servers(SearchSettings("faiss"), 2, resources={"CPU": 2}, **sizes).servers == 1
+    assert plan_servers(SearchSettings("exact"), "auto", resources={"CPU": 2}, **{**sizes, "shards": 1}).servers == 1
