@@ -60,6 +60,7 @@ def expand(
     voters: int = 10,
     tokens: Sequence[Sequence[Any]] | None = None,
     token_vote: Literal["collection", "feedback"] = "collection",
+    dim: int | None = None,
 ) -> Expansions:
     """Cluster the feedback of every query, name each centroid by its neighbours' votes, and weigh it by idf.
 
@@ -75,6 +76,7 @@ def expand(
         tokens: token ids of the feedback, nested like it; needed when `token_vote` is `feedback`.
         token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the
             query's own `feedback`.
+        dim: D, for a batch in which no query has feedback; else read from the feedback.
 
     Raises:
         ValueError: an argument is missing, or an embedding is not finite.
@@ -83,7 +85,8 @@ def expand(
         raise ValueError("token_vote 'feedback' needs the feedback's token ids (tokens)")
     if token_vote == "collection" and neighbours is None:
         raise ValueError("token_vote 'collection' needs neighbours")
-    dim = next((p.shape[1] for passages in feedback for p in passages), 0)
+    if dim is None:
+        dim = next((p.shape[1] for passages in feedback for p in passages), 0)
     embeddings_BKD = torch.zeros(len(feedback), clusters, dim)
     neighbours_BKV = np.full((len(feedback), clusters, voters), -1, np.int64)
     present_BK = np.zeros((len(feedback), clusters), bool)
