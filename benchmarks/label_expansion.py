@@ -61,12 +61,14 @@ class Bench:
         return cls(run, np.asarray(top, np.int64), rows_TD, token_ids_T, silent, settings)
 
     def expand(self, table: Any, feedback_BF: Int64Array) -> Expansions:
-        """The label step for all these queries, votes by `table`."""
+        """The label step for all these queries, votes by the default estimate."""
 
-        def votes(vectors: torch.Tensor) -> Any:
-            return table.votes(vectors, self.settings.voters)
+        def crowded(vectors: torch.Tensor) -> Any:
+            return table.crowded(vectors, self.settings.voters, self.silent)
 
-        return expand_ranked(self.run.passages, feedback_BF, self.settings, neighbours=votes, silent_ids=self.silent)
+        return expand_ranked(
+            self.run.passages, feedback_BF, self.settings, neighbours=None, silent_ids=self.silent, crowded=crowded
+        )
 
 
 def figures(run: Any, quick: bool, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -112,21 +114,20 @@ def _agreement(bench: Bench, table: Any, index: Any, queries: int) -> dict[str, 
     voters = bench.settings.voters
     ways: dict[str, Any] = {
         "exact": lambda v: bench.token_ids_T[nearest_rows(v, bench.rows_TD, voters)[1].cpu().numpy()],
-        "histogram": lambda v: table.votes(v, voters),
         "ivfpq": lambda v: bench.token_ids_T[index.nearest(v, voters)[1]],
+        "cells": lambda v: table.votes(v, voters),
         "feedback": None,
     }
-    elected = {}
+    elected = {"estimate": bench.expand(table, feedback_BF)}
     for name, votes in ways.items():
-        settings = bench.settings.model_copy(update={} if votes else {"token_vote": "feedback"})
         elected[name] = expand_ranked(
-            bench.run.passages, feedback_BF, settings, neighbours=votes, silent_ids=bench.silent
+            bench.run.passages, feedback_BF, bench.settings, neighbours=votes, silent_ids=bench.silent
         )
     found = {}
-    for name in ("histogram", "ivfpq", "feedback"):
+    for name in ("estimate", "ivfpq", "cells", "feedback"):
         tokens, error, chosen = compare_votes(elected["exact"], elected[name])
-        label = "vote_agreement" if name == "histogram" else f"vote_agreement_{name}"
-        found[label] = figure(tokens, 0.79 if name == "histogram" else None, "higher")
+        label = "vote_agreement" if name == "estimate" else f"vote_agreement_{name}"
+        found[label] = figure(tokens, 0.79 if name == "estimate" else None, "higher")
         found[f"vote_idf_error_{name}"] = figure(error, None, "lower")
         found[f"vote_chosen_{name}"] = figure(chosen, None, "higher")
     return found

@@ -62,7 +62,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     settings["rows"] = []
     for split in splits:
-        expansions = bench.expand(split, lambda v: table.votes(v, 10))
+        expansions = bench.expand(split, None, table)
         rows, figures = bench.compare_scores(split, expansions)
         settings["rows"] += rows
         found |= figures
@@ -105,11 +105,21 @@ class Bench:
             found.append(Split(name, ids, rows_BQD, known[name][: len(ids)], frame))
         return found
 
-    def expand(self, split: Split, votes: Any) -> Expansions:
-        """Expansions from the top 3 candidates; `votes` None lets the feedback vote."""
-        settings = self.settings.model_copy(update={} if votes else {"token_vote": "feedback"})
-        feedback_BF = split.candidates_BN[:, : settings.feedback_passages]
-        return expand_ranked(self.store, feedback_BF, settings, neighbours=votes, silent_ids=self.silent)
+    def expand(self, split: Split, votes: Any, table: TokenTable | None = None) -> Expansions:
+        """Expansions from the top 3 candidates; with neither `votes` nor a table the feedback votes alone."""
+
+        def crowded(vectors: torch.Tensor) -> Any:
+            assert table is not None
+            return table.crowded(vectors, 10, self.silent)
+
+        return expand_ranked(
+            self.store,
+            split.candidates_BN[:, : self.settings.feedback_passages],
+            self.settings,
+            neighbours=votes,
+            silent_ids=self.silent,
+            crowded=crowded if table else None,
+        )
 
     def similarities(self, split: Split, centroids_BKD: torch.Tensor) -> tuple[Array, Array]:
         """Of every query and expansion row with every candidate: sim (B, R, N) without and with the clip."""
@@ -176,14 +186,14 @@ class Bench:
         index = TokenIndex(self.rows_TD)
         ways: dict[str, Any] = {
             "exact": lambda v: self.token_ids_T[nearest_rows(v, self.rows_TD, 10)[1].cpu().numpy()],
-            "histogram": lambda v: table.votes(v, 10),
+            "estimate": None,
             "ivfpq": lambda v: self.token_ids_T[index.nearest(v, 10)[1]],
             "feedback": None,
         }
         measure, rows, figures = MEASURES[split.name], [], {}
         exact: dict[float, tuple[Array, Array]] = {}
         for name, votes in ways.items():
-            expansions = self.expand(split, votes)
+            expansions = self.expand(split, votes, table if name == "estimate" else None)
             similarity = self.similarities(split, expansions.embeddings_BKD)[0]
             for beta in (0.1, 1.0):
                 scores_BN = score(similarity, expansions, beta, 10)
@@ -196,7 +206,7 @@ class Bench:
                 row |= {"top_10_as_exact": round(float(overlap), 4), "p": round(difference.p, 4)}
                 rows.append(row)
                 note("  " + " ".join(f"{k}={v}" for k, v in row.items()))
-                if name == "histogram":
+                if name == "estimate":
                     figures[f"votes_top_10_as_exact_beta_{beta:g}"] = figure(float(overlap), None, "higher")
         return rows, figures
 

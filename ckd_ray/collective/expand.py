@@ -61,6 +61,7 @@ def expand(
     tokens: Sequence[Sequence[Any]] | None = None,
     token_vote: Literal["collection", "feedback"] = "collection",
     dim: int | None = None,
+    crowded: Callable[[Tensor], npt.NDArray[np.bool_]] | None = None,
 ) -> Expansions:
     """Cluster the feedback of every query, name each centroid by its neighbours' votes, and weigh it by idf.
 
@@ -76,6 +77,8 @@ def expand(
         tokens: token ids of the feedback, nested like it; needed when `token_vote` is `feedback`.
         token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the
             query's own `feedback`.
+        crowded: centroids (M, D) to bool (M,), true where special tokens alone stand around in the collection: such a
+            centroid is dropped. For votes by the feedback, which holds too few special tokens to show that.
         dim: D, for a batch in which no query has feedback; else read from the feedback.
 
     Raises:
@@ -104,6 +107,8 @@ def expand(
         block = np.full((len(answers), voters), -1, np.int64)
         block[:, : answers.shape[1]] = answers
         neighbours_BKV[present_BK] = block
+    if crowded is not None and present_BK.any():
+        present_BK[present_BK] = ~crowded(embeddings_BKD[torch.from_numpy(present_BK)])
     return _select(embeddings_BKD, neighbours_BKV, present_BK, document_frequencies, num_passages, special_ids)
 
 

@@ -5,6 +5,7 @@ Shapes: B queries, F feedback passages a query, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -27,13 +28,15 @@ def expand_ranked(
     *,
     neighbours: Neighbours | None,
     silent_ids: Any,
+    crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
 ) -> Expansions:
     """The expansions of queries whose feedback passages are known.
 
     Args:
         feedback_BF: dense passage indices, best first, -1 where a ranking has ended. A query without any gets an empty
             expansion (its teacher is then the teacher without expansion).
-        neighbours: see `expand`; None when the feedback votes.
+        neighbours: finds the voters in the collection, see `expand`; None: the feedback's own tokens vote.
+        crowded: see `expand`.
         silent_ids: token ids that do not vote.
 
     Raises:
@@ -55,9 +58,10 @@ def expand_ranked(
         special_ids=silent_ids,
         clusters=settings.clusters,
         voters=settings.voters,
-        tokens=nest([token_ids[i] for i in place], counts) if settings.token_vote == "feedback" else None,
-        token_vote=settings.token_vote,
+        tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
+        token_vote="feedback" if neighbours is None else "collection",
         dim=store.dim,
+        crowded=crowded,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ import ray
 import torch
 from torch import Tensor
 
-from ckd_ray.collective.expand import Neighbours
 from ckd_ray.collective.feedback import expand_ranked, nest
 from ckd_ray.collective.labels import part_name, write_labels
 from ckd_ray.collective.token_table import SAMPLE, TokenTable
@@ -59,21 +58,25 @@ class ServerVotes:
 
 
 @dataclass(frozen=True)
-class TableVotes:
-    """The token table at `uri` votes, in the process that asks."""
+class CrowdedCells:
+    """The feedback's own tokens vote, and the token table at `uri` tells which centroids special tokens surround."""
 
     uri: str
     voters: int
 
-    def __call__(self, vectors_MD: Tensor) -> npt.NDArray[np.int64]:
-        return _table_once(self.uri).votes(vectors_MD, self.voters)
+    def crowded(self, vectors_MD: Tensor, silent_ids: Any) -> npt.NDArray[np.bool_]:
+        """True where the cells around a vector would send silent voters only."""
+        return _table_once(self.uri).crowded(vectors_MD, self.voters, silent_ids)
 
 
-def label(job: LabelJob, votes: Neighbours | None, num_queries: int) -> int:
+Votes = ServerVotes | CrowdedCells | None
+
+
+def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     """Write the missing parts. Returns the queries a part, for the manifest.
 
     Args:
-        votes: `ServerVotes` or `TableVotes`; None when the feedback's own tokens vote.
+        votes: who names the centroids' tokens; None: the feedback's own tokens alone.
     """
     make_folder(job.out)
     spans = query_spans(num_queries)
@@ -119,22 +122,24 @@ def _query_ids(run: str, split: str) -> list[str]:
     return collection_once(run).queries(split).ids
 
 
-def _label_part(batch: dict[str, Any], job: LabelJob, votes: Neighbours | None) -> pa.Table:
+def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     label_part(job, votes, part, first, stop)
     return pa.table({"part": [part], "queries": [stop - first]})
 
 
-def label_part(job: LabelJob, votes: Neighbours | None, part: int, first: int, stop: int) -> None:
+def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) -> None:
     """Label the queries [first, stop), those of ranking part `part`, and write the part's files."""
     table = read_ranking_part(join(job.rankings, part_file(job.split, part)))
     feedback_BF = part_matrix(table, first, stop - first, job.settings.feedback_passages).astype(np.int64)
+    silent_ids = _silent_ids(job.checkpoint)
     expansions = expand_ranked(
         open_once(job.passages),
         feedback_BF,
         job.settings,
-        neighbours=votes,
-        silent_ids=_silent_ids(job.checkpoint),
+        neighbours=votes if isinstance(votes, ServerVotes) else None,
+        silent_ids=silent_ids,
+        crowded=partial(votes.crowded, silent_ids=silent_ids) if isinstance(votes, CrowdedCells) else None,
     )
     present_BF = feedback_BF >= 0
     write_labels(

@@ -1,8 +1,10 @@
-"""A cheap estimate of the votes for a centroid's token: token counts of the cells of the embedding space.
+"""Which tokens stand around a point of the embedding space: token counts of its cells.
 
-Instead of the 10 nearest of all token embeddings (docs/method.md, step 4), the members of the cells around a centroid
-are asked. The cells and the counts come from a bounded sample of the store, read once before labelling: afterwards no
-token embedding is touched, no server is needed, and neither memory nor the time of a vote grows with the collection.
+With it a centroid's voters (docs/method.md, step 4) need no search over all token embeddings: the query's own feedback
+votes, and the cells around the centroid tell whether special tokens crowd it, in which case the collection would leave
+no vote. On MedQuAD that elects the exact neighbours' token for 79 % of the centroids, IVF-PQ does for 76 %, the
+feedback alone for 73 %, the counts of the cells alone for 50 %. The cells and the counts come from a bounded sample of
+the store, read once before labelling: neither memory nor the time of an answer grows with the collection.
 
 Shapes: S sampled rows, D dimensions, K cells, T tokens kept a cell, M vectors, V voters, C cells asked.
 """
@@ -21,10 +23,11 @@ from ckd_ray.store.files import filesystem_of, write_atomic
 
 Int64Array = npt.NDArray[np.int64]
 
-# Token embeddings that the table is made of: 1 GiB in fp16, whatever the collection.
-SAMPLE = 4_000_000
-_MEMBERS_A_CELL = 64
-_MOST_CELLS = 1 << 16
+# Token embeddings that the table is made of: a quarter of a GiB in fp16, whatever the collection.
+SAMPLE = 1_000_000
+_MEMBERS_A_CELL = 128
+_TRAINING_POINTS_A_CELL = 32
+_MOST_CELLS = 1 << 13
 _ITERATIONS = 4
 _TOKENS_A_CELL = 32
 _CELLS_ASKED = 4
@@ -65,7 +68,7 @@ class TokenTable:
 
         Args:
             rows_SD: unit rows, any float type.
-            cells: K; a power of two with 64 rows a cell when None.
+            cells: K; `choose_cells` when None.
         """
         import faiss
 
@@ -80,7 +83,7 @@ class TokenTable:
             seed=seed,
             spherical=True,
             min_points_per_centroid=1,
-            max_points_per_centroid=_MEMBERS_A_CELL,
+            max_points_per_centroid=_TRAINING_POINTS_A_CELL,
         )
         kmeans.train(rows_SD.float().numpy())
         cells_KD = torch.from_numpy(np.array(kmeans.centroids, np.float32).reshape(count, -1))
@@ -114,6 +117,11 @@ class TokenTable:
         parts = [self._votes(vectors, voters) for vectors in vectors_MD.float().split(step)]
         return torch.cat(parts).cpu().numpy() if parts else np.empty((0, voters), np.int64)
 
+    def crowded(self, vectors_MD: Tensor, voters: int, silent_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """(M,) true where all seats go to `silent_ids`, so that nobody would be left to vote."""
+        votes = self.votes(vectors_MD, voters)
+        return (np.isin(votes, silent_ids) | (votes < 0)).all(axis=1)
+
     def _votes(self, vectors_MD: Tensor, voters: int) -> Tensor:
         similarity_MC, cell_MC = self._around(torch.nn.functional.normalize(vectors_MD, dim=1))
         say_MC = torch.exp(_SHARPNESS * (similarity_MC - similarity_MC[:, :1]))
@@ -132,7 +140,7 @@ class TokenTable:
 
 
 def choose_cells(rows: int) -> int:
-    """The power of two below rows / 64, from 1 to 65,536."""
+    """The power of two below rows / 128, from 1 to 8,192."""
     return int(2 ** int(np.log2(max(1.0, min(rows / _MEMBERS_A_CELL, _MOST_CELLS)))))
 
 

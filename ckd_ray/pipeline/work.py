@@ -11,9 +11,9 @@ from typing import Any
 
 from ckd_ray.collective.stream import (
     TABLE,
+    CrowdedCells,
     LabelJob,
     ServerVotes,
-    TableVotes,
     build_token_table,
     label as label_queries,
 )
@@ -108,9 +108,9 @@ def label(context: RunContext, made_of: str) -> dict[str, Any]:
     say(f"label: votes by {way}")
     if way == "feedback":
         queries_per_part = label_queries(job, None, count)
-    elif way == "histogram":
+    elif way == "estimate":
         table = build_token_table(context.path("labels", TABLE), store, config.run.seed)
-        queries_per_part = label_queries(job, TableVotes(table, config.label.voters), count)
+        queries_per_part = label_queries(job, CrowdedCells(table, config.label.voters), count)
     else:
         r = config.retrieve
         settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed)
@@ -122,14 +122,14 @@ def label(context: RunContext, made_of: str) -> dict[str, Any]:
 
 def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
     """Who votes for the tokens of so many queries' centroids: `feedback`, or of the collection its `exact` nearest
-    neighbours, those that `faiss` finds, or the `histogram` of the cells around. `auto` is exact while that is
+    neighbours, those that `faiss` finds, or their `estimate` (token_table.py). `auto` is exact while that is
     affordable."""
     if config.label.token_vote == "feedback":
         return "feedback"
     if config.label.neighbours != "auto":
         return config.label.neighbours
     engine = choose_engine(num_queries, config.label.clusters, store.num_tokens, store.dim)
-    return "exact" if engine == "exact" else "histogram"
+    return "exact" if engine == "exact" else "estimate"
 
 
 def distill(context: RunContext, made_of: str) -> dict[str, Any]:

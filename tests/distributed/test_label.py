@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.collective.stream import LabelJob, ServerVotes, TableVotes, build_token_table, label
+from ckd_ray.collective.stream import CrowdedCells, LabelJob, ServerVotes, build_token_table, label
 from ckd_ray.config import load_config
 from ckd_ray.embed.encoder import Encoded
 from ckd_ray.pipeline.runner import run_stages
@@ -51,7 +51,7 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
         out="",
         settings=settings,
     )
-    found: dict[str, list[dict[str, bytes]]] = {"exact": [], "histogram": []}
+    found: dict[str, list[dict[str, bytes]]] = {"exact": [], "estimate": []}
     for shards, servers in ((1, 1), (4, 2), (16, 1), (16, 2)):
         store = write_store(storage / f"store-{shards}", passages, shards)
         mine = replace(job, passages=store.uri, out=str(storage / f"labels-{shards}-{servers}"))
@@ -63,8 +63,8 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
         store = EmbeddingStore.open(str(storage / f"store-{shards}"))
         mine = replace(job, passages=store.uri, out=str(storage / f"table-{shards}"))
         table = build_token_table(f"{mine.out}/tokens.safetensors", store, seed=17)
-        label(mine, TableVotes(table, 10), 24)
-        found["histogram"].append(files(Path(mine.out)))
+        label(mine, CrowdedCells(table, 10), 24)
+        found["estimate"].append(files(Path(mine.out)))
     for way, results in found.items():
         assert len(results[0]) == 6, way
         assert all(r == results[0] for r in results), way
@@ -72,16 +72,16 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     out = storage / "table-4"
     (out / "train-000001.parquet").unlink()
     kept = (out / "train-000000.npy").stat().st_mtime_ns
-    label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), TableVotes(table, 10), 24)
-    assert files(out) == found["histogram"][0] and (out / "train-000000.npy").stat().st_mtime_ns == kept
+    label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), CrowdedCells(table, 10), 24)
+    assert files(out) == found["estimate"][0] and (out / "train-000000.npy").stat().st_mtime_ns == kept
 
 
-def test_the_stage_labels_by_the_histogram_and_suggests(
+def test_the_stage_labels_by_the_estimate_and_suggests(
     ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
-    values = overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=histogram", "teacher.steps=1")
+    values = overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=estimate", "teacher.steps=1")
     reports = run_stages(load_config(None, values), until="label")
-    assert reports[-1].figures["votes"] == "histogram"
+    assert reports[-1].figures["votes"] == "estimate"
     run = tmp_path / "tiny"
     assert (run / "labels" / "tokens.safetensors").exists()
     tokens = pq.read_table(run / "labels" / "train-000000.parquet")["token_ids"].to_pylist()

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ckd_ray.collective import Expansions
-from ckd_ray.collective import labels as label_files
+from ckd_ray.collective import Expansions, labels as label_files
 from ckd_ray.collective.feedback import expand_ranked
 from ckd_ray.collective.labels import ExpansionReader, part_name, write_labels
 from ckd_ray.config.schema import LabelConfig

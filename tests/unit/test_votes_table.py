@@ -60,7 +60,7 @@ def test_the_same_token_in_several_cells_is_added_up(monkeypatch: pytest.MonkeyP
 
 def test_most_votes_are_those_of_the_nearest_neighbours() -> None:
     points, tokens = rows(4000, 12)
-    table = TokenTable.learn(points, tokens, seed=1)
+    table = TokenTable.learn(points, tokens, seed=1, cells=64)
     asked = points[::37].float()
     winners = table.votes(asked, 10)[:, 0]
     near = (asked @ points.float().T).topk(10, 1).indices.numpy()
@@ -88,10 +88,17 @@ def test_the_sample_follows_from_passages_and_seed() -> None:
     assert 9000 < len(chosen) <= 10_000 and (np.diff(chosen) > 0).all()
     assert np.array_equal(chosen, sample_passages(100_000, 1_000_000, 100_000, seed=1))
     assert not np.array_equal(chosen, sample_passages(100_000, 1_000_000, 100_000, seed=2))
-    assert choose_cells(0) == choose_cells(63) == 1
-    assert choose_cells(10**9) == 65536
+    assert choose_cells(0) == choose_cells(127) == 1
+    assert choose_cells(10**9) == 8192
 
 
 def test_a_store_without_rows_has_no_votes() -> None:
     table = TokenTable.learn(torch.zeros(0, DIM), np.empty(0, np.int32), seed=1)
     assert (table.votes(torch.ones(2, DIM), 4) == -1).all()
+
+
+def test_crowded_where_only_silent_tokens_are_seated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_table, "_CELLS_ASKED", 1)
+    counts = torch.tensor([[99.0, 1.0], [80.0, 20.0], [5.0, 0.0]])
+    table = TokenTable(torch.eye(3), torch.tensor([[0, 7], [0, 7], [8, -1]]), counts)
+    assert table.crowded(torch.eye(3), 10, np.array([0, 1])).tolist() == [True, False, False]
