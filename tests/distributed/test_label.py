@@ -1,4 +1,4 @@
-"""The label stage through Ray: the same files from any number of shards and servers, however far an earlier try came."""
+"""The label stage through Ray: the same files from any number of shards and servers, whatever an earlier try left."""
 
 from __future__ import annotations
 
