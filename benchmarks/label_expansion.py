@@ -2,7 +2,7 @@
 
 expand_vs_literal: queries/s of `expand_ranked` (store reads, k-means, votes of the default approximate way, selection)
 over those of `label_literal` (k-means, one IVF-PQ call, dictionaries; its feedback is in memory already). The index and
-the token table are built before, both untimed; `settings` says how long they took. vote_agreement: share of the
+the cells are built before, both untimed; `settings` says how long they took. vote_agreement: share of the
 centroids for which the default approximate way elects the token that the exact 10 nearest neighbours elect.
 """
 
@@ -20,7 +20,7 @@ from label_literal import clustering, literal_expansion
 
 from ckd_ray.collective.expand import Expansions
 from ckd_ray.collective.feedback import expand_ranked
-from ckd_ray.collective.token_table import TokenTable
+from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
@@ -60,14 +60,16 @@ class Bench:
         silent = load_tokenizer(str(run.folder / "teacher")).silent_ids
         return cls(run, np.asarray(top, np.int64), rows_TD, token_ids_T, silent, settings)
 
-    def expand(self, table: Any, feedback_BF: Int64Array) -> Expansions:
+    def expand(self, cells: Any, feedback_BF: Int64Array) -> Expansions:
         """The label step for all these queries, votes by the default estimate."""
 
-        def crowded(vectors: torch.Tensor) -> Any:
-            return table.crowded(vectors, self.settings.voters, self.silent)
-
         return expand_ranked(
-            self.run.passages, feedback_BF, self.settings, neighbours=None, silent_ids=self.silent, crowded=crowded
+            self.run.passages,
+            feedback_BF,
+            self.settings,
+            neighbours=None,
+            silent_ids=self.silent,
+            crowded=cells.crowded,
         )
 
 
@@ -79,14 +81,14 @@ def figures(run: Any, quick: bool, settings: dict[str, Any]) -> dict[str, dict[s
     index = TokenIndex(bench.rows_TD)
     settings["ivfpq_index_seconds"] = round(time.perf_counter() - started, 1)
     started = time.perf_counter()
-    table = TokenTable.of_store(run.passages, seed=17)
-    settings["token_table_seconds"] = round(time.perf_counter() - started, 1)
-    settings["token_table_cells"] = len(table.cells_KD)
-    found = _rates(bench, table, index, 24 if quick else 128, settings)
-    return found | _agreement(bench, table, index, 32 if quick else 128)
+    cells = SpecialCells.of_store(run.passages, bench.silent, seed=17)
+    settings["special_cells_seconds"] = round(time.perf_counter() - started, 1)
+    settings["special_cells"] = [len(cells.special_XD), len(cells.other_YD)]
+    found = _rates(bench, cells, index, 24 if quick else 128, settings)
+    return found | _agreement(bench, cells, index, 32 if quick else 128)
 
 
-def _rates(bench: Bench, table: Any, index: Any, literal_queries: int, settings: dict[str, Any]) -> dict[str, Any]:
+def _rates(bench: Bench, cells: Any, index: Any, literal_queries: int, settings: dict[str, Any]) -> dict[str, Any]:
     note("expansion: rates")
     store = bench.run.passages
     few = bench.feedback_BF[:: max(1, len(bench.feedback_BF) // literal_queries)][:literal_queries]
@@ -98,7 +100,7 @@ def _rates(bench: Bench, table: Any, index: Any, literal_queries: int, settings:
         for query in passages:
             literal_expansion(query, index.index, bench.token_ids_T, silent, df, store.num_passages)
 
-    ours, theirs = alternate(lambda: bench.expand(table, bench.feedback_BF), literal)
+    ours, theirs = alternate(lambda: bench.expand(cells, bench.feedback_BF), literal)
     fast, slow = len(bench.feedback_BF) / ours, len(few) / theirs
     return {
         "expand_vs_literal": figure(fast / slow, 10, "higher"),
@@ -107,7 +109,7 @@ def _rates(bench: Bench, table: Any, index: Any, literal_queries: int, settings:
     }
 
 
-def _agreement(bench: Bench, table: Any, index: Any, queries: int) -> dict[str, Any]:
+def _agreement(bench: Bench, cells: Any, index: Any, queries: int) -> dict[str, Any]:
     """Each way of voting against the exact nearest neighbours, on some queries."""
     note("expansion: agreement of the votes")
     feedback_BF = bench.feedback_BF[:: max(1, len(bench.feedback_BF) // queries)][:queries]
@@ -115,16 +117,15 @@ def _agreement(bench: Bench, table: Any, index: Any, queries: int) -> dict[str, 
     ways: dict[str, Any] = {
         "exact": lambda v: bench.token_ids_T[nearest_rows(v, bench.rows_TD, voters)[1].cpu().numpy()],
         "ivfpq": lambda v: bench.token_ids_T[index.nearest(v, voters)[1]],
-        "cells": lambda v: table.votes(v, voters),
         "feedback": None,
     }
-    elected = {"estimate": bench.expand(table, feedback_BF)}
+    elected = {"estimate": bench.expand(cells, feedback_BF)}
     for name, votes in ways.items():
         elected[name] = expand_ranked(
             bench.run.passages, feedback_BF, bench.settings, neighbours=votes, silent_ids=bench.silent
         )
     found = {}
-    for name in ("estimate", "ivfpq", "cells", "feedback"):
+    for name in ("estimate", "ivfpq", "feedback"):
         tokens, error, chosen = compare_votes(elected["exact"], elected[name])
         label = "vote_agreement" if name == "estimate" else f"vote_agreement_{name}"
         found[label] = figure(tokens, 0.79 if name == "estimate" else None, "higher")

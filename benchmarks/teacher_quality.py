@@ -24,7 +24,7 @@ from label_store import PreparedRun
 
 from ckd_ray.collective.expand import Expansions
 from ckd_ray.collective.feedback import expand_ranked
-from ckd_ray.collective.token_table import TokenTable
+from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.evaluate.measures import measure_run
 from ckd_ray.evaluate.significance import paired_difference
@@ -58,15 +58,15 @@ def main() -> None:
     settings: dict[str, Any] = {"quick": args.quick, **run.describe(), "depth": DEPTH}
     bench = Bench(run)
     splits = bench.splits(100 if args.quick else None, args.candidates)
-    table = TokenTable.of_store(run.passages, seed=17)
+    cells = SpecialCells.of_store(run.passages, bench.silent, seed=17)
     found: dict[str, dict[str, Any]] = {}
     settings["rows"] = []
     for split in splits:
-        expansions = bench.expand(split, None, table)
+        expansions = bench.expand(split, None, cells)
         rows, figures = bench.compare_scores(split, expansions)
         settings["rows"] += rows
         found |= figures
-    settings["votes"], figures = bench.compare_votes(splits[-1], table)
+    settings["votes"], figures = bench.compare_votes(splits[-1], cells)
     emit(settings, found | figures, before)
 
 
@@ -105,12 +105,8 @@ class Bench:
             found.append(Split(name, ids, rows_BQD, known[name][: len(ids)], frame))
         return found
 
-    def expand(self, split: Split, votes: Any, table: TokenTable | None = None) -> Expansions:
-        """Expansions from the top 3 candidates; with neither `votes` nor a table the feedback votes alone."""
-
-        def crowded(vectors: torch.Tensor) -> Any:
-            assert table is not None
-            return table.crowded(vectors, 10, self.silent)
+    def expand(self, split: Split, votes: Any, cells: SpecialCells | None = None) -> Expansions:
+        """Expansions from the top 3 candidates; with neither `votes` nor cells the feedback votes alone."""
 
         return expand_ranked(
             self.store,
@@ -118,7 +114,7 @@ class Bench:
             self.settings,
             neighbours=votes,
             silent_ids=self.silent,
-            crowded=crowded if table else None,
+            crowded=cells.crowded if cells else None,
         )
 
     def similarities(self, split: Split, centroids_BKD: torch.Tensor) -> tuple[Array, Array]:
@@ -167,7 +163,7 @@ class Bench:
 
     def measure(self, split: Split, scores_BN: Array, measure: str) -> Array:
         """The measure of every query, when the candidates are ranked by these scores (ties by candidate order)."""
-        order_BN = np.argsort(-scores_BN, axis=1, kind="stable")
+        order_BN = np.argsort(-scores_BN, axis=1, kind="scells")
         ranked = np.take_along_axis(split.candidates_BN, order_BN, 1)
         depth = ranked.shape[1]
         run = pd.DataFrame(
@@ -180,7 +176,7 @@ class Bench:
         per_query = measure_run(run, split.qrels, [measure]).per_query[measure]
         return np.array([per_query[query] for query in dict.fromkeys(split.qrels["query_id"])])
 
-    def compare_votes(self, split: Split, table: TokenTable) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def compare_votes(self, split: Split, cells: SpecialCells) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The teacher's ranking (beta 0.1 and 1, 10 centroids) by each way of voting, against exact votes."""
         note(f"votes: {split.name}")
         index = TokenIndex(self.rows_TD)
@@ -193,11 +189,11 @@ class Bench:
         measure, rows, figures = MEASURES[split.name], [], {}
         exact: dict[float, tuple[Array, Array]] = {}
         for name, votes in ways.items():
-            expansions = self.expand(split, votes, table if name == "estimate" else None)
+            expansions = self.expand(split, votes, cells if name == "estimate" else None)
             similarity = self.similarities(split, expansions.embeddings_BKD)[0]
             for beta in (0.1, 1.0):
                 scores_BN = score(similarity, expansions, beta, 10)
-                top = np.argsort(-scores_BN, axis=1, kind="stable")[:, :10]
+                top = np.argsort(-scores_BN, axis=1, kind="scells")[:, :10]
                 values = self.measure(split, scores_BN, measure)
                 exact.setdefault(beta, (top, values))
                 overlap = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact[beta][0], top, strict=True)])

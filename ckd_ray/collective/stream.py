@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,16 @@ from torch import Tensor
 
 from ckd_ray.collective.feedback import expand_ranked, nest
 from ckd_ray.collective.labels import part_name, write_labels
-from ckd_ray.collective.token_table import SAMPLE, TokenTable
+from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.rankings import part_file, part_matrix, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.retrieve.stream import collection_once, open_once, query_spans, run_parts
-from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import exists, join, list_files, local_copy, make_folder
 
-# The token table, in the folder of the labels that it helped to make.
-TABLE = "tokens.safetensors"
+# The cells that special tokens crowd, in the folder of the labels that they helped to make.
+CELLS = "special_cells.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,13 @@ class ServerVotes:
 
 @dataclass(frozen=True)
 class CrowdedCells:
-    """The feedback's own tokens vote, and the token table at `uri` tells which centroids special tokens surround."""
+    """The feedback's own tokens vote, and the cells at `uri` tell which centroids special tokens surround."""
 
     uri: str
-    voters: int
 
-    def crowded(self, vectors_MD: Tensor, silent_ids: Any) -> npt.NDArray[np.bool_]:
-        """True where the cells around a vector would send silent voters only."""
-        return _table_once(self.uri).crowded(vectors_MD, self.voters, silent_ids)
+    def crowded(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
+        """See `SpecialCells.crowded`."""
+        return _cells_once(self.uri).crowded(vectors_MD)
 
 
 Votes = ServerVotes | CrowdedCells | None
@@ -89,23 +87,23 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     return spans[0][1] - spans[0][0] if spans else 1
 
 
-def build_token_table(uri: str, store: EmbeddingStore, seed: int) -> str:
-    """Make the token table at `uri` unless an earlier try has; in a task of its own, so that the driver stays small.
+def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
+    """Make the cells at `uri` unless an earlier try has; in a task of its own, so that the driver stays small.
     Returns `uri`."""
     if not exists(uri):
-        say(f"  counting tokens in cells of a sample of {min(SAMPLE, store.num_tokens):,} token embeddings")
-        ray.get(ray.remote(num_cpus=1)(_build_token_table).remote(uri, store.uri, seed))
+        say(f"  looking where special tokens stand, in a sample of up to {SAMPLE:,} token embeddings")
+        ray.get(ray.remote(num_cpus=1)(_find_special_cells).remote(uri, job, seed))
     return uri
 
 
-def _build_token_table(uri: str, store: str, seed: int) -> None:
+def _find_special_cells(uri: str, job: LabelJob, seed: int) -> None:
     torch.set_num_threads(os.cpu_count() or 1)  # nothing else needs the cores now
-    TokenTable.of_store(EmbeddingStore.open(store), seed=seed).save(uri)
+    SpecialCells.of_store(open_once(job.passages), _silent_ids(job.checkpoint), seed=seed).save(uri)
 
 
 @lru_cache(maxsize=2)
-def _table_once(uri: str) -> TokenTable:
-    return TokenTable.load(uri)
+def _cells_once(uri: str) -> SpecialCells:
+    return SpecialCells.load(uri)
 
 
 @lru_cache(maxsize=2)
@@ -132,14 +130,13 @@ def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) ->
     """Label the queries [first, stop), those of ranking part `part`, and write the part's files."""
     table = read_ranking_part(join(job.rankings, part_file(job.split, part)))
     feedback_BF = part_matrix(table, first, stop - first, job.settings.feedback_passages).astype(np.int64)
-    silent_ids = _silent_ids(job.checkpoint)
     expansions = expand_ranked(
         open_once(job.passages),
         feedback_BF,
         job.settings,
         neighbours=votes if isinstance(votes, ServerVotes) else None,
-        silent_ids=silent_ids,
-        crowded=partial(votes.crowded, silent_ids=silent_ids) if isinstance(votes, CrowdedCells) else None,
+        silent_ids=_silent_ids(job.checkpoint),
+        crowded=votes.crowded if isinstance(votes, CrowdedCells) else None,
     )
     present_BF = feedback_BF >= 0
     write_labels(

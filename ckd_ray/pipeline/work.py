@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from ckd_ray.collective.stream import (
-    TABLE,
+    CELLS,
     CrowdedCells,
     LabelJob,
     ServerVotes,
-    build_token_table,
+    find_special_cells,
     label as label_queries,
 )
 from ckd_ray.config import Config
@@ -109,8 +109,8 @@ def label(context: RunContext, made_of: str) -> dict[str, Any]:
     if way == "feedback":
         queries_per_part = label_queries(job, None, count)
     elif way == "estimate":
-        table = build_token_table(context.path("labels", TABLE), store, config.run.seed)
-        queries_per_part = label_queries(job, CrowdedCells(table, config.label.voters), count)
+        cells = find_special_cells(context.path("labels", CELLS), job, config.run.seed)
+        queries_per_part = label_queries(job, CrowdedCells(cells), count)
     else:
         r = config.retrieve
         settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed)
@@ -122,7 +122,7 @@ def label(context: RunContext, made_of: str) -> dict[str, Any]:
 
 def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
     """Who votes for the tokens of so many queries' centroids: `feedback`, or of the collection its `exact` nearest
-    neighbours, those that `faiss` finds, or their `estimate` (token_table.py). `auto` is exact while that is
+    neighbours, those that `faiss` finds, or their `estimate` (special_cells.py). `auto` is exact while that is
     affordable."""
     if config.label.token_vote == "feedback":
         return "feedback"

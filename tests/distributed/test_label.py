@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.collective.stream import CrowdedCells, LabelJob, ServerVotes, build_token_table, label
+from ckd_ray.collective.stream import CrowdedCells, LabelJob, ServerVotes, find_special_cells, label
 from ckd_ray.config import load_config
 from ckd_ray.embed.encoder import Encoded
 from ckd_ray.pipeline.runner import run_stages
@@ -61,18 +61,18 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
         found["exact"].append(files(Path(mine.out)))
     for shards in (1, 4, 16):
         store = EmbeddingStore.open(str(storage / f"store-{shards}"))
-        mine = replace(job, passages=store.uri, out=str(storage / f"table-{shards}"))
-        table = build_token_table(f"{mine.out}/tokens.safetensors", store, seed=17)
-        label(mine, CrowdedCells(table, 10), 24)
+        mine = replace(job, passages=store.uri, out=str(storage / f"cells-{shards}"))
+        cells = find_special_cells(f"{mine.out}/special_cells.safetensors", mine, seed=17)
+        label(mine, CrowdedCells(cells), 24)
         found["estimate"].append(files(Path(mine.out)))
     for way, results in found.items():
         assert len(results[0]) == 6, way
         assert all(r == results[0] for r in results), way
     # A part that is missing is made again, alone.
-    out = storage / "table-4"
+    out = storage / "cells-4"
     (out / "train-000001.parquet").unlink()
     kept = (out / "train-000000.npy").stat().st_mtime_ns
-    label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), CrowdedCells(table, 10), 24)
+    label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), CrowdedCells(cells), 24)
     assert files(out) == found["estimate"][0] and (out / "train-000000.npy").stat().st_mtime_ns == kept
 
 
@@ -83,7 +83,7 @@ def test_the_stage_labels_by_the_estimate_and_suggests(
     reports = run_stages(load_config(None, values), until="label")
     assert reports[-1].figures["votes"] == "estimate"
     run = tmp_path / "tiny"
-    assert (run / "labels" / "tokens.safetensors").exists()
+    assert (run / "labels" / "special_cells.safetensors").exists()
     tokens = pq.read_table(run / "labels" / "train-000000.parquet")["token_ids"].to_pylist()
     assert any(tokens)
     settings = SuggestSettings(top=20, least=0.01)
