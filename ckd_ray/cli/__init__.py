@@ -169,6 +169,55 @@ def _stage_command(name: str, text: str) -> None:
 
 _stage_command("embed", "Embed the corpus and the queries with the teacher.")
 _stage_command("retrieve", "Rank the corpus for every training query.")
-_stage_command("label", "Write collective relevance labels for every training query.")
+
+
+@app.command()
+@guarded
+def label(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    cluster: ClusterOption = None,
+    suggest: Annotated[
+        str | None,
+        typer.Option(
+            "--suggest", help="Then write unlabelled passages that the labels call relevant: query 0 passage score."
+        ),
+    ] = None,
+    suggest_top: Annotated[int, typer.Option("--suggest-top", help="At most so many, the most probable.")] = 10_000,
+    suggest_min: Annotated[float, typer.Option("--suggest-min", help="The least probability.")] = 0.1,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write collective relevance labels for every training query. Stages before it that are missing are run first."""
+    from ckd_ray.report.suggest import SuggestSettings
+
+    wanted = SuggestSettings(suggest_top, suggest_min)
+    wanted.check()
+    with session(config, set_, cluster, quiet) as loaded:
+        _stages(loaded, json_, until="label")
+        if suggest is not None:
+            from ckd_ray.pipeline.context import RunContext
+            from ckd_ray.progress import say
+            from ckd_ray.report.suggest import suggest as write
+
+            count = write(RunContext.of(loaded).run, suggest, wanted)
+            say(f"suggest: {count:,} unlabelled passages -> {suggest}")
+
+
+@app.command()
+@guarded
+def inspect(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: runs/NAME.")],
+    query_id: Annotated[str, typer.Argument(metavar="QUERY_ID", help="The id of a training query.")],
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Passages of the ranking to compare.")] = 10,
+    json_: JsonOption = False,
+) -> None:
+    """Why a query has its labels: feedback, expansion, and one-hot against teacher against collective labels."""
+    from ckd_ray.report.inspect import inspect_query, render
+
+    found = inspect_query(run, query_id, top)
+    typer.echo(json.dumps(found)) if json_ else typer.echo(render(found), err=True)
+
+
 _stage_command("distill", "Distil the student.")
 _stage_command("evaluate", "Compare the teacher with the student.")

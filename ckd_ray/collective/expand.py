@@ -60,6 +60,8 @@ def expand(
     voters: int = 10,
     tokens: Sequence[Sequence[Any]] | None = None,
     token_vote: Literal["collection", "feedback"] = "collection",
+    dim: int | None = None,
+    crowded: Callable[[Tensor], npt.NDArray[np.bool_]] | None = None,
 ) -> Expansions:
     """Cluster the feedback of every query, name each centroid by its neighbours' votes, and weigh it by idf.
 
@@ -75,6 +77,9 @@ def expand(
         tokens: token ids of the feedback, nested like it; needed when `token_vote` is `feedback`.
         token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the
             query's own `feedback`.
+        crowded: centroids (M, D) to bool (M,), true where special tokens alone stand around in the collection: such a
+            centroid is dropped. For votes by the feedback, which holds too few special tokens to show that.
+        dim: D, for a batch in which no query has feedback; else read from the feedback.
 
     Raises:
         ValueError: an argument is missing, or an embedding is not finite.
@@ -83,7 +88,8 @@ def expand(
         raise ValueError("token_vote 'feedback' needs the feedback's token ids (tokens)")
     if token_vote == "collection" and neighbours is None:
         raise ValueError("token_vote 'collection' needs neighbours")
-    dim = next((p.shape[1] for passages in feedback for p in passages), 0)
+    if dim is None:
+        dim = next((p.shape[1] for passages in feedback for p in passages), 0)
     embeddings_BKD = torch.zeros(len(feedback), clusters, dim)
     neighbours_BKV = np.full((len(feedback), clusters, voters), -1, np.int64)
     present_BK = np.zeros((len(feedback), clusters), bool)
@@ -101,6 +107,8 @@ def expand(
         block = np.full((len(answers), voters), -1, np.int64)
         block[:, : answers.shape[1]] = answers
         neighbours_BKV[present_BK] = block
+    if crowded is not None and present_BK.any():
+        present_BK[present_BK] = ~crowded(embeddings_BKD[torch.from_numpy(present_BK)])
     return _select(embeddings_BKD, neighbours_BKV, present_BK, document_frequencies, num_passages, special_ids)
 
 

@@ -9,7 +9,9 @@ embeddings, D dimensions.
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,13 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective.expand import Expansions
+from ckd_ray.errors import JobError
 from ckd_ray.store.files import filesystem_of, is_local, join, read_json, write_atomic
 
 Int64Array = npt.NDArray[np.int64]
+
+_OPEN_PARTS = 64
+_REMOTE_READERS = 16
 
 
 def part_name(split: str, part: int) -> str:
@@ -73,11 +79,17 @@ def _lists(values: pa.Array, present_BK: npt.NDArray[np.bool_]) -> pa.Array:
 
 
 class ExpansionReader:
-    """Random access to the expansions of a split, by dense query index."""
+    """Random access to the expansions of a split, by dense query index; nothing is opened before it is asked for.
+
+    Only the rows asked for are read, also from an object store, and at most `_OPEN_PARTS` files are open: memory and
+    file handles do not grow with the number of queries.
+    """
 
     def __init__(self, folder: str, split: str, queries_per_part: int) -> None:
         self.folder, self.split, self.queries_per_part = folder, split, queries_per_part
-        self._parts: dict[int, npt.NDArray[np.float32]] = {}
+        self._open: OrderedDict[int, _Part] = OrderedDict()
+        # Requests to an object store wait for the network, so they go out together.
+        self._readers = None if is_local(folder) else ThreadPoolExecutor(_REMOTE_READERS, "labels")
 
     @classmethod
     def open(cls, folder: str, split: str) -> ExpansionReader:
@@ -85,19 +97,52 @@ class ExpansionReader:
         manifest: dict[str, Any] = read_json(join(folder, "manifest.json"))
         return cls(folder, split, manifest["queries_per_part"])
 
-    def _part(self, part: int) -> npt.NDArray[np.float32]:
-        if part not in self._parts:
-            uri = join(self.folder, part_name(self.split, part) + ".npy")
-            fs, path = filesystem_of(uri)
-            if is_local(uri):
-                self._parts[part] = np.load(path, mmap_mode="r", allow_pickle=False)
-            else:
-                with fs.open_input_stream(path) as stream:
-                    self._parts[part] = np.load(io.BytesIO(stream.read()), allow_pickle=False)
-        return self._parts[part]
+    def _part(self, part: int) -> _Part:
+        if part in self._open:
+            self._open.move_to_end(part)
+            return self._open[part]
+        self._open[part] = _Part(join(self.folder, part_name(self.split, part) + ".npy"))
+        if len(self._open) > _OPEN_PARTS:
+            # Not closed here: a request that still runs holds the file until it is done.
+            self._open.popitem(last=False)
+        return self._open[part]
 
     def select(self, queries_B: Int64Array, size: int, beta: float) -> tuple[Tensor, Tensor]:
-        """The `size` centroids of highest weight: (expansions_BED, weights_BE = beta * idf); absent ones weigh 0."""
-        rows = [self._part(q // self.queries_per_part)[q % self.queries_per_part] for q in queries_B.tolist()]
-        table_BEX = torch.from_numpy(np.stack(rows))[:, :size]
+        """The `size` centroids of highest weight: (expansions_BED, weights_BE = beta * idf); absent ones weigh 0.
+
+        E = min(size, K). Raises JobError when a file is shorter than its header says.
+        """
+        asked = [divmod(q, self.queries_per_part) for q in queries_B.tolist()]
+        jobs = [(self._part(part), row, size) for part, row in asked]
+        rows = [_read(job) for job in jobs] if self._readers is None else list(self._readers.map(_read, jobs))
+        if not rows:
+            return torch.zeros(0, size, 0), torch.zeros(0, size)
+        table_BEX = torch.from_numpy(np.stack(rows))
         return table_BEX[:, :, :-1].contiguous(), beta * table_BEX[:, :, -1]
+
+
+class _Part:
+    """An open .npy file of shape (queries, K, D + 1), float32."""
+
+    def __init__(self, uri: str) -> None:
+        fs, path = filesystem_of(uri)
+        self.uri, self.file = uri, fs.open_input_file(path)
+        version = np.lib.format.read_magic(self.file)
+        assert version == (1, 0), f"{uri}: written by another version of numpy"
+        self.shape, _, dtype = np.lib.format.read_array_header_1_0(self.file)
+        assert dtype == np.float32 and len(self.shape) == 3, f"{uri}: not a part of labels"
+        self.start = self.file.tell()
+
+
+def _read(job: tuple[_Part, int, int]) -> npt.NDArray[np.float32]:
+    """The first `size` centroids of a row, (E, D + 1)."""
+    part, row, size = job
+    queries, clusters, width = part.shape
+    if not 0 <= row < queries:
+        raise IndexError(f"query {row} of {part.uri}, which has {queries}")
+    kept = min(size, clusters)
+    wanted = kept * width * 4
+    data = part.file.read_at(wanted, part.start + row * clusters * width * 4)
+    if len(data) != wanted:
+        raise JobError(f"{part.uri}: shorter than its header says; run the label stage again")
+    return np.frombuffer(data, np.float32).reshape(kept, width)

@@ -1,26 +1,35 @@
 """The label stage: feedback passages and collective expansion of every training query (docs/method.md, step 4).
 
-Runs on Ray Data, a file of labels a batch of queries; the mathematics is in `expand.py` and knows nothing of Ray.
+Runs on Ray Data, a file of labels a batch of queries; the mathematics is in `feedback.py` and `expand.py` and knows
+nothing of Ray.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
 
-from ckd_ray.collective.expand import expand
+from ckd_ray.collective.feedback import expand_ranked, nest
 from ckd_ray.collective.labels import part_name, write_labels
+from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
-from ckd_ray.progress import Progress
+from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.rankings import part_file, part_matrix, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.retrieve.stream import collection_once, open_once, query_spans, run_parts
-from ckd_ray.store.files import join, list_files, local_copy, make_folder
+from ckd_ray.store.files import exists, join, list_files, local_copy, make_folder
+
+# The cells that special tokens crowd, in the folder of the labels that they helped to make.
+CELLS = "special_cells.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,36 @@ class LabelJob:
     settings: LabelConfig
 
 
-def label(job: LabelJob, servers: ServerGroup | None, num_queries: int) -> int:
+@dataclass(frozen=True)
+class ServerVotes:
+    """The nearest token embeddings of the whole store vote, found by the servers that hold its shards."""
+
+    servers: ServerGroup
+    voters: int
+
+    def __call__(self, vectors_MD: Tensor) -> npt.NDArray[np.int64]:
+        return self.servers.nearest_tokens(vectors_MD.numpy(), self.voters)
+
+
+@dataclass(frozen=True)
+class CrowdedCells:
+    """The feedback's own tokens vote, and the cells at `uri` tell which centroids special tokens surround."""
+
+    uri: str
+
+    def crowded(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
+        """See `SpecialCells.crowded`."""
+        return _cells_once(self.uri).crowded(vectors_MD)
+
+
+Votes = ServerVotes | CrowdedCells | None
+
+
+def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     """Write the missing parts. Returns the queries a part, for the manifest.
 
     Args:
-        servers: answer for the nearest tokens of the collection; None when the feedback's own tokens vote.
+        votes: who names the centroids' tokens; None: the feedback's own tokens alone.
     """
     make_folder(job.out)
     spans = query_spans(num_queries)
@@ -48,9 +82,28 @@ def label(job: LabelJob, servers: ServerGroup | None, num_queries: int) -> int:
     missing = [i for i in range(len(spans)) if part_name(job.split, i) + ".parquet" not in present]
     done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
     with Progress("label", num_queries, "queries", done=done) as progress:
-        for row in run_parts(missing, spans, _label_part, {"job": job, "servers": servers}):
+        for row in run_parts(missing, spans, _label_part, {"job": job, "votes": votes}):
             progress.advance(int(row["queries"]))
     return spans[0][1] - spans[0][0] if spans else 1
+
+
+def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
+    """Make the cells at `uri` unless an earlier try has; in a task of its own, so that the driver stays small.
+    Returns `uri`."""
+    if not exists(uri):
+        say(f"  looking where special tokens stand, in a sample of up to {SAMPLE:,} token embeddings")
+        ray.get(ray.remote(num_cpus=1)(_find_special_cells).remote(uri, job, seed))
+    return uri
+
+
+def _find_special_cells(uri: str, job: LabelJob, seed: int) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else needs the cores now
+    SpecialCells.of_store(open_once(job.passages), _silent_ids(job.checkpoint), seed=seed).save(uri)
+
+
+@lru_cache(maxsize=2)
+def _cells_once(uri: str) -> SpecialCells:
+    return SpecialCells.load(uri)
 
 
 @lru_cache(maxsize=2)
@@ -61,45 +114,37 @@ def _silent_ids(checkpoint: str) -> Any:
         return load_tokenizer(folder).silent_ids
 
 
-def _label_part(batch: dict[str, Any], job: LabelJob, servers: ServerGroup | None) -> pa.Table:
+@lru_cache(maxsize=2)
+def _query_ids(run: str, split: str) -> list[str]:
+    """Read once a process, and not once a part."""
+    return collection_once(run).queries(split).ids
+
+
+def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
-    store, collection, settings = open_once(job.passages), collection_once(job.run), job.settings
+    label_part(job, votes, part, first, stop)
+    return pa.table({"part": [part], "queries": [stop - first]})
+
+
+def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) -> None:
+    """Label the queries [first, stop), those of ranking part `part`, and write the part's files."""
     table = read_ranking_part(join(job.rankings, part_file(job.split, part)))
-    top = part_matrix(table, first, stop - first, settings.feedback_passages).astype(np.int64)
-    chosen = store.gather(top[top >= 0])
-    counts = (top >= 0).sum(axis=1)
-    embeddings = _nest(chosen.split(), counts)
-    tokens = _nest(np.split(chosen.token_ids, np.cumsum(chosen.lengths)[:-1]), counts)
-
-    def neighbours(centroids_MD: Any) -> Any:
-        assert servers is not None
-        return servers.nearest_tokens(centroids_MD.numpy(), settings.voters)
-
-    expansions = expand(
-        [[passage.float() for passage in query] for query in embeddings],
-        neighbours=neighbours,
-        document_frequencies=store.document_frequencies,
-        num_passages=store.num_passages,
-        special_ids=_silent_ids(job.checkpoint),
-        clusters=settings.clusters,
-        voters=settings.voters,
-        tokens=tokens,
-        token_vote=settings.token_vote,
+    feedback_BF = part_matrix(table, first, stop - first, job.settings.feedback_passages).astype(np.int64)
+    expansions = expand_ranked(
+        open_once(job.passages),
+        feedback_BF,
+        job.settings,
+        neighbours=votes if isinstance(votes, ServerVotes) else None,
+        silent_ids=_silent_ids(job.checkpoint),
+        crowded=votes.crowded if isinstance(votes, CrowdedCells) else None,
     )
+    present_BF = feedback_BF >= 0
     write_labels(
         job.out,
         job.split,
         part,
-        query_ids=collection.queries(job.split).ids[first:stop],
-        feedback_ids=_nest(collection.passage_ids(top[top >= 0]), counts),
+        query_ids=_query_ids(job.run, job.split)[first:stop],
+        feedback_ids=nest(collection_once(job.run).passage_ids(feedback_BF[present_BF]), present_BF.sum(axis=1)),
         expansions=expansions,
-        clusters=settings.clusters,
+        clusters=job.settings.clusters,
     )
-    return pa.table({"part": [part], "queries": [stop - first]})
-
-
-def _nest(flat: Any, counts: Any) -> list[Any]:
-    """Cut a flat list into one list a query."""
-    bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
-    flat = list(flat)
-    return [flat[low:high] for low, high in pairwise(bounds)]

@@ -142,12 +142,18 @@ class RetrieveConfig(Section):
 
 
 class LabelConfig(Section):
-    """Collective knowledge (docs/method.md step 4). `token_vote`: who names a centroid's token."""
+    """Collective knowledge (docs/method.md step 4). `token_vote`: who names a centroid's token.
+
+    `neighbours`: how the collection votes: its `exact` nearest token embeddings, those that IVF-PQ finds (`faiss`, as
+    published), or an `estimate` without a search: the nearest of the feedback's own tokens, unless the collection has
+    special tokens only around the centroid. `auto` is exact while that is affordable, else the estimate.
+    """
 
     feedback_passages: Positive = 3
     clusters: Annotated[int, Field(gt=0, le=1024)] = 24
     voters: Annotated[int, Field(gt=0, le=1000)] = 10
     token_vote: Literal["collection", "feedback"] = "collection"
+    neighbours: Literal["auto", "exact", "faiss", "estimate"] = "auto"
 
 
 class DistillConfig(TrainingConfig):

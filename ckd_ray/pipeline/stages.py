@@ -75,7 +75,9 @@ def _retrieve(config: Config) -> dict[str, Any]:
 
 
 def _label(config: Config) -> dict[str, Any]:
-    return config.label.model_dump(mode="json")
+    if config.label.token_vote == "feedback":
+        return config.label.model_dump(mode="json", exclude={"neighbours"})
+    return {**config.label.model_dump(mode="json"), "seed": config.run.seed}
 
 
 def _distill(config: Config) -> dict[str, Any]:

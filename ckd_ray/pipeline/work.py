@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ckd_ray.collective.stream import LabelJob, label as label_queries
+from ckd_ray.collective.stream import (
+    CELLS,
+    CrowdedCells,
+    LabelJob,
+    ServerVotes,
+    find_special_cells,
+    label as label_queries,
+)
 from ckd_ray.config import Config
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.distill.task import TrainingTask
@@ -115,14 +122,32 @@ def label(context: RunContext, made_of: str) -> dict[str, Any]:
         out=context.path("labels"),
         settings=config.label,
     )
-    if config.label.token_vote == "feedback":
+    way = vote_way(config, store, count)
+    say(f"label: votes by {way}")
+    if way == "feedback":
         queries_per_part = label_queries(job, None, count)
+    elif way == "estimate":
+        cells = find_special_cells(context.path("labels", CELLS), job, config.run.seed)
+        queries_per_part = label_queries(job, CrowdedCells(cells), count)
     else:
-        settings = search_settings(config, store, count * config.label.clusters // 32)
-        with serving(store, settings, config.retrieve.actors) as servers:
-            queries_per_part = label_queries(job, servers, count)
+        r = config.retrieve
+        settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed)
+        with serving(store, settings, r.actors) as servers:
+            queries_per_part = label_queries(job, ServerVotes(servers, config.label.voters), count)
     write_json_atomic(context.path("labels", "manifest.json"), {"queries_per_part": queries_per_part, "split": "train"})
-    return {"count": count, "unit": "queries", "token_vote": config.label.token_vote}
+    return {"count": count, "unit": "queries", "votes": way}
+
+
+def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
+    """Who votes for the tokens of so many queries' centroids: `feedback`, or of the collection its `exact` nearest
+    neighbours, those that `faiss` finds, or their `estimate` (special_cells.py). `auto` is exact while that is
+    affordable."""
+    if config.label.token_vote == "feedback":
+        return "feedback"
+    if config.label.neighbours != "auto":
+        return config.label.neighbours
+    engine = choose_engine(num_queries, config.label.clusters, store.num_tokens, store.dim)
+    return "exact" if engine == "exact" else "estimate"
 
 
 def distill(context: RunContext, made_of: str) -> dict[str, Any]:

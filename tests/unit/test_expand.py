@@ -178,3 +178,31 @@ def test_what_is_refused() -> None:
         run([passages(10)], token_vote="feedback")
     with pytest.raises(ValueError, match="neighbours"):
         expand([passages(10)], document_frequencies=DF, num_passages=PASSAGES)
+
+
+def test_crowded_centroids_are_dropped() -> None:
+    """Votes by the feedback: the centroids that the collection crowds with special tokens go, the rest stay as they
+    are."""
+    query = passages(30, seed=8)
+    arguments = {
+        "document_frequencies": DF,
+        "num_passages": PASSAGES,
+        "special_ids": SPECIAL,
+        "tokens": [[np.arange(30) + 5]],
+        "token_vote": "feedback",
+        "clusters": 6,
+    }
+    whole = expand([query], **arguments)
+    seen: list[Tensor] = []
+
+    def crowded(centroids: Tensor) -> np.ndarray:
+        seen.append(centroids)
+        return np.arange(len(centroids)) == 2
+
+    found = expand([query], crowded=crowded, **arguments)
+    assert len(seen[0]) == 6 and found.counts_B.tolist() == [5]
+    dropped = seen[0][2]
+    kept = [i for i in range(6) if not torch.equal(whole.embeddings_BKD[0, i], dropped)]
+    assert torch.equal(found.embeddings_BKD[0, :5], whole.embeddings_BKD[0, kept])
+    assert torch.equal(found.idf_BK[0, :5], whole.idf_BK[0, kept])
+    assert not found.embeddings_BKD[0, 5:].any()

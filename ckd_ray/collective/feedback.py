@@ -1,0 +1,82 @@
+"""Expansions of queries from their rankings and the token-embedding store (docs/method.md, steps 3 and 4). No Ray.
+
+Shapes: B queries, F feedback passages a query, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckd_ray.collective.expand import Expansions, Neighbours, expand
+from ckd_ray.config import LabelConfig
+from ckd_ray.errors import JobError
+from ckd_ray.store import EmbeddingStore, Ragged
+
+IntArray = npt.NDArray[np.integer]
+
+
+def expand_ranked(
+    store: EmbeddingStore,
+    feedback_BF: IntArray,
+    settings: LabelConfig,
+    *,
+    neighbours: Neighbours | None,
+    silent_ids: Any,
+    crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
+) -> Expansions:
+    """The expansions of queries whose feedback passages are known.
+
+    Args:
+        feedback_BF: dense passage indices, best first, -1 where a ranking has ended. A query without any gets an empty
+            expansion (its teacher is then the teacher without expansion).
+        neighbours: finds the voters in the collection, see `expand`; None: the feedback's own tokens vote.
+        crowded: see `expand`.
+        silent_ids: token ids that do not vote.
+
+    Raises:
+        JobError: the store holds numbers that are not finite; names the passage.
+    """
+    present_BF = feedback_BF >= 0
+    chosen = feedback_BF[present_BF].astype(np.int64)
+    # The same passages are the feedback of many queries: each is read once.
+    distinct, place = np.unique(chosen, return_inverse=True)
+    read = store.gather(distinct)
+    _check_finite(read, distinct, store.uri)
+    passages, token_ids = read.split(), np.split(read.token_ids, np.cumsum(read.lengths)[:-1])
+    counts = present_BF.sum(axis=1)
+    return expand(
+        nest([passages[i] for i in place], counts),
+        neighbours=neighbours,
+        document_frequencies=store.document_frequencies,
+        num_passages=store.num_passages,
+        special_ids=silent_ids,
+        clusters=settings.clusters,
+        voters=settings.voters,
+        tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
+        token_vote="feedback" if neighbours is None else "collection",
+        dim=store.dim,
+        crowded=crowded,
+    )
+
+
+def nest(flat: Any, counts: Any) -> list[Any]:
+    """Cut a flat list into one list a query."""
+    bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    flat = list(flat)
+    return [flat[low:high] for low, high in pairwise(bounds)]
+
+
+def _check_finite(read: Ragged, passages: npt.NDArray[np.int64], uri: str) -> None:
+    bad = (~torch.isfinite(read.embeddings_TD).all(1)).nonzero()[:, 0]
+    if len(bad):
+        row = int(np.searchsorted(np.cumsum(read.lengths), int(bad[0]), side="right"))
+        raise JobError(
+            f"{uri}: passage {passages[row]} (counted from 0) has an embedding that is not finite; "
+            "the encoder overflowed: embed again with embed.precision fp32"
+        )

@@ -1,0 +1,184 @@
+"""`ckd-ray inspect RUN QUERY_ID`: why a query has its labels. Reads the run's files; needs no Ray.
+
+Shapes: N passages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from ckd_ray.collective.labels import part_name
+from ckd_ray.errors import UserError
+from ckd_ray.report.labelled_run import SPLIT, LabelledRun, vocabulary
+from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.store.files import filesystem_of, join
+
+Int64Array = npt.NDArray[np.int64]
+_WORDS = 14
+
+
+def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
+    """What `inspect` shows of a training query, as one object: see `render`.
+
+    Args:
+        run: a run directory, local or a URI.
+        top: passages of the ranking that are compared, besides the labelled ones.
+
+    Raises:
+        UserError: no run, no labels, or no such query (names the nearest ids).
+    """
+    opened = LabelledRun.open(run)
+    query = _find(opened, query_id)
+    ranking = read_ranking_matrix(join(opened.run, "rankings"), SPLIT)[query].astype(np.int64)
+    ranking = ranking[ranking >= 0]
+    labelled = opened.positives.of(query)
+    passages = np.concatenate([ranking[:top], labelled[~np.isin(labelled, ranking[:top])]])
+    label = _label_row(opened, query)
+    feedback = ranking[: len(label["feedback_ids"])]
+    labelled_ids = set(opened.collection.passage_ids(labelled))
+    settings = opened.settings
+    return {
+        "run": opened.run,
+        "query_id": query_id,
+        "split": SPLIT,
+        "text": opened.queries.texts[query],
+        "labelled": _passages(opened, labelled),
+        "feedback": [{**p, "labelled": p["passage_id"] in labelled_ids} for p in _passages(opened, feedback)],
+        "expansion": _expansion(opened, label),
+        "settings": {
+            "temperature": settings.temperature,
+            "beta": settings.beta,
+            "expansion_size": settings.expansion_size,
+            "zero_row_floor": settings.zero_row_floor,
+        },
+        "passages": _compared(opened, query, passages, ranking, labelled),
+    }
+
+
+def _find(opened: LabelledRun, query_id: str) -> int:
+    ids = opened.queries.ids
+    try:
+        return ids.index(query_id)
+    except ValueError:
+        pass
+    for split in opened.collection.splits:
+        if split != SPLIT and query_id in opened.collection.queries(split).ids:
+            raise UserError(
+                f"query {query_id!r} is one of split {split}; labels are made for training queries",
+                where="QUERY_ID",
+                fix=f"choose one of split {SPLIT}, such as {ids[0]}",
+            )
+    near = nearest_ids(query_id, ids)
+    raise UserError(
+        "no such query",
+        where="QUERY_ID",
+        expected=f"the id of a training query; nearest: {', '.join(near)}",
+        found=query_id,
+    )
+
+
+def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -> list[str]:
+    """The ids that read most like `wanted`. Similarity is looked at among the `pool` ids with the longest common
+    beginning, since it takes seconds over half a million."""
+    if len(ids) > pool:
+
+        def common(other: str) -> int:
+            return next((i for i, (a, b) in enumerate(zip(wanted, other, strict=False)) if a != b), len(other))
+
+        ids = sorted(ids, key=common, reverse=True)[:pool]
+    return difflib.get_close_matches(wanted, ids, count, 0.0)
+
+
+def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
+    """The query's row of `labels/*.parquet`, without the vectors."""
+    part, row = divmod(query, opened.expansions.queries_per_part)
+    fs, path = filesystem_of(join(opened.run, "labels", part_name(SPLIT, part) + ".parquet"))
+    table = pq.read_table(path, filesystem=fs, columns=["feedback_ids", "idf", "token_ids"])
+    found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
+    return found
+
+
+def _passages(opened: LabelledRun, indices: Int64Array) -> list[dict[str, Any]]:
+    ids, texts = opened.collection.passage_ids(indices), opened.collection.texts(indices)
+    return [{"passage_id": i, "text": _first_words(t)} for i, t in zip(ids, texts, strict=True)]
+
+
+def _first_words(text: str) -> str:
+    words = text.split()
+    return " ".join(words[:_WORDS]) + (" ..." if len(words) > _WORDS else "")
+
+
+def _expansion(opened: LabelledRun, label: dict[str, Any]) -> list[dict[str, Any]]:
+    """All kept centroids, heaviest first; `weight` is beta * idf for those that count and 0 for the rest."""
+    tokens = vocabulary(opened.run)
+    s = opened.settings
+    return [
+        {
+            "token": tokens.get(token, f"[{token}]"),
+            "token_id": token,
+            "idf": idf,
+            "weight": s.beta * idf if i < s.expansion_size else 0.0,
+        }
+        for i, (token, idf) in enumerate(zip(label["token_ids"], label["idf"], strict=True))
+    ]
+
+
+def _compared(
+    opened: LabelledRun, query: int, passages_N: Int64Array, ranking: Int64Array, labelled: Int64Array
+) -> list[dict[str, Any]]:
+    """One entry a passage, in the order of the ranking; labelled passages that were not retrieved come last."""
+    if not len(passages_N):
+        return []
+    found = opened.distributions(query, passages_N)
+    rank_of = {p: rank for rank, p in enumerate(ranking.tolist(), 1)}
+    columns = {name: getattr(found, name).tolist() for name in vars(found)}
+    entries = []
+    for i, (index, passage) in enumerate(zip(passages_N.tolist(), _passages(opened, passages_N), strict=True)):
+        values = {name: column[i] for name, column in columns.items()}
+        entry = {**passage, "rank": rank_of.get(index), "labelled": index in labelled.tolist(), **values}
+        entries.append(entry)
+    return sorted(entries, key=lambda e: e["rank"] or len(ranking) + 1)
+
+
+def render(found: dict[str, Any]) -> str:
+    """The object of `inspect_query` for people."""
+    lines = [f"query {found['query_id']} ({found['split']}): {found['text']}", "", "labelled"]
+    lines += [f"  {p['passage_id']}  {p['text']}" for p in found["labelled"]] or ["  nothing: it is not trained on"]
+    lines += ["", "feedback (the top of the teacher's ranking; * is labelled)"]
+    for p in found["feedback"]:
+        lines.append(f"  {p['passage_id']}{' *' if p['labelled'] else ''}  {p['text']}")
+    if not found["feedback"]:
+        lines.append("  nothing was retrieved")
+    s = found["settings"]
+    counting = found["expansion"][: s["expansion_size"]]
+    rest = found["expansion"][s["expansion_size"] :]
+    lines += ["", f"expansion ({len(counting)} of {len(found['expansion'])} centroids count; weight = beta x idf)"]
+    lines += [f"  {'token':<20}{'idf':>8}{'weight':>9}"]
+    lines += [f"  {e['token']:<20}{e['idf']:>8.3f}{e['weight']:>9.4f}" for e in counting]
+    if rest:
+        lines.append("  not counted: " + ", ".join(f"{e['token']} {e['idf']:.2f}" for e in rest))
+    lines += _probabilities(found)
+    return "\n".join(lines)
+
+
+def _probabilities(found: dict[str, Any]) -> list[str]:
+    s, rows = found["settings"], found["passages"]
+    head = (
+        f"probabilities: a softmax over these {len(rows)} passages alone, at temperature {s['temperature']:g}; "
+        f"collective with beta {s['beta']:g}, expansion_size {s['expansion_size']}"
+        f"{', zero_row_floor' if s['zero_row_floor'] else ''}"
+    )
+    note = "as in training, the labelled passage (*) is raised to the highest score"
+    lines = ["", head, note, f"  {'rank':>5}{'one-hot':>10}{'teacher':>10}{'collective':>12}  passage"]
+    for row in rows:
+        rank = f"{row['rank']}" if row["rank"] else "-"
+        lines.append(
+            f"  {rank:>5}{row['one_hot']:>10.4f}{row['teacher']:>10.4f}{row['collective']:>12.4f}  "
+            f"{row['passage_id']}{' *' if row['labelled'] else ''}  {row['text']}"
+        )
+    return lines

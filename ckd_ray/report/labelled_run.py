@@ -1,0 +1,159 @@
+"""A run opened for reading its labels, and the distributions that training would take its targets from. No Ray.
+
+Shapes: N passages, Q query rows, E expansion embeddings, D dimensions, L rows a passage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ckd_ray.collective.labels import ExpansionReader
+from ckd_ray.collective.scores import teacher_scores
+from ckd_ray.data import Collection
+from ckd_ray.data.collection import Queries
+from ckd_ray.distill.batches import Positives
+from ckd_ray.distill.objectives import soft_labels
+from ckd_ray.errors import UserError
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.files import exists, filesystem_of, join, read_json
+
+Int64Array = npt.NDArray[np.int64]
+# Only the training queries have labels.
+SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How labels become probabilities: the keys of `distill` in the run's configuration."""
+
+    temperature: float
+    beta: float
+    expansion_size: int
+    zero_row_floor: bool
+    negatives_depth: int
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """What each way of labelling says about the same passages; every array is (N,) and sums to 1.
+
+    Attributes:
+        one_hot: 1 at the labelled passage (shared out when there are several; 0 everywhere when there is none).
+        teacher: soft labels without expansion; collective: with it.
+        teacher_scores, collective_scores: the scores behind them.
+    """
+
+    one_hot: Tensor
+    teacher: Tensor
+    collective: Tensor
+    teacher_scores: Tensor
+    collective_scores: Tensor
+
+
+class LabelledRun:
+    """Opened by `LabelledRun.open(run)`; what is not asked for is not read."""
+
+    def __init__(self, run: str, config: dict[str, Any], expansions: ExpansionReader) -> None:
+        self.run, self.config, self.expansions = run, config, expansions
+        d = config["distill"]
+        self.settings = ScoreSettings(
+            d["temperature"], d["beta"], d["expansion_size"], d["zero_row_floor"], d["negatives_depth"]
+        )
+        self.collection = Collection.open(run)
+        self.passages = EmbeddingStore.open(join(run, "embeddings", "passages"))
+        self._queries = EmbeddingStore.open(join(run, "embeddings", f"queries.{SPLIT}"))
+
+    @classmethod
+    def open(cls, run: str) -> LabelledRun:
+        """A run directory, local or a URI.
+
+        Raises:
+            UserError: it is no run, or its label stage has not finished; says which command finishes it.
+        """
+        run = run.rstrip("/") if "://" in run else filesystem_of(run)[1]
+        if not exists(join(run, "run.json")):
+            raise UserError(
+                "no run here",
+                where=run,
+                expected="a run directory (RUN.STORAGE/RUN.NAME), which holds run.json",
+                fix="ckd-ray train makes one",
+            )
+        if not exists(join(run, "labels", "manifest.json")):
+            name = read_json(join(run, "run.json"))["config"]["run"]["name"]
+            raise UserError(
+                "this run has no labels yet",
+                where=join(run, "labels"),
+                fix=f"ckd-ray label, with the configuration of this run (--config FILE or --set; run.name={name})",
+            )
+        config = read_json(join(run, "run.json"))["config"]
+        return cls(run, config, ExpansionReader.open(join(run, "labels"), SPLIT))
+
+    @cached_property
+    def queries(self) -> Queries:
+        """Ids and texts of the training queries."""
+        return self.collection.queries(SPLIT)
+
+    @cached_property
+    def positives(self) -> Positives:
+        """Labelled passages of the training queries, from collection.positive_grade on."""
+        qrels = self.collection.qrels(SPLIT)
+        grade = self.config["collection"]["positive_grade"]
+        count = len(self.queries.ids)
+        return Positives.from_qrels(count, qrels.query_index, qrels.passage_index, qrels.relevance, grade)
+
+    @cached_property
+    def similarity(self) -> Any:
+        """The teacher's similarity, from its checkpoint."""
+        return read_json(join(self.run, "teacher", "colbert.json"))["similarity"]
+
+    def distributions(self, query: int, passages_N: Int64Array) -> Distributions:
+        """The three distributions over `passages_N` for a query (dense indices).
+
+        As in training, a labelled passage is raised to the highest score, and when there are several, each is the
+        positive in turn while the others are left out; the mean over these turns is shown. A query without a label
+        takes no part in training: its scores are softmaxed as they are.
+        """
+        s = self.settings
+        expansions, weights = self.expansions.select(np.array([query]), s.expansion_size, s.beta)
+        queries = self._queries.gather(np.array([query])).embeddings_TD.float()[None]
+        rows_NLD, mask_NL = self.passages.gather(passages_N).padded()
+
+        def score(weights_BE: Tensor) -> Tensor:
+            found = teacher_scores(
+                queries, expansions, weights_BE, rows_NLD, mask_NL, self.similarity, zero_row_floor=s.zero_row_floor
+            )
+            return found[0].double()
+
+        plain, collective = score(torch.zeros_like(weights)), score(weights)
+        labelled = torch.from_numpy(np.isin(passages_N, self.positives.of(query)))
+        one_hot = labelled.double() / max(1, int(labelled.sum()))
+        return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
+
+    def _soft(self, scores_N: Tensor, labelled_N: Tensor) -> Tensor:
+        temperature = self.settings.temperature
+        turns = labelled_N.nonzero()[:, 0]
+        if not len(turns):
+            return (scores_N / temperature).softmax(0)
+        valid_BN = (~labelled_N).repeat(len(turns), 1)
+        valid_BN[torch.arange(len(turns)), turns] = True
+        return soft_labels(scores_N.repeat(len(turns), 1), turns, temperature, valid_BN).mean(0)
+
+
+def vocabulary(run: str) -> dict[int, str]:
+    """Token id to token, from the teacher's tokenizer.json; read without `transformers`, whose import takes seconds.
+
+    The ids that labels hold are those of the file that the teacher was saved with.
+    """
+    from tokenizers import Tokenizer
+
+    fs, path = filesystem_of(join(run, "teacher", "tokenizer.json"))
+    with fs.open_input_stream(path) as stream:
+        tokenizer = Tokenizer.from_str(stream.read().decode("utf-8"))
+    return {i: token for token, i in tokenizer.get_vocab().items()}

@@ -1,0 +1,88 @@
+"""A run up to its rankings, and labelled, made in this process without Ray."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from ckd_ray.config import Config, load_config
+from ckd_ray.data import Collection
+from ckd_ray.embed.encoder import Encoded, TextEncoder
+from ckd_ray.model import ColBERT
+from ckd_ray.pipeline.runner import run_stages
+from ckd_ray.retrieve.exact import ExactIndex
+from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
+from ckd_ray.retrieve.stream import query_spans
+from ckd_ray.store import EmbeddingStore, shard_name, write_manifest, write_shard
+from ckd_ray.store.codec import Float16
+from tests.support import overrides
+
+
+def write_store(folder: Path, encoded: Encoded, shards: int) -> EmbeddingStore:
+    """The rows of all texts as a store of so many shards."""
+    offsets = np.concatenate([[0], np.cumsum(encoded.lengths)])
+    headers = []
+    for i, (low, high) in enumerate(pairwise(np.linspace(0, len(encoded.lengths), shards + 1).astype(int).tolist())):
+        rows = slice(int(offsets[low]), int(offsets[high]))
+        header, _ = write_shard(
+            str(folder / shard_name(i)),
+            fingerprint="f",
+            index=i,
+            first=low,
+            lengths=encoded.lengths[low:high],
+            token_ids=encoded.token_ids[rows],
+            embeddings_TD=encoded.embeddings_TD[rows],
+            codec=Float16(encoded.embeddings_TD.shape[1]),
+        )
+        headers.append(header)
+    write_manifest(str(folder), "f", headers, 0)
+    return EmbeddingStore.open(str(folder))
+
+
+def ranked_run(storage: Path, backbone: str, collection: str, *more: str, depth: int = 20) -> tuple[Config, Encoded]:
+    """A run named `tiny` below `storage`: collection, teacher (the bare encoder), stores of 4 shards, rankings.
+
+    Returns:
+        its configuration, and the encoded passages (to cut them into shards otherwise).
+    """
+    first = load_config(None, overrides(storage, backbone, collection))
+    given = storage / "given"
+    m = first.model
+    from ckd_ray.model import ColBERTSettings
+
+    settings = ColBERTSettings(dim=m.dim, query_maxlen=m.query_maxlen, doc_maxlen=m.doc_maxlen)
+    ColBERT.from_backbone(backbone, settings, seed=3).save(given)
+    config = load_config(None, overrides(storage, backbone, collection, f"teacher.checkpoint={given}", *more))
+    run_stages(config, until="teacher")
+    run = storage / config.run.name
+    model = ColBERT.from_pretrained(run / "teacher")
+    encoder = TextEncoder(model, device="cpu", token_budget=2048, precision="fp32")
+    texts = Collection.open(str(run))
+    passages = encoder.passages(model.tokenizer.passages(texts.iter_passages(0, texts.num_passages)))
+    store = write_store(run / "embeddings" / "passages", passages, 4)
+    asked = texts.queries("train")
+    queries = encoder.queries(asked.texts)
+    write_store(run / "embeddings" / "queries.train", queries, 1)
+    index = ExactIndex(passages.embeddings_TD.half(), store.lengths())
+    scores, found = index.search(queries.embeddings_TD.half().float().view(len(asked.ids), -1, store.dim), depth)
+    write_rankings(run, asked.ids, scores, found)
+    return config, passages
+
+
+def write_rankings(run: Path, query_ids: list[str], scores: np.ndarray, found: np.ndarray) -> None:
+    """The rankings of the training queries, parts and matrix."""
+    collection, folder = Collection.open(str(run)), str(run / "rankings")
+    spans = query_spans(len(query_ids))
+    for part, (low, high) in enumerate(spans):
+        kept = found[low:high][found[low:high] >= 0]
+        write_ranking_part(
+            f"{folder}/{part_file('train', part)}",
+            first_query=low,
+            query_ids=query_ids[low:high],
+            scores_BK=scores[low:high],
+            passages_BK=found[low:high],
+            passage_ids=collection.passage_ids(kept),
+        )
+    write_ranking_matrix(folder, "train", spans, found.shape[1])
