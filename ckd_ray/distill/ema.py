@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class MovingAverage:
@@ -19,7 +19,7 @@ class MovingAverage:
         averages: of an earlier run; a copy of the weights when None.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float, averages: list[Tensor] | None = None) -> None:
+    def __init__(self, parameters: list[Tensor], decay: float, averages: list[Tensor] | None = None) -> None:
         self.parameters, self.decay = parameters, decay
         self.averages = [p.detach().clone() for p in parameters]
         if averages is not None:

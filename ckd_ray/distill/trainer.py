@@ -53,7 +53,8 @@ class _Board:
     """A tiny actor between the workers and the driver: the last step and its loss, and why training cannot go on."""
 
     def __init__(self) -> None:
-        self.step, self.loss, self._cause = 0, float("nan"), None
+        self.step, self.loss = 0, float("nan")
+        self._cause: str | None = None
 
     def tell(self, step: int, loss: float) -> None:
         self.step, self.loss = step, loss
@@ -122,6 +123,7 @@ def _trainer(
 
     from ckd_ray.distill.worker import KEEP, train_worker
 
+    workers: Any = placement.num_workers  # the stubs know no pairs
     checkpoints = join(task.run, "checkpoints")
     fs, path = filesystem_of(checkpoints)
     # Ray never removes the latest checkpoint, which training goes on from; the best is kept beside it.
@@ -133,7 +135,7 @@ def _trainer(
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=placement.resources
+            num_workers=workers, use_gpu=placement.use_gpu, resources_per_worker=placement.resources
         ),
         run_config=RunConfig(
             name=f"{task.stage}-{task.fingerprint[:16]}",

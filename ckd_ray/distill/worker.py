@@ -28,6 +28,7 @@ from ckd_ray.distill.inputs import InputReader, StepInputs
 from ckd_ray.distill.metrics import Record, write_part
 from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.embed.encoder import Precision
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.model import ColBERT
 from ckd_ray.store.files import local_copy
@@ -86,7 +87,8 @@ class WorkerState:
     def __init__(self, task: TrainingTask, world: int) -> None:
         self.task = task
         self.position = Position()
-        averages = optimizer_state = None
+        averages: list[torch.Tensor] | None = None
+        optimizer_state = None
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             with local_copy(task.start) as folder:
@@ -126,7 +128,7 @@ class WorkerState:
         (folder / "state.json").write_text(json.dumps(asdict(self.position)))
 
 
-def _weights(model: ColBERT) -> list[torch.nn.Parameter]:
+def _weights(model: ColBERT) -> list[torch.Tensor]:
     return list(model.parameters())
 
 
@@ -160,7 +162,7 @@ class _Loop:
         self.state = WorkerState(task, self.world)
         self.position = self.state.position
         model, device = self.state.model, self.state.device
-        precision = "bf16" if task.precision == "bf16" else "fp32"
+        precision: Precision = "bf16" if task.precision == "bf16" else "fp32"
         self.reader = InputReader(task, model.tokenizer, self.rank, self.world, device)
         frozen = None
         if task.recomputes_teacher:
