@@ -164,7 +164,8 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
         task = TrainingTask(
             stage="distill", run=str(run_folder), start=str(run_folder / "teacher"), fingerprint=source, seed=17,
             steps=4, batch_size=6, learning_rate=1e-3, objective="collective", expansion_size=4, negatives=2,
-            negatives_depth=15, hard_negatives=True, accumulate=2, teacher_embeddings=source, teacher=str(run_folder / "teacher"),
+            negatives_depth=15, hard_negatives=True, accumulate=2,
+            teacher_embeddings=source, teacher=str(run_folder / "teacher"),
         )  # fmt: skip
         model = ColBERT.from_pretrained(run_folder / "student")
         teacher = ColBERT.from_pretrained(run_folder / "teacher") if source == "recompute" else None
