@@ -29,11 +29,11 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
         section = getattr(config, name)
         if section.accumulate > section.batch_size:
             yield f"{name}.accumulate", f"must be at most {name}.batch_size ({section.batch_size})"
-        if section.accumulate > 1 and config.model.dropout > 0:
-            yield (
-                "model.dropout",
-                f"must be 0 with {name}.accumulate above 1: parts are encoded twice and must agree",
-            )
+        if section.patience and not section.evaluate_every:
+            yield f"{name}.patience", f"counts measurements on dev: set {name}.evaluate_every"
+        fewest, _, most = str(section.workers).partition("-")
+        if most and int(fewest) > int(most):
+            yield f"{name}.workers", f"expected the smaller number first, {most}-{fewest}"
     bits = {"residual1": 1, "residual2": 2, "residual4": 4}.get(config.embed.codec, 8)
     if config.model.dim * bits % 8:
         yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"

@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
+Elastic = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}-[1-9][0-9]{0,5}$")]
 Split = Literal["train", "dev", "test"]
 FilesBySplit = dict[Split, Name]
 
@@ -81,7 +82,13 @@ class TrainingConfig(Section):
     """What the teacher's and the student's training share.
 
     `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between
-    them, so the loss is that of the whole batch. `workers`: one a GPU, or one, when `auto`.
+    them, so the loss is that of the whole batch. `workers`: a number, `2-8` for elastic training, or `auto`: one a GPU,
+    else one. `share_negatives` lets every query meet the passages of all workers; without it the loss depends on their
+    number. `ema` is the decay of a moving average of the weights, which is then the result.
+
+    `evaluate_every` N steps, the model ranks `dev_passages` for `dev_queries` (MRR@10); the result is then the best
+    checkpoint, and training stops after `patience` measurements without a better one (0: never).
+    `callbacks` names installed entry points of the group ckd_ray.callbacks, such as other loggers.
     """
 
     steps: Positive = 2000
@@ -94,7 +101,14 @@ class TrainingConfig(Section):
     negatives: Annotated[int, Field(ge=0, le=1000)] = 1
     accumulate: Positive = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    workers: Auto | Positive = "auto"
+    workers: Auto | Positive | Elastic = "auto"
+    share_negatives: bool = True
+    ema: Share = 0.0
+    evaluate_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    patience: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    dev_queries: Positive = 100
+    dev_passages: Positive = 1000
+    callbacks: list[Name] = Field(default_factory=list)
     checkpoint_every: Positive = 200
     log_every: Positive = 10
     max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
@@ -157,7 +171,11 @@ class LabelConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial."""
+    """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial.
+
+    `teacher_embeddings`: `store` reads the teacher's rows, so that its encoder never runs; `recompute` runs it on every
+    batch, for a store that is out of the workers' reach.
+    """
 
     objective: Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"] = (
         "collective"
@@ -168,6 +186,7 @@ class DistillConfig(TrainingConfig):
     expansion_size: Positive = 10
     negatives_depth: Positive = 100
     zero_row_floor: bool = False
+    teacher_embeddings: Literal["store", "recompute"] = "store"
 
 
 def _dev_and_test() -> list[Split]:

@@ -98,14 +98,15 @@ class BatchPlan:
 
     def batch(self, step: int) -> Batch:
         """The batch of `step` (from 0): consecutive queries of this epoch's permutation."""
-        queries = np.array([self._query(step * self.batch_size + i) for i in range(self.batch_size)], np.int64)
+        first = step * self.batch_size
+        queries_B = np.array([self._query(first + i) for i in range(self.batch_size)], np.int64)
         rng = np.random.default_rng([self.seed, 1, step])
-        passages = np.empty((self.batch_size, 1 + self.negatives), np.int64)
-        for row, query in enumerate(queries.tolist()):
-            labelled = self.positives.of(query)
-            passages[row, 0] = rng.choice(labelled)
-            passages[row, 1:] = self._negatives(rng, query, labelled)
-        return Batch(queries, passages)
+        starts_B = self.positives.offsets[queries_B]
+        counts_B = self.positives.offsets[queries_B + 1] - starts_B
+        passages_BM = np.empty((self.batch_size, 1 + self.negatives), np.int64)
+        passages_BM[:, 0] = self.positives.passages[starts_B + rng.integers(0, counts_B)]
+        passages_BM[:, 1:] = self._negatives(rng, queries_B)
+        return Batch(queries_B, passages_BM)
 
     def _query(self, position: int) -> int:
         epoch, place = divmod(position, len(self.queries))
@@ -114,20 +115,56 @@ class BatchPlan:
             self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.queries)
         return int(self._order[place])
 
-    def _negatives(self, rng: np.random.Generator, query: int, labelled: Int64Array) -> Int64Array:
-        """`negatives` passages that are not labelled; from the top of the ranking, filled up from the corpus."""
-        chosen = np.empty(0, np.int64)
-        if self.rankings is not None:
+    def _negatives(self, rng: np.random.Generator, queries_B: Int64Array) -> Int64Array:
+        """(B, negatives): passages that are not labelled; from the top of the ranking, filled up from the corpus."""
+        labels = _LabelledPairs(self.positives, queries_B, self.num_passages)
+        chosen_BK = np.full((len(queries_B), self.negatives), -1, np.int64)
+        if self.rankings is not None and self.negatives:
+            top_BR = np.asarray(self.rankings[queries_B], np.int64)
+            rows_BR = np.broadcast_to(np.arange(len(top_BR))[:, None], top_BR.shape)
+            usable_BR = (top_BR >= 0) & ~labels.hold(rows_BR, top_BR)
             # The labelled passages are taken out before the cut, so that every query has the same depth of negatives.
-            top = np.asarray(self.rankings[query], np.int64)
-            pool = top[(top >= 0) & ~np.isin(top, labelled)][: self.negatives_depth]
-            chosen = rng.choice(pool, min(self.negatives, len(pool)), replace=False)
-        while len(chosen) < self.negatives:
-            extra = rng.integers(0, self.num_passages, self.negatives - len(chosen))
-            fresh = extra[~np.isin(extra, labelled)]
+            usable_BR &= usable_BR.cumsum(1) <= self.negatives_depth
+            # The smallest of independent draws: a sample without replacement of every row at once.
+            draws_BR = np.where(usable_BR, rng.random(top_BR.shape), np.inf)
+            first_BK = draws_BR.argsort(1, kind="stable")[:, : self.negatives]
+            found_BK = np.take_along_axis(top_BR, first_BK, 1)
+            found_BK[~np.take_along_axis(usable_BR, first_BK, 1)] = -1
+            chosen_BK[:, : found_BK.shape[1]] = found_BK
+        rows, columns = np.nonzero(chosen_BK < 0)
+        while len(rows):
+            drawn = rng.integers(0, self.num_passages, len(rows))
             # A corpus in which everything is labelled has no negatives; the valid mask then takes these out.
-            chosen = np.concatenate([chosen, fresh if self.num_passages > len(labelled) else extra])
-        return chosen
+            good = ~labels.hold(rows, drawn) | (labels.counts_B[rows] >= self.num_passages)
+            chosen_BK[rows[good], columns[good]] = drawn[good]
+            rows, columns = rows[~good], columns[~good]
+        return chosen_BK
+
+
+class _LabelledPairs:
+    """The labelled passages of some queries, as (row, passage) pairs.
+
+    Attributes:
+        counts_B: labelled passages of each row; rows, passages: the pairs, flat.
+    """
+
+    def __init__(self, positives: Positives, queries_B: Int64Array, num_passages: int) -> None:
+        starts_B = positives.offsets[queries_B]
+        self.counts_B = positives.offsets[queries_B + 1] - starts_B
+        self.rows = np.repeat(np.arange(len(queries_B)), self.counts_B)
+        self.passages = positives.passages[_ranges(starts_B, self.counts_B)]
+        self._width = num_passages
+        self._keys = self.rows * num_passages + self.passages
+
+    def hold(self, rows: Int64Array, passages: Int64Array) -> BoolArray:
+        """True where passages[i] is labelled for the query of rows[i]."""
+        return np.isin(rows * self._width + passages, self._keys)
+
+
+def _ranges(starts: Int64Array, counts: Int64Array) -> Int64Array:
+    """starts[0], starts[0] + 1, ... of counts[0] numbers, then those of the next."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
@@ -137,11 +174,15 @@ def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
     passage that stands further left (or in the positive's column) already, are excluded from the row's softmax.
     """
     flat = batch.passages_BM.reshape(-1)
-    per_query = batch.passages_BM.shape[1]
-    seen_before = np.ones(len(flat), bool)
-    seen_before[np.unique(flat, return_index=True)[1]] = False
-    valid = np.repeat(~seen_before[None], len(batch.queries_B), axis=0)
-    for row, query in enumerate(batch.queries_B.tolist()):
-        valid[row, np.isin(flat, positives.of(query))] = False
-        valid[row, row * per_query] = True
+    rows = np.arange(len(batch.queries_B))
+    order = np.argsort(flat, kind="stable")
+    by_passage = flat[order]
+    seen_before = np.zeros(len(flat), bool)
+    seen_before[order[1:]] = by_passage[1:] == by_passage[:-1]
+    valid = np.repeat(~seen_before[None], len(rows), axis=0)
+    labels = _LabelledPairs(positives, batch.queries_B, int(flat.max(initial=0)) + 1)
+    first = np.searchsorted(by_passage, labels.passages, side="left")
+    hits = np.searchsorted(by_passage, labels.passages, side="right") - first
+    valid[np.repeat(labels.rows, hits), order[_ranges(first, hits)]] = False
+    valid[rows, rows * batch.passages_BM.shape[1]] = True
     return valid

@@ -1,8 +1,8 @@
 """The tensors of a batch, read ahead of the step that needs them.
 
-A worker encodes its own slice of the global batch and scores its queries against the passages of all workers, so it
-reads the texts of its slice and the teacher's embeddings of every passage of the batch. Shapes: b queries of this
-worker, n = b * M its passages, N passages of the global batch, Q and L rows, D dimensions, E expansion embeddings.
+A worker encodes its own slice of the global batch and scores its passages for the queries of all workers. Shapes: b
+queries of this worker, n = b * M its passages, B queries and N passages that meet in the loss (the global batch, or the
+worker's own slice when negatives are not shared), Q and L rows, D dimensions.
 """
 
 from __future__ import annotations
@@ -10,33 +10,31 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import BatchPlan, Positives, valid_mask
+from ckd_ray.distill.batches import Batch, BatchPlan, Int64Array, Positives, valid_mask
+from ckd_ray.distill.groups import OVERHEAD, OVERHEAD_GPU, length_groups
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.errors import JobError
+from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
 from ckd_ray.model import ColBERTTokenizer
+from ckd_ray.model.tokenizer import Int32Array
 from ckd_ray.retrieve.rankings import read_ranking_matrix
-from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import join
 
 
 @dataclass
-class TeacherInputs:
-    """The frozen side of a step: queries_bQD, expansions_bED with weights_bE, passages_NLD with mask_NL."""
+class Part:
+    """What is encoded at a time: queries, and passages in groups of like length, each (ids_gL, attention mask_gL)."""
 
-    queries_bQD: Tensor
-    expansions_bED: Tensor
-    weights_bE: Tensor
-    passages_NLD: Tensor
-    mask_NL: Tensor
+    query_ids_bQ: Tensor
+    query_mask_bQ: Tensor
+    groups: list[Rows]
 
 
 @dataclass
@@ -44,30 +42,36 @@ class StepInputs:
     """Everything a step needs on this worker.
 
     Attributes:
-        positives_b: column of each query's positive among the N passages; valid_bN: see `valid_mask`.
+        parts: the worker's queries in order, and its passages in the order of `columns_n`; one part, or as many as
+            the batch is accumulated from.
+        columns_n: where each encoded passage stands among the worker's n passages.
+        positives_B: column of each query's positive among the N passages; valid_BN: see `valid_mask`.
         teacher: None for objectives without a teacher.
+        scores_BN: the teacher's scores, where they are not computed from `teacher`.
     """
 
     step: int
-    query_ids_bQ: Tensor
-    query_mask_bQ: Tensor
-    passage_ids_nL: Tensor
-    passage_mask_nL: Tensor
-    positives_b: Tensor
-    valid_bN: Tensor
+    parts: list[Part]
+    columns_n: Tensor
+    positives_B: Tensor
+    valid_BN: Tensor
     teacher: TeacherInputs | None
+    scores_BN: Tensor | None = None
 
     def to(self, device: torch.device) -> StepInputs:
         """A copy on `device`."""
+        moved: StepInputs = _moved(self, device)
+        return moved
 
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            if isinstance(value, TeacherInputs):
-                return TeacherInputs(**{k: move(v) for k, v in vars(value).items()})
-            return value
 
-        return StepInputs(**{k: move(v) for k, v in vars(self).items()})
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, StepInputs | Part | TeacherInputs):
+        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 def worker_slice(batch_size: int, rank: int, world: int) -> slice:
@@ -78,8 +82,16 @@ def worker_slice(batch_size: int, rank: int, world: int) -> slice:
 class InputReader:
     """Reads the inputs of any step for one worker."""
 
-    def __init__(self, task: TrainingTask, tokenizer: ColBERTTokenizer, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        task: TrainingTask,
+        tokenizer: ColBERTTokenizer,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.task, self.tokenizer = task, tokenizer
+        self.on_gpu = torch.device(device).type == "cuda"
         self.mine = worker_slice(task.batch_size, rank, world)
         self.collection = Collection.open(task.run)
         self.query_texts = self.collection.queries("train").texts
@@ -101,63 +113,68 @@ class InputReader:
             rankings=rankings,
             negatives_depth=task.negatives_depth,
         )
-        if task.needs_teacher:
-            self.passages = EmbeddingStore.open(join(task.run, "embeddings", "passages"))
-            self.queries = EmbeddingStore.open(join(task.run, "embeddings", "queries.train"))
-            wants_expansion = task.objective == "collective"
-            self.expansions = ExpansionReader.open(join(task.run, "labels"), "train") if wants_expansion else None
+        dim = tokenizer.settings.dim
+        self.teacher = TeacherReader(task, dim) if task.needs_teacher else None
 
     def read(self, step: int) -> StepInputs:
         """The inputs of `step`."""
-        batch = self.plan.batch(step)
-        mine, per_query = self.mine, batch.passages_BM.shape[1]
-        queries_b = batch.queries_B[mine]
-        query_ids, query_mask = self.tokenizer.queries([self.query_texts[i] for i in queries_b.tolist()])
-        texts = self.collection.texts(batch.passages_BM[mine].reshape(-1))
-        passage_ids, passage_mask = self.tokenizer.pad(self.tokenizer.passages(texts))
+        batch, mine = self.plan.batch(step), self.mine
+        queries_b, passages_n = batch.queries_B[mine], batch.passages_BM[mine].reshape(-1)
+        parts, groups = self._parts(queries_b, passages_n)
+        # The rows and columns of the loss.
+        scope = batch if self.task.share_negatives else Batch(queries_b, batch.passages_BM[mine])
+        teacher = None if self.teacher is None else self.teacher.read(queries_b, [passages_n[g] for g in groups])
         return StepInputs(
             step=step,
-            query_ids_bQ=query_ids,
-            query_mask_bQ=query_mask,
-            passage_ids_nL=passage_ids,
-            passage_mask_nL=passage_mask,
-            positives_b=torch.arange(mine.start, mine.stop) * per_query,
-            valid_bN=torch.from_numpy(valid_mask(batch, self.positives)[mine]),
-            teacher=self._teacher(queries_b, batch.passages_BM.reshape(-1)) if self.task.needs_teacher else None,
+            parts=parts,
+            columns_n=torch.from_numpy(np.concatenate(groups)),
+            positives_B=torch.arange(len(scope.queries_B)) * scope.passages_BM.shape[1],
+            valid_BN=torch.from_numpy(valid_mask(scope, self.positives)),
+            teacher=teacher,
         )
 
-    def _teacher(self, queries_b: np.ndarray, passages_N: np.ndarray) -> TeacherInputs:
-        rows = self.queries.gather(queries_b)
-        queries_bQD = rows.embeddings_TD.float().reshape(len(queries_b), -1, self.queries.dim)
-        if self.expansions is None:
-            expansions, weights = (
-                queries_bQD.new_zeros(len(queries_b), 0, self.queries.dim),
-                queries_bQD.new_zeros(len(queries_b), 0),
-            )
-        else:
-            expansions, weights = self.expansions.select(queries_b, self.task.expansion_size, self.task.beta)
-        passages_NLD, mask_NL = self.passages.gather(passages_N).padded()
-        return TeacherInputs(queries_bQD, expansions, weights, passages_NLD.float(), mask_NL)
+    def _parts(self, queries_b: Int64Array, passages_n: Int64Array) -> tuple[list[Part], list[Int64Array]]:
+        """The parts, and which of the passages stand in each group of each part, one after the other."""
+        query_ids, query_mask = self.tokenizer.queries([self.query_texts[i] for i in queries_b.tolist()])
+        tokens = self.tokenizer.passages(self.collection.texts(passages_n))
+        lengths = np.array([len(ids) for ids in tokens], np.int64)
+        count = min(self.task.accumulate, len(queries_b))
+        parts, all_groups = [], []
+        # Parts hold neighbours in length, which are then grouped once more.
+        by_length = np.argsort(lengths, kind="stable")
+        for rows, members in zip(
+            np.array_split(np.arange(len(queries_b)), count), np.array_split(by_length, count), strict=True
+        ):
+            found = length_groups(lengths[members], OVERHEAD_GPU if self.on_gpu else OVERHEAD)
+            groups = [members[group] for group in found]
+            span = slice(rows[0], rows[-1] + 1)
+            parts.append(Part(query_ids[span], query_mask[span], [self._pad(tokens, group) for group in groups]))
+            all_groups += groups
+        return parts, all_groups
+
+    def _pad(self, tokens: list[Int32Array], group: Int64Array) -> Rows:
+        return self.tokenizer.pad([tokens[i] for i in group.tolist()], 8 if self.on_gpu else 1)
 
     def stream(self, start: int, ahead: int = 2) -> Iterator[StepInputs]:
         """Inputs of the steps from `start` to the last, read by a thread that stays `ahead` steps in front."""
         ready: queue.Queue[StepInputs | BaseException] = queue.Queue(maxsize=ahead)
         stop = threading.Event()
 
+        def put(item: StepInputs | BaseException) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
         def produce() -> None:
             try:
                 for step in range(start, self.task.steps):
-                    item = self.read(step)
-                    while not stop.is_set():
-                        try:
-                            ready.put(item, timeout=0.2)
-                            break
-                        except queue.Full:
-                            continue
+                    put(self.read(step))
                     if stop.is_set():
                         return
             except BaseException as error:  # handed to the training thread, which raises it
-                ready.put(error)
+                put(error)
 
         thread = threading.Thread(target=produce, name="batch-reader", daemon=True)
         thread.start()
@@ -165,7 +182,7 @@ class InputReader:
             for _ in range(start, self.task.steps):
                 item = ready.get()
                 if isinstance(item, BaseException):
-                    raise JobError(f"reading a batch failed: {item}") from item
+                    raise item
                 yield item
         finally:
             stop.set()

@@ -176,6 +176,6 @@ def _check_finite(who: str, scores_BN: Tensor, valid_BN: Tensor | None) -> None:
     if bad.any():
         row, column = (int(i) for i in bad.nonzero()[0])
         raise FloatingPointError(
-            f"the {who}'s score of passage {column} for query {row} of the batch is {float(scores_BN[row, column])};"
+            f"the {who}'s score of passage {column} for query {row} of the batch is {scores_BN[row, column].item()};"
             " a diverged model (lower the learning rate) or damaged embeddings (run ckd-ray embed --fresh)"
         )

@@ -1,160 +1,205 @@
 """One training step: encode, score all passages of the batch for all queries, objective, gradients.
 
-Shapes: b queries and n passages of this worker, N passages of all workers, Q and L rows, D dimensions.
+Shapes: b queries and n passages of this worker, B and N of all workers, g passages of a group, Q and L rows,
+D dimensions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ckd_ray.collective import teacher_scores
-from ckd_ray.distill.inputs import StepInputs
+from ckd_ray.distill.exchange import gather_queries, gather_scores
+from ckd_ray.distill.inputs import Part, StepInputs, worker_slice
 from ckd_ray.distill.objectives import objective_loss
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.distill.teacher import Rows
 from ckd_ray.embed.encoder import Precision, computing
-from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model import ColBERT
 from ckd_ray.model.maxsim import maxsim
 
-
-class _GatherRows(torch.autograd.Function):
-    """All workers' rows, in rank order; the backward pass sums every worker's gradient of our rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank()]
+Encoded = tuple[Tensor, list[Rows]]
 
 
-def gather_passages(passages_nLD: Tensor, keep_nL: Tensor) -> tuple[Tensor, Tensor]:
-    """Passages of all workers, with gradients: (N, L', D) and their mask (N, L').
+class BatchEncoder(nn.Module):
+    """A `ColBERT` that encodes queries and groups of passages in one call, as DDP wants it."""
 
-    Workers may hold different n and L; both are padded for the exchange and cut again.
-    """
-    sizes = torch.tensor(passages_nLD.shape[:2], device=passages_nLD.device)
-    all_sizes = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_sizes, sizes)
-    counts = [int(s[0]) for s in all_sizes]
-    rows, width = max(counts), max(int(s[1]) for s in all_sizes)
-    n, length, _ = passages_nLD.shape
-    padded = nn.functional.pad(passages_nLD, (0, 0, 0, width - length, 0, rows - n))
-    mask = nn.functional.pad(keep_nL, (0, width - length, 0, rows - n)).to(torch.uint8)
-    masks = [torch.empty_like(mask) for _ in counts]
-    dist.all_gather(masks, mask)
-    gathered = _GatherRows.apply(padded)
-    passages = torch.cat([gathered[r, :c] for r, c in enumerate(counts)])
-    return passages, torch.cat([m[:c].bool() for m, c in zip(masks, counts, strict=True)])
+    def __init__(self, model: ColBERT) -> None:
+        super().__init__()
+        self.colbert = model
 
-
-def _settings(model: nn.Module) -> ColBERTSettings:
-    """Of a ColBERT, or of one inside DDP."""
-    inner = getattr(model, "module", model)
-    assert isinstance(inner, ColBERT)
-    return inner.settings
+    def forward(self, query_ids_bQ: Tensor, query_mask_bQ: Tensor, groups: list[Rows]) -> Encoded:
+        """queries_bQD, and (rows_gLD, keep_gL) of every group."""
+        queries_bQD = self.colbert.encode_queries(query_ids_bQ, query_mask_bQ)
+        return queries_bQD, [self.colbert.encode_passages(ids, mask) for ids, mask in groups]
 
 
 class TrainingStep:
     """Computes the loss and leaves gradients in the model's parameters.
 
     Args:
-        model: `ColBERT`, or the same wrapped in DDP.
-        world: number of workers; the batch's loss is the mean over all their queries.
+        model: a `ColBERT`, or a `BatchEncoder` inside DDP.
+        world, rank: of the workers. The batch's loss is the mean over all their queries.
+        teacher: the frozen encoder, when its rows are to be computed again.
     """
 
-    def __init__(self, model: nn.Module, task: TrainingTask, precision: Precision, world: int = 1) -> None:
-        self.model, self.task, self.precision, self.world = model, task, precision, world
-        self.similarity = _settings(model).similarity
+    def __init__(
+        self,
+        model: nn.Module,
+        task: TrainingTask,
+        precision: Precision,
+        world: int = 1,
+        rank: int = 0,
+        teacher: ColBERT | None = None,
+    ) -> None:
+        self.encoder = BatchEncoder(model) if isinstance(model, ColBERT) else model
+        inner: Any = getattr(self.encoder, "module", self.encoder)
+        self.bare: BatchEncoder = inner
+        self.task, self.precision, self.world, self.rank = task, precision, world, rank
+        self.frozen = None if teacher is None else BatchEncoder(teacher.eval())
+        self.similarity = self.bare.colbert.settings.similarity
+        self.shares = world > 1 and task.share_negatives
+        spans = [worker_slice(task.batch_size, r, world) for r in range(world)]
+        self.counts = [span.stop - span.start for span in spans]
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        """Backward pass included. Returns this worker's share of the loss: the sum over workers is the batch's loss."""
-        if self.task.accumulate > 1:
-            return self._cached(inputs)
-        queries, passages, keep = self._encode(inputs, slice(None), slice(None))
-        loss = self._loss(inputs, queries, passages, keep)
-        self._backward(loss)
-        return loss.detach()
+        """Backward pass included. Returns the loss of the whole batch, the same on every worker.
 
-    def _encode(self, inputs: StepInputs, rows: slice, passage_rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        with computing(inputs.query_ids_bQ.device, self.precision):
-            return self.model(
-                inputs.query_ids_bQ[rows],
-                inputs.query_mask_bQ[rows],
-                inputs.passage_ids_nL[passage_rows],
-                inputs.passage_mask_nL[passage_rows],
-            )
+        Raises:
+            FloatingPointError: on every worker alike, before gradients are exchanged: the loss is not finite.
+        """
+        if len(inputs.parts) > 1:
+            return self._cached(inputs)
+        queries_bQD, groups = self._encode(inputs, 0, self.encoder)
+        loss, total = self._agreed(lambda: self._loss(inputs, queries_bQD, groups))
+        self._backward(loss)
+        return total
+
+    def _encode(self, inputs: StepInputs, part: int, encoder: nn.Module) -> Encoded:
+        if self.task.dropout:
+            # The masks follow from the step, so neither a restart nor the second encoding of a part changes them.
+            state = np.random.SeedSequence([self.task.seed, inputs.step, self.rank, part]).generate_state(1, np.uint64)
+            torch.manual_seed(int(state[0] >> 1))
+        return self._run(encoder, inputs.parts[part])
+
+    def _run(self, encoder: nn.Module, part: Part) -> Encoded:
+        with computing(part.query_ids_bQ.device, self.precision):
+            encoded: Encoded = encoder(part.query_ids_bQ, part.query_mask_bQ, part.groups)
+        return encoded
 
     def _backward(self, loss: Tensor) -> None:
-        # DDP averages gradients over workers, while the batch's loss is the sum of the workers' shares.
+        # Workers hold either the whole loss, of whose gradient each computes what flows through its own texts, or
+        # their share of it. Both add up to the batch's gradient, which DDP divides by the number of workers.
         (loss * self.world).backward()
 
-    def _loss(self, inputs: StepInputs, queries_bQD: Tensor, passages_nLD: Tensor, keep_nL: Tensor) -> Tensor:
-        if self.world > 1:
-            passages_nLD, keep_nL = gather_passages(passages_nLD, keep_nL)
+    def _agreed(self, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """(loss with its graph, loss of the batch). When negatives are not shared, a worker may be alone with a NaN;
+        the others must know before they wait for its gradients."""
+        if self.world == 1 or self.shares:
+            loss = compute()
+            return loss, loss.detach()
+        cause = "another worker's part of the batch has no finite loss"
+        try:
+            loss = compute()
+            total = loss.detach().clone()
+        except FloatingPointError as error:
+            cause = str(error)
+            loss = total = torch.full((), torch.nan, device=self.bare.colbert.device)
+        dist.all_reduce(total)
+        if not bool(torch.isfinite(total)):
+            raise FloatingPointError(cause)
+        return loss, total
+
+    def _loss(self, inputs: StepInputs, queries_bQD: Tensor, groups: list[Rows]) -> Tensor:
+        """Mean over the batch's queries; this worker's share of it when negatives are not shared."""
         task = self.task
-        student_bN = maxsim(
-            queries_bQD, passages_nLD, keep_nL, similarity=self.similarity, zero_row_floor=task.zero_row_floor
-        )
-        teacher_bN = None
+        queries_BQD = gather_queries(queries_bQD, self.counts) if self.shares else queries_bQD
+        found = [maxsim(queries_BQD, *rows, similarity=self.similarity, zero_row_floor=task.zero_row_floor)
+                 for rows in groups]  # fmt: skip
+        scores_KBn = [self._columns(found, inputs)]
         if inputs.teacher is not None:
-            t = inputs.teacher
-            with torch.no_grad():
-                teacher_bN = teacher_scores(
-                    t.queries_bQD,
-                    t.expansions_bED,
-                    t.weights_bE,
-                    t.passages_NLD,
-                    t.mask_NL,
-                    similarity=self.similarity,
-                    zero_row_floor=task.zero_row_floor,
-                )
-        rows_b = objective_loss(
+            scores_KBn.append(self._columns(self._teacher_scores(inputs), inputs))
+        scores_KBN = torch.stack(scores_KBn)
+        if self.shares:
+            passages = 1 + task.negatives
+            scores_KBN = gather_scores(scores_KBN, [passages * count for count in self.counts])
+        rows_B = objective_loss(
             task.objective,
-            student_bN,
-            positives_B=inputs.positives_b,
-            teacher_scores_BN=teacher_bN,
-            valid_BN=inputs.valid_bN,
+            scores_KBN[0],
+            positives_B=inputs.positives_B,
+            teacher_scores_BN=scores_KBN[1].detach() if inputs.teacher is not None else inputs.scores_BN,
+            valid_BN=inputs.valid_BN,
             temperature=task.temperature,
             smoothing=task.smoothing,
         )
-        return rows_b.sum() / task.batch_size
+        return rows_B.sum() / task.batch_size
+
+    @staticmethod
+    def _columns(found: list[Tensor], inputs: StepInputs) -> Tensor:
+        """Scores of all groups, the columns in the order of the worker's passages."""
+        return torch.cat(found, 1)[:, inputs.columns_n.argsort()]
+
+    @torch.no_grad()
+    def _teacher_scores(self, inputs: StepInputs) -> list[Tensor]:
+        """(B, g) of each group."""
+        teacher = inputs.teacher
+        assert teacher is not None
+        queries_bQD, groups = teacher.queries_bQD, teacher.passages
+        if self.frozen is not None:
+            # Rounded as in the store, and half the memory.
+            parts = [self._run(self.frozen, part) for part in inputs.parts]
+            queries_bQD = torch.cat([queries for queries, _ in parts]).half()
+            groups = [(rows.half(), keep) for _, found in parts for rows, keep in found]
+        assert queries_bQD is not None and groups is not None
+        rows_bRD = torch.cat([queries_bQD.float(), teacher.expansions_bED], 1)
+        weights_bR1 = torch.cat([rows_bRD.new_ones(queries_bQD.shape[:2]), teacher.weights_bE], 1)[:, :, None]
+        if self.shares:
+            packed_BRX = gather_queries(torch.cat([rows_bRD, weights_bR1], 2), self.counts)
+            rows_bRD, weights_bR1 = packed_BRX[:, :, :-1], packed_BRX[:, :, -1:]
+        length = queries_bQD.shape[1]
+        return [
+            teacher_scores(
+                rows_bRD[:, :length],
+                rows_bRD[:, length:],
+                weights_bR1[:, length:, 0],
+                *rows,
+                similarity=self.similarity,
+                zero_row_floor=self.task.zero_row_floor,
+            )
+            for rows in groups
+        ]
 
     def _cached(self, inputs: StepInputs) -> Tensor:
         """Cached gradients (GradCache, Gao et al. 2021): memory of one part, loss of the whole batch.
 
         Embeddings are computed part by part without a graph, the loss gives their gradients, and each part is encoded
-        once more to carry these into the weights. Exact only without dropout, which the configuration checks.
+        once more, under the same dropout, to carry these into the weights.
         """
-        parts = list(self._parts(inputs))
+        count = len(inputs.parts)
         with torch.no_grad():
-            encoded = [self._encode(inputs, q, p) for q, p in parts]
-        queries = torch.cat([e[0] for e in encoded]).requires_grad_()
-        passages = torch.cat([e[1] for e in encoded]).requires_grad_()
-        loss = self._loss(inputs, queries, passages, torch.cat([e[2] for e in encoded]))
+            encoded = [self._encode(inputs, i, self.bare) for i in range(count)]
+        queries_bQD = torch.cat([queries for queries, _ in encoded]).requires_grad_()
+        groups = [(rows.requires_grad_(), keep) for _, found in encoded for rows, keep in found]
+        loss, total = self._agreed(lambda: self._loss(inputs, queries_bQD, groups))
         self._backward(loss)
-        assert queries.grad is not None and passages.grad is not None
-        for i, (q, p) in enumerate(parts):
-            last = i == len(parts) - 1
-            quiet = getattr(self.model, "no_sync", nullcontext) if not last else nullcontext
+        assert queries_bQD.grad is not None
+        gradients = iter(groups)
+        of_queries = iter(queries_bQD.grad.split([len(queries) for queries, _ in encoded]))
+        for i in range(count):
+            quiet = getattr(self.encoder, "no_sync", nullcontext) if i < count - 1 else nullcontext
             with quiet():
-                part_queries, part_passages, _ = self._encode(inputs, q, p)
-                surrogate = (part_queries * queries.grad[q]).sum() + (part_passages * passages.grad[p]).sum()
+                queries, found = self._encode(inputs, i, self.encoder)
+                surrogate = (queries * next(of_queries)).sum()
+                for rows, _ in found:
+                    gradient = next(gradients)[0].grad
+                    assert gradient is not None
+                    surrogate = surrogate + (rows * gradient).sum()
                 surrogate.backward()
-        return loss.detach()
-
-    def _parts(self, inputs: StepInputs) -> list[tuple[slice, slice]]:
-        b = len(inputs.query_ids_bQ)
-        per_query = len(inputs.passage_ids_nL) // max(1, b)
-        size = -(-b // self.task.accumulate)
-        starts = range(0, b, max(1, size))
-        return [(slice(s, s + size), slice(s * per_query, (s + size) * per_query)) for s in starts]
+        return total

@@ -23,7 +23,15 @@ class TrainingTask:
         hard_negatives: from the rankings; else from the whole corpus.
         accumulate: parts in which a batch is encoded. Gradients are cached between the parts, so the loss stays that
             of the whole batch.
-        embeddings, expansions: folders below `run` for the teacher's store and labels.
+        share_negatives: every query meets the passages of all workers; off, those of its own worker alone, and the
+            loss then depends on the number of workers.
+        teacher_embeddings: `store` reads the teacher's rows; `recompute` runs the encoder in `teacher` (a checkpoint)
+            on the passages of the batch.
+        ema: decay of the moving average of the weights that is kept as the result; 0 keeps the weights themselves.
+        evaluate_every: steps between measurements on dev (see `ckd_ray.distill.dev`); 0 measures never. When it is on,
+            the result is the best checkpoint, not the last.
+        patience: stop after so many measurements without a better one; 0 never stops early.
+        dev_queries, dev_passages: how large a measurement is.
     """
 
     stage: str
@@ -51,6 +59,14 @@ class TrainingTask:
     accumulate: int = 1
     precision: str = "fp32"
     dropout: float = 0.0
+    share_negatives: bool = True
+    teacher_embeddings: str = "store"
+    teacher: str | None = None
+    ema: float = 0.0
+    evaluate_every: int = 0
+    patience: int = 0
+    dev_queries: int = 100
+    dev_passages: int = 1000
     checkpoint_every: int = 200
     log_every: int = 10
 
@@ -58,6 +74,11 @@ class TrainingTask:
     def needs_teacher(self) -> bool:
         """Whether the objective reads the teacher's embeddings."""
         return self.objective in ("self_distillation", "collective")
+
+    @property
+    def recomputes_teacher(self) -> bool:
+        """Whether workers run the teacher's encoder."""
+        return self.needs_teacher and self.teacher_embeddings == "recompute"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import threading
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
+from ckd_ray import __version__
+from ckd_ray.distill.metrics import Record, event_bytes, read_parts
+from ckd_ray.distill.placement import Placement, plan_workers
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError
 from ckd_ray.progress import Progress
 from ckd_ray.store.files import delete, filesystem_of, is_local, join, new_folder
 
@@ -25,17 +31,30 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """metrics: one record every `log_every` steps (step, loss, learning_rate, ...); workers: how many ran."""
+    """What came out.
 
-    metrics: list[dict[str, Any]]
+    Attributes:
+        metrics: one record every `log_every` steps (step, loss, learning_rate, ...).
+        workers: how many ran at the end.
+        steps: steps taken; fewer than asked for when training stopped early.
+        weights: `best` or `last`, which checkpoint was kept; kept_step: the steps taken before it.
+        best: the best measure on dev, None without.
+    """
+
+    metrics: list[Record]
     workers: int
+    steps: int
+    weights: str
+    kept_step: int
+    best: float | None
 
 
 class _Board:
-    """A tiny actor between the workers and the driver: the last step, and its loss."""
+    """A tiny actor between the workers and the driver: the last step and its loss, and why training cannot go on."""
 
     def __init__(self) -> None:
         self.step, self.loss = 0, float("nan")
+        self._cause: str | None = None
 
     def tell(self, step: int, loss: float) -> None:
         self.step, self.loss = step, loss
@@ -43,83 +62,93 @@ class _Board:
     def read(self) -> tuple[int, float]:
         return self.step, self.loss
 
+    def give_up(self, cause: str) -> None:
+        """The first cause counts: others follow from it."""
+        self._cause = self._cause or cause
 
-def plan_workers(workers: int | Literal["auto"], batch_size: int, key: str) -> tuple[int, bool]:
-    """(number of workers, whether each takes a GPU). `auto`: one a GPU, else one.
-
-    Raises:
-        UserError: they do not fit the cluster, or the batch is smaller than their number.
-    """
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    use_gpu = gpus > 0
-    room = min(gpus, cpus) if use_gpu else cpus
-    chosen = min(max(1, gpus), batch_size) if workers == "auto" else workers
-    if chosen > room:
-        raise UserError(
-            "the training workers do not fit the cluster",
-            where=f"{key}.workers",
-            expected=f"at most {room}",
-            found=f"{chosen}; the cluster has {cpus} CPU and {gpus} GPU",
-            fix=f"set {key}.workers: auto, or add nodes",
-        )
-    if chosen > batch_size:
-        raise UserError(
-            "more workers than queries in a batch",
-            where=f"{key}.batch_size",
-            expected=f">= {chosen}",
-            found=str(batch_size),
-        )
-    return chosen, use_gpu
+    def cause(self) -> str | None:
+        return self._cause
 
 
 def fit(
-    task: TrainingTask, *, out: str, workers: int | Literal["auto"] = "auto", max_failures: int = 3
+    task: TrainingTask,
+    *,
+    out: str,
+    workers: int | str = "auto",
+    max_failures: int = 3,
+    callbacks: Sequence[Any] = (),
 ) -> TrainingOutcome:
-    """Train, and put the final checkpoint at `out`. Called again after a crash, it goes on from the last checkpoint.
+    """Train, and put the resulting checkpoint at `out`. Called again after a crash, it goes on from the last one.
+
+    Args:
+        workers: a number, `2-8` for elastic training, or `auto`; see `plan_workers`.
+        max_failures: how often workers are started again after one died; a diverged loss or broken input ends training
+            at once.
+        callbacks: of `ray.train.UserCallback`, such as other loggers.
 
     Raises:
         UserError: the workers do not fit. JobError: training failed; the cause is in the message.
     """
+    placement = plan_workers(workers, task.batch_size, task.stage)
+    board_name = f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
+    remote: Any = ray.remote(num_cpus=0)(_Board)
+    board = remote.options(name=board_name, scheduling_strategy=_here()).remote()
+    ray.get(board.read.remote())
+    home = join(task.run, "checkpoints", f"{task.stage}-{task.fingerprint[:16]}")
+    metrics = join(home, "metrics")
+    config = {"task": task.to_dict(), "board": board_name, "metrics": metrics}
+    trainer = _trainer(task, placement, config, max_failures, callbacks)
+    try:
+        with _followed(task, board):
+            result = _run(trainer, task, board)
+    finally:
+        ray.kill(board)
+    outcome = _take(task, result, metrics, out)
+    delete(home)
+    return outcome
+
+
+def _here() -> Any:
+    """On the driver's node: the board must not go down with a worker's."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def _trainer(
+    task: TrainingTask, placement: Placement, config: dict[str, Any], max_failures: int, callbacks: Sequence[Any]
+) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ckd_ray.distill.worker import train_worker
+    from ckd_ray.distill.worker import KEEP, train_worker
 
-    count, use_gpu = plan_workers(workers, task.batch_size, task.stage)
-    board_name = f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
-    remote: Any = ray.remote(num_cpus=0)(_Board)
-    board = remote.options(name=board_name).remote()
-    ray.get(board.read.remote())
+    workers: Any = placement.num_workers  # the stubs know no pairs
     checkpoints = join(task.run, "checkpoints")
     fs, path = filesystem_of(checkpoints)
-    name = f"{task.stage}-{task.fingerprint[:16]}"
-    trainer = TorchTrainer(
+    # Ray never removes the latest checkpoint, which training goes on from; the best is kept beside it.
+    keep = CheckpointConfig(num_to_keep=1)
+    if task.evaluate_every:
+        keep = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=KEEP, checkpoint_score_order="max")
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"task": task.to_dict(), "board": board_name},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=count, use_gpu=use_gpu, resources_per_worker=_resources(use_gpu)),
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=placement.use_gpu, resources_per_worker=placement.resources
+        ),
         run_config=RunConfig(
-            name=name,
+            name=f"{task.stage}-{task.fingerprint[:16]}",
             storage_path=path,
             storage_filesystem=None if is_local(checkpoints) else fs,
             failure_config=FailureConfig(max_failures=max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=keep,
+            callbacks=list(callbacks),
         ),
     )
-    with _followed(task, board):
-        result = _run(trainer, task)
-    metrics = _take(result, out)
-    ray.kill(board)
-    delete(join(checkpoints, name))
-    return TrainingOutcome(metrics, count)
 
 
-def _resources(use_gpu: bool) -> dict[str, float]:
-    return {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
-
-
-def _run(trainer: Any, task: TrainingTask) -> Any:
+def _run(trainer: Any, task: TrainingTask, board: Any) -> Any:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     before = signal.getsignal(signal.SIGINT)
@@ -128,12 +157,14 @@ def _run(trainer: Any, task: TrainingTask) -> Any:
     except SystemExit as error:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
-        raise JobError(f"{task.stage}: training failed: {_cause(error)}") from error
+        cause = ray.get(board.cause.remote()) or _cause(error)
+        raise JobError(f"{task.stage}: training failed: {cause}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-    if result.error is not None:
-        raise JobError(f"{task.stage}: training failed: {_cause(result.error)}")
+    cause = ray.get(board.cause.remote()) or (_cause(result.error) if result.error is not None else None)
+    if cause is not None:
+        raise JobError(f"{task.stage}: training failed: {cause}")
     if result.checkpoint is None:
         raise JobError(f"{task.stage}: training ended without a checkpoint")
     return result
@@ -182,12 +213,60 @@ class _followed:
         self.progress.__exit__(*exc)
 
 
-def _take(result: Any, out: str) -> list[dict[str, Any]]:
-    """Copy the model of the last checkpoint to `out`; returns the metrics kept with it."""
-    with result.checkpoint.as_directory() as folder:
-        state = json.loads((Path(folder) / "state.json").read_text())
-        with new_folder(out) as target:
-            shutil.copytree(Path(folder) / "model", target, dirs_exist_ok=True)
-            lines = [json.dumps(record) + "\n" for record in state["records"]]
-            (Path(target) / "metrics.jsonl").write_text("".join(lines))
-    return state["records"]
+def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOutcome:
+    """Put the model of the best checkpoint (when dev was measured) or of the last at `out`, and beside it what is to be
+    known of it: `training.json`, `metrics.jsonl`, `tensorboard/`, and the last weights in `last/` if others are kept.
+    """
+    from ckd_ray.distill.worker import KEEP
+
+    name = "average" if task.ema else "model"
+    with new_folder(out) as target:
+        with result.checkpoint.as_directory() as folder:
+            position = json.loads((Path(folder) / "state.json").read_text())
+            if not position["finished"]:
+                raise JobError(f"{task.stage}: training ended at step {position['next_step']} of {task.steps}")
+            kept, weights = position["best_step"], "best"
+            if kept is None or kept == position["next_step"]:
+                kept = position["next_step"]
+                weights = "last" if position["best_step"] is None else "best"
+                shutil.copytree(Path(folder) / name, target, dirs_exist_ok=True)
+            else:
+                shutil.copytree(Path(folder) / name, Path(target) / "last")
+        if kept != position["next_step"]:
+            best, _ = max(result.best_checkpoints, key=lambda found: found[1][KEEP])
+            with best.as_directory() as folder:
+                shutil.copytree(Path(folder) / name, target, dirs_exist_ok=True)
+        records = read_parts(metrics, position["next_step"])
+        outcome = TrainingOutcome(
+            records, records[-1]["workers"], position["next_step"], weights, kept, position["best"]
+        )
+        (Path(target) / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        events = Path(target) / "tensorboard"
+        events.mkdir()
+        (events / "events.out.tfevents.0.ckd-ray").write_bytes(event_bytes(task.stage, records))
+        (Path(target) / "training.json").write_text(json.dumps(_description(task, outcome, target), indent=2) + "\n")
+    return outcome
+
+
+def _description(task: TrainingTask, outcome: TrainingOutcome, folder: str) -> dict[str, Any]:
+    """`training.json`: how the weights beside it were made, the scales of the loss in words."""
+    settings = {k: v for k, v in task.to_dict().items() if k not in ("run", "start", "teacher")}
+    of_teacher = " KL(softmax(s_T / temperature) || softmax(s_S)), the positive raised to its row's maximum in s_T;"
+    result = {k: v for k, v in asdict(outcome).items() if k != "metrics"}
+    return {
+        "settings": settings,
+        "result": {**result, "measure": "mrr@10" if outcome.best is not None else None},
+        "similarity": json.loads((Path(folder) / "colbert.json").read_text())["similarity"],
+        "scales": "mean over the batch's queries;"
+        + (
+            of_teacher
+            if task.objective not in ("contrastive", "label_smoothing")
+            else " cross-entropy of softmax(s_S);"
+        )
+        + " scores are sums over query rows, divided by nothing else; there is no temperature^2 factor",
+        "versions": {
+            "ckd_ray": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "ray")},
+        },
+    }

@@ -1,8 +1,8 @@
 """The training loop of one Ray Train worker.
 
-A checkpoint is a folder: `model/` (a ColBERT checkpoint), `optimizer.pt` (read with weights_only), `state.json` (the
-next step and the metrics so far). Batches, warm-up and decay follow from the step number, so nothing else is needed to
-go on as if nothing had happened.
+A checkpoint is a folder: `model/` (a ColBERT checkpoint), `average/` (the same with averaged weights, when `ema` is
+on), `optimizer.pt` (read with weights_only) and `state.json` (the next step, and how dev went). Batches, dropout,
+warm-up and decay follow from the step number, so nothing else is needed to go on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -12,34 +12,73 @@ import math
 import os
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
 
-from ckd_ray.distill.inputs import InputReader
-from ckd_ray.distill.step import TrainingStep
+from ckd_ray.distill.dev import DevMeasure
+from ckd_ray.distill.ema import MovingAverage
+from ckd_ray.distill.inputs import InputReader, StepInputs
+from ckd_ray.distill.metrics import Record, write_part
+from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.embed.encoder import Precision
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.model import ColBERT
 from ckd_ray.store.files import local_copy
 
+# Trying again cannot mend these: bad input, a broken shard, a diverged loss.
+FINAL_ERRORS = (UserError, JobError, FloatingPointError)
+# The metric by which Ray keeps a checkpoint besides the last: the measure where it is a new best, else this.
+KEEP, NOT_BEST = "keep", -1.0
 
-class _Progress:
-    """Tells the driver how far training is, without waiting for an answer."""
+
+class Board:
+    """The worker's end of the driver's board: how far training is, and why it cannot go on."""
 
     def __init__(self, name: str) -> None:
-        self._board = None
+        self._actor: Any = None
         with suppress(ValueError):
-            self._board = ray.get_actor(name)
+            self._actor = ray.get_actor(name)
 
     def tell(self, step: int, loss: float) -> None:
-        if self._board is not None:
-            self._board.tell.remote(step, loss)
+        """Does not wait."""
+        if self._actor is not None:
+            self._actor.tell.remote(step, loss)
+
+    def give_up(self, cause: str) -> None:
+        """Returns when the driver's side has it."""
+        if self._actor is not None:
+            ray.get(self._actor.give_up.remote(cause))
+
+    def given_up(self) -> bool:
+        """Whether an earlier attempt of this training has."""
+        return self._actor is not None and ray.get(self._actor.cause.remote()) is not None
+
+
+@dataclass
+class Position:
+    """Where training is, as it stands in `state.json`.
+
+    Attributes:
+        best, best_step: the best measure on dev so far, and the steps taken before it.
+        worse: measurements since then.
+        pool: the passages of the dev measurement.
+        finished: all steps are done, or training has stopped early.
+    """
+
+    next_step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    worse: int = 0
+    pool: list[int] | None = None
+    finished: bool = False
 
 
 class WorkerState:
@@ -47,94 +86,168 @@ class WorkerState:
 
     def __init__(self, task: TrainingTask, world: int) -> None:
         self.task = task
-        self.next_step = 0
-        self.records: list[dict[str, Any]] = []
+        self.position = Position()
+        averages: list[torch.Tensor] | None = None
+        optimizer_state = None
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             with local_copy(task.start) as folder:
                 self.model = ColBERT.from_pretrained(folder)
-            optimizer_state = None
         else:
             with checkpoint.as_directory() as folder:
-                state = json.loads((Path(folder) / "state.json").read_text())
-                self.next_step, self.records = state["next_step"], state["records"]
+                self.position = Position(**json.loads((Path(folder) / "state.json").read_text()))
                 self.model = ColBERT.from_pretrained(Path(folder) / "model")
                 optimizer_state = torch.load(Path(folder) / "optimizer.pt", weights_only=True, map_location="cpu")
+                if task.ema:
+                    averages = _weights(ColBERT.from_pretrained(Path(folder) / "average"))
         self.model.set_dropout(task.dropout)
         self.device = get_device() if torch.cuda.is_available() else torch.device("cpu")
         self.model.to(self.device).train()
-        self.wrapped = prepare_model(self.model) if world > 1 else self.model
-        parameters = list(self.wrapped.parameters())
-        self.optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        encoder = BatchEncoder(self.model)
+        self.encoder = prepare_model(encoder, parallel_strategy_kwargs=options) if world > 1 else encoder
+        self.parameters = list(self.encoder.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=task.learning_rate, weight_decay=task.weight_decay, fused=True
+        )
         if optimizer_state is not None:
             self.optimizer.load_state_dict(optimizer_state)
+        self.average = MovingAverage(_weights(self.model), task.ema, averages) if task.ema else None
+
+    def averaged(self) -> Any:
+        """A block in which the model has the weights that are measured and kept."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint (rank 0 only)."""
         self.model.save(folder / "model")
+        if self.average is not None:
+            with self.average.in_place():
+                self.model.save(folder / "average")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        state = {"next_step": self.next_step, "records": self.records}
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "state.json").write_text(json.dumps(asdict(self.position)))
+
+
+def _weights(model: ColBERT) -> list[torch.Tensor]:
+    return list(model.parameters())
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of `ray.train.torch.TorchTrainer` runs; `config` holds the task and the board's name."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    task = TrainingTask.from_dict(config["task"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.manual_seed(task.seed + rank)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    state = WorkerState(task, world)
-    reader = InputReader(task, state.model.tokenizer, rank, world)
-    step = TrainingStep(state.wrapped, task, "bf16" if task.precision == "bf16" else "fp32", world)
-    board = _Progress(config["board"])
-    for inputs in reader.stream(state.next_step):
-        started = time.monotonic()
-        lr = task.learning_rate_at(inputs.step)
-        loss, norm = _update(state, step, inputs.to(state.device), lr, world)
-        state.next_step = inputs.step + 1
-        if inputs.step % task.log_every == 0 or state.next_step == task.steps:
-            state.records.append(
-                {
-                    "step": inputs.step,
-                    "loss": loss,
-                    "learning_rate": lr,
-                    "gradient_norm": norm,
-                    "seconds": time.monotonic() - started,
-                }
+    """What every worker of `ray.train.torch.TorchTrainer` runs; `config` holds the task, the board's name and the
+    folder of the metrics.
+
+    An error that would come back at every attempt is told to the driver, and workers return as if they were done: Ray
+    would start them `max_failures` times more.
+    """
+    board = Board(config["board"])
+    if board.given_up():
+        return
+    try:
+        _Loop(TrainingTask.from_dict(config["task"]), board, config["metrics"]).run()
+    except FINAL_ERRORS as error:
+        board.give_up(str(error))
+        if not isinstance(error, FloatingPointError):
+            raise  # the other workers may not know, and wait for this one
+
+
+class _Loop:
+    """The steps of one worker, from the last checkpoint on."""
+
+    def __init__(self, task: TrainingTask, board: Board, metrics: str) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        self.task, self.board, self.metrics = task, board, metrics
+        self.state = WorkerState(task, self.world)
+        self.position = self.state.position
+        model, device = self.state.model, self.state.device
+        precision: Precision = "bf16" if task.precision == "bf16" else "fp32"
+        self.reader = InputReader(task, model.tokenizer, self.rank, self.world, device)
+        frozen = None
+        if task.recomputes_teacher:
+            with local_copy(task.teacher or task.start) as folder:
+                frozen = ColBERT.from_pretrained(folder).to(device)
+        self.step = TrainingStep(self.state.encoder, task, precision, self.world, self.rank, frozen)
+        self.dev = None
+        if task.evaluate_every and not self.position.finished:
+            self.dev = DevMeasure(
+                task, model, rank=self.rank, world=self.world, device=device, precision=precision,
+                pool=self.position.pool,
+            )  # fmt: skip
+            self.position.pool = self.dev.pool_P.tolist()
+        self.records: list[Record] = []  # since the last checkpoint
+
+    def run(self) -> None:
+        """To the last step, or until dev has not become better for `patience` measurements."""
+        if self.position.finished:
+            return
+        for inputs in self.reader.stream(self.position.next_step):
+            record = self._update(inputs)
+            improved = self._measure(record)
+            done = self.position.next_step
+            last = done == self.task.steps or bool(self.task.patience and self.position.worse >= self.task.patience)
+            self.position.finished = last
+            if last or inputs.step % self.task.log_every == 0 or "mrr@10" in record:
+                self.records.append(record)
+            if self.rank == 0:
+                self.board.tell(done, record["loss"])
+            if last or improved or done % self.task.checkpoint_every == 0:
+                self._report(record, improved)
+            if last:
+                break
+
+    def _update(self, inputs: StepInputs) -> Record:
+        """One optimiser step, and what there is to say of it; gradient_norm is that before clipping."""
+        started, state, task = time.monotonic(), self.state, self.task
+        rate = task.learning_rate_at(inputs.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = float(self.step(inputs.to(state.device)))
+        norm = float(torch.nn.utils.clip_grad_norm_(state.parameters, task.clip_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {inputs.step}: loss {loss}, gradient norm {norm}; lower {task.stage}.learning_rate, or set"
+                f" {task.stage}.precision: fp32"
             )
-        if rank == 0:
-            board.tell(state.next_step, loss)
-        if state.next_step == task.steps or state.next_step % task.checkpoint_every == 0:
-            _report(state, rank, loss)
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update(inputs.step)
+        self.position.next_step = inputs.step + 1
+        return {
+            "step": inputs.step,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "seconds": time.monotonic() - started,
+            "workers": self.world,
+            "time": time.time(),
+        }
 
+    def _measure(self, record: Record) -> bool:
+        """Measure dev when it is due; whether it is better than ever before."""
+        position, every = self.position, self.task.evaluate_every
+        if self.dev is None or (position.next_step % every and position.next_step != self.task.steps):
+            return False
+        with self.state.averaged():
+            found = record["mrr@10"] = self.dev()
+        if position.best is not None and found <= position.best:
+            position.worse += 1
+            return False
+        position.best, position.best_step, position.worse = found, position.next_step, 0
+        return True
 
-def _update(state: WorkerState, step: TrainingStep, inputs: Any, lr: float, world: int) -> tuple[float, float]:
-    """One optimiser step; (loss of the whole batch, norm of the gradient before clipping)."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=True)
-    share = step(inputs)
-    if world > 1:
-        dist.all_reduce(share)
-    loss = float(share)
-    norm = float(torch.nn.utils.clip_grad_norm_(state.wrapped.parameters(), state.task.clip_norm))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {inputs.step}: loss {loss}, gradient norm {norm}; lower {state.task.stage}.learning_rate, or set"
-            f" {state.task.stage}.precision: fp32"
-        )
-    state.optimizer.step()
-    return loss, norm
-
-
-def _report(state: WorkerState, rank: int, loss: float) -> None:
-    """Every worker calls it; rank 0 brings the checkpoint along."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            state.save(Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        name = f"step-{state.next_step:08d}"
-        ray.train.report({"step": state.next_step, "loss": loss}, checkpoint=checkpoint, checkpoint_dir_name=name)
+    def _report(self, record: Record, improved: bool) -> None:
+        """Every worker calls it; rank 0 brings the checkpoint along, and the metrics since the last."""
+        metrics = {name: value for name, value in record.items() if name != "time"}
+        metrics[KEEP] = record["mrr@10"] if improved else NOT_BEST
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.rank == 0:
+                write_part(self.metrics, self.task.stage, self.position.next_step, self.records)
+                self.state.save(Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            name = f"step-{self.position.next_step:08d}"
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        self.records = []

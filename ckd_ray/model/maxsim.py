@@ -112,12 +112,17 @@ class _BestRow(torch.autograd.Function):
         num_passages, length = bias_NL.shape
         a_RD = a_BQD.reshape(-1, dim)
         best_RN = a_RD.new_empty(len(a_RD), num_passages)
-        where_RN = torch.empty(len(a_RD), num_passages, dtype=torch.int64, device=a_RD.device)
+        tracked = any(ctx.needs_input_grad)  # frozen rows need the maximum alone, which is found faster
+        where_RN = torch.empty(len(a_RD), num_passages if tracked else 0, dtype=torch.int64, device=a_RD.device)
         step = max(1, (_BLOCK_GPU if a_RD.is_cuda else _BLOCK) // max(1, len(a_RD) * length))
         for start in range(0, num_passages if length else 0, step):
             part = slice(start, start + step)
             block = torch.addmm(bias_NL[part].reshape(1, -1), a_RD, b_NLD[part].reshape(-1, dim).T)
-            best_RN[:, part], where_RN[:, part] = block.unflatten(1, (-1, length)).max(-1)
+            block_RNL = block.unflatten(1, (-1, length))
+            if tracked:
+                best_RN[:, part], where_RN[:, part] = block_RNL.max(-1)
+            else:
+                best_RN[:, part] = block_RNL.amax(-1)
         if not length:
             best_RN.fill_(-torch.inf)
             where_RN.zero_()

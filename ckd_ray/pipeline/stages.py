@@ -18,7 +18,9 @@ from ckd_ray.pipeline.fingerprint import fingerprint
 
 _TRAINING = {
     "steps", "batch_size", "learning_rate", "warmup", "schedule", "weight_decay", "clip_norm", "negatives", "precision",
+    "share_negatives", "ema", "evaluate_every",
 }  # fmt: skip
+_MEASURING = {"patience", "dev_queries", "dev_passages"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def _teacher(config: Config) -> dict[str, Any]:
 
 
 def _training(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in sorted(_TRAINING)}
+    keys = _TRAINING | _MEASURING if values["evaluate_every"] else _TRAINING
+    return {key: values[key] for key in sorted(keys)}
 
 
 def _embed(config: Config) -> dict[str, Any]:
@@ -86,6 +89,8 @@ def _distill(config: Config) -> dict[str, Any]:
     settings |= {"objective": d.objective, "smoothing": d.smoothing, "negatives_depth": d.negatives_depth}
     if d.objective in ("self_distillation", "cross_encoder", "collective"):
         settings |= {"temperature": d.temperature, "zero_row_floor": d.zero_row_floor}
+    if d.objective in ("self_distillation", "collective"):
+        settings |= {"teacher_embeddings": d.teacher_embeddings}
     if d.objective == "collective":
         settings |= {"beta": d.beta, "expansion_size": d.expansion_size}
     return {

@@ -18,9 +18,11 @@ from ckd_ray.collective.stream import (
     label as label_queries,
 )
 from ckd_ray.config import Config
+from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.data import Collection, build_collection
+from ckd_ray.distill.callbacks import load_callbacks
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.distill.trainer import fit
+from ckd_ray.distill.trainer import TrainingOutcome, fit
 from ckd_ray.embed.encoder import choose_precision
 from ckd_ray.embed.learn_codec import with_codec
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
@@ -71,7 +73,7 @@ def teacher(context: RunContext, made_of: str) -> dict[str, Any]:
     with new_folder(start) as folder:
         model.save(folder)
     task = _task(context, "teacher", made_of, start, model)
-    outcome = fit(task, out=out, workers=config.teacher.workers, max_failures=config.teacher.max_failures)
+    outcome = _fit(task, out, config.teacher)
     delete(start)
     return _training_figures(task, outcome)
 
@@ -158,7 +160,7 @@ def distill(context: RunContext, made_of: str) -> dict[str, Any]:
         model = ColBERT.from_pretrained(folder)
     task = _task(context, "distill", made_of, start, model)
     out = context.path("student")
-    outcome = fit(task, out=out, workers=config.distill.workers, max_failures=config.distill.max_failures)
+    outcome = _fit(task, out, config.distill)
     return _training_figures(task, outcome)
 
 
@@ -273,6 +275,11 @@ def _load(source: str, config: Config) -> ColBERT:
     return ColBERT.from_backbone(source, settings, seed=config.run.seed, dropout=m.dropout)
 
 
+def _fit(task: TrainingTask, out: str, section: TrainingConfig) -> TrainingOutcome:
+    callbacks = load_callbacks(section.callbacks, task.stage)
+    return fit(task, out=out, workers=section.workers, max_failures=section.max_failures, callbacks=callbacks)
+
+
 def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColBERT) -> TrainingTask:
     config = context.config
     section = config.teacher if stage == "teacher" else config.distill
@@ -280,9 +287,12 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
     say(f"{stage}: {precision} ({reason})")
     shared = {
         "steps", "batch_size", "learning_rate", "negatives", "warmup", "schedule", "weight_decay", "clip_norm",
-        "accumulate", "checkpoint_every", "log_every",
+        "accumulate", "checkpoint_every", "log_every", "share_negatives", "ema", "evaluate_every", "patience",
+        "dev_queries", "dev_passages",
     }  # fmt: skip
     values: dict[str, Any] = {name: getattr(section, name) for name in shared}
+    if section.evaluate_every and "dev" not in Collection.open(context.run).splits:
+        raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
     if stage == "distill":
         d = config.distill
         names = (
@@ -293,9 +303,10 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
             "expansion_size",
             "zero_row_floor",
             "negatives_depth",
+            "teacher_embeddings",
         )
         values |= {name: getattr(d, name) for name in names}
-        values["hard_negatives"] = True
+        values |= {"hard_negatives": True, "teacher": context.path("teacher")}
     return TrainingTask(
         stage=stage,
         run=context.run,
@@ -309,16 +320,21 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
     )
 
 
-def _training_figures(task: TrainingTask, outcome: Any) -> dict[str, Any]:
+def _training_figures(task: TrainingTask, outcome: TrainingOutcome) -> dict[str, Any]:
     losses = [record["loss"] for record in outcome.metrics]
+    if outcome.best is not None:
+        say(f"{task.stage}: best on dev MRR@10 {outcome.best:.4f} at step {outcome.kept_step} of {outcome.steps}")
     return {
-        "count": task.steps,
+        "count": outcome.steps,
         "unit": "steps",
         "workers": outcome.workers,
         "precision": task.precision,
         "objective": task.objective,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "weights": outcome.weights,
+        "kept_step": outcome.kept_step,
+        "dev_mrr@10": outcome.best,
     }
 
 

@@ -14,6 +14,9 @@ import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.config import load_config
+from ckd_ray.distill.inputs import InputReader
+from ckd_ray.distill.step import TrainingStep
+from ckd_ray.distill.task import TrainingTask
 from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.model import ColBERT
 from ckd_ray.pipeline.runner import StageReport, run_stages
@@ -152,3 +155,22 @@ def test_a_given_teacher_is_taken_over_and_followed(
     assert run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")[-1].skipped
     ColBERT.from_pretrained(finished / "tiny" / "teacher").save(given)
     assert not run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")[-1].skipped
+
+
+def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path) -> None:
+    run_folder = finished / "tiny"
+    losses = {}
+    for source in ("store", "recompute"):
+        task = TrainingTask(
+            stage="distill", run=str(run_folder), start=str(run_folder / "teacher"), fingerprint=source, seed=17,
+            steps=4, batch_size=6, learning_rate=1e-3, objective="collective", expansion_size=4, negatives=2,
+            negatives_depth=15, hard_negatives=True, accumulate=2,
+            teacher_embeddings=source, teacher=str(run_folder / "teacher"),
+        )  # fmt: skip
+        model = ColBERT.from_pretrained(run_folder / "student")
+        teacher = ColBERT.from_pretrained(run_folder / "teacher") if source == "recompute" else None
+        reader, step = InputReader(task, model.tokenizer), TrainingStep(model, task, "fp32", teacher=teacher)
+        losses[source] = [float(step(reader.read(i))) for i in range(4)]
+        assert (reader.read(0).teacher.passages is None) == (source == "recompute")
+    assert losses["store"] == pytest.approx(losses["recompute"], abs=1e-3)
+    assert min(losses["store"]) > 0

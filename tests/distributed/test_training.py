@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from ray.train import UserCallback
 
 from ckd_ray.config import load_config
 from ckd_ray.data import build_collection
@@ -17,6 +21,7 @@ from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.trainer import fit
+from ckd_ray.errors import JobError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from tests.support import overrides
 
@@ -56,11 +61,43 @@ def straight(ray_session: None, task: TrainingTask, tmp_path_factory: pytest.Tem
     return [r["loss"] for r in outcome.metrics]
 
 
-def test_two_workers_have_the_losses_of_one(straight: list[float], task: TrainingTask, tmp_path: Path) -> None:
+def test_two_workers_with_cached_gradients_have_the_losses_of_one(
+    straight: list[float], task: TrainingTask, tmp_path: Path
+) -> None:
     # Seven queries on two workers: slices of three and four, so an average of averages would be off.
-    outcome = fit(changed(task, fingerprint="two"), out=str(tmp_path / "model"), workers=2)
+    out = tmp_path / "model"
+    outcome = fit(
+        changed(task, fingerprint="two", accumulate=4, evaluate_every=3, dev_queries=4, dev_passages=20, ema=0.5),
+        out=str(out),
+        workers="1-2",
+    )
     assert outcome.workers == 2
     assert [r["loss"] for r in outcome.metrics] == pytest.approx(straight, abs=1e-4)
+    measured = {r["step"] + 1: r["mrr@10"] for r in outcome.metrics if "mrr@10" in r}
+    assert list(measured) == [3, 6, 8]
+    assert outcome.best == max(measured.values()) and outcome.weights == "best"
+    assert outcome.kept_step == min(step for step, value in measured.items() if value == outcome.best)
+    assert (out / "last").exists() == (outcome.kept_step != 8)
+    ColBERT.from_pretrained(out)
+    about = json.loads((out / "training.json").read_text())
+    assert about["settings"]["learning_rate"] == 1e-3 and about["result"]["kept_step"] == outcome.kept_step
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(8))
+    assert b"teacher/loss" in next((out / "tensorboard").iterdir()).read_bytes()
+
+
+def test_a_diverged_loss_ends_training_at_once_with_its_cause(
+    ray_session: None, task: TrainingTask, tmp_path: Path
+) -> None:
+    doomed = changed(task, fingerprint="nan", learning_rate=1e30, clip_norm=1e30, warmup=0.0)
+    failed = tmp_path / "failed"
+
+    class Failures(UserCallback):  # runs in Ray's controller
+        def after_exception(self, run_context: object, worker_exceptions: object) -> None:
+            failed.touch()
+
+    with pytest.raises(JobError, match=r"teacher: training failed: .*(score|gradient norm)"):
+        fit(doomed, out=str(tmp_path / "model"), workers=1, callbacks=[Failures()])
+    assert not failed.exists() and not (tmp_path / "model").exists()
 
 
 def test_a_killed_worker_costs_nothing(straight: list[float], task: TrainingTask, tmp_path: Path) -> None:
@@ -82,14 +119,41 @@ def test_a_killed_worker_costs_nothing(straight: list[float], task: TrainingTask
 
     killer = threading.Thread(target=kill)
     killer.start()
-    outcome = fit(doomed, out=str(tmp_path / "model"), workers=1)
+    outcome = fit(doomed, out=str(tmp_path / "model"), workers=2)
     killer.join()
     assert killed
     assert [r["step"] for r in outcome.metrics] == list(range(8))
     assert [r["loss"] for r in outcome.metrics] == pytest.approx(straight, abs=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 7])
+def test_a_killed_driver_goes_on_with_the_same_losses(
+    straight: list[float], task: TrainingTask, tiny_collection: str, tmp_path: Path
+) -> None:
+    doomed, out = changed(task, fingerprint="driver"), tmp_path / "model"
+    (tmp_path / "task.json").write_text(json.dumps(doomed.to_dict()))
+    script = (
+        "import json, sys, ray\n"
+        "from ckd_ray.distill.task import TrainingTask\n"
+        "from ckd_ray.distill.trainer import fit\n"
+        "ray.init(address='local', num_cpus=2, object_store_memory=150 * 2**20, include_dashboard=False)\n"
+        "fit(TrainingTask.from_dict(json.load(open(sys.argv[1]))), out=sys.argv[2], workers=1)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "task.json"), str(out)]
+    checkpoints = Path(task.run) / "checkpoints" / "teacher-driver"
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        while driver.poll() is None and not (checkpoints / "checkpoint_manager_snapshot.json").exists():
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+        assert not out.exists(), "training was over before the driver was killed"
+        subprocess.run(command, stdout=log, stderr=log, check=True, timeout=300)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(8))
+    assert [r["loss"] for r in records] == pytest.approx(straight, abs=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 7])
 def test_cached_gradients_are_the_plain_ones(task: TrainingTask, accumulate: int) -> None:
     def step(parts: int) -> tuple[float, list[torch.Tensor]]:
         cut = changed(task, accumulate=parts)
@@ -103,3 +167,31 @@ def test_cached_gradients_are_the_plain_ones(task: TrainingTask, accumulate: int
     assert len(parts[1]) == len(plain[1])
     for mine, expected in zip(parts[1], plain[1], strict=True):
         assert torch.allclose(mine, expected, atol=1e-5)
+
+
+def test_dropout_follows_from_the_step_alone(task: TrainingTask) -> None:
+    noisy = changed(task, dropout=0.3, accumulate=3)
+    model = ColBERT.from_pretrained(task.start).train()
+    model.set_dropout(0.3)
+    inputs = [InputReader(noisy, model.tokenizer).read(i) for i in (0, 0, 1)]
+    step = TrainingStep(model, noisy, "fp32")
+    first, again = float(step(inputs[0])), float(step(inputs[1]))
+    assert first == pytest.approx(again, abs=1e-6)
+    model.set_dropout(0.0)
+    assert abs(float(step(inputs[0])) - first) > 1e-3
+
+
+def test_cached_gradients_under_dropout_are_those_of_the_same_masks(task: TrainingTask) -> None:
+    """The second encoding of a part draws the masks of the first: a small step along the gradient lowers that loss."""
+    noisy = changed(task, dropout=0.3, accumulate=3)
+    model = ColBERT.from_pretrained(task.start).train()
+    model.set_dropout(0.3)
+    inputs, step = InputReader(noisy, model.tokenizer).read(0), TrainingStep(model, noisy, "fp32")
+    before = float(step(inputs))
+    gradients = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    squared = sum(float(g.square().sum()) for g in gradients)
+    size = 1e-3 / squared
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter -= size * gradient
+    assert before - float(step(inputs)) == pytest.approx(size * squared, rel=0.2)

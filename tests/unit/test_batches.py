@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from ckd_ray.distill.batches import Batch, BatchPlan, Positives, valid_mask
+from ckd_ray.distill.dev import mean_reciprocal_rank, top_of_rows
+from ckd_ray.distill.groups import length_groups
 from ckd_ray.distill.inputs import worker_slice
+from ckd_ray.distill.placement import parse_workers
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 
@@ -82,6 +86,60 @@ def test_valid_mask_by_hand() -> None:
         [True, True, True, False, False, False],  # the second 20 and 30 are repeats, 11 is labelled
         [True, False, True, True, True, False],  # column 1 is query 1's positive again
     ]
+
+
+def test_valid_mask_equals_the_literal_version() -> None:
+    random = np.random.default_rng(4)
+    labels = positives(*[sorted(set(random.integers(0, 30, 1 + q % 4).tolist())) for q in range(12)])
+    for _ in range(30):
+        queries = random.integers(0, 12, 7)
+        rows = [[int(random.choice(labels.of(q))), *random.integers(0, 30, 3).tolist()] for q in queries]
+        flat = [passage for row in rows for passage in row]
+        literal = [
+            [
+                column == 4 * i or (flat[column] not in labels.of(query) and flat[column] not in flat[:column])
+                for column in range(len(flat))
+            ]
+            for i, query in enumerate(queries)
+        ]
+        assert valid_mask(Batch(queries, np.array(rows)), labels).tolist() == literal
+
+
+def test_length_groups_cover_all_and_save_padding() -> None:
+    random = np.random.default_rng(0)
+    for count in (1, 2, 40, 300):
+        lengths = np.minimum(random.integers(5, 300, count), 180)
+        groups = length_groups(lengths, overhead=32)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(count)) and len(groups) <= 4
+        padded = sum(int(lengths[g].max()) * len(g) for g in groups)
+        assert padded + 32 * len(groups) <= int(lengths.max()) * count + 32
+    # By hand: 3 x 10 + 3 x 100 tokens and two overheads are less than 6 x 100 and one.
+    assert [sorted(g.tolist()) for g in length_groups(np.array([100, 10, 100, 10, 100, 10]), 50)] == [
+        [1, 3, 5],
+        [0, 2, 4],
+    ]
+    assert len(length_groups(np.array([100, 10, 100, 10, 100, 10]), 300)) == 1
+    assert length_groups(np.array([], np.int64)) == []
+
+
+def test_mean_reciprocal_rank_by_hand() -> None:
+    scores = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 2.0], [0.0, 1.0, 2.0]], np.float32)
+    relevant = np.array([[False, True, False], [False, False, True], [False, False, False]])
+    # Second place; second of two equal scores, since the left one is first; nothing relevant.
+    assert mean_reciprocal_rank(scores, relevant) == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    eleven = np.arange(11, 0, -1, dtype=np.float32)[None]
+    assert mean_reciprocal_rank(eleven, np.arange(11)[None] == 10) == 0.0
+
+
+def test_the_pool_takes_every_rows_best_first() -> None:
+    scores = torch.tensor([[9.0, 8.0, 1.0, 0.0], [9.0, 0.0, 1.0, 8.0]])
+    assert top_of_rows(scores, 1).tolist() == [0]
+    assert top_of_rows(scores, 3).tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(4, (4, 4)), ("2-8", (2, 8)), ("auto", None)])
+def test_workers(workers: int | str, expected: tuple[int, int] | None) -> None:
+    assert parse_workers(workers) == expected
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -1,0 +1,75 @@
+"""What workers exchange in a step: queries before scoring, scores after it.
+
+A worker scores its own passages for the queries of all workers. Query rows are a tenth of the bytes of passage rows,
+and no worker ever holds the passages of another. Shapes: b queries and n passages of a worker, B and N of all, Q rows,
+D dimensions, K matrices of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gather_queries(rows_bQD: Tensor, counts: Sequence[int]) -> Tensor:
+    """(B, Q, D): the rows of all workers in rank order. The backward pass sums every worker's gradient of our rows.
+
+    Args:
+        counts: b of every worker.
+    """
+    gathered: Tensor = _GatherQueries.apply(rows_bQD, list(counts))
+    return gathered
+
+
+def gather_scores(scores_KBn: Tensor, counts: Sequence[int]) -> Tensor:
+    """(K, B, N): the columns of all workers in rank order.
+
+    Every worker goes on to compute the same loss from the same matrix, so the gradient of our columns is complete here
+    and nothing is exchanged in the backward pass.
+
+    Args:
+        counts: n of every worker.
+    """
+    gathered: Tensor = _GatherColumns.apply(scores_KBn, list(counts))
+    return gathered
+
+
+def _all(mine: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine.contiguous())
+    return parts
+
+
+class _GatherQueries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_bQD: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        padded = F.pad(rows_bQD, (0, 0, 0, 0, 0, max(counts) - len(rows_bQD)))
+        return torch.cat([part[:count] for part, count in zip(_all(padded), counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad_BQD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad_BQD.contiguous().clone()
+        dist.all_reduce(total)
+        rank, counts = dist.get_rank(), ctx.counts
+        first = sum(counts[:rank])
+        return total[first : first + counts[rank]], None
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores_KBn: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        padded = F.pad(scores_KBn, (0, max(counts) - scores_KBn.shape[2]))
+        return torch.cat([part[..., :count] for part, count in zip(_all(padded), counts, strict=True)], 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KBN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        rank, counts = dist.get_rank(), ctx.counts
+        first = sum(counts[:rank])
+        return grad_KBN[..., first : first + counts[rank]], None

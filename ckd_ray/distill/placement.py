@@ -1,0 +1,96 @@
+"""How many training workers there are to be, and whether the cluster has room for them, in numbers.
+
+A placement that does not fit would wait without a word, so it is refused before the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ckd_ray.errors import UserError
+from ckd_ray.progress import say
+
+CPUS_PER_WORKER = 1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """fewest, most: workers; the same unless training is elastic. use_gpu: each takes one."""
+
+    fewest: int
+    most: int
+    use_gpu: bool
+
+    @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """As Ray's ScalingConfig takes it."""
+        return self.fewest if self.fewest == self.most else (self.fewest, self.most)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of one worker."""
+        return {"CPU": CPUS_PER_WORKER, "GPU": 1} if self.use_gpu else {"CPU": CPUS_PER_WORKER}
+
+
+def parse_workers(workers: int | str) -> tuple[int, int] | None:
+    """(fewest, most) of a number or of `2-8`; None for `auto`."""
+    if workers == "auto":
+        return None
+    fewest, dash, most = str(workers).partition("-")
+    return int(fewest), int(most if dash else fewest)
+
+
+def plan_workers(workers: int | str, batch_size: int, key: str) -> Placement:
+    """The placement of `workers`: a number, `2-8` (elastic), or `auto`: one a GPU, else one.
+
+    Raises:
+        UserError: they do not fit the cluster, or the batch is smaller than their number.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    room = sum(_room(node, gpus > 0) for node in nodes)
+    chosen = parse_workers(workers)
+    fewest, most = chosen if chosen is not None else (max(1, min(gpus, room, batch_size)),) * 2
+    placement = Placement(fewest, most, gpus > 0)
+    if fewest > room:
+        cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        raise UserError(
+            "the training workers do not fit the cluster",
+            where=f"{key}.workers",
+            expected=f"at most {room}, each with {_words(placement)} on one node",
+            found=f"{fewest}; the cluster has {cpus} CPU and {gpus} GPU (nodes: {len(nodes)})",
+            fix=f"set {key}.workers: auto, or add nodes",
+        )
+    if most > batch_size:
+        raise UserError(
+            "more workers than queries in a batch",
+            where=f"{key}.batch_size",
+            expected=f">= {most}",
+            found=str(batch_size),
+        )
+    _say_what_is_taken(placement, key)
+    return placement
+
+
+def _room(node: dict[str, Any], use_gpu: bool) -> int:
+    """Workers that one node holds."""
+    cpus = int(node.get("CPU", 0) // CPUS_PER_WORKER)
+    return min(cpus, int(node.get("GPU", 0))) if use_gpu else cpus
+
+
+def _say_what_is_taken(placement: Placement, key: str) -> None:
+    """Another job on the cluster may hold what the workers need; training then waits for it, and says so."""
+    free = ray.available_resources()
+    for name, each in placement.resources.items():
+        if free.get(name, 0) < each * placement.fewest:
+            say(
+                f"{key}: {placement.fewest} workers need {each * placement.fewest:g} {name}, of which"
+                f" {free.get(name, 0):g} are free; training starts when the rest are given back"
+            )
+
+
+def _words(placement: Placement) -> str:
+    return " and ".join(f"{count:g} {name}" for name, count in placement.resources.items())

@@ -1,0 +1,63 @@
+"""The frozen teacher's side of a batch: its rows read from the store, or computed again by its encoder.
+
+A worker reads the rows of its own queries and passages alone, so the work of reading and decoding does not grow with
+the number of workers; scores, not rows, are exchanged. Shapes: b queries of a worker, g passages of a group, Q and L
+rows, D dimensions, E expansion embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckd_ray.collective.labels import ExpansionReader
+from ckd_ray.distill.batches import Int64Array
+from ckd_ray.distill.task import TrainingTask
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.files import join
+
+Rows = tuple[Tensor, Tensor]
+
+
+@dataclass
+class TeacherInputs:
+    """What a step needs of the teacher.
+
+    Attributes:
+        expansions_bED, weights_bE: float32; E is 0 for objectives without an expansion.
+        queries_bQD: rows of the worker's queries, float16; passages: (rows_gLD, mask_gL) of each group. Both are None
+            when the step is to compute them again.
+    """
+
+    expansions_bED: Tensor
+    weights_bE: Tensor
+    queries_bQD: Tensor | None = None
+    passages: list[Rows] | None = None
+
+
+class TeacherReader:
+    """Reads the teacher's side of a worker's slice of a batch; called by the thread that reads ahead, which decodes."""
+
+    def __init__(self, task: TrainingTask, dim: int) -> None:
+        self.task, self.dim = task, dim
+        self.stored = not task.recomputes_teacher
+        if self.stored:
+            self.passages = EmbeddingStore.open(join(task.run, "embeddings", "passages"))
+            self.queries = EmbeddingStore.open(join(task.run, "embeddings", "queries.train"))
+        wants_expansion = task.objective == "collective"
+        self.expansions = ExpansionReader.open(join(task.run, "labels"), "train") if wants_expansion else None
+
+    def read(self, queries_b: Int64Array, groups: Sequence[Int64Array]) -> TeacherInputs:
+        """Args: dense indices of the queries, and of the passages of each group."""
+        b = len(queries_b)
+        if self.expansions is None:
+            expansions, weights = torch.zeros(b, 0, self.dim), torch.zeros(b, 0)
+        else:
+            expansions, weights = self.expansions.select(queries_b, self.task.expansion_size, self.task.beta)
+        if not self.stored:
+            return TeacherInputs(expansions, weights)
+        queries_bQD = self.queries.gather(queries_b).embeddings_TD.reshape(b, -1, self.dim)
+        return TeacherInputs(expansions, weights, queries_bQD, [self.passages.gather(g).padded() for g in groups])
