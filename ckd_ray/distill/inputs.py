@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective.labels import ExpansionReader
+from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import BatchPlan, Positives, valid_mask
 from ckd_ray.distill.task import TrainingTask
@@ -56,6 +57,7 @@ class StepInputs:
     positives_b: Tensor
     valid_bN: Tensor
     teacher: TeacherInputs | None
+    scores_bN: Tensor | None = None  # of another teacher (cross_encoder); valid_bN then leaves out pairs without one
 
     def to(self, device: torch.device) -> StepInputs:
         """A copy on `device`."""
@@ -101,6 +103,8 @@ class InputReader:
             rankings=rankings,
             negatives_depth=task.negatives_depth,
         )
+        wants_scores = task.objective == "cross_encoder"
+        self.cross_scores = CrossScores.open(join(task.run, "cross_scores")) if wants_scores else None
         if task.needs_teacher:
             self.passages = EmbeddingStore.open(join(task.run, "embeddings", "passages"))
             self.queries = EmbeddingStore.open(join(task.run, "embeddings", "queries.train"))
@@ -115,15 +119,21 @@ class InputReader:
         query_ids, query_mask = self.tokenizer.queries([self.query_texts[i] for i in queries_b.tolist()])
         texts = self.collection.texts(batch.passages_BM[mine].reshape(-1))
         passage_ids, passage_mask = self.tokenizer.pad(self.tokenizer.passages(texts))
+        positives_b = torch.arange(mine.start, mine.stop) * per_query
+        valid_bN, scores_bN = torch.from_numpy(valid_mask(batch, self.positives)[mine]), None
+        if self.cross_scores is not None:
+            passages_N = batch.passages_BM.reshape(-1)
+            scores_bN, valid_bN = self.cross_scores.of_batch(queries_b, passages_N, positives_b, valid_bN)
         return StepInputs(
             step=step,
             query_ids_bQ=query_ids,
             query_mask_bQ=query_mask,
             passage_ids_nL=passage_ids,
             passage_mask_nL=passage_mask,
-            positives_b=torch.arange(mine.start, mine.stop) * per_query,
-            valid_bN=torch.from_numpy(valid_mask(batch, self.positives)[mine]),
+            positives_b=positives_b,
+            valid_bN=valid_bN,
             teacher=self._teacher(queries_b, batch.passages_BM.reshape(-1)) if self.task.needs_teacher else None,
+            scores_bN=scores_bN,
         )
 
     def _teacher(self, queries_b: np.ndarray, passages_N: np.ndarray) -> TeacherInputs:

@@ -105,7 +105,7 @@ class TrainingStep:
         student_bN = maxsim(
             queries_bQD, passages_nLD, keep_nL, similarity=self.similarity, zero_row_floor=task.zero_row_floor
         )
-        teacher_bN = None
+        teacher_bN = inputs.scores_bN
         if inputs.teacher is not None:
             t = inputs.teacher
             with torch.no_grad():

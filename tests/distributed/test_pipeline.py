@@ -32,7 +32,7 @@ def finished(
 ) -> Path:
     storage = tmp_path_factory.mktemp("runs")
     reports = run(storage, tiny_backbone, tiny_collection)
-    assert [r.name for r in reports] == list(STAGE_NAMES)
+    assert [r.name for r in reports] == [name for name in STAGE_NAMES if name != "cross_encoder"]
     assert not any(r.skipped for r in reports)
     return storage
 
