@@ -141,7 +141,10 @@ def _tsv_line(where: str, text: str, problems: Problems) -> list[tuple[str, str,
 def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str, float]]:
     """[query, [passage, score], [passage, score], ...]: the form in which ColBERT's distillation sets are published."""
     try:
-        query, *pairs = json.loads(text)
+        row = json.loads(text)
+        if not isinstance(row, list):
+            raise TypeError("a row is a list")
+        query, *pairs = row
         return [(_id(query), _id(passage), _number(score)) for passage, score in pairs]
     except (ValueError, TypeError):
         problems.add(where, "not a row of scores", expected="[query id, [passage id, score], ...]", found=shorten(text))

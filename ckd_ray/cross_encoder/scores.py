@@ -52,7 +52,8 @@ def write_scores(
         passage_ids: the outside ids of all passages, query after query.
     """
     width = max((len(p) for p in passages), default=0)
-    table_BK = np.full((len(query_ids), width), (NO_PASSAGE, 0.0), PAIR)
+    table_BK = np.zeros((len(query_ids), width), PAIR)
+    table_BK["passage"] = NO_PASSAGE
     for row, (indices, values) in enumerate(zip(passages, scores, strict=True)):
         order = np.argsort(indices, kind="stable")
         table_BK["passage"][row, : len(order)] = indices[order]
