@@ -18,7 +18,7 @@ from distill_run import DistillRun
 
 def gradcache_memory(run: DistillRun, args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Peak resident memory of two steps above what the process held before them: model and opened files."""
-    small, large = (8, 64) if args.quick else (32, 256)
+    small, large = (4, 32) if args.quick else (32, 256)
     peaks = {}
     for batch, parts in ((small, 1), (large, large // small)):
         command = [sys.executable, __file__, str(run.folder), str(batch), str(parts)]

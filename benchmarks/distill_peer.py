@@ -30,7 +30,7 @@ def steps_vs_peer(run: DistillRun, args: argparse.Namespace, settings: dict[str,
     from common import figure, note
     from distill_run import median, seconds_a_step
 
-    batch, steps = (16, 5) if args.quick else (32, 8)
+    batch, steps = (8, 5) if args.quick else (32, 8)
     python = args.peer_python or sys.executable
     task = run.task("collective", batch)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from distill_run import DistillRun, median, seconds_a_step
 
 def teacher_price(run: DistillRun, args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """In turn some steps of both; the median over the steps of collective's seconds over contrastive's."""
-    batch, block, rounds = (16, 4, 3) if args.quick else (32, 5, 6)
+    batch, block, rounds = (8, 4, 4) if args.quick else (32, 5, 6)
     seconds: dict[str, list[float]] = {"contrastive": [], "collective": []}
     model = run.model()
     for i in range(rounds):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from ckd_ray.store.files import filesystem_of
 
 _ROWS_A_BLOCK = 1 << 18
 _COLUMNS = ("query_id", "passage_id", "score")
+_Parser = Callable[[str, str, Problems], list[tuple[str, str, float]]]
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
         row += len(batch)
 
 
-def _blocks(uri: str, problems: Problems, parse: object) -> Iterator[ScoreRows]:
-    assert callable(parse)
+def _blocks(uri: str, problems: Problems, parse: _Parser) -> Iterator[ScoreRows]:
     rows: list[tuple[str, str, float, int]] = []
     for first, texts in read_lines(uri, problems):
         for number, text in enumerate(texts, first):
