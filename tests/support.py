@@ -57,3 +57,18 @@ def overrides(storage: Path | str, backbone: str, collection: str, *more: str) -
         "evaluate.measures=[MRR@10,nDCG@10,R@50]",
         *more,
     ]
+
+
+def classifier(folder: Path, backbone: str, labels: int, **tokenizer_values: object) -> str:
+    """A random sequence classifier with the vocabulary of `backbone`, far from ties."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
+
+    config = AutoConfig.from_pretrained(backbone, num_labels=labels)
+    config.architectures = None
+    torch.manual_seed(labels)
+    model = BertForSequenceClassification(config)
+    torch.nn.init.normal_(model.classifier.weight, std=2.0)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone, **tokenizer_values).save_pretrained(folder)
+    return str(folder)

@@ -4,6 +4,7 @@ from ckd_ray.config.load import ConfigError, Problem, load_config
 from ckd_ray.config.schema import (
     CollectionConfig,
     Config,
+    CrossEncoderConfig,
     DistillConfig,
     EmbedConfig,
     EvaluateConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "CollectionConfig",
     "Config",
     "ConfigError",
+    "CrossEncoderConfig",
     "DistillConfig",
     "EmbedConfig",
     "EvaluateConfig",

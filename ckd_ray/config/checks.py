@@ -20,11 +20,7 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
         yield "distill.expansion_size", f"must be at most label.clusters ({config.label.clusters})"
     if config.distill.objective == "label_smoothing" and config.distill.smoothing == 0:
         yield "distill.smoothing", "objective label_smoothing needs a share above 0 (0.1 is usual)"
-    if config.distill.objective == "cross_encoder":
-        yield (
-            "distill.objective",
-            "cross_encoder cannot be run yet: its scores have no source in this version",
-        )
+    yield from _cross_encoder(config)
     for name in ("teacher", "distill"):
         section = getattr(config, name)
         if section.accumulate > section.batch_size:
@@ -61,6 +57,21 @@ def _collection(config: Config) -> Iterator[tuple[str, str]]:
         for split in sorted({*c.queries} ^ {*c.qrels}):
             key = "qrels" if split in c.queries else "queries"
             yield f"collection.{key}.{split}", "is missing: a split needs both its queries and its qrels"
+
+
+def _cross_encoder(config: Config) -> Iterator[tuple[str, str]]:
+    c, wanted = config.cross_encoder, config.distill.negatives_depth
+    if c.scores and c.model:
+        yield "cross_encoder.model", "cannot be given beside cross_encoder.scores; set one of the two to null"
+    if config.distill.objective == "cross_encoder" and not (c.scores or c.model):
+        yield (
+            "cross_encoder.scores",
+            "objective cross_encoder needs cross_encoder.scores (a file), or cross_encoder.model (a classifier)",
+        )
+    if c.depth != "auto" and c.depth < wanted:
+        yield "cross_encoder.depth", f"must be at least distill.negatives_depth ({wanted}), or auto"
+    elif c.depth != "auto" and c.depth > config.retrieve.depth:
+        yield "cross_encoder.depth", f"must be at most retrieve.depth ({config.retrieve.depth})"
 
 
 def _measures(config: Config) -> Iterator[tuple[str, str]]:

@@ -189,6 +189,23 @@ class DistillConfig(TrainingConfig):
     teacher_embeddings: Literal["store", "recompute"] = "store"
 
 
+class CrossEncoderConfig(Section):
+    """Scores for objective `cross_encoder`: read from the file `scores`, or produced by the classifier `model`.
+
+    `depth`: hard negatives that are scored a query, `distill.negatives_depth` when `auto`. `maxlen`: most tokens of a
+    pair. `token_budget`: padded tokens a batch of the model, which bounds its memory.
+    """
+
+    scores: Name | None = None
+    model: Name | None = None
+    depth: Auto | Positive = "auto"
+    maxlen: Annotated[int, Field(ge=8, le=8192)] = 256
+    token_budget: Annotated[int, Field(ge=16, lt=2**31)] = 16384
+    actors: Auto | Positive = "auto"
+    gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
 def _dev_and_test() -> list[Split]:
     return ["dev", "test"]
 
@@ -214,5 +231,6 @@ class Config(Section):
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     retrieve: RetrieveConfig = Field(default_factory=RetrieveConfig)
     label: LabelConfig = Field(default_factory=LabelConfig)
+    cross_encoder: CrossEncoderConfig = Field(default_factory=CrossEncoderConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import Batch, BatchPlan, Int64Array, Positives, valid_mask
 from ckd_ray.distill.groups import OVERHEAD, OVERHEAD_GPU, length_groups
@@ -56,7 +57,7 @@ class StepInputs:
     positives_B: Tensor
     valid_BN: Tensor
     teacher: TeacherInputs | None
-    scores_BN: Tensor | None = None
+    scores_BN: Tensor | None = None  # of another teacher (cross_encoder); valid_BN then leaves out pairs without one
 
     def to(self, device: torch.device) -> StepInputs:
         """A copy on `device`."""
@@ -115,6 +116,8 @@ class InputReader:
         )
         dim = tokenizer.settings.dim
         self.teacher = TeacherReader(task, dim) if task.needs_teacher else None
+        wants_scores = task.objective == "cross_encoder"
+        self.cross_scores = CrossScores.open(join(task.run, "cross_scores")) if wants_scores else None
 
     def read(self, step: int) -> StepInputs:
         """The inputs of `step`."""
@@ -124,13 +127,19 @@ class InputReader:
         # The rows and columns of the loss.
         scope = batch if self.task.share_negatives else Batch(queries_b, batch.passages_BM[mine])
         teacher = None if self.teacher is None else self.teacher.read(queries_b, [passages_n[g] for g in groups])
+        positives_B = torch.arange(len(scope.queries_B)) * scope.passages_BM.shape[1]
+        valid_BN, scores_BN = torch.from_numpy(valid_mask(scope, self.positives)), None
+        if self.cross_scores is not None:
+            passages_N = scope.passages_BM.reshape(-1)
+            scores_BN, valid_BN = self.cross_scores.of_batch(scope.queries_B, passages_N, positives_B, valid_BN)
         return StepInputs(
             step=step,
             parts=parts,
             columns_n=torch.from_numpy(np.concatenate(groups)),
-            positives_B=torch.arange(len(scope.queries_B)) * scope.passages_BM.shape[1],
-            valid_BN=torch.from_numpy(valid_mask(scope, self.positives)),
+            positives_B=positives_B,
+            valid_BN=valid_BN,
             teacher=teacher,
+            scores_BN=scores_BN,
         )
 
     def _parts(self, queries_b: Int64Array, passages_n: Int64Array) -> tuple[list[Part], list[Int64Array]]:

@@ -15,6 +15,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.store.files import file_signature
 
 _TRAINING = {
     "steps", "batch_size", "learning_rate", "warmup", "schedule", "weight_decay", "clip_norm", "negatives", "precision",
@@ -83,6 +84,21 @@ def _label(config: Config) -> dict[str, Any]:
     return {**config.label.model_dump(mode="json"), "seed": config.run.seed}
 
 
+def _cross_encoder(config: Config) -> dict[str, Any]:
+    c = config.cross_encoder
+    if c.scores is not None:
+        return {"scores": c.scores, "file": file_signature(c.scores)}
+    settings = {"model": c.model, "maxlen": c.maxlen, "precision": c.precision, "depth": scored_depth(config)}
+    files = signature(c.model) if c.model else []
+    return {**settings, "files": files, "positive_grade": config.collection.positive_grade}
+
+
+def scored_depth(config: Config) -> int:
+    """Hard negatives a query that a cross-encoder scores."""
+    depth = config.cross_encoder.depth
+    return config.distill.negatives_depth if depth == "auto" else depth
+
+
 def _distill(config: Config) -> dict[str, Any]:
     d = config.distill
     settings = _training(d.model_dump(mode="json"))
@@ -107,7 +123,8 @@ def _evaluate(config: Config) -> dict[str, Any]:
 
 def _distill_inputs(config: Config) -> tuple[str, ...]:
     inputs = ("collection", "teacher", "embed", "retrieve")
-    return (*inputs, "label") if config.distill.objective == "collective" else inputs
+    labels = {"collective": ("label",), "cross_encoder": ("cross_encoder",)}
+    return (*inputs, *labels.get(config.distill.objective, ()))
 
 
 def _work(name: str) -> Callable[[RunContext, str], dict[str, Any]]:
@@ -128,6 +145,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("embed", "embeddings", lambda c: ("collection", "teacher"), _embed, _work("embed")),
     Stage("retrieve", "rankings", lambda c: ("embed",), _retrieve, _work("retrieve")),
     Stage("label", "labels", lambda c: ("retrieve",), _label, _work("label")),
+    Stage("cross_encoder", "cross_scores", lambda c: ("retrieve",), _cross_encoder, _work("cross_encoder")),
     Stage("distill", "student", _distill_inputs, _distill, _work("distill")),
     Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),
 )

@@ -19,6 +19,9 @@ from ckd_ray.collective.stream import (
 )
 from ckd_ray.config import Config
 from ckd_ray.config.schema import TrainingConfig
+from ckd_ray.cross_encoder.candidates import CandidateReader
+from ckd_ray.cross_encoder.score_file import import_scores
+from ckd_ray.cross_encoder.stream import CrossEncoderJob, agreed_precision, score_candidates
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.distill.callbacks import load_callbacks
 from ckd_ray.distill.task import TrainingTask
@@ -31,6 +34,7 @@ from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.stages import scored_depth
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.shard_range import choose_engine
@@ -150,6 +154,31 @@ def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
         return config.label.neighbours
     engine = choose_engine(num_queries, config.label.clusters, store.num_tokens, store.dim)
     return "exact" if engine == "exact" else "estimate"
+
+
+def cross_encoder(context: RunContext, made_of: str) -> dict[str, Any]:
+    """Take the scores of (query, candidate) pairs from a file, or produce them with a classifier."""
+    config = context.config
+    c, out = config.cross_encoder, context.path("cross_scores")
+    depth, grade = scored_depth(config), config.collection.positive_grade
+    candidates = CandidateReader(context.run, grade, depth)
+    if c.scores is not None:
+        queries_per_part, coverage = import_scores(c.scores, out, candidates, context.run)
+        figures: dict[str, Any] = coverage.figures()
+    elif c.model is not None:
+        job = CrossEncoderJob(
+            context.run, out, c.model, grade, depth, c.maxlen, c.token_budget, agreed_precision(out, c.precision)[0]
+        )
+        queries_per_part, pairs = score_candidates(job, c, candidates.num_queries)
+        figures = {"pairs": pairs, "precision": job.precision}
+    else:
+        raise UserError(
+            "nothing to take scores from",
+            where="cross_encoder",
+            expected="cross_encoder.scores (a file) or cross_encoder.model (a classifier)",
+        )
+    write_json_atomic(join(out, "manifest.json"), {"queries_per_part": queries_per_part, "split": "train"})
+    return {"count": candidates.num_queries, "unit": "queries", **figures}
 
 
 def distill(context: RunContext, made_of: str) -> dict[str, Any]:

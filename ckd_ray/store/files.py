@@ -196,6 +196,20 @@ def read_json(uri: str) -> Any:
         raise UserError("not valid JSON", where=uri, found=str(error), fix="delete it and run again") from error
 
 
+def file_signature(uri: str) -> list[int]:
+    """Size and time of change of a file; another one when the file is written again.
+
+    Raises:
+        UserError: it is not there, or is a folder.
+    """
+    fs, path = filesystem_of(uri)
+    info = fs.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        found = "a folder" if info.type == pafs.FileType.Directory else None
+        raise UserError("this file does not exist", where=uri, found=found)
+    return [int(info.size), int(info.mtime_ns or 0)]
+
+
 def sha256_of(uri: str) -> str:
     """SHA-256 of a file's bytes, read in blocks of 8 MiB."""
     fs, path = filesystem_of(uri)

@@ -22,7 +22,7 @@ from ckd_ray.model import ColBERT
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.pipeline.stages import STAGE_NAMES
 from ckd_ray.store import EmbeddingStore, shard_name
-from tests.support import overrides
+from tests.support import classifier, overrides
 
 
 def run(storage: Path, backbone: str, collection: str, *more: str, **options: object) -> list[StageReport]:
@@ -35,7 +35,7 @@ def finished(
 ) -> Path:
     storage = tmp_path_factory.mktemp("runs")
     reports = run(storage, tiny_backbone, tiny_collection)
-    assert [r.name for r in reports] == list(STAGE_NAMES)
+    assert [r.name for r in reports] == [name for name in STAGE_NAMES if name != "cross_encoder"]
     assert not any(r.skipped for r in reports)
     return storage
 
@@ -174,3 +174,23 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
         assert (reader.read(0).teacher.passages is None) == (source == "recompute")
     assert losses["store"] == pytest.approx(losses["recompute"], abs=1e-3)
     assert min(losses["store"]) > 0
+def test_cross_encoder_labels_from_a_model_and_then_from_a_file(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    """The stage runs for its objective alone; its own Parquet is a file of scores like any other."""
+    model = classifier(tmp_path / "model", tiny_backbone, 1)
+    chosen = ("distill.objective=cross_encoder", f"cross_encoder.model={model}", "cross_encoder.maxlen=48")
+    reports = run(finished, tiny_backbone, tiny_collection, *chosen, until="distill")
+    assert [r.name for r in reports if not r.skipped] == ["cross_encoder", "distill"]
+    assert reports[-1].figures["first_loss"] > 0
+    folder = finished / "tiny" / "cross_scores"
+    table = pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("train-*.parquet"))])
+    assert table.num_rows == reports[-2].figures["pairs"] == 24 * 16  # the labelled one and negatives_depth others
+    pq.write_table(table, tmp_path / "scores.parquet")
+    chosen = ("distill.objective=cross_encoder", f"cross_encoder.scores={tmp_path / 'scores.parquet'}")
+    report = run(finished, tiny_backbone, tiny_collection, *chosen, until="cross_encoder")[-1]
+    assert not report.skipped and report.figures["labelled_scored"] == report.figures["negatives_scored"] == 1
+    again = pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("train-*.parquet"))])
+    key = [("query_id", "ascending"), ("passage_id", "ascending")]
+    assert again.sort_by(key).equals(table.sort_by(key))
+    assert run(finished, tiny_backbone, tiny_collection, *chosen, until="cross_encoder")[-1].skipped

@@ -117,6 +117,48 @@ def test_collective_loss_by_hand() -> None:
     assert student.grad[0].tolist() == pytest.approx([1 / 3 - 0.4, 1 / 3 - 0.4, 1 / 3 - 0.2], abs=1e-6)
 
 
+THIRDS = [1 / 3, 1 / 3, 1 / 6, 1 / 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "smoothing", "hidden", "target"),
+    [
+        ("contrastive", 0.0, None, [0, 1, 0, 0]),
+        ("contrastive", 0.2, None, [0.05, 0.85, 0.05, 0.05]),
+        ("label_smoothing", 0.2, None, [0.05, 0.85, 0.05, 0.05]),
+        ("label_smoothing", 0.3, 3, [0.1, 0.8, 0.1, 0]),
+        ("self_distillation", 0.0, None, THIRDS),
+        ("cross_encoder", 0.0, None, THIRDS),
+        ("collective", 0.0, None, THIRDS),
+        ("self_distillation", 0.25, None, [0.3125, 0.3125, 0.1875, 0.1875]),
+        ("cross_encoder", 0.25, None, [0.3125, 0.3125, 0.1875, 0.1875]),
+        ("collective", 0.25, None, [0.3125, 0.3125, 0.1875, 0.1875]),
+        ("cross_encoder", 0.0, 0, [0, 0.5, 0.25, 0.25]),
+        ("collective", 0.3, 0, [0, 0.45, 0.275, 0.275]),
+    ],
+)
+def test_every_objective_by_hand(name: str, smoothing: float, hidden: int | None, target: list[float]) -> None:
+    """The student's softmax is (1, 2, 3, 4) / 10. The teacher's scores over T = 0.5 are 0, -18, -ln 2, -ln 2, and the
+    positive (column 1) is raised to the highest, 0. Where column 0 does not count, its own score is 0."""
+    teacher = torch.tensor([[0.0, -9.0, -math.log(2) / 2, -math.log(2) / 2]])
+    if hidden == 0:
+        teacher[0, 1] = 0.0
+    valid = torch.tensor([[column != hidden for column in range(4)]])
+    student = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()[None] + 7
+    loss = objective_loss(
+        name,
+        student.double(),
+        positives_B=torch.tensor([1]),
+        teacher_scores_BN=teacher.double() if name in TEACHER else None,
+        valid_BN=valid,
+        temperature=0.5,
+        smoothing=smoothing,
+    )
+    share = [(i + 1) / sum(n + 1 for n in range(4) if n != hidden) for i in range(4)]
+    wanted = sum(t * math.log(t / p) for t, p in zip(target, share, strict=True) if t)
+    assert loss.item() == pytest.approx(wanted, abs=1e-6)
+
+
 def test_a_constant_added_to_a_row_changes_nothing() -> None:
     student, teacher, positives, _ = batch(3)
     loss = collective_loss(student, teacher, positives, TEMPERATURE)

@@ -1,0 +1,140 @@
+"""The run that the distillation benchmarks measure on, and the training loop of a worker, timed step by step."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import note
+
+from ckd_ray.distill.inputs import InputReader
+from ckd_ray.distill.step import TrainingStep
+from ckd_ray.distill.task import TrainingTask
+from ckd_ray.model import ColBERT
+
+
+@dataclass(frozen=True)
+class DistillRun:
+    """A run that has its labels: collection, teacher, embeddings, rankings, labels."""
+
+    folder: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration that the run was made with."""
+        return json.loads((self.folder / "run.json").read_text())["config"]
+
+    def model(self) -> ColBERT:
+        """The student before its first step: the teacher's weights."""
+        return ColBERT.from_pretrained(self.folder / "teacher")
+
+    def task(self, objective: str, batch_size: int, **values: Any) -> TrainingTask:
+        """A training task on this run, one negative a query as published."""
+        distill = self.config["distill"]
+        given = {
+            "stage": "distill",
+            "run": str(self.folder),
+            "start": str(self.folder / "teacher"),
+            "fingerprint": "benchmark",
+            "seed": 17,
+            "steps": 1000,
+            "batch_size": batch_size,
+            "learning_rate": 3e-6,
+            "objective": objective,
+            "beta": distill["beta"],
+            "expansion_size": distill["expansion_size"],
+            "negatives_depth": distill["negatives_depth"],
+            "positive_grade": self.config["collection"]["positive_grade"],
+            "hard_negatives": True,
+        }
+        return TrainingTask.from_dict(given | values)
+
+
+def distill_run(args: argparse.Namespace) -> DistillRun:
+    """The run of `--run`, or a new one brought up to its labels with a teacher of one step (rates do not depend on
+    training)."""
+    if args.run:
+        folder = Path(args.run).resolve()
+        for name in ("teacher", "embeddings", "rankings", "labels"):
+            if not (folder / name).exists():
+                raise SystemExit(f"{folder}: no {name}/ here; run ckd-ray label first")
+        return DistillRun(folder)
+    from ckd_ray.cluster.connect import connected
+    from ckd_ray.config import load_config
+    from ckd_ray.pipeline.runner import run_stages
+    from ckd_ray.progress import set_quiet
+
+    storage = tempfile.mkdtemp(prefix="ckd-ray-benchmark-")
+    values = [f"run.storage={storage}", "run.name=distill", "teacher.steps=1", "teacher.batch_size=2"]
+    values += ["model.doc_maxlen=180", "collection.limit=null"]
+    if args.data:
+        folder = _cut(Path(args.data), Path(storage) / "data", 300, 1000) if args.quick else args.data
+        values += ["collection.format=msmarco", f"collection.path={folder}", "collection.packages=null"]
+    elif args.quick:
+        values.append("collection.limit=1000")
+    note("preparing a run up to its labels")
+    set_quiet(True)
+    with connected("local"):
+        run_stages(load_config(None, values), until="label")
+    return DistillRun(Path(storage) / "distill")
+
+
+def _cut(source: Path, out: Path, queries: int, passages: int) -> Path:
+    """The first training queries with all their labels, and passages up to that number: a collection for `--quick`."""
+    out.mkdir()
+    labels = [line.split("\t") for line in (source / "qrels.train.tsv").read_text().splitlines()]
+    kept = set(list(dict.fromkeys(row[0] for row in labels))[:queries])
+    labels = [row for row in labels if row[0] in kept]
+    wanted = {row[2] for row in labels}
+    others = max(0, passages - len(wanted))
+    (out / "qrels.train.tsv").write_text("".join("\t".join(row) + "\n" for row in labels))
+    with open(source / "queries.train.tsv", encoding="utf-8") as lines, open(out / "queries.train.tsv", "w") as file:
+        file.writelines(line for line in lines if line.partition("\t")[0] in kept)
+    with open(source / "collection.tsv", encoding="utf-8") as lines, open(out / "collection.tsv", "w") as file:
+        for line in lines:
+            labelled = line.partition("\t")[0] in wanted
+            others -= not labelled
+            if labelled or others >= 0:
+                file.write(line)
+    return out
+
+
+def seconds_a_step(run: DistillRun, task: TrainingTask, first: int, count: int, model: ColBERT) -> list[float]:
+    """The worker's loop over steps [first, first + count): read ahead by a thread, forward, backward, clip, AdamW.
+
+    A step lasts from the end of the one before to its own end, so that waiting for a batch counts. The step before
+    `first` warms up and is not in the list.
+    """
+    first = max(1, first)
+    model.train()
+    step = TrainingStep(model, task, "fp32")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=task.weight_decay)
+    reader = InputReader(task, model.tokenizer)
+    ends: list[float] = []
+    stream: Iterator[Any] = reader.stream(first - 1)
+    for inputs in stream:
+        optimizer.zero_grad(set_to_none=True)
+        step(inputs.to(model.device))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+        optimizer.step()
+        ends.append(time.perf_counter())
+        if len(ends) == count + 1:
+            break
+    stream.close()  # type: ignore[attr-defined]
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def median(values: list[float]) -> float:
+    """Of a list that is not empty."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+Part = Callable[[DistillRun, argparse.Namespace, dict[str, Any]], dict[str, dict[str, Any]]]

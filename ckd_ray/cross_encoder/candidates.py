@@ -1,0 +1,64 @@
+"""Which pairs a cross-encoder has to judge: a query's labelled passages and the hard negatives that training draws.
+
+Shapes: B queries, K = depth results a query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckd_ray.data import Collection
+from ckd_ray.distill.batches import Int64Array, Positives
+from ckd_ray.retrieve.rankings import part_file, part_matrix, read_ranking_part
+from ckd_ray.retrieve.stream import query_spans
+from ckd_ray.store.files import join
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """labelled and negatives: dense passage indices of each query of a span; negatives are in the ranking's order."""
+
+    labelled: list[Int64Array]
+    negatives: list[Int64Array]
+
+    def all(self) -> list[Int64Array]:
+        """Both, the labelled ones first."""
+        return [np.concatenate(pair) for pair in zip(self.labelled, self.negatives, strict=True)]
+
+
+class CandidateReader:
+    """Candidates of the training queries of a run."""
+
+    def __init__(self, run: str, positive_grade: int, depth: int) -> None:
+        collection = Collection.open(run)
+        self.num_queries = len(collection.queries("train").ids)
+        qrels = collection.qrels("train")
+        self.positives = Positives.from_qrels(
+            self.num_queries, qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade
+        )
+        self.rankings, self.depth = join(run, "rankings"), depth
+
+    def read(self, first: int, stop: int) -> Candidates:
+        """Of the queries [first, stop); the labelled ones are taken out before the cut, as batches do."""
+        top = self._top(first, stop)
+        labelled = [self.positives.of(query) for query in range(first, stop)]
+        negatives = [
+            row[(row >= 0) & ~np.isin(row, known)][: self.depth] for row, known in zip(top, labelled, strict=True)
+        ]
+        # A query without a label is not trained on.
+        negatives = [row if len(known) else row[:0] for row, known in zip(negatives, labelled, strict=True)]
+        return Candidates(labelled, negatives)
+
+    def _top(self, first: int, stop: int) -> list[Int64Array]:
+        rows: list[Int64Array] = []
+        for part, (low, high) in enumerate(query_spans(self.num_queries)):
+            if low < stop and first < high:
+                table = read_ranking_part(
+                    join(self.rankings, part_file("train", part)), ["query_index", "rank", "passage_index"]
+                )
+                depth = int(table["rank"].to_numpy().max(initial=0))
+                matrix = part_matrix(table, low, high - low, depth).astype(np.int64)
+                rows += list(matrix[max(first, low) - low : min(stop, high) - low])
+        return rows

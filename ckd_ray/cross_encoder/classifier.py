@@ -1,0 +1,204 @@
+"""Any `transformers` sequence classifier as a cross-encoder: one number for a (query, passage) pair. Pure torch.
+
+Shapes: P pairs, T tokens of all of them, L tokens of the longest in a batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckd_ray.embed.encoder import Precision, computing, token_budget_batches
+from ckd_ray.errors import UserError
+from ckd_ray.model.sources import resolve_backbone
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+_KEY = "cross_encoder.model"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokenised pairs, flat: token_ids and token_types (T,) int32, lengths (P,) int32."""
+
+    token_ids: Int32Array
+    token_types: Int32Array
+    lengths: Int32Array
+
+
+class PairTokenizer:
+    """Tokenises pairs as the model was trained to see them, at most `maxlen` tokens; the longer text is cut first.
+
+    Raises:
+        UserError: there is no fast tokenizer here, it has no padding token, or `maxlen` is too long for the model.
+    """
+
+    def __init__(self, source: str, maxlen: int) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        folder = _folder(source)
+        self.hf: Any = _loaded(source, AutoTokenizer, folder, use_fast=True)
+        config: Any = _loaded(source, AutoConfig, folder)
+        self.maxlen = maxlen
+        if self.hf.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token", where=_KEY, found=source)
+        room = getattr(config, "max_position_embeddings", None)
+        if isinstance(room, int) and 0 < room < maxlen:
+            raise UserError(
+                f"{source} holds {room} tokens at most",
+                where="cross_encoder.maxlen",
+                expected=f"at most {room}",
+                found=str(maxlen),
+            )
+
+    def __call__(self, queries: Sequence[str], passages: Sequence[str]) -> Pairs:
+        """Pair i is (queries[i], passages[i])."""
+        if not queries:
+            return Pairs(*(np.empty(0, np.int32) for _ in range(3)))
+        encoded = self.hf(
+            list(queries),
+            list(passages),
+            truncation="longest_first",
+            max_length=self.maxlen,
+            return_attention_mask=False,
+            return_token_type_ids=True,
+        )
+        ids = encoded["input_ids"]
+        lengths = np.array([len(row) for row in ids], np.int32)
+        types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+        return Pairs(_flat(ids), _flat(types), lengths)
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> Int32Array:
+    return np.concatenate([np.array(row, np.int32) for row in rows])
+
+
+class PairClassifier:
+    """A model ready to score pairs.
+
+    The score is the logit of a model with one label, and of one with two the log-odds of the second,
+    logit[1] - logit[0] = ln p / (1 - p): by custom label 1 is *relevant*. Both have the scale of a logit, so one
+    `distill.temperature` fits both.
+
+    Args:
+        token_budget: padded tokens a batch; bounds the activations' memory.
+        precision: `fp32`, or `bf16` (autocast).
+
+    Raises:
+        UserError: the source is no sequence classifier that can be loaded, or has another number of labels.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        device: torch.device | str = "cpu",
+        token_budget: int = 16384,
+        precision: Precision = "fp32",
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        folder = _folder(source)
+        self.device, self.token_budget = torch.device(device), token_budget
+        self.precision: Precision = precision
+        self.model = _classifier(source, folder).to(self.device).eval()
+        tokenizer = _loaded(source, AutoTokenizer, folder, use_fast=True)
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+        self._left = tokenizer.padding_side == "left"
+        if self.model.config.pad_token_id is None:  # decoders find the last token of each row by it
+            self.model.config.pad_token_id = self._pad_id
+        self._takes_types = "token_type_ids" in tokenizer.model_input_names
+
+    @torch.inference_mode()
+    def score(self, pairs: Pairs) -> Float32Array:
+        """(P,) scores, in the order of the pairs; batches hold pairs of like length."""
+        out = np.empty(len(pairs.lengths), np.float32)
+        ends = np.cumsum(pairs.lengths, dtype=np.int64)
+        multiple = 8 if self.device.type == "cuda" else 1
+        for batch in token_budget_batches(pairs.lengths, self.token_budget, multiple):
+            inputs = self._inputs(pairs, ends, batch, multiple)
+            with computing(self.device, self.precision):
+                logits = self.model(**inputs).logits
+            logits = logits.float()
+            scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+            out[batch] = scores.cpu().numpy()
+        return out
+
+    def _inputs(
+        self, pairs: Pairs, ends: npt.NDArray[np.int64], batch: Int32Array, multiple: int
+    ) -> dict[str, torch.Tensor]:
+        width = -(-int(pairs.lengths[batch].max(initial=1)) // multiple) * multiple
+        ids = np.full((len(batch), width), self._pad_id, np.int64)
+        types, mask = np.zeros_like(ids), np.zeros_like(ids)
+        for row, pair in enumerate(batch.tolist()):
+            length = int(pairs.lengths[pair])
+            place = slice(width - length, width) if self._left else slice(0, length)
+            tokens = slice(int(ends[pair]) - length, int(ends[pair]))
+            ids[row, place], types[row, place], mask[row, place] = (
+                pairs.token_ids[tokens],
+                pairs.token_types[tokens],
+                1,
+            )
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_types:
+            inputs["token_type_ids"] = types
+        return {name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
+
+
+def _folder(source: str) -> str:
+    try:
+        return resolve_backbone(source)
+    except UserError as error:
+        raise UserError(error.problem, where=_KEY, expected=error.expected, found=error.found, fix=error.fix) from error
+
+
+def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, its errors in our words; code that comes with a model is never run."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            "the cross-encoder cannot be loaded",
+            where=_KEY,
+            expected=f"a folder or hub id that transformers' {kind.__name__} reads",
+            found=f"{source}: {said[0][:300]}",
+        ) from error
+    finally:
+        logging.set_verbosity(before)
+
+
+def _classifier(source: str, folder: str) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    model, report = _loaded(
+        source, AutoModelForSequenceClassification, folder, output_loading_info=True, dtype=torch.float32
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # a bare encoder: transformers would give it a head of random numbers
+        raise UserError(
+            "this model is not a trained classifier",
+            where=_KEY,
+            expected="a sequence classifier with all its weights, such as cross-encoder/ms-marco-MiniLM-L6-v2",
+            found=f"{source}, without {', '.join(missing[:3])}",
+        )
+    if model.config.num_labels not in (1, 2):
+        raise UserError(
+            "this classifier gives no score of relevance",
+            where=_KEY,
+            expected="1 label (its logit is the score) or 2 (the log-odds of the second)",
+            found=f"{model.config.num_labels} labels",
+        )
+    return model

@@ -1,0 +1,265 @@
+"""Scores from a file into the parts that training reads.
+
+The file is streamed. Its rows are spread over spill files by query, and each of these is then sorted in memory on its
+own, so that memory holds a block of rows, one spill file, the ids of the training queries and 16 bytes a passage.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from ckd_ray.cross_encoder.candidates import CandidateReader
+from ckd_ray.cross_encoder.score_rows import ScoreRows, read_scores
+from ckd_ray.cross_encoder.scores import write_scores
+from ckd_ray.data import Collection
+from ckd_ray.data.problems import Problems, shorten
+from ckd_ray.errors import UserError
+from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.stream import query_spans
+from ckd_ray.store.files import filesystem_of, is_local, join, make_folder
+
+_MOST_SPILLS = 256
+_ROW = np.dtype([("query", "<i4"), ("passage", "<i4"), ("score", "<f4"), ("line", "<i8")])
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass
+class Coverage:
+    """How much of what training looks at has a score."""
+
+    pairs: int = 0
+    queries: int = 0
+    labelled: list[int] = field(default_factory=lambda: [0, 0])  # with a score, in all
+    negatives: list[int] = field(default_factory=lambda: [0, 0])
+    skipped: int = 0
+
+    def figures(self) -> dict[str, int | float]:
+        """For the manifest: counts, and the shares of labelled passages and of hard negatives that have a score."""
+        return {
+            "pairs": self.pairs,
+            "scored_queries": self.queries,
+            "labelled_scored": round(self.labelled[0] / max(1, self.labelled[1]), 4),
+            "negatives_scored": round(self.negatives[0] / max(1, self.negatives[1]), 4),
+            "unknown_skipped": self.skipped,
+        }
+
+
+def import_scores(uri: str, out: str, candidates: CandidateReader, run: str) -> tuple[int, Coverage]:
+    """Check the file `uri` and write its scores as parts into `out`.
+
+    An unknown id is a mistake, unless `collection.limit` has cut the corpus: then rows of passages that are not there
+    are counted and left out. A pair that stands there twice with one score counts once; with two scores it is a
+    mistake.
+
+    Returns:
+        queries a part, and the coverage.
+
+    Raises:
+        InputError: with file and line, up to twenty problems at once.
+        UserError: the file cannot be read, or scores no candidate at all.
+    """
+    make_folder(out)
+    collection, problems = Collection.open(run), Problems(of="the scores")
+    queries = collection.queries("train").ids
+    spans, coverage = query_spans(len(queries)), Coverage()
+    size = spans[0][1]
+    with tempfile.TemporaryDirectory(prefix="ckd-ray-scores-", dir=_beside(out)) as scratch:
+        spills = _Spills(scratch, len(spans), size)
+        _spread(uri, problems, spills, queries, collection, coverage)
+        problems.check()
+        with Progress("cross_encoder", len(queries), "queries") as progress:
+            for part, (first, stop) in enumerate(spans):
+                rows = _unique(uri, spills.read(part), problems, queries, collection)
+                _count(coverage, rows, first, stop, candidates)
+                if not problems.lines:
+                    _write(out, part, rows, first, queries[first:stop], collection)
+                progress.advance(stop - first)
+    problems.check()
+    _judge(uri, coverage)
+    return size, coverage
+
+
+def _beside(out: str) -> str | None:
+    """Spill files lie on the disk of the run, which has room, where that is local."""
+    return os.path.dirname(filesystem_of(out)[1]) if is_local(out) else None
+
+
+class _Spills:
+    """Rows of consecutive parts, appended to at most `_MOST_SPILLS` files; the last one read stays in memory."""
+
+    def __init__(self, folder: str, parts: int, queries_per_part: int) -> None:
+        self.folder, self.queries_per_part = folder, queries_per_part
+        self._parts_each = -(-parts // _MOST_SPILLS)
+        self._held: tuple[int, npt.NDArray[np.void]] | None = None
+
+    def append(self, rows: npt.NDArray[np.void]) -> None:
+        which = rows["query"] // (self.queries_per_part * self._parts_each)
+        order = np.argsort(which, kind="stable")
+        rows, which = rows[order], which[order]
+        cuts = np.flatnonzero(np.diff(which)) + 1
+        for group in np.split(rows, cuts) if len(rows) else []:
+            name = int(group["query"][0]) // (self.queries_per_part * self._parts_each)
+            with open(os.path.join(self.folder, f"{name}.rows"), "ab") as file:
+                file.write(group.tobytes())
+
+    def read(self, part: int) -> npt.NDArray[np.void]:
+        """The rows of a part, by query, passage and line."""
+        name = part // self._parts_each
+        if self._held is None or self._held[0] != name:
+            path = os.path.join(self.folder, f"{name}.rows")
+            rows = np.fromfile(path, _ROW) if os.path.exists(path) else np.empty(0, _ROW)
+            self._held = (name, np.sort(rows, order=["query", "passage", "line"], kind="stable"))
+        rows = self._held[1]
+        low, high = np.searchsorted(rows["query"], np.array([part, part + 1]) * self.queries_per_part)
+        return rows[low:high]
+
+
+class PassageIndex:
+    """Dense indices of passage ids: found by 8-byte hashes, confirmed on the ids themselves."""
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        hashes = [np.empty(0, np.uint64)]
+        fs, path = filesystem_of(join(collection.run, "corpus", "ids.arrow"))
+        with fs.open_input_file(path) as file:
+            reader = ipc.open_file(file)
+            for i in range(reader.num_record_batches):
+                hashes.append(_hashes(reader.get_batch(i)["passage_id"].to_pylist()))
+        flat = np.concatenate(hashes)
+        self._order = np.argsort(flat, kind="stable")
+        self._hashes = flat[self._order]
+
+    def find(self, ids: list[str]) -> Int64Array:
+        """-1 for an id that is not in the corpus."""
+        wanted = _hashes(ids)
+        found = np.full(len(ids), -1, np.int64)
+        at = np.searchsorted(self._hashes, wanted)
+        open_ = np.arange(len(ids))
+        while len(open_):  # a second round only where two ids of the corpus share a hash
+            inside = at[open_] < len(self._hashes)
+            open_ = open_[inside]
+            open_ = open_[self._hashes[at[open_]] == wanted[open_]]
+            index = self._order[at[open_]]
+            names = self._collection.passage_ids(index)
+            same = np.array([ids[i] == name for i, name in zip(open_.tolist(), names, strict=True)], bool)
+            found[open_[same]] = index[same]
+            open_ = open_[~same]
+            at[open_] += 1
+        return found
+
+
+def _hashes(ids: list[str]) -> npt.NDArray[np.uint64]:
+    return np.asarray(pd.util.hash_array(np.array(ids, object), categorize=False), np.uint64)
+
+
+def _spread(
+    uri: str, problems: Problems, spills: _Spills, queries: list[str], collection: Collection, coverage: Coverage
+) -> None:
+    passages = PassageIndex(collection)
+    by_id = pa.array(queries, pa.string())
+    cut = collection.manifest.get("limit") is not None
+    for block in read_scores(uri, problems):
+        query = pa.compute.index_in(pa.array(block.query_ids, pa.string()), value_set=by_id)
+        query = query.fill_null(-1).to_numpy().astype(np.int64)
+        passage = passages.find(block.passage_ids)
+        _name_unknown(uri, block, query, passage, problems, cut)
+        known = (query >= 0) & (passage >= 0)
+        coverage.skipped += int((~known).sum())
+        rows = np.empty(int(known.sum()), _ROW)
+        rows["query"], rows["passage"] = query[known], passage[known]
+        rows["score"], rows["line"] = block.scores[known], block.lines[known]
+        spills.append(rows)
+
+
+def _name_unknown(
+    uri: str, block: ScoreRows, query: Int64Array, passage: Int64Array, problems: Problems, cut: bool
+) -> None:
+    for what, ids, found, expected in (
+        ("query", block.query_ids, query, "an id of the training queries"),
+        ("passage", block.passage_ids, passage, "an id of the corpus"),
+    ):
+        if cut and what == "passage":
+            continue
+        for i in np.flatnonzero(found < 0).tolist():
+            problems.add(
+                f"{uri}:{block.lines[i]}", f"a score of an unknown {what}", expected=expected, found=shorten(ids[i])
+            )
+
+
+def _unique(
+    uri: str, rows: npt.NDArray[np.void], problems: Problems, queries: list[str], collection: Collection
+) -> npt.NDArray[np.void]:
+    """The rows without repetitions; a pair with two scores is noted."""
+    if not len(rows):
+        return rows
+    again = (
+        np.flatnonzero((rows["query"][1:] == rows["query"][:-1]) & (rows["passage"][1:] == rows["passage"][:-1])) + 1
+    )
+    for i in again.tolist():
+        if rows["score"][i] != rows["score"][i - 1]:
+            name = collection.passage_ids(rows["passage"][i : i + 1])[0]
+            problems.add(
+                f"{uri}:{rows['line'][i]}",
+                f"a second score of query {shorten(queries[rows['query'][i]])} and passage {shorten(name)}",
+                expected=f"{rows['score'][i - 1]:g} as at line {rows['line'][i - 1]}",
+                found=f"{rows['score'][i]:g}",
+            )
+    return np.delete(rows, again)
+
+
+def _by_query(rows: npt.NDArray[np.void], first: int, stop: int) -> list[npt.NDArray[np.void]]:
+    return np.split(rows, np.searchsorted(rows["query"], np.arange(first + 1, stop)))
+
+
+def _count(coverage: Coverage, rows: npt.NDArray[np.void], first: int, stop: int, candidates: CandidateReader) -> None:
+    wanted = candidates.read(first, stop)
+    coverage.pairs += len(rows)
+    for mine, labelled, negatives in zip(_by_query(rows, first, stop), wanted.labelled, wanted.negatives, strict=True):
+        coverage.queries += bool(len(mine))
+        for count, asked in ((coverage.labelled, labelled), (coverage.negatives, negatives)):
+            count[0] += int(np.isin(asked, mine["passage"]).sum())
+            count[1] += len(asked)
+
+
+def _write(
+    out: str, part: int, rows: npt.NDArray[np.void], first: int, query_ids: list[str], collection: Collection
+) -> None:
+    groups = _by_query(rows, first, first + len(query_ids))
+    write_scores(
+        out,
+        "train",
+        part,
+        query_ids=query_ids,
+        passages=[group["passage"].astype(np.int64) for group in groups],
+        scores=[group["score"] for group in groups],
+        passage_ids=collection.passage_ids(rows["passage"].astype(np.int64)),
+    )
+
+
+def _judge(uri: str, coverage: Coverage) -> None:
+    found = coverage.figures()
+    say(
+        f"cross_encoder: {coverage.pairs:,} scores of {coverage.queries:,} queries; they cover"
+        f" {100 * found['labelled_scored']:.1f} % of the labelled passages and {100 * found['negatives_scored']:.1f} %"
+        " of the hard negatives; a pair without a score does not count in training"
+    )
+    if coverage.skipped:
+        say(f"cross_encoder: {coverage.skipped:,} scores are of passages that collection.limit has cut off")
+    if not coverage.negatives[0]:
+        raise UserError(
+            "these scores are of no use: no training query has a score for any of its hard negatives",
+            where=uri,
+            expected="scores of the passages that `rankings/` lists, at least for some queries",
+            found=f"{coverage.pairs} scores, none of them among the first {coverage.negatives[1]} candidates",
+            fix="score the candidates with cross_encoder.model, or set distill.negatives_depth and retrieve.depth"
+            " to what the scores were made from",
+        )

@@ -1,0 +1,196 @@
+"""The cross_encoder stage: Ray Data streams (query, candidate) pairs through tokenising tasks into a pool of models.
+
+The unit of work is a part, some consecutive queries with all their candidates. Only part numbers and a line of figures
+pass the driver. A part that is there is not computed again, whatever has died in between.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+
+from ckd_ray.config import CrossEncoderConfig
+from ckd_ray.cross_encoder.candidates import CandidateReader
+from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer
+from ckd_ray.cross_encoder.scores import part_name, write_scores
+from ckd_ray.embed.encoder import Precision
+from ckd_ray.embed.pool import Pool, plan_pool
+from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.stream import collection_once, query_spans
+from ckd_ray.store.files import exists, join, list_files, make_folder, read_json, write_json_atomic
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class CrossEncoderJob:
+    """Score the candidates of the training queries of `run` into `out`; the same in every process."""
+
+    run: str
+    out: str
+    model: str
+    positive_grade: int
+    depth: int
+    maxlen: int
+    token_budget: int
+    precision: Precision
+
+
+def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_queries: int) -> tuple[int, int]:
+    """Write the missing parts.
+
+    Returns:
+        queries a part, for the manifest, and the pairs scored by this call.
+
+    Raises:
+        UserError: the model is no cross-encoder, or the pool of actors does not fit the cluster.
+    """
+    make_folder(job.out)
+    size = queries_a_part(num_queries)
+    spans = query_spans(num_queries, size)
+    present = set(list_files(job.out, ".parquet"))
+    missing = [i for i in range(len(spans)) if part_name("train", i) + ".parquet" not in present]
+    done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
+    pairs = 0
+    with Progress("cross_encoder", num_queries, "queries", done=done) as progress:
+        if missing:
+            # Here, where errors keep their type; actors report theirs after the first pairs have been made.
+            PairTokenizer(job.model, job.maxlen)
+            PairClassifier(job.model)
+            pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(missing), key="cross_encoder")
+            work = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
+            for row in _stream(job, work, pool):
+                pairs += row["pairs"]
+                progress.advance(row["queries"])
+    return size, pairs
+
+
+def queries_a_part(num_queries: int) -> int:
+    """8 to 256, a power of two, aiming at 256 parts: a pair costs a pass of a transformer, so parts are small."""
+    size = 8
+    while size < 256 and size * 256 < num_queries:
+        size *= 2
+    return size
+
+
+def agreed_precision(out: str, requested: Literal["auto", "fp32", "bf16"]) -> tuple[Precision, str]:
+    """Chosen once for all parts and kept in `out`; `auto` is bf16 on GPUs and fp32 elsewhere."""
+    path = join(out, PLAN)
+    if exists(path):
+        kept = read_json(path)
+        return kept["precision"], kept["reason"]
+    precision: Precision = "fp32"
+    if requested != "auto":
+        precision, reason = requested, "as configured"
+    elif ray.cluster_resources().get("GPU"):
+        precision, reason = "bf16", "the cluster has GPUs"
+    else:
+        reason = "the cluster has no GPU"
+    make_folder(out)
+    write_json_atomic(path, {"precision": precision, "reason": reason})
+    say(f"cross_encoder: {precision} ({reason})")
+    return precision, reason
+
+
+def _stream(job: CrossEncoderJob, work: list[dict[str, int]], pool: Pool) -> Any:
+    """Rows of figures, one a part, as they are finished."""
+    dataset: Any = ray.data.from_items(work, override_num_blocks=len(work))
+    dataset = dataset.map_batches(
+        _tokenise,
+        fn_kwargs={"job": job},
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=pool.feeder_cpus,
+        compute=ray.data.TaskPoolStrategy(size=pool.feeders),
+    )
+    dataset = dataset.map_batches(
+        PartScorer,
+        fn_constructor_kwargs={"job": job, "threads": pool.threads},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=pool.cpus_per_actor,
+        num_gpus=pool.gpus_per_actor or None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, max_tasks_in_flight_per_actor=2),
+    )
+    return dataset.iter_rows()
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_and_candidates(job: CrossEncoderJob) -> tuple[PairTokenizer, CandidateReader, list[str]]:
+    """Loaded once a worker process; no weights."""
+    reader = CandidateReader(job.run, job.positive_grade, job.depth)
+    return PairTokenizer(job.model, job.maxlen), reader, collection_once(job.run).queries("train").texts
+
+
+def _tokenise(batch: dict[str, Any], job: CrossEncoderJob) -> pa.Table:
+    """The pairs of one part as one row: candidates and token ids, flat beside their counts."""
+    part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
+    tokenizer, reader, queries = _tokenizer_and_candidates(job)
+    wanted = reader.read(first, stop).all()
+    counts = np.array([len(passages) for passages in wanted], np.int32)
+    flat = np.concatenate([*wanted, np.empty(0, np.int64)]).astype(np.int64)
+    unique, where = np.unique(flat, return_inverse=True)  # neighbours share candidates: each text is read once
+    texts = collection_once(job.run).texts(unique)
+    asked = np.repeat(np.arange(first, stop), counts)
+    pairs = tokenizer([queries[i] for i in asked.tolist()], [texts[i] for i in where.tolist()])
+    lists: dict[str, npt.NDArray[Any]] = {
+        "counts": counts,
+        "passages": flat,
+        "lengths": pairs.lengths,
+        "token_ids": pairs.token_ids,
+        "token_types": pairs.token_types,
+    }
+    columns = {
+        name: pa.array([values], pa.large_list(pa.from_numpy_dtype(values.dtype))) for name, values in lists.items()
+    }
+    return pa.table({"part": [part], "first": [first], **columns})
+
+
+class PartScorer:
+    """An actor: scores the pairs that reach it and writes each part. Returns figures, never scores."""
+
+    def __init__(self, job: CrossEncoderJob, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.job = job
+        self.model = PairClassifier(job.model, device=device, token_budget=job.token_budget, precision=job.precision)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._score(table.slice(i, 1)) for i in range(table.num_rows)])
+
+    def _score(self, row: pa.Table) -> dict[str, int]:
+        job, part, first = self.job, row["part"][0].as_py(), row["first"][0].as_py()
+        counts, passages, lengths, ids, types = (
+            row[name][0].values.to_numpy() for name in ("counts", "passages", "lengths", "token_ids", "token_types")
+        )
+        figures = {"part": part, "queries": len(counts), "pairs": len(passages)}
+        if exists(join(job.out, part_name("train", part) + ".parquet")):
+            return figures  # its first try came as far as the rename before the actor died
+        scores = self.model.score(Pairs(ids, types, lengths))
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if len(bad):
+            raise FloatingPointError(
+                f"the cross-encoder's score is {scores[bad[0]]} for a pair of part {part}; set cross_encoder.precision:"
+                " fp32, or use another model"
+            )
+        cuts = np.cumsum(counts)[:-1]
+        collection = collection_once(job.run)
+        write_scores(
+            job.out,
+            "train",
+            part,
+            query_ids=collection.queries("train").ids[first : first + len(counts)],
+            passages=np.split(passages, cuts),
+            scores=np.split(scores, cuts),
+            passage_ids=collection.passage_ids(passages),
+        )
+        return figures
