@@ -23,17 +23,15 @@ def score_sentence_transformers(folder: str, queries: list[str], passages: list[
 
 
 def score_pylate(folder: str, queries: list[str], passages: list[str]) -> tuple[list, int]:
-    import torch
     from pylate.models import ColBERT
     from pylate.scores import colbert_scores
 
     model = ColBERT(folder, device="cpu")
     q = model.encode(queries, is_query=True, convert_to_numpy=False, show_progress_bar=False)
     p = model.encode(passages, is_query=False, convert_to_numpy=False, show_progress_bar=False)
-    pad = torch.nn.utils.rnn.pad_sequence
-    masks = [pad([torch.ones(len(rows)) for rows in side], batch_first=True) for side in (q, p)]
-    scores = colbert_scores(pad(q, batch_first=True), pad(p, batch_first=True), masks[0], masks[1])
-    return scores.tolist(), len(q[0])
+    # A pair at a time: in a padded batch its padding counts as zero rows, which floors every maximum at 0.
+    scores = [[float(colbert_scores(rows[None], passage[None])) for passage in p] for rows in q]
+    return scores, len(q[0])
 
 
 def score_colbert_ai(folder: str, queries: list[str], passages: list[str]) -> tuple[list, int]:
@@ -62,7 +60,11 @@ def make_sentence_transformers(folder: str, backbone: str) -> None:
     expansion = {"strategy": "fixed", "attend": True, "length": 24}
     encoder = Transformer(backbone, document_length=40, query_expansion=expansion)
     dense = Dense(
-        encoder.get_embedding_dimension(), 48, bias=False, activation_function=None, module_input_name="token_embeddings"
+        encoder.get_embedding_dimension(),
+        48,
+        bias=False,
+        activation_function=None,
+        module_input_name="token_embeddings",
     )
     steps = [encoder, dense, MultiVectorMask(list(string.punctuation)), Normalize("token_embeddings")]
     MultiVectorEncoder(modules=steps, device="cpu").save(folder)

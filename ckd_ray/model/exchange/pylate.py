@@ -39,7 +39,7 @@ def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
     check_case(read_transformer(encoder), hf, encoder)
     words = library.get("skiplist_words")
     if words is None:
-        skip = {"mask_punctuation": True, "skip_tokens": None}
+        skip: dict[str, Any] = {"mask_punctuation": True, "skip_tokens": None}
     else:  # a word that is no token stands for the unknown token there
         skip = tokens.skip_settings(hf, hf.convert_tokens_to_ids([str(w) for w in words]))
     settings = ColBERTSettings(
