@@ -47,7 +47,9 @@ def signature(source: str) -> list[list[str | int]]:
     if path.is_file():
         return [_sign(path, path.name)]
     # One folder deep: sentence-transformers and PyLate keep the projection in a folder of its own.
-    files = sorted({file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file()})
+    # A card says nothing that counts, and an evaluation writes it anew.
+    found = {file for pattern in ("*", "*/*") for file in path.glob(pattern)}
+    files = sorted(file for file in found if file.is_file() and file.name != "README.md")
     return [_sign(file, file.relative_to(path).as_posix()) for file in files]
 
 
