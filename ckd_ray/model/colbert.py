@@ -53,6 +53,7 @@ class ColBERT(nn.Module):
         """
         folder = resolve_backbone(source)
         backbone, tokenizer = load_transformers(folder, source)
+        _check_bare(backbone, tokenizer, source)
         settings = _with_markers(backbone, tokenizer, settings)
         model = cls(backbone, tokenizer, settings)
         model._check_length(source)
@@ -226,6 +227,19 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     return backbone, tokenizer
+
+
+def _check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
+    """A ColBERT model of colbert-ai or PyLate under a hub id would lose its projection without a word."""
+    of_colbert_ai = "HF_ColBERT" in (backbone.config.architectures or [])
+    if of_colbert_ai or {"[Q] ", "[D] "} <= tokenizer.get_vocab().keys():
+        raise UserError(
+            "a ColBERT model of another library, not a bare encoder",
+            where=source,
+            expected="the folder of the whole model, projection included",
+            found="the architecture HF_ColBERT" if of_colbert_ai else "PyLate's markers in the vocabulary",
+            fix="download the model to a folder and name that",
+        )
 
 
 def _with_markers(backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> ColBERTSettings:

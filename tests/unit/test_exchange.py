@@ -265,6 +265,8 @@ def test_what_has_no_counterpart_is_refused(model: ColBERT, tmp_path: Path) -> N
     refused(st / "3_Normalize" / "config.json", "not normalised", module_input_name="sentence_embedding")
     refused(st / "config_sentence_transformers.json", "several tokens", prompts={"query": "search for: "})
     refused(st / "sentence_bert_config.json", "widening", query_expansion={"strategy": "min", "length": 8})
+    with pytest.raises(UserError, match="not a bare encoder"):  # as a hub id would be taken
+        ColBERT.from_backbone(str(co), SETTINGS)
     refused(co / "artifact.metadata", "other than MaxSim", interaction="flipr")
     refused(co / "artifact.metadata", "no marker token", query_token_id="[nothing]")
     entries = json.loads((st / "modules.json").read_text())
