@@ -221,3 +221,26 @@ def inspect(
 
 _stage_command("distill", "Distil the student.")
 _stage_command("evaluate", "Compare the teacher with the student.")
+
+
+@app.command()
+@guarded
+def export(
+    run: Annotated[str, typer.Argument(help="A run directory (run.storage/run.name), or one checkpoint folder.")],
+    fmt: Annotated[str, typer.Option("--format", help="sentence-transformers, pylate or colbert.")],
+    out: Annotated[str | None, typer.Option("--out", help="The folder to write. Default: RUN/exports/FORMAT.")] = None,
+    model: Annotated[str, typer.Option("--model", help="student or teacher.")] = "student",
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a run's model for sentence-transformers, PyLate or colbert-ai, with a model card."""
+    from ckd_ray.pipeline.export import export_run
+    from ckd_ray.progress import say, set_quiet
+
+    set_quiet(quiet)
+    written = export_run(run, fmt, out=out, role=model)
+    for difference in written["differences"]:
+        say(f"export: {difference}")
+    say(f"export: {written['model']} -> {written['out']}")
+    if json_:
+        typer.echo(json.dumps(written))

@@ -52,7 +52,8 @@ class ColBERT(nn.Module):
             UserError: the source cannot be loaded, or cannot hold passages of `doc_maxlen` tokens.
         """
         folder = resolve_backbone(source)
-        backbone, tokenizer = _load_transformers(folder, source)
+        backbone, tokenizer = load_transformers(folder, source)
+        _check_bare(backbone, tokenizer, source)
         settings = _with_markers(backbone, tokenizer, settings)
         model = cls(backbone, tokenizer, settings)
         model._check_length(source)
@@ -79,18 +80,30 @@ class ColBERT(nn.Module):
                     found=", ".join(sorted(p.name for p in folder.glob("*"))[:12]) or "nothing",
                 )
         settings = ColBERTSettings.from_dict(json.loads((folder / SETTINGS_FILE).read_text()))
-        backbone, tokenizer = _load_transformers(str(folder), str(folder))
-        model = cls(backbone, tokenizer, settings)
+        backbone, tokenizer = load_transformers(str(folder), str(folder))
         weight = load_file(folder / PROJECTION_FILE)["weight"]
-        if weight.shape != model.projection.weight.shape:
+        return cls.from_parts(backbone, tokenizer, settings, weight, where=str(folder / PROJECTION_FILE))
+
+    @classmethod
+    def from_parts(
+        cls, backbone: Any, tokenizer: Any, settings: ColBERTSettings, weight_DH: Tensor, *, where: str
+    ) -> ColBERT:
+        """A model of a loaded encoder and its projection, a matrix of `settings.dim` rows over H hidden numbers.
+
+        Raises:
+            UserError: the matrix does not fit, or the encoder cannot hold the lengths; `where` names the source.
+        """
+        model = cls(backbone, tokenizer, settings)
+        model._check_length(where)
+        if weight_DH.shape != model.projection.weight.shape:
             raise UserError(
                 "the projection does not fit the encoder",
-                where=str(folder / PROJECTION_FILE),
+                where=where,
                 expected=str(tuple(model.projection.weight.shape)),
-                found=str(tuple(weight.shape)),
+                found=str(tuple(weight_DH.shape)),
             )
         with torch.no_grad():
-            model.projection.weight.copy_(weight)
+            model.projection.weight.copy_(weight_DH)
         model.set_dropout(0.0)
         return model
 
@@ -135,8 +148,12 @@ class ColBERT(nn.Module):
         return F.normalize(self.projection(hidden).float(), dim=-1)
 
     def encode_queries(self, ids_BQ: Tensor, mask_BQ: Tensor) -> Tensor:
-        """Unit rows of shape (B, Q, D), float32; augmentation tokens included (docs/method.md step 1)."""
-        return self.rows(ids_BQ, mask_BQ)
+        """Unit rows of shape (B, Q, D), float32; augmentation tokens included (docs/method.md step 1).
+
+        Without `query_expansion` the rows after the text are zero.
+        """
+        rows_BQD = self.rows(ids_BQ, mask_BQ)
+        return rows_BQD if self.settings.query_expansion else rows_BQD * mask_BQ[:, :, None]
 
     def encode_passages(self, ids_NL: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows (N, L, D), float32, and keep_NL: False on padding and dropped punctuation.
@@ -171,7 +188,13 @@ def load_tokenizer(folder: str | Path) -> ColBERTTokenizer:
     return ColBERTTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True), settings)
 
 
-def _load_transformers(folder: str, source: str) -> tuple[Any, Any]:
+def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
+    """Encoder (float32, without pooler) and tokenizer of a folder or hub id; `source` is what the user wrote.
+
+    Raises:
+        UserError: transformers cannot read it, or weights of the encoder are missing.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -180,21 +203,44 @@ def _load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        backbone = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+        backbone, loaded = AutoModel.from_pretrained(
+            folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
             "the encoder cannot be loaded",
             where=source,
             expected="a folder or hub id that transformers' AutoModel and AutoTokenizer read",
-            found=str(error).strip().splitlines()[0][:300],
+            found=next(iter(str(error).strip().splitlines()), type(error).__name__)[:300],
         ) from error
     finally:
         logging.set_verbosity(before)
+    missing = sorted(name for name in loaded["missing_keys"] if "pooler" not in name)
+    if missing:  # transformers would have drawn them at random
+        raise UserError(
+            "weights of the encoder are missing",
+            where=source,
+            expected=f"weights named as in a saved {type(backbone).__name__}",
+            found=f"no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} ({len(missing)} in all)",
+        )
     # The pooler gives nothing to token embeddings, and a parameter without a gradient stops DDP.
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     return backbone, tokenizer
+
+
+def _check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
+    """A ColBERT model of colbert-ai or PyLate under a hub id would lose its projection without a word."""
+    of_colbert_ai = "HF_ColBERT" in (backbone.config.architectures or [])
+    if of_colbert_ai or {"[Q] ", "[D] "} <= tokenizer.get_vocab().keys():
+        raise UserError(
+            "a ColBERT model of another library, not a bare encoder",
+            where=source,
+            expected="the folder of the whole model, projection included",
+            found="the architecture HF_ColBERT" if of_colbert_ai else "PyLate's markers in the vocabulary",
+            fix="download the model to a folder and name that",
+        )
 
 
 def _with_markers(backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> ColBERTSettings:

@@ -18,8 +18,12 @@ class ColBERTSettings:
         doc_maxlen: most tokens of a passage, markers included.
         mask_punctuation: punctuation tokens of passages give no embedding.
         similarity: `l2` (minus the squared distance) or `cosine`; on unit rows both rank alike.
-        query_marker, doc_marker: the tokens [Q] and [D] that follow the first special token.
+        query_marker, doc_marker: the tokens [Q] and [D] that follow the first special token; "" for none.
         attend_to_mask: whether the query's other tokens attend to its augmentation (False as published).
+        query_expansion: False for models of other libraries that do not augment queries: their rows after the text
+            are zero and add nothing to a cosine.
+        skip_tokens: tokens of passages that give no embedding, for models that skip others than punctuation; None
+            leaves the choice to `mask_punctuation`.
     """
 
     dim: int = 128
@@ -30,6 +34,8 @@ class ColBERTSettings:
     query_marker: str = "[unused0]"
     doc_marker: str = "[unused1]"
     attend_to_mask: bool = False
+    query_expansion: bool = True
+    skip_tokens: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -39,4 +45,7 @@ class ColBERTSettings:
     def from_dict(cls, values: dict[str, Any]) -> ColBERTSettings:
         """Reads `to_dict`'s form; keys of later versions are ignored."""
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        chosen = {key: value for key, value in values.items() if key in known}
+        if chosen.get("skip_tokens") is not None:
+            chosen["skip_tokens"] = tuple(chosen["skip_tokens"])
+        return cls(**chosen)

@@ -40,9 +40,18 @@ def resolve_backbone(source: str) -> str:
 
 
 def signature(source: str) -> list[list[str | int]]:
-    """Changes when the files of a local folder do (name, size, time of change); empty for packages and hub ids."""
-    folder = Path(source)
-    if source.startswith(PACKAGE_PREFIX) or not folder.is_dir():
+    """Changes when a local file or a folder's files do (name, size, time of change); empty for packages and hub ids."""
+    path = Path(source)
+    if source.startswith(PACKAGE_PREFIX) or not path.exists():
         return []
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    if path.is_file():
+        return [_sign(path, path.name)]
+    # One folder deep: sentence-transformers and PyLate keep the projection in a folder of its own.
+    # A card says nothing that counts, and an evaluation writes it anew.
+    found = {file for pattern in ("*", "*/*") for file in path.glob(pattern)}
+    files = sorted(file for file in found if file.is_file() and file.name != "README.md")
+    return [_sign(file, file.relative_to(path).as_posix()) for file in files]
+
+
+def _sign(file: Path, name: str) -> list[str | int]:
+    return [name, file.stat().st_size, file.stat().st_mtime_ns]

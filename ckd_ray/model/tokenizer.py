@@ -36,49 +36,47 @@ class ColBERTTokenizer:
         self.pad_id = _first(tokenizer.pad_token_id, what="[PAD]")
         self.query_marker_id = self._marker(settings.query_marker)
         self.doc_marker_id = self._marker(settings.doc_marker)
-        self.skip_ids = self._punctuation_ids() if settings.mask_punctuation else np.empty(0, np.int32)
+        self.skip_ids = self._skip_ids()
         self.silent_ids = self._silent_ids()
 
-    def _marker(self, token: str) -> int:
+    def _marker(self, token: str) -> int | None:
+        if not token:
+            return None
         found = self.hf.convert_tokens_to_ids(token)
         if found is None or found == self.hf.unk_token_id:
             raise UserError(f"the tokenizer has no marker token {token!r}", fix="add it to the vocabulary first")
         return int(found)
 
-    def _punctuation_ids(self) -> Int32Array:
-        ids = {i for c in string.punctuation for i in self.hf.encode(c, add_special_tokens=False)[:1]}
-        return np.array(sorted(ids), np.int32)
+    def _skip_ids(self) -> Int32Array:
+        tokens = self.settings.skip_tokens
+        if tokens is not None:
+            return np.array(sorted(self.hf.convert_tokens_to_ids(list(tokens))), np.int32)
+        return punctuation_ids(self.hf) if self.settings.mask_punctuation else np.empty(0, np.int32)
 
     def _silent_ids(self) -> Int32Array:
         unused = {i for token, i in self.hf.get_vocab().items() if token.startswith("[unused")}
-        marks = {
-            self.query_marker_id,
-            self.doc_marker_id,
-            self.mask_id,
-            self.cls_id,
-            self.sep_id,
-            self.pad_id,
-        }
-        return np.array(sorted(set(self.hf.all_special_ids) | unused | marks), np.int32)
+        markers = {i for i in (self.query_marker_id, self.doc_marker_id) if i is not None}
+        marks = {self.mask_id, self.cls_id, self.sep_id, self.pad_id}
+        return np.array(sorted(set(self.hf.all_special_ids) | unused | markers | marks), np.int32)
 
-    def _ids(self, texts: Sequence[str], maxlen: int) -> list[list[int]]:
-        """Token ids without special tokens, cut so that [CLS], the marker and [SEP] still fit into `maxlen`."""
+    def framed(self, texts: Sequence[str], marker_id: int | None, maxlen: int) -> list[list[int]]:
+        """Ids of [CLS] marker tokens [SEP], the tokens cut so that the whole fits into `maxlen`."""
         if not texts:
             return []
+        head, tail = [self.cls_id] + ([] if marker_id is None else [marker_id]), [self.sep_id]
         encoded = self.hf(
             list(texts),
             add_special_tokens=False,
             truncation=True,
-            max_length=maxlen - 3,
+            max_length=maxlen - len(head) - 1,
             return_attention_mask=False,
             return_token_type_ids=False,
         )
-        return encoded["input_ids"]
+        return [head + ids + tail for ids in encoded["input_ids"]]
 
     def passages(self, texts: Sequence[str]) -> list[Int32Array]:
         """Ids of [CLS] [D] tokens [SEP] for every text, at most `doc_maxlen` of them, without padding."""
-        head, tail = [self.cls_id, self.doc_marker_id], [self.sep_id]
-        return [np.array(head + ids + tail, np.int32) for ids in self._ids(texts, self.settings.doc_maxlen)]
+        return [np.array(ids, np.int32) for ids in self.framed(texts, self.doc_marker_id, self.settings.doc_maxlen)]
 
     def queries(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of [CLS] [Q] tokens [SEP] [MASK] ... and the attention mask, both int64 of shape (B, Q).
@@ -87,9 +85,9 @@ class ColBERTTokenizer:
         """
         maxlen = self.settings.query_maxlen
         ids = np.full((len(texts), maxlen), self.mask_id, np.int64)
-        mask = np.full((len(texts), maxlen), int(self.settings.attend_to_mask), np.int64)
-        for row, tokens in enumerate(self._ids(texts, maxlen)):
-            full = [self.cls_id, self.query_marker_id, *tokens, self.sep_id]
+        attend = self.settings.attend_to_mask and self.settings.query_expansion
+        mask = np.full((len(texts), maxlen), int(attend), np.int64)
+        for row, full in enumerate(self.framed(texts, self.query_marker_id, maxlen)):
             ids[row, : len(full)] = full
             mask[row, : len(full)] = 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
@@ -111,6 +109,12 @@ class ColBERTTokenizer:
     def keeps(self, token_ids: Int32Array) -> npt.NDArray[np.bool_]:
         """True where a (non-padding) passage token gives an embedding: everywhere but on punctuation."""
         return ~np.isin(token_ids, self.skip_ids)
+
+
+def punctuation_ids(tokenizer: Any) -> Int32Array:
+    """Sorted ids of the first tokens of all signs of `string.punctuation`."""
+    ids = {i for c in string.punctuation for i in tokenizer.encode(c, add_special_tokens=False)[:1]}
+    return np.array(sorted(ids), np.int32)
 
 
 def _first(*candidates: int | None, what: str) -> int:

@@ -50,7 +50,9 @@ def _teacher(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(mode="json")
     given = config.teacher.checkpoint
     if given is not None:
-        return {"model": model, "checkpoint": given, "files": signature(given)}
+        # A .dnn file takes its tokenizer and configuration from the backbone.
+        files = signature(given) + (signature(config.model.backbone) if given.endswith(".dnn") else [])
+        return {"model": model, "checkpoint": given, "files": files}
     settings = _training(config.teacher.model_dump(mode="json"))
     return {
         "model": model,
@@ -151,7 +153,7 @@ STAGES: tuple[Stage, ...] = (
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 # Folders of a run that belong to a stage without being its artefact.
-BESIDE = ("queries", "student_embeddings", "checkpoints", "index")
+BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports")
 
 
 def check_stage_names(start: str | None, until: str) -> None:

@@ -30,8 +30,8 @@ from ckd_ray.embed.encoder import choose_precision
 from ckd_ray.embed.learn_codec import with_codec
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.errors import UserError
-from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
-from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.exchange import load_any
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.stages import scored_depth
@@ -68,7 +68,7 @@ def teacher(context: RunContext, made_of: str) -> dict[str, Any]:
     config = context.config
     out = context.path("teacher")
     if config.teacher.checkpoint is not None:
-        model = _load(config.teacher.checkpoint, config)
+        model = _load(config.teacher.checkpoint, config, given=True)
         with new_folder(out) as folder:
             model.save(folder)
         return {"given": config.teacher.checkpoint}
@@ -196,8 +196,11 @@ def distill(context: RunContext, made_of: str) -> dict[str, Any]:
 def evaluate(context: RunContext, made_of: str) -> dict[str, Any]:
     """Teacher against student on the evaluation splits, by exact search."""
     from ckd_ray.pipeline.evaluation import evaluate_run
+    from ckd_ray.pipeline.export import write_student_card
 
-    return evaluate_run(context, made_of)
+    figures = evaluate_run(context, made_of)
+    write_student_card(context.run)
+    return figures
 
 
 def embed_all(
@@ -280,28 +283,34 @@ def _precision(model: ColBERT, requested: str) -> tuple[Any, str]:
     return choose_precision(model, requested, device, threads=1)
 
 
-def _load(source: str, config: Config) -> ColBERT:
-    """A checkpoint of ours, or a bare encoder with a new projection."""
-    folder = resolve_backbone(source)
-    if is_checkpoint(folder):
-        model = ColBERT.from_pretrained(folder)
-        if model.settings.dim != config.model.dim:
-            raise UserError(
-                "the checkpoint has another dimension",
-                where="model.dim",
-                expected=str(model.settings.dim),
-                found=str(config.model.dim),
-            )
-        return model
+def _load(source: str, config: Config, *, given: bool = False) -> ColBERT:
+    """Whatever is accepted as `model.backbone`, or as `teacher.checkpoint` when it is `given` as a finished teacher."""
     m = config.model
-    settings = ColBERTSettings(
+    wanted = ColBERTSettings(
         dim=m.dim,
         query_maxlen=m.query_maxlen,
         doc_maxlen=m.doc_maxlen,
         mask_punctuation=m.mask_punctuation,
         similarity=m.similarity,
     )
-    return ColBERT.from_backbone(source, settings, seed=config.run.seed, dropout=m.dropout)
+    # The seed is no part of a given teacher's fingerprint, so nothing of it may depend on the seed.
+    seed = 0 if given else config.run.seed
+    loaded = load_any(source, wanted, encoder=m.backbone if given else None, seed=seed, dropout=m.dropout)
+    if given and loaded.untrained:
+        say(f"teacher.checkpoint: {source} is a bare encoder; its projection is drawn at random, not trained")
+    model = loaded.model
+    if model.settings.dim != m.dim:
+        raise UserError(
+            "the checkpoint has another dimension",
+            where="model.dim",
+            expected=str(model.settings.dim),
+            found=str(m.dim),
+        )
+    for key in ("query_maxlen", "doc_maxlen", "mask_punctuation", "similarity"):
+        mine, asked = getattr(model.settings, key), getattr(m, key)
+        if mine != asked:
+            say(f"model.{key}: {mine} is taken from {source} ({asked} in the configuration)")
+    return model
 
 
 def _fit(task: TrainingTask, out: str, section: TrainingConfig) -> TrainingOutcome:

@@ -1,0 +1,94 @@
+"""Models to and from other libraries: sentence-transformers, PyLate, colbert-ai, the published `.dnn`, bare encoders.
+
+How scores relate, what each library cannot hold and which versions were tested: docs/exchange.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckd_ray import __version__
+from ckd_ray.errors import UserError
+from ckd_ray.model.colbert import ColBERT
+from ckd_ray.model.exchange import colbert_ai, published, pylate, sentence_transformers
+from ckd_ray.model.exchange.detect import EXPORT_FILE, Kind, encoder_folder, kind_of
+from ckd_ray.model.settings import ColBERTSettings
+from ckd_ray.model.sources import resolve_backbone
+
+__all__ = ["EXPORT_FILE", "FORMATS", "Loaded", "load_any", "write_export"]
+
+FORMATS: dict[str, Callable[[ColBERT, Path], list[str]]] = {
+    "sentence-transformers": sentence_transformers.write,
+    "pylate": pylate.write,
+    "colbert": colbert_ai.write,
+}
+_READERS: dict[str, Callable[[Path, ColBERTSettings], ColBERT]] = {
+    "sentence-transformers": sentence_transformers.read,
+    "pylate": pylate.read,
+    "colbert-ai": colbert_ai.read,
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from; `untrained` when its projection was drawn at random."""
+
+    model: ColBERT
+    kind: Kind
+
+    @property
+    def untrained(self) -> bool:
+        """A bare encoder has no projection of its own."""
+        return self.kind == "encoder"
+
+
+def load_any(
+    source: str, defaults: ColBERTSettings, *, encoder: str | None = None, seed: int = 0, dropout: float = 0.0
+) -> Loaded:
+    """Load whatever is accepted as `model.backbone` or `teacher.checkpoint`.
+
+    Args:
+        source: a folder or file, `package:NAME/FOLDER`, or a hub id (that of an encoder; models of other libraries
+            are read from folders).
+        defaults: settings for what the source does not say; a bare encoder says nothing.
+        encoder: where the tokenizer and configuration of a `.dnn` file come from.
+        seed, dropout: for the new projection and the layers of a bare encoder.
+
+    Raises:
+        UserError: what lies there is not accepted, is broken, or has a setting that has no counterpart here.
+    """
+    where = resolve_backbone(source)
+    path = Path(where)
+    if not path.exists():
+        return Loaded(ColBERT.from_backbone(source, defaults, seed=seed, dropout=dropout), "encoder")
+    kind = kind_of(path)
+    if kind == "ckd-ray":
+        return Loaded(ColBERT.from_pretrained(path), kind)
+    if kind == "published":
+        return Loaded(published.read(path, defaults, encoder), kind)
+    if kind == "encoder":
+        folder = encoder_folder(path)
+        bare = source if folder == path else str(folder)
+        return Loaded(ColBERT.from_backbone(bare, defaults, seed=seed, dropout=dropout), kind)
+    return Loaded(_READERS[kind](path, defaults), kind)
+
+
+def write_export(model: ColBERT, folder: str | Path, fmt: str) -> list[str]:
+    """Write `model` into the empty `folder` so that the library of `fmt` loads it without any code of ours.
+
+    Returns:
+        what differs there, as sentences.
+
+    Raises:
+        UserError: the format is unknown, or the library cannot hold a setting of this model.
+    """
+    if fmt not in FORMATS:
+        raise UserError("unknown format", where="--format", expected=", ".join(FORMATS), found=fmt)
+    folder = Path(folder)
+    notes = FORMATS[fmt](model, folder)
+    record = {"ckd_ray": __version__, "format": fmt, "settings": model.settings.to_dict(), "differences": notes}
+    (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return notes

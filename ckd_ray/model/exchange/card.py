@@ -1,0 +1,141 @@
+"""The model card of a student or an export: measures, settings, how it was trained, how to load it, what to cite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckd_ray import __version__
+from ckd_ray.model.settings import ColBERTSettings
+
+TITLE = "Collective Relevance Labeling for Passage Retrieval"
+_TRAINING = (
+    "objective", "temperature", "smoothing", "beta", "expansion_size", "zero_row_floor", "steps", "batch_size",
+    "learning_rate", "negatives", "negatives_depth", "warmup", "schedule", "weight_decay",
+)  # fmt: skip
+_LIBRARIES = {"sentence-transformers": "sentence-transformers", "pylate": "PyLate", "colbert": "colbert-ai"}
+_LOADING = {
+    None: """from ckd_ray.model import ColBERT, maxsim
+model = ColBERT.from_pretrained("FOLDER").eval()
+queries = model.encode_queries(*model.tokenizer.queries(["a question"]))
+passages, kept = model.encode_passages(*model.tokenizer.pad(model.tokenizer.passages(["a passage"])))
+scores = maxsim(queries, passages, kept, similarity=model.settings.similarity)""",
+    "sentence-transformers": """from sentence_transformers import MultiVectorEncoder  # 6 or later
+model = MultiVectorEncoder("FOLDER")
+scores = model.similarity(model.encode_query(["a question"]), model.encode_document(["a passage"]))""",
+    "pylate": """from pylate import models
+model = models.ColBERT("FOLDER")
+queries = model.encode(["a question"], is_query=True)
+passages = model.encode(["a passage"], is_query=False)""",
+    "colbert": """from colbert.infra import ColBERTConfig
+from colbert.modeling.checkpoint import Checkpoint
+checkpoint = Checkpoint("FOLDER", colbert_config=ColBERTConfig())
+queries, passages = checkpoint.queryFromText(["a question"]), checkpoint.docFromText(["a passage"])""",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run knows about a model.
+
+    Attributes:
+        name: of the run. `role`: student, teacher, or model when nothing is known.
+        config: the run's configuration as a tree; empty when there is none.
+        measures: split -> measure -> mean, of this model.
+        queries: split -> how many queries were measured.
+    """
+
+    name: str
+    role: str = "model"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    queries: Mapping[str, int] = field(default_factory=dict)
+
+
+def model_card(settings: ColBERTSettings, facts: Facts, fmt: str | None = None, notes: list[str] | None = None) -> str:
+    """The card as Markdown. `fmt`: an export's format, None for a checkpoint of ours; `notes`: what differs there."""
+    parts = [
+        _head(facts, fmt),
+        f"# {facts.name}: {facts.role}\n\nA late-interaction (ColBERT) retriever: one vector of {settings.dim} numbers "
+        f"a token, scored by MaxSim. Made with ckd-ray {__version__}.",
+        _measures(facts),
+        _training(facts),
+        _settings(settings),
+        _scores(settings, fmt, notes or []),
+        f"## How to load it\n\n```python\n{_LOADING[fmt]}\n```",
+        "## Licence\n\nNot stated. Choose one that the licences of the backbone and of the training data allow, and "
+        "put it into the head of this file.",
+        f"## Citation\n\nThe method:\n\n```bibtex\n@inproceedings{{collective-relevance-labeling-2022,\n"
+        f"  title     = {{{TITLE}}},\n  booktitle = {{NAACL}},\n  year      = {{2022}}\n}}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(facts: Facts, fmt: str | None) -> str:
+    lines = ["---", "# license: choose one", "pipeline_tag: sentence-similarity"]
+    if fmt is not None:
+        lines.append(f"library_name: {_LIBRARIES[fmt]}")
+    lines += ["tags: [ColBERT, late-interaction, multi-vector, passage-retrieval, ckd-ray]", "---"]
+    return "\n".join(lines)
+
+
+def _measures(facts: Facts) -> str:
+    if not facts.measures:
+        return "## Measures\n\nNone: the run has not evaluated this model."
+    names = list(dict.fromkeys(name for values in facts.measures.values() for name in values))
+    rows = [f"| split | queries | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for split, values in facts.measures.items():
+        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
+        rows.append(f"| {split} | {facts.queries.get(split, '')} | {' | '.join(cells)} |")
+    collection = facts.config.get("collection", {})
+    source = collection.get("path") or collection.get("passages") or collection.get("format", "")
+    # The name of a collection, not where it lay: a card is published, and folders of a machine tell nothing.
+    name = str(source).rstrip("/").rpartition("/")[2]
+    return f"## Measures\n\nExact search over the collection `{name}`.\n\n" + "\n".join(rows)
+
+
+def _training(facts: Facts) -> str:
+    if not facts.config:
+        return ""
+    model, teacher = facts.config.get("model", {}), facts.config.get("teacher", {})
+    lines = ["## Training", "", f"- backbone: `{_public(model.get('backbone'))}`"]
+    if teacher.get("checkpoint"):
+        lines.append(f"- teacher: the given checkpoint `{_public(teacher['checkpoint'])}`")
+    else:
+        lines.append(
+            f"- teacher: contrastive, {teacher.get('steps')} steps of {teacher.get('batch_size')} queries, "
+            f"learning rate {teacher.get('learning_rate')}"
+        )
+    if facts.role == "student":
+        distill = facts.config.get("distill", {})
+        told = [f"{key} {distill[key]}" for key in _TRAINING if key in distill]
+        label = facts.config.get("label", {})
+        lines.append(f"- distillation: {', '.join(told)}")
+        if distill.get("objective") == "collective":
+            lines.append(f"- labels: {', '.join(f'{key} {value}' for key, value in label.items())}")
+    lines.append(f"- seed: {facts.config.get('run', {}).get('seed')}")
+    return "\n".join(lines)
+
+
+def _public(source: Any) -> str:
+    """A hub id or package as it is; of a folder the last part."""
+    text = str(source)
+    return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", ".", "~")) or text.count("/") > 1 else text
+
+
+def _settings(settings: ColBERTSettings) -> str:
+    rows = [f"| {key} | `{value}` |" for key, value in settings.to_dict().items() if value is not None]
+    return "## Settings\n\n| setting | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _scores(settings: ColBERTSettings, fmt: str | None, notes: list[str]) -> str:
+    if fmt is None:
+        return ""
+    text = "## Scores\n\nScores are sums over the query's rows of the greatest inner product with a row of the passage."
+    if settings.similarity == "l2":
+        text += (
+            f" It was trained with minus squared distances: on unit rows that score is "
+            f"2 s - 2 · {settings.query_maxlen} for the score s given here, so both rank alike."
+        )
+    return text + "".join(f"\n\nWhat differs from ckd-ray: {note}." for note in notes)

@@ -1,0 +1,111 @@
+"""What a folder or file is, by the files that are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from ckd_ray.errors import UserError
+from ckd_ray.model.colbert import is_checkpoint
+
+Kind = Literal["ckd-ray", "sentence-transformers", "pylate", "colbert-ai", "published", "encoder"]
+
+MODULES = "modules.json"
+LIBRARY = "config_sentence_transformers.json"
+METADATA = "artifact.metadata"
+# Ours beside an export: it says that the folder may be replaced, and what the other library has no name for.
+EXPORT_FILE = "ckd_ray_export.json"
+# Keys that PyLate writes into `LIBRARY`; `model_type` is not always among them.
+_PYLATE_KEYS = {"query_prefix", "document_prefix", "do_query_expansion", "attend_to_expansion_tokens"}
+ACCEPTED = (
+    "a checkpoint of ckd-ray (colbert.json), a folder of sentence-transformers' MultiVectorEncoder or of PyLate "
+    "(modules.json), of colbert-ai (artifact.metadata), a published .dnn file, or a transformers encoder (config.json)"
+)
+
+
+def kind_of(path: Path) -> Kind:
+    """What lies at `path`.
+
+    Raises:
+        UserError: nothing that is accepted; the message says what was found.
+    """
+    if path.is_file():
+        if path.suffix == ".dnn":
+            return "published"
+        raise UserError("this file is no model", where=str(path), expected=ACCEPTED, found=path.name)
+    if is_checkpoint(path):
+        return "ckd-ray"
+    if (path / MODULES).is_file():
+        return _of_modules(path)
+    config = read_object(path / "config.json") if (path / "config.json").is_file() else None
+    if config is not None and ((path / METADATA).is_file() or "HF_ColBERT" in (config.get("architectures") or [])):
+        return "colbert-ai"
+    if config is None:
+        names = sorted(entry.name for entry in path.iterdir())
+        raise UserError(
+            "no model in this folder", where=str(path), expected=ACCEPTED, found=", ".join(names[:12]) or "nothing"
+        )
+    return "encoder"
+
+
+def _of_modules(path: Path) -> Kind:
+    library = read_object(path / LIBRARY) if (path / LIBRARY).is_file() else {}
+    types = [str(module.get("type", "")) for module in read_list(path / MODULES)]
+    if library.get("model_type") == "MultiVectorEncoder":
+        return "sentence-transformers"
+    of_pylate = library.get("model_type") == "ColBERT" or _PYLATE_KEYS & library.keys()
+    if of_pylate or any(name.startswith("pylate.") for name in types):
+        return "pylate"
+    return "encoder"  # a SentenceTransformer, which gives one vector a text: its transformer is an encoder like others
+
+
+def exported_similarity(path: Path) -> Literal["l2", "cosine"] | None:
+    """The similarity that an export of ours was trained with; None in folders that others made."""
+    if not (path / EXPORT_FILE).is_file():
+        return None
+    found = read_object(path / EXPORT_FILE).get("settings", {}).get("similarity")
+    return found if found in ("l2", "cosine") else None
+
+
+def encoder_folder(path: Path) -> Path:
+    """Where the transformer lies: `path`, or the subfolder that modules.json names."""
+    if not (path / MODULES).is_file():
+        return path
+    for module in read_list(path / MODULES):
+        if str(module.get("type", "")).endswith("Transformer"):
+            return inside(path, str(module.get("path", "")))
+    return path
+
+
+def inside(folder: Path, part: str) -> Path:
+    """`folder`/`part`; UserError when that leads out of the folder."""
+    target = (folder / part).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError("a module lies outside of the model's folder", where=str(folder / MODULES), found=part)
+    return target
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    value = _read(path)
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", where=str(path), found=type(value).__name__)
+    return value
+
+
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """The JSON list of objects in a file."""
+    value = _read(path)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError("not a JSON list of objects", where=str(path), found=type(value).__name__)
+    return value
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("a file of the model is missing", where=str(path), expected=path.name) from error
+    except ValueError as error:
+        raise UserError("not valid JSON", where=str(path), found=str(error)) from error

@@ -1,0 +1,104 @@
+"""`ckd-ray export`: a run's student or teacher as another library reads it, with a model card. Needs no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ckd_ray.errors import UserError
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
+from ckd_ray.model.exchange.card import Facts, model_card
+from ckd_ray.store.files import exists, filesystem_of, is_local, join, local_copy, new_folder, read_json, write_atomic
+
+ROLES = ("student", "teacher")
+
+
+def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "student") -> dict[str, Any]:
+    """Write the model of a run, or a checkpoint of ours, for the library of `fmt`.
+
+    Args:
+        run: a run directory (path or URI), or the folder of one checkpoint.
+        out: the folder to write; `exports/FORMAT` inside the run (`exports/teacher-FORMAT`) when None.
+        role: `student` or `teacher`.
+
+    Returns:
+        `out`, `format`, `model` (the checkpoint), `measures`, `differences`.
+
+    Raises:
+        UserError: no finished model there, the folder is in use, or the library cannot hold the model.
+    """
+    if fmt not in FORMATS:
+        raise UserError("unknown format", where="--format", expected=", ".join(FORMATS), found=fmt)
+    if role not in ROLES:
+        raise UserError("unknown model", where="--model", expected=" or ".join(ROLES), found=role)
+    run = run.rstrip("/")
+    single = exists(join(run, "colbert.json"))
+    checkpoint = run if single else join(run, role)
+    if not single:
+        _check_finished(run, checkpoint, role)
+    target = out or (f"{run}-{fmt}" if single else join(run, "exports", fmt if role == "student" else f"teacher-{fmt}"))
+    _check_target(target)
+    facts = Facts(name=_last_part(run)) if single else run_facts(run, role)
+    with local_copy(checkpoint) as folder:
+        model = ColBERT.from_pretrained(folder)
+    with new_folder(target) as folder:
+        notes = write_export(model, folder, fmt)
+        (Path(folder) / "README.md").write_text(model_card(model.settings, facts, fmt, notes), encoding="utf-8")
+    return {"out": target, "format": fmt, "model": checkpoint, "measures": facts.measures, "differences": notes}
+
+
+def _check_finished(run: str, checkpoint: str, role: str) -> None:
+    if not exists(run):
+        raise UserError("there is no run", where=run, expected="a run directory (run.storage/run.name)")
+    if not exists(join(checkpoint, "manifest.json")):
+        raise UserError(
+            f"the run has no finished {role}",
+            where=checkpoint,
+            expected="a run directory whose training has ended",
+            fix="ckd-ray train finishes it",
+        )
+
+
+def _check_target(target: str) -> None:
+    """Only what is empty or an earlier export is replaced."""
+    if not exists(target) or exists(join(target, EXPORT_FILE)):
+        return
+    if is_local(target):
+        path = Path(filesystem_of(target)[1])
+        if path.is_dir() and not any(path.iterdir()):
+            return
+    raise UserError(
+        "this place is in use", where=f"--out {target}", expected="a new or empty folder, or an earlier export"
+    )
+
+
+def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
+    """What run.json and evaluation/ say about a run's model; what is not there is left out.
+
+    `evaluating`: this is the end of the evaluation itself, whose manifest is still to be written.
+    """
+    config = read_json(join(run, "run.json")).get("config", {}) if exists(join(run, "run.json")) else {}
+    path = join(run, "evaluation", "measures.json")
+    # Measures count once the evaluation is finished: an older student's may lie there while a new one is measured.
+    done = (evaluating or exists(join(run, "evaluation", "manifest.json"))) and exists(path)
+    splits = read_json(path).get("splits", {}) if done else {}
+    measures = {split: systems[role] for split, systems in splits.items() if role in systems}
+    queries = {}
+    for split in measures:
+        per_query = join(run, "evaluation", f"{role}.{split}.per_query.json")
+        if exists(per_query):
+            queries[split] = max((len(values) for values in read_json(per_query).values()), default=0)
+    name = str(config.get("run", {}).get("name") or _last_part(run))
+    return Facts(name=name, role=role, config=config, measures=measures, queries=queries)
+
+
+def write_student_card(run: str) -> None:
+    """README.md beside the student's weights, at the end of the evaluation."""
+    settings = ColBERTSettings.from_dict(read_json(join(run, "student", "colbert.json")))
+    text = model_card(settings, run_facts(run, "student", evaluating=True))
+    write_atomic(join(run, "student", "README.md"), lambda stream: stream.write(text.encode()))
+
+
+def _last_part(uri: str) -> str:
+    return uri.rstrip("/").rpartition("/")[2]
