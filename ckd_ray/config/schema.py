@@ -5,7 +5,7 @@ Keys are grouped by stage. Problems between keys (a depth smaller than what is r
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 Split = Literal["train", "dev", "test"]
 FilesBySplit = dict[Split, Name]
+Objective = Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"]
 
 
 class Section(BaseModel):
@@ -27,7 +28,8 @@ class Section(BaseModel):
     @classmethod
     def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Python counts True as 1; a `yes` where a number belongs is a slip."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("switch", "true and false are for switches, this key takes another kind of value")
         return value
 
@@ -141,17 +143,19 @@ class LabelConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial."""
+    """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial.
 
-    objective: Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"] = (
-        "collective"
-    )
+    `seed` is behind the batches of the distillation alone; `run.seed` when null.
+    """
+
+    objective: Objective = "collective"
     temperature: Annotated[float, Field(gt=0, le=100)] = 0.25
     smoothing: Share = 0.0
     beta: Annotated[float, Field(ge=0, le=100)] = 1.0
     expansion_size: Positive = 10
     negatives_depth: Positive = 100
     zero_row_floor: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
 def _dev_and_test() -> list[Split]:
@@ -159,7 +163,11 @@ def _dev_and_test() -> list[Split]:
 
 
 class EvaluateConfig(Section):
-    """Measures by ir-measures' names, or MRR@K. `relevance_threshold`: the grade that binary measures count."""
+    """Measures by ir-measures' names, or MRR@K. `relevance_threshold`: the grade that binary measures count.
+
+    `engine`: exact search, or the engine of section `retrieve`. `skip_same_id` leaves a passage with the query's own id
+    out of its results; `auto` does so for BEIR collections, whose queries may be passages of the corpus.
+    """
 
     measures: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["MRR@10", "nDCG@10", "R@100", "R@1000"]
@@ -167,6 +175,27 @@ class EvaluateConfig(Section):
     depth: Positive = 1000
     relevance_threshold: Positive = 1
     splits: list[Split] = Field(default_factory=_dev_and_test)
+    engine: Literal["exact", "retrieve"] = "exact"
+    skip_same_id: Auto | bool = "auto"
+
+
+class CompareConfig(Section):
+    """`ckd-ray compare`: one student for each objective and seed, under the budget of section `distill`.
+
+    `objectives`: null takes all that need no cross-encoder, and `cross_encoder` where one is configured. `smoothing`
+    is for label_smoothing when `distill.smoothing` is 0. `settings` changes keys of section `distill` for an objective:
+    `{self_distillation: {temperature: 1.0}}`; keys of the budget (steps, batch_size, ...) cannot be changed there.
+    `keep_stores` keeps every student's embeddings, as large each as the teacher's.
+    """
+
+    objectives: Annotated[list[Objective], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [17, 18, 19]
+    )
+    bm25: bool = True
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    settings: dict[Objective, dict[str, Any]] = Field(default_factory=dict)
+    keep_stores: bool = False
 
 
 class Config(Section):
@@ -181,3 +210,4 @@ class Config(Section):
     label: LabelConfig = Field(default_factory=LabelConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)

@@ -21,6 +21,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.stages import distill_seed
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.shard_range import choose_engine
@@ -238,7 +239,7 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
         run=context.run,
         start=start,
         fingerprint=made_of,
-        seed=config.run.seed,
+        seed=distill_seed(config) if stage == "distill" else config.run.seed,
         positive_grade=config.collection.positive_grade,
         precision=precision,
         dropout=config.model.dropout,
