@@ -169,4 +169,5 @@ _stage_command("embed", "Embed the corpus and the queries with the teacher.")
 _stage_command("retrieve", "Rank the corpus for every training query.")
 _stage_command("label", "Write collective relevance labels for every training query.")
 _stage_command("distill", "Distil the student.")
-_stage_command("evaluate", "Compare the teacher with the student.")
+
+from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, search and report put themselves on `app`)
