@@ -131,3 +131,24 @@ def _prompt(searcher: Any, top: int) -> None:
                 typer.echo(f"query: {line}")
             _show(searcher, line, top)
             typer.echo("")
+
+
+@app.command()
+@guarded
+def compare(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    cluster: ClusterOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train all students again.")] = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a student for every objective and seed under one budget, and test what the difference is worth."""
+    with session(config, set_, cluster, quiet) as loaded:
+        from ckd_ray.compare.job import run_compare, show
+
+        table = run_compare(loaded, fresh=fresh)
+        if json_:
+            typer.echo(json.dumps(table))
+        else:
+            show(table)
