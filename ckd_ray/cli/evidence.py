@@ -152,3 +152,24 @@ def compare(
             typer.echo(json.dumps(table))
         else:
             show(table)
+
+
+@app.command()
+@guarded
+def report(
+    run: RunArgument,
+    out: Annotated[str | None, typer.Option("--out", help="The file to write; RUN/report.html when left out.")] = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write one HTML page about a run: measures, curves, queries won and lost, labels, stages, configuration."""
+    from ckd_ray.pipeline.finished import open_finished
+    from ckd_ray.progress import say, set_quiet
+    from ckd_ray.report.page import write_report
+
+    set_quiet(quiet)
+    where = write_report(open_finished(run), out)
+    if json_:
+        typer.echo(json.dumps({"report": where}))
+    else:
+        say(f"report: {where}")

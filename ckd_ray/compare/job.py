@@ -123,7 +123,9 @@ def _floor(context: RunContext, splits: list[str]) -> System:
         say("compare: bm25")
         rankings = join(folder, "rankings", "bm25")
         depth = config.evaluate.depth + skips
-        figures: dict[str, Any] = ray.get(ray.remote(num_cpus=1)(rank_bm25).remote(context.run, splits, rankings, depth))
+        figures: dict[str, Any] = ray.get(
+            ray.remote(num_cpus=1)(rank_bm25).remote(context.run, splits, rankings, depth)
+        )
         collection, found = Collection.open(context.run), {}
         for split in splits:
             count = len(collection.queries(split).ids)

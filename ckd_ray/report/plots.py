@@ -90,7 +90,10 @@ def lines(series: Sequence[Series], *, x: str, y: str, from_zero: bool = True) -
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (at(*p) for p in s.points))
         parts.append(f'<polyline class="line c{i % 6}" points="{path}"/>')
         if len(s.points) <= 12:
-            parts += [f'<circle class="dot c{i % 6}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in map(at, *zip(*s.points, strict=True))]
+            parts += [
+                f'<circle class="dot c{i % 6}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+                for a, b in map(at, *zip(*s.points, strict=True))
+            ]
     data = {
         "frame": [_LEFT, _TOP, inner_w, inner_h, x_low, x_high, y_low, y_high, _WIDTH, _HEIGHT],
         "x": x,
@@ -177,7 +180,11 @@ def histogram(values: Sequence[float], *, caption: str, x: str, bins: int = 21) 
             f'<g class="row"><title>{hint}</title><rect class="hit" x="{left:.1f}" y="0" width="{wide:.1f}" '
             f'height="{height - 24}"/><rect class="bar {kind}" x="{left + 1:.1f}" y="{height - 24 - h:.1f}" '
             f'width="{wide - 2:.1f}" height="{h:.1f}" rx="2"/>'
-            + (f'<text class="tick" x="{left + wide / 2:.1f}" y="{height - 29 - h:.1f}" text-anchor="middle">{count:,}</text>' if count else "")
+            + (
+                f'<text class="tick" x="{left + wide / 2:.1f}" y="{height - 29 - h:.1f}" text-anchor="middle">{count:,}</text>'
+                if count
+                else ""
+            )
             + "</g>"
         )
     for tick, anchor, px in ((-reach, "start", _RIGHT), (0.0, "middle", _WIDTH / 2), (reach, "end", _WIDTH - _RIGHT)):

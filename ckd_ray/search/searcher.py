@@ -112,9 +112,7 @@ def _real_tokens(tokenizer: ColBERTTokenizer, query: str) -> tuple[list[int], li
     return real.tolist(), tokenizer.hf.convert_ids_to_tokens(ids[real].tolist())
 
 
-def token_spans(
-    tokenizer: ColBERTTokenizer, text: str, token_ids: npt.NDArray[np.integer]
-) -> list[tuple[int, int]]:
+def token_spans(tokenizer: ColBERTTokenizer, text: str, token_ids: npt.NDArray[np.integer]) -> list[tuple[int, int]]:
     """Characters (start, end) of every stored row of a passage; (0, 0) for markers.
 
     Where the text does not give the stored tokens (the corpus was changed behind the store's back), all are (0, 0).
