@@ -1,13 +1,14 @@
 """BM25 as a floor, through bm25s (an extra): an index of the passages, and a ranking of every evaluation query.
 
-bm25s builds its index in memory, about 1 KiB a passage of 60 words and several times that while it builds, so it is made
-in one Ray task of its own and never on the driver; this is the one part of a comparison whose memory grows with the
-collection. `compare.bm25: false` leaves it out.
+bm25s builds its index in memory, about 1 KiB a passage of 60 words and several times that while it builds, so it is
+made in one Ray task of its own and never on the driver; this is the one part of a comparison whose memory grows with
+the collection. `compare.bm25: false` leaves it out.
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,16 @@ def check_installed() -> None:
         ) from None
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words of two letters or more, without English stop words; no stemming."""
+@lru_cache(maxsize=1)
+def _stop_words() -> frozenset[str]:
     from bm25s.stopwords import STOPWORDS_EN
 
-    return [word for word in _WORD.findall(text.lower()) if word not in STOPWORDS_EN]
+    return frozenset(STOPWORDS_EN)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of two letters or more, without English stop words; no stemming."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _stop_words()]
 
 
 def rank_bm25(run: str, splits: list[str], out: str, depth: int) -> dict[str, Any]:

@@ -102,11 +102,11 @@ def render_markdown(table: dict[str, Any]) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds} | {cost} |")
         lines.append("")
     lines += [
-        "Means over seeds and queries; in brackets the 95 % bootstrap interval (queries and seeds drawn anew); behind it "
-        f"the difference from `{table['baseline']}`, which has the same hard negatives, and p of the paired randomisation "
-        "test over queries on the means of the seeds. * p < 0.05, not corrected for the number of comparisons. Labelling: "
-        f"seconds of the stages that only this objective needs, a training query ({table['training_queries']:,} of "
-        "them); a stage that was interrupted counts its last call only.",
+        "Means over seeds and queries; in brackets the 95 % bootstrap interval (queries and seeds drawn anew); "
+        f"behind it the difference from `{table['baseline']}`, which has the same hard negatives, and p of the paired "
+        "randomisation test over queries on the means of the seeds. * p < 0.05, not corrected for the number of "
+        "comparisons. Labelling: seconds of the stages that only this objective needs, a training query "
+        f"({table['training_queries']:,} of them); a stage that was interrupted counts its last call only.",
         "",
     ]
     return "\n".join(lines)

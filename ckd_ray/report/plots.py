@@ -153,7 +153,8 @@ def intervals(rows: Sequence[Interval], *, caption: str, zero: bool = False) -> 
         )
     return (
         f'<figure class="plot"><figcaption>{escape(caption)}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(caption)}">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(caption)}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -181,7 +182,8 @@ def histogram(values: Sequence[float], *, caption: str, x: str, bins: int = 21) 
             f'height="{height - 24}"/><rect class="bar {kind}" x="{left + 1:.1f}" y="{height - 24 - h:.1f}" '
             f'width="{wide - 2:.1f}" height="{h:.1f}" rx="2"/>'
             + (
-                f'<text class="tick" x="{left + wide / 2:.1f}" y="{height - 29 - h:.1f}" text-anchor="middle">{count:,}</text>'
+                f'<text class="tick" x="{left + wide / 2:.1f}" y="{height - 29 - h:.1f}" text-anchor="middle">'
+                f"{count:,}</text>"
                 if count
                 else ""
             )
@@ -190,7 +192,8 @@ def histogram(values: Sequence[float], *, caption: str, x: str, bins: int = 21) 
     for tick, anchor, px in ((-reach, "start", _RIGHT), (0.0, "middle", _WIDTH / 2), (reach, "end", _WIDTH - _RIGHT)):
         parts.append(f'<text class="tick" x="{px}" y="{height - 7}" text-anchor="{anchor}">{number(tick)}</text>')
     return (
-        f'<figure class="plot"><figcaption>{escape(caption)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'<figure class="plot"><figcaption>{escape(caption)}</figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" '
         f'aria-label="{escape(caption)}, {escape(x)}">{"".join(parts)}</svg></figure>'
     )
 

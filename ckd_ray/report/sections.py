@@ -15,6 +15,7 @@ from ckd_ray.report.facts import Facts, SplitWins
 from ckd_ray.report.plots import Interval, Series, bar, histogram, intervals, lines, number
 from ckd_ray.report.wins import Example
 
+_GOOD = '<span class="tag good">labelled</span>'
 _NOT_MEASURES = {"step", "loss", "learning_rate", "gradient_norm", "seconds"}
 
 
@@ -90,8 +91,8 @@ def table(facts: Facts) -> str:
         )
         queries = next(iter(rows.values()))["queries"]
         parts.append(
-            f"<h3>{escape(split)} ({queries:,} queries)</h3><div class=two><div class=scroll><table class=sortable><thead>"
-            "<tr><th class=l>measure<th>teacher<th>student<th>difference<th>95 % interval<th>p</tr></thead>"
+            f"<h3>{escape(split)} ({queries:,} queries)</h3><div class=two><div class=scroll><table class=sortable>"
+            "<thead><tr><th class=l>measure<th>teacher<th>student<th>difference<th>95 % interval<th>p</tr></thead>"
             f"<tbody>{body}</tbody></table></div>{drawn}</div>"
         )
     if not parts:
@@ -157,7 +158,7 @@ def comparison(facts: Facts) -> str:
         rows = []
         for name, facts_of in found["systems"].items():
             cells = "".join(
-                f'<td data-v={measures[m][name]["mean"]:.6f} title="{escape(_cell_hint(measures[m][name]), quote=True)}">'
+                f'<td data-v={measures[m][name]["mean"]:.6f} title="{escape(_cell_hint(measures[m][name]))}">'
                 f"{measures[m][name]['mean']:.4f}</td>"
                 for m in names
             )
@@ -179,13 +180,15 @@ def comparison(facts: Facts) -> str:
         )
         parts.append(
             f"<h3>{escape(split)} ({found['queries'][split]:,} queries)</h3><div class=scroll><table class=sortable>"
-            f"<thead><tr><th class=l>system{heads}<th>{escape(first)} − {escape(found['baseline'])}<th>p<th>training"
+            f"<thead><tr><th class=l>system{heads}<th>{escape(first)} - {escape(found['baseline'])}<th>p<th>training"
             f"<th>labels, ms a query</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{drawn}"
         )
     budget = ", ".join(f"{key} {value:,}" for key, value in found.get("budget", {}).items())
     return (
-        f"<p>One student for each objective and seed, all under one budget ({escape(budget)}), sharing teacher, embeddings, "
-        "rankings and labels.</p>" + "".join(parts) + "<p class=note>Interval: bootstrap over queries and seeds. "
+        f"<p>One student for each objective and seed, all under one budget ({escape(budget)}), sharing teacher, "
+        "embeddings, rankings and labels.</p>"
+        + "".join(parts)
+        + "<p class=note>Interval: bootstrap over queries and seeds. "
         f"p: paired randomisation test against {escape(found['baseline'])} over queries, on the means of the seeds.</p>"
     )
 
@@ -265,7 +268,7 @@ def _example(example: Example, group: str, kind: str) -> str:
     tops = "".join(
         f"<h3>top of the {escape(system)}</h3><ol class=hits>"
         + "".join(
-            f"<li><span class=tag>{rank}</span>{'<span class="tag good">labelled</span>' if positive else ''}"
+            f"<li><span class=tag>{rank}</span>{_GOOD if positive else ''}"
             f"<span class=id>{escape(passage)}</span><br>{escape(text)}</li>"
             for rank, passage, text, positive in top
         )
@@ -275,7 +278,8 @@ def _example(example: Example, group: str, kind: str) -> str:
     return (
         f'<details data-group="{escape(group)}" data-kind="{kind}"><summary><span class=q>{escape(example.text)} '
         f"<span class=id>{escape(example.query_id)}</span></span><span class='d {direction}'>{example.gain:+.3f}</span>"
-        f"</summary><div class=body><p class=note>teacher {number(example.teacher)}, student {number(example.student)}</p>"
+        f"</summary><div class=body><p class=note>teacher {number(example.teacher)}, student "
+        f"{number(example.student)}</p>"
         f"<ol class=hits>{labelled}</ol><div class=two>{tops}</div></div></details>"
     )
 
@@ -294,7 +298,7 @@ def labels(facts: Facts) -> str:
         )
         rows = "".join(
             f"<tr><td>{p['rank'] or ''}</td><td class='l wrap'>"
-            f"{'<span class="tag good">labelled</span>' if p['labelled'] else ''}{escape(p['text'])} "
+            f"{_GOOD if p['labelled'] else ''}{escape(p['text'])} "
             f"<span class=id>{escape(p['passage_id'])}</span></td>"
             + "".join(
                 f"<td data-v={p[key]:.6f}>{bar(p[key], colour)} {p[key]:.3f}</td>"
@@ -314,8 +318,9 @@ def labels(facts: Facts) -> str:
         return ""
     settings = facts.labels[0]["settings"]
     return (
-        "<p>Training queries as <code>ckd-ray inspect</code> shows them: the tokens that the feedback passages add (with "
-        "their idf; pale ones do not count), and what one-hot, teacher and collective labels make of the same passages.</p>"
+        "<p>Training queries as <code>ckd-ray inspect</code> shows them: the tokens that the feedback passages add "
+        "(with their idf; pale ones do not count), and what one-hot, teacher and collective labels make of the same "
+        "passages.</p>"
         + "".join(items)
         + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']:g}, beta "
         f"{settings['beta']:g}, {settings['expansion_size']} expansion embeddings.</p>"
@@ -339,9 +344,9 @@ def stages(facts: Facts) -> str:
             f"<td>{rate}</td></tr>"
         )
     return (
-        "<div class=scroll><table class=sortable><thead><tr><th class=l>stage<th class=l>share<th>time<th>amount<th>rate"
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div><p class=note>{escape(duration(total))} in all. A stage "
-        "that was interrupted counts the call that finished it.</p>"
+        "<div class=scroll><table class=sortable><thead><tr><th class=l>stage<th class=l>share<th>time<th>amount"
+        f"<th>rate</tr></thead><tbody>{''.join(rows)}</tbody></table></div><p class=note>"
+        f"{escape(duration(total))} in all. A stage that was interrupted counts the call that finished it.</p>"
     )
 
 
@@ -354,7 +359,7 @@ def environment(facts: Facts) -> str:
     config = yaml.safe_dump(record.get("config", {}), sort_keys=False, allow_unicode=True, width=100)
     return (
         (f"<p class=note>{escape(machine)}</p>" if machine else "")
-        + f"<details><summary><span class=q>versions</span></summary><div class='body scroll'><table><tbody>{rows}</tbody>"
-        f"</table></div></details><details><summary><span class=q>configuration</span></summary><div class=body><pre>"
-        f"{escape(config)}</pre></div></details>"
+        + f"<details><summary><span class=q>versions</span></summary><div class='body scroll'><table><tbody>{rows}"
+        f"</tbody></table></div></details><details><summary><span class=q>configuration</span></summary>"
+        f"<div class=body><pre>{escape(config)}</pre></div></details>"
     )

@@ -129,13 +129,17 @@ def test_the_table() -> None:
 # A run as trec_eval meets it: two ties (p2 = p9 at 30, p5 = p6 = p7 at 29.5), a query without results (c), one
 # without a relevant label (d), one that is not in the qrels (x), and grades 0 to 3.
 HAND_QRELS = pd.DataFrame(
-    [("a", "p2", 3), ("a", "p9", 1), ("a", "p4", 0), ("a", "p8", 2)]
-    + [("b", "p5", 1), ("b", "p7", 2), ("c", "p1", 1), ("d", "p1", 0)],
+    [
+        *[("a", "p2", 3), ("a", "p9", 1), ("a", "p4", 0), ("a", "p8", 2)],
+        *[("b", "p5", 1), ("b", "p7", 2), ("c", "p1", 1), ("d", "p1", 0)],
+    ],
     columns=["query_id", "doc_id", "relevance"],
 )
 HAND_RUN = pd.DataFrame(
-    [("a", "p2", 1, 30.0), ("a", "p9", 2, 30.0), ("a", "p1", 3, 28.0), ("a", "p8", 4, 27.0)]
-    + [("b", "p5", 1, 29.5), ("b", "p6", 2, 29.5), ("b", "p7", 3, 29.5), ("d", "p1", 1, 5.0), ("x", "p1", 1, 9.0)],
+    [
+        *[("a", "p2", 1, 30.0), ("a", "p9", 2, 30.0), ("a", "p1", 3, 28.0), ("a", "p8", 4, 27.0)],
+        *[("b", "p5", 1, 29.5), ("b", "p6", 2, 29.5), ("b", "p7", 3, 29.5), ("d", "p1", 1, 5.0), ("x", "p1", 1, 9.0)],
+    ],
     columns=["query_id", "doc_id", "rank", "score"],
 )
 
