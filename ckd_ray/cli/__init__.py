@@ -220,7 +220,6 @@ def inspect(
 
 
 _stage_command("distill", "Distil the student.")
-_stage_command("evaluate", "Compare the teacher with the student.")
 
 
 @app.command()
@@ -244,3 +243,6 @@ def export(
     say(f"export: {written['model']} -> {written['out']}")
     if json_:
         typer.echo(json.dumps(written))
+
+
+from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, search and report put themselves on `app`)

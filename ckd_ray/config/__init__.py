@@ -3,6 +3,7 @@
 from ckd_ray.config.load import ConfigError, Problem, load_config
 from ckd_ray.config.schema import (
     CollectionConfig,
+    CompareConfig,
     Config,
     CrossEncoderConfig,
     DistillConfig,
@@ -16,6 +17,7 @@ from ckd_ray.config.schema import (
 
 __all__ = [
     "CollectionConfig",
+    "CompareConfig",
     "Config",
     "ConfigError",
     "CrossEncoderConfig",

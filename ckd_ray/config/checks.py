@@ -34,6 +34,18 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.dim * bits % 8:
         yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"
     yield from _measures(config)
+    yield from _compare(config)
+
+
+def _compare(config: Config) -> Iterator[tuple[str, str]]:
+    from ckd_ray.compare.plan import problems
+
+    yield from problems(config)
+    chosen = config.compare.objectives or []
+    for key, values in (("objectives", chosen), ("seeds", config.compare.seeds)):
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                yield f"compare.{key}[{i}]", f"{value!r} is listed twice"
 
 
 def _collection(config: Config) -> Iterator[tuple[str, str]]:

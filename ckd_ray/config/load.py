@@ -204,7 +204,7 @@ def _problem(error: Any) -> Problem:
     location = [
         part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained-")))
     ]
-    location = [part for part in location if part not in ("int", "float", "str", "[key]")]
+    location = [part for part in location if part not in ("int", "float", "str", "bool", "[key]")]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     found = _kind(error["input"])
     if error["type"] == "extra_forbidden":
@@ -212,10 +212,16 @@ def _problem(error: Any) -> Problem:
     if error["type"] == "model_type":
         return Problem(path, f"expected a section of keys, found {found}")
     if any(option == "auto" for option in _options(path)):
-        return Problem(path, f"expected auto or a number in range, found {found}")
+        others = "true or false" if _takes_bool(path) else "a number in range"
+        return Problem(path, f"expected auto or {others}, found {found}")
     if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
         return Problem(path, f"expected a string, found {found}; put it in quotes if it is meant as one")
     return Problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {found}")
+
+
+def _takes_bool(path: str) -> bool:
+    section, _, name = path.partition(".")
+    return bool in get_args(Config.model_fields[section].annotation.model_fields[name].annotation)  # type: ignore[union-attr]
 
 
 def _options(path: str) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ Keys are grouped by stage. Problems between keys (a depth smaller than what is r
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +17,7 @@ Auto = Literal["auto"]
 Elastic = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}-[1-9][0-9]{0,5}$")]
 Split = Literal["train", "dev", "test"]
 FilesBySplit = dict[Split, Name]
+Objective = Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"]
 
 
 class Section(BaseModel):
@@ -28,7 +29,8 @@ class Section(BaseModel):
     @classmethod
     def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Python counts True as 1; a `yes` where a number belongs is a slip."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("switch", "true and false are for switches, this key takes another kind of value")
         return value
 
@@ -174,12 +176,11 @@ class DistillConfig(TrainingConfig):
     """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial.
 
     `teacher_embeddings`: `store` reads the teacher's rows, so that its encoder never runs; `recompute` runs it on every
-    batch, for a store that is out of the workers' reach.
+    batch, for a store that is out of the workers' reach. `seed` is behind the batches of the distillation alone;
+    `run.seed` when null.
     """
 
-    objective: Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"] = (
-        "collective"
-    )
+    objective: Objective = "collective"
     temperature: Annotated[float, Field(gt=0, le=100)] = 0.25
     smoothing: Share = 0.0
     beta: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -187,6 +188,7 @@ class DistillConfig(TrainingConfig):
     negatives_depth: Positive = 100
     zero_row_floor: bool = False
     teacher_embeddings: Literal["store", "recompute"] = "store"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
 class CrossEncoderConfig(Section):
@@ -211,7 +213,11 @@ def _dev_and_test() -> list[Split]:
 
 
 class EvaluateConfig(Section):
-    """Measures by ir-measures' names, or MRR@K. `relevance_threshold`: the grade that binary measures count."""
+    """Measures by ir-measures' names, or MRR@K. `relevance_threshold`: the grade that binary measures count.
+
+    `engine`: exact search, or the engine of section `retrieve`. `skip_same_id` leaves a passage with the query's own id
+    out of its results; `auto` does so for BEIR collections, whose queries may be passages of the corpus.
+    """
 
     measures: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["MRR@10", "nDCG@10", "R@100", "R@1000"]
@@ -219,6 +225,27 @@ class EvaluateConfig(Section):
     depth: Positive = 1000
     relevance_threshold: Positive = 1
     splits: list[Split] = Field(default_factory=_dev_and_test)
+    engine: Literal["exact", "retrieve"] = "exact"
+    skip_same_id: Auto | bool = "auto"
+
+
+class CompareConfig(Section):
+    """`ckd-ray compare`: one student for each objective and seed, under the budget of section `distill`.
+
+    `objectives`: null takes all that need no cross-encoder, and `cross_encoder` where one is configured. `smoothing`
+    is for label_smoothing when `distill.smoothing` is 0. `settings` changes keys of section `distill` for an objective:
+    `{self_distillation: {temperature: 1.0}}`; keys of the budget (steps, batch_size, ...) cannot be changed there.
+    `keep_stores` keeps every student's embeddings, as large each as the teacher's.
+    """
+
+    objectives: Annotated[list[Objective], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [17, 18, 19]
+    )
+    bm25: bool = True
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    settings: dict[Objective, dict[str, Any]] = Field(default_factory=dict)
+    keep_stores: bool = False
 
 
 class Config(Section):
@@ -234,3 +261,4 @@ class Config(Section):
     cross_encoder: CrossEncoderConfig = Field(default_factory=CrossEncoderConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)

@@ -21,7 +21,7 @@ from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer
 from ckd_ray.cross_encoder.scores import part_name, write_scores
 from ckd_ray.embed.encoder import Precision
-from ckd_ray.embed.pool import Pool, plan_pool
+from ckd_ray.embed.pool import Pool, place_pool
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.stream import collection_once, query_spans
 from ckd_ray.store.files import exists, join, list_files, make_folder, read_json, write_json_atomic
@@ -64,7 +64,7 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
             # Here, where errors keep their type; actors report theirs after the first pairs have been made.
             PairTokenizer(job.model, job.maxlen)
             PairClassifier(job.model)
-            pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(missing), key="cross_encoder")
+            pool = place_pool(settings.actors, settings.gpus_per_actor, limit=len(missing), key="cross_encoder")
             work = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
             for row in _stream(job, work, pool):
                 pairs += row["pairs"]

@@ -1,45 +1,82 @@
-"""The table *teacher against student*."""
+"""Two systems on the same queries: the table *teacher against student*, and any run against any other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from ckd_ray.errors import UserError
 from ckd_ray.evaluate.measures import Measures
 from ckd_ray.evaluate.significance import paired_difference
+
+PerQuery = Mapping[str, Mapping[str, float]]  # measure -> query id -> value
 
 
 def compare(teacher: Measures, student: Measures) -> dict[str, Any]:
     """For each measure: teacher, student, and the paired difference with its p and 95 % interval."""
+    return compare_values(teacher.per_query, student.per_query, ("teacher", "student"))
+
+
+def compare_values(first: PerQuery, second: PerQuery, names: tuple[str, str]) -> dict[str, Any]:
+    """For each measure that both have: the two means under `names`, queries, and the difference second - first.
+
+    Raises:
+        ValueError: the two were not measured on the same queries (`same_queries` tells users).
+    """
     rows = {}
-    for name in student.mean:
-        queries = list(student.per_query[name])
-        a = np.array([teacher.per_query[name].get(q, 0.0) for q in queries])
-        b = np.array([student.per_query[name][q] for q in queries])
-        rows[name] = {
-            "teacher": teacher.mean[name],
-            "student": student.mean[name],
+    for measure in second:
+        if measure not in first:
+            continue
+        queries = list(second[measure])
+        if set(queries) != set(first[measure]):
+            raise ValueError(f"{measure}: {names[0]} and {names[1]} were not measured on the same queries")
+        a = np.array([first[measure][q] for q in queries], np.float64)
+        b = np.array([second[measure][q] for q in queries], np.float64)
+        rows[measure] = {
+            names[0]: float(a.mean()) if len(a) else 0.0,
+            names[1]: float(b.mean()) if len(b) else 0.0,
             "queries": len(queries),
             **{f"difference_{key}": value for key, value in asdict(paired_difference(a, b)).items()},
         }
     return rows
 
 
-def render(comparison: dict[str, Any] | None) -> str:
+def same_queries(first: PerQuery, second: PerQuery, where: str) -> None:
+    """Raises UserError, with numbers, when two runs were measured on different queries."""
+    a, b = ({q for values in side.values() for q in values} for side in (first, second))
+    if a == b:
+        return
+    only_a, only_b = sorted(a - b), sorted(b - a)
+    examples = ", ".join([*only_a[:2], *only_b[:2]])
+    raise UserError(
+        "the two runs were measured on different queries, so they cannot be compared query by query",
+        where=where,
+        expected="the same query ids in both",
+        found=f"{len(a & b):,} in both, {len(only_a):,} only here, {len(only_b):,} only there (such as {examples})",
+        fix="evaluate both runs on the same collection and splits",
+    )
+
+
+def render(comparison: dict[str, Any] | None, names: tuple[str, str] = ("teacher", "student")) -> str:
     """Plain text, one block a split."""
     if not comparison:
         return "no evaluation split, so nothing was measured"
     lines = []
     for split, rows in comparison.items():
+        if not rows:
+            continue
         queries = next(iter(rows.values()))["queries"]
+        widths = [max(9, len(name) + 2) for name in names]
+        heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
         lines.append(f"{split} ({queries:,} queries)")
-        lines.append(f"  {'measure':<12}{'teacher':>9}{'student':>9}{'difference':>12}   {'95 % interval':<20}{'p':>7}")
+        lines.append(f"  {'measure':<12}{heads}{'difference':>12}   {'95 % interval':<20}{'p':>7}")
         for name, row in rows.items():
             interval = f"[{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
+            values = "".join(f"{row[n]:>{width}.4f}" for n, width in zip(names, widths, strict=True))
             lines.append(
-                f"  {name:<12}{row['teacher']:>9.4f}{row['student']:>9.4f}{row['difference_mean']:>+12.4f}   "
-                f"{interval:<20}{row['difference_p']:>7.4f}"
+                f"  {name:<12}{values}{row['difference_mean']:>+12.4f}   {interval:<20}{row['difference_p']:>7.4f}"
             )
     return "\n".join(lines)

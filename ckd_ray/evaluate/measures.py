@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,12 @@ class Measures:
 
     mean: dict[str, float]
     per_query: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, per_query: dict[str, dict[str, float]]) -> Measures:
+        """With the means of these values; a measure of no query is 0."""
+        mean = {name: float(np.mean(list(v.values()))) if v else 0.0 for name, v in per_query.items()}
+        return cls(mean, per_query)
 
 
 def measure_run(
@@ -47,5 +53,18 @@ def measure_run(
             for name in names[str(value.measure)]:
                 if value.query_id in per_query[name]:
                     per_query[name][value.query_id] = float(value.value)
-    mean = {name: float(np.mean(list(values.values()))) if values else 0.0 for name, values in per_query.items()}
-    return Measures(mean, per_query)
+    return Measures.of(per_query)
+
+
+def measure_parts(
+    parts: Iterable[tuple[pd.DataFrame, pd.DataFrame]], measures: Sequence[str], relevance_threshold: int = 1
+) -> Measures:
+    """`measure_run` over a run that comes in parts: (run, qrels) of some queries each, every query in one part only.
+
+    One part is in memory at a time; what is kept is a number a query and measure.
+    """
+    per_query: dict[str, dict[str, float]] = {name: {} for name in measures}
+    for run, qrels in parts:
+        for name, values in measure_run(run, qrels, measures, relevance_threshold).per_query.items():
+            per_query[name] |= values
+    return Measures.of(per_query)

@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from ckd_ray.errors import UserError
 from ckd_ray.store.files import filesystem_of, write_atomic
 
+# The least difference that survives the six decimals of a run file, whatever they round to.
+_LEAST_STEP = 2e-6
+
 
 def falling_scores(run: pd.DataFrame) -> pd.DataFrame:
     """The run with scores that fall strictly with the rank.
 
-    trec_eval ignores ranks and orders equal scores by passage id, descending; so a tie would be measured in another
-    order than we show. Each score that does not fall is lowered by the least that a reader of the file can see.
+    trec_eval ignores ranks, keeps scores in single precision, and orders equal ones by passage id, descending; so a
+    tie would be measured in another order than we show. A score that does not fall is lowered by the least that both
+    single precision and the six decimals of a run file can show: a_i = min(s_i, a_(i-1) - step) in each query.
     """
     run = run.sort_values(["query_id", "rank"], kind="stable")
     scores = run["score"].to_numpy(dtype="float64", copy=True)
-    queries = run["query_id"].to_numpy()
-    for i in range(1, len(scores)):
-        if queries[i] == queries[i - 1] and scores[i] > scores[i - 1] - 1e-6:
-            scores[i] = scores[i - 1] - 1e-6
-    return run.assign(score=scores)
+    if not len(scores):
+        return run
+    queries = pd.Series(pd.factorize(run["query_id"])[0], index=run.index)
+    largest = np.abs(scores).max()
+    step = max(_LEAST_STEP, 2 * float(np.spacing(np.float32(largest))))
+    place = queries.groupby(queries).cumcount().to_numpy() * step
+    lowered = (pd.Series(scores + place, index=run.index).groupby(queries).cummin().to_numpy()) - place
+    # Scores that fall by themselves stay as they are, to the last bit.
+    return run.assign(score=np.where(lowered < scores - step / 4, lowered, scores))
 
 
-def write_trec_run(uri: str, run: pd.DataFrame, tag: str) -> None:
-    """Write a run (query_id, doc_id, rank, score), atomically. Ids may not hold white space: it is the separator."""
-    for column in ("query_id", "doc_id"):
-        odd = run[column].astype(str).str.contains(r"\s", regex=True)
-        if odd.any():
-            # Percent-encoding keeps the file readable by trec_eval; ids without white space stay as they are.
-            run = run.assign(**{column: run[column].str.replace(r"\s", lambda m: f"%{ord(m[0]):02X}", regex=True)})
+def without_own_passage(run: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """The run without passages whose id is the query's own, ranks closed up, at most `depth` a query.
+
+    For collections whose queries are passages themselves (ArguAna, Quora): a query would find itself first.
+    """
+    kept = run[run["query_id"] != run["doc_id"]].sort_values(["query_id", "rank"], kind="stable")
+    kept = kept.assign(rank=kept.groupby("query_id", sort=False).cumcount() + 1)
+    return kept[kept["rank"] <= depth]
+
+
+def write_trec_run(uri: str, parts: Iterable[pd.DataFrame], tag: str) -> None:
+    """Write a run atomically, one part (query_id, doc_id, rank, score) in memory at a time.
+
+    White space separates the columns, so in ids it is percent-encoded; ids without it stay as they are.
+    """
 
     def write(stream: pa.NativeFile) -> None:
-        for rows in (run.iloc[i : i + 65536] for i in range(0, len(run), 65536)):
-            stream.write("".join(_lines(rows, tag)).encode())
+        for part in parts:
+            part = part.assign(**{name: _without_space(part[name]) for name in ("query_id", "doc_id")})
+            for rows in (part.iloc[i : i + 65536] for i in range(0, len(part), 65536)):
+                stream.write("".join(_lines(rows, tag)).encode())
 
     write_atomic(uri, write)
+
+
+def _without_space(ids: pd.Series) -> pd.Series:
+    ids = ids.astype(str)
+    if not ids.str.contains(r"\s", regex=True).any():
+        return ids
+    return ids.map(lambda text: re.sub(r"\s", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text))
 
 
 def _lines(rows: pd.DataFrame, tag: str) -> Iterable[str]:

@@ -1,4 +1,7 @@
-"""Is a difference more than chance? Paired tests over queries."""
+"""Is a difference more than chance? Paired tests over queries, intervals over queries and seeds.
+
+Shapes: S seeds, N queries, R rounds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+
+_NUMBERS = 1 << 22  # drawn at a time
 
 
 @dataclass(frozen=True)
@@ -28,22 +33,45 @@ def paired_difference(a: FloatArray, b: FloatArray, *, seed: int = 17, rounds: i
     percentiles of the mean over queries drawn with replacement.
 
     Args:
-        a, b: values of the queries, in the same order.
+        a, b: values of the queries, in the same order: (N,), or (S, N) for S seeds, whose mean is tested and whose
+            interval is that of `bootstrap_interval`. A system without seeds is (1, N).
     """
-    if a.shape != b.shape or a.ndim != 1:
+    if a.shape[-1:] != b.shape[-1:] or a.ndim != b.ndim or a.ndim not in (1, 2):
         raise ValueError(f"expected two lists of the same queries, got {a.shape} and {b.shape}")
-    difference = b - a
+    difference_SN = np.atleast_2d(b - a)
+    difference = difference_SN.mean(0)
     if not len(difference):
         return Difference(0.0, 1.0, 0.0, 0.0)
     observed = float(difference.mean())
     rng = np.random.default_rng(seed)
-    extreme, means = 0, []
-    step = max(1, (1 << 22) // len(difference))
-    for start in range(0, rounds, step):
-        count = min(step, rounds - start)
+    extreme = 0
+    for count in _rounds(rounds, len(difference)):
         signs = rng.integers(0, 2, (count, len(difference)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ difference) / len(difference) >= abs(observed) - 1e-12).sum())
-        drawn = rng.integers(0, len(difference), (count, len(difference)))
-        means.append(difference[drawn].mean(1))
+    low, high = bootstrap_interval(difference_SN, seed=seed, rounds=rounds)
+    return Difference(observed, (extreme + 1) / (rounds + 1), low, high)
+
+
+def bootstrap_interval(values_SN: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean when both the seeds and the queries are drawn anew, with replacement.
+
+    With one seed it is the plain bootstrap over queries. With few seeds the part that comes from them is rough, but
+    leaving it out would call a lucky seed an effect.
+    """
+    seeds, queries = values_SN.shape
+    if not queries:
+        return 0.0, 0.0
+    rng = np.random.default_rng(seed)
+    means = []
+    for count in _rounds(rounds, queries):
+        weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), count) / seeds
+        drawn_RN = rng.integers(0, queries, (count, queries))
+        means.append(sum(weights_RS[:, s] * values_SN[s][drawn_RN].mean(1) for s in range(seeds)))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Difference(observed, (extreme + 1) / (rounds + 1), float(low), float(high))
+    return float(low), float(high)
+
+
+def _rounds(rounds: int, queries: int) -> list[int]:
+    """Rounds in portions, so that what is drawn at a time stays within some megabytes."""
+    step = max(1, _NUMBERS // queries)
+    return [min(step, rounds - start) for start in range(0, rounds, step)]

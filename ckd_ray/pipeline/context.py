@@ -7,22 +7,32 @@ from dataclasses import dataclass
 from ckd_ray.config import Config
 from ckd_ray.store.files import filesystem_of, join
 
+# What a variant of a run has of its own; everything else is that of the run.
+_OF_A_VARIANT = ("student", "student_embeddings", "evaluation", "run.json")
+
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run: `config`, and `run`, the absolute path or URI of its directory."""
+    """A run: `config`, and `run`, the absolute path or URI of its directory.
+
+    `variant` is a folder below it for another student (of another objective or seed) that shares the collection,
+    teacher, embeddings, rankings and labels of the run.
+    """
 
     config: Config
     run: str
+    variant: str | None = None
 
     @classmethod
-    def of(cls, config: Config) -> RunContext:
+    def of(cls, config: Config, variant: str | None = None) -> RunContext:
         """The run directory is `run.storage`/`run.name`."""
         storage = config.run.storage
         if "://" not in storage:
             storage = filesystem_of(storage)[1]
-        return cls(config, join(storage, config.run.name))
+        return cls(config, join(storage, config.run.name), variant)
 
     def path(self, *parts: str) -> str:
-        """A path below the run directory."""
+        """A path below the run directory, or below the variant's for what it has of its own."""
+        if self.variant and parts and parts[0] in _OF_A_VARIANT:
+            return join(self.run, self.variant, *parts)
         return join(self.run, *parts)

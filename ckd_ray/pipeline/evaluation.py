@@ -1,117 +1,176 @@
-"""The evaluate stage: embed with the student, search exactly with both, measure, compare."""
+"""The evaluate stage: embed with the student, search with both, measure, compare.
+
+Rankings are read, written as a run and measured one part (some hundred queries) at a time; what stays in memory is one
+number a query and measure.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 
+from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.errors import JobError
 from ckd_ray.evaluate.compare import compare
-from ckd_ray.evaluate.measures import Measures, measure_run
-from ckd_ray.evaluate.runs import falling_scores, write_trec_run
-from ckd_ray.pipeline.artefact import make
+from ckd_ray.evaluate.measures import Measures, measure_parts
+from ckd_ray.evaluate.runs import falling_scores, without_own_passage, write_trec_run
+from ckd_ray.pipeline.artefact import make, manifest_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.stages import skips_own_passage
 from ckd_ray.progress import say
-from ckd_ray.retrieve.rankings import read_ranking_part
+from ckd_ray.retrieve.rankings import part_file, read_ranking_part
 from ckd_ray.retrieve.servers import SearchSettings, serving
-from ckd_ray.retrieve.stream import RetrieveJob, retrieve
+from ckd_ray.retrieve.stream import RetrieveJob, query_spans, retrieve
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import join, list_files, write_json_atomic
+from ckd_ray.store.files import join, write_json_atomic
 
-SYSTEMS = ("teacher", "student")
+Found = dict[str, dict[str, Measures]]  # split -> system -> measures
 
 
 def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
-    """Measure teacher and student on every evaluation split that the collection has.
+    """Measure teacher and student (in a variant: the student alone) on every evaluation split of the collection.
 
     Writes `evaluation/SYSTEM.SPLIT.run` (TREC), `measures.json`, `SYSTEM.SPLIT.per_query.json` and `comparison.json`.
     """
-    from ckd_ray.pipeline.work import embed_all
-
     collection = Collection.open(context.run)
-    splits: list[str] = [s for s in context.config.evaluate.splits if s in collection.splits]
+    splits = evaluation_splits(context.config, collection)
     if not splits:
         say("evaluate: the collection has none of the splits of evaluate.splits")
-    embeddings = {"teacher": context.path("embeddings"), "student": context.path("student_embeddings")}
-    # The student's store has a fingerprint of its own: other measures or depths do not embed the corpus again.
-    student_of = fingerprint(student=_made_of(context, "student"), embed=_made_of(context, "embeddings"))
+    embed_student(context, splits)
+    found: Found = {split: {} for split in splits}
+    for system in ("student",) if context.variant else ("teacher", "student"):
+        embeddings = context.path("embeddings" if system == "teacher" else "student_embeddings")
+        out = context.path("evaluation")
+        for split, measures in measure_system(context, system, embeddings, splits, out).items():
+            found[split][system] = measures
+    write_measures(context.path("evaluation"), found, context.config, collection)
+    count = sum(len(collection.queries(split).ids) for split in splits)
+    return {"count": count, "unit": "queries", "splits": splits, "engine": context.config.evaluate.engine}
 
-    def embed_student() -> dict[str, Any]:
-        store = embed_all(
-            context,
-            context.path("student"),
-            embeddings["student"],
-            student_of,
-            stage="evaluate",
-            splits=splits,
-        )
+
+def evaluation_splits(config: Config, collection: Collection) -> list[str]:
+    """The splits of `evaluate.splits` that the collection has."""
+    return [split for split in config.evaluate.splits if split in collection.splits]
+
+
+def embed_student(context: RunContext, splits: list[str]) -> None:
+    """`student_embeddings/`, unless they are there. They have a fingerprint of their own: other measures or depths do
+    not embed the corpus again."""
+    from ckd_ray.pipeline.work import embed_all
+
+    student_of = fingerprint(student=_made_of(context, "student"), embed=_made_of(context, "embeddings"))
+    checkpoint, out = context.path("student"), context.path("student_embeddings")
+
+    def work() -> dict[str, Any]:
+        store = embed_all(context, checkpoint, out, student_of, stage="evaluate", splits=splits)
         return {"passages": store.num_passages}
 
-    make(embeddings["student"], student_of, embed_student)
-    found: dict[str, dict[str, Measures]] = {split: {} for split in splits}
-    for system in SYSTEMS:
-        for split, measures in _measure_system(context, system, embeddings[system], splits, collection).items():
-            found[split][system] = measures
-    _write(context, found)
-    count = sum(len(collection.queries(split).ids) for split in splits)
-    return {"count": count, "unit": "queries", "splits": splits}
+    make(out, student_of, work)
 
 
 def _made_of(context: RunContext, folder: str) -> str:
-    from ckd_ray.pipeline.artefact import manifest_of
-
     manifest = manifest_of(context.path(folder))
     if manifest is None:
         raise JobError(f"{context.path(folder)} is not finished")
     return str(manifest["made_of"])
 
 
-def _measure_system(
-    context: RunContext, system: str, embeddings: str, splits: list[str], collection: Collection
+def measure_system(
+    context: RunContext, system: str, embeddings: str, splits: list[str], out: str
 ) -> dict[str, Measures]:
-    settings = context.config.evaluate
+    """Search with the stores below `embeddings`, write `SYSTEM.SPLIT.run` into `out`, and measure, split by split."""
+    from ckd_ray.pipeline.work import search_settings
+
+    config, collection = context.config, Collection.open(context.run)
+    settings = config.evaluate
     store = EmbeddingStore.open(join(embeddings, "passages"))
-    out = context.path("evaluation", "rankings", system)
-    measured = {}
-    with serving(store, SearchSettings("exact"), context.config.retrieve.actors) as servers:
+    skips = skips_own_passage(config)
+    rankings = join(out, "rankings", system)
+    counts = {split: len(collection.queries(split).ids) for split in splits}
+    search = SearchSettings("exact")
+    if settings.engine == "retrieve":
+        search = search_settings(config, store, sum(counts.values()))
+    with serving(store, search, config.retrieve.actors) as servers:
         for split in splits:
-            job = RetrieveJob(context.run, split, join(embeddings, f"queries.{split}"), out, settings.depth)
-            retrieve(job, servers, len(collection.queries(split).ids), stage=f"evaluate {system} {split}")
+            queries = join(embeddings, f"queries.{split}")
+            job = RetrieveJob(context.run, split, queries, rankings, settings.depth + skips)
+            retrieve(job, servers, counts[split], stage=f"evaluate {system} {split}")
+    measured = {}
     for split in splits:
-        run = read_run(out, split)
-        write_trec_run(context.path("evaluation", f"{system}.{split}.run"), run, f"ckd-ray-{system}")
-        measured[split] = measure_run(run, _qrels(collection, split), settings.measures, settings.relevance_threshold)
+        parts = RankedParts(rankings, split, counts[split], settings.depth if skips else None)
+        write_trec_run(join(out, f"{system}.{split}.run"), parts, f"ckd-ray-{system}")
+        labels = labelled_parts(parts, collection)
+        measured[split] = measure_parts(labels, settings.measures, settings.relevance_threshold)
     return measured
 
 
-def read_run(folder: str, split: str) -> pd.DataFrame:
-    """All parts of a split's rankings as one run (query_id, doc_id, rank, score)."""
-    columns = ["query_id", "passage_id", "rank", "score"]
-    parts = [n for n in list_files(folder, ".parquet") if n.rpartition("-")[0] == split]
-    table = pa.concat_tables([read_ranking_part(join(folder, n), columns) for n in parts])
-    return falling_scores(table.to_pandas().rename(columns={"passage_id": "doc_id"}))
+class RankedParts:
+    """The parts of a split's rankings as runs (query_id, doc_id, rank, score), read one at a time.
+
+    Args:
+        depth: when given, the query's own passage is left out and the rest cut to so many.
+    """
+
+    def __init__(self, folder: str, split: str, num_queries: int, depth: int | None = None) -> None:
+        self.folder, self.split, self.depth = folder, split, depth
+        self.spans = query_spans(num_queries)
+
+    def __iter__(self) -> Iterator[pd.DataFrame]:
+        return (self.read(part) for part in range(len(self.spans)))
+
+    def read(self, part: int) -> pd.DataFrame:
+        """Part number `part`."""
+        uri = join(self.folder, part_file(self.split, part))
+        table = read_ranking_part(uri, ["query_id", "passage_id", "rank", "score"])
+        run = table.to_pandas().rename(columns={"passage_id": "doc_id"})
+        return falling_scores(run if self.depth is None else without_own_passage(run, self.depth))
 
 
-def _qrels(collection: Collection, split: str) -> pd.DataFrame:
-    labels = collection.qrels(split)
-    return pd.DataFrame({"query_id": labels.query_ids, "doc_id": labels.passage_ids, "relevance": labels.relevance})
+def labelled_parts(parts: RankedParts, collection: Collection) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """(run, qrels) of each part."""
+    labels = collection.qrels(parts.split)
+    order = np.argsort(labels.query_index, kind="stable")
+    sorted_queries = labels.query_index[order]
+    for part, (first, stop) in enumerate(parts.spans):
+        low, high = np.searchsorted(sorted_queries, [first, stop])
+        rows = order[low:high]
+        qrels = pd.DataFrame(
+            {
+                "query_id": [labels.query_ids[i] for i in rows],
+                "doc_id": [labels.passage_ids[i] for i in rows],
+                "relevance": labels.relevance[rows],
+            }
+        )
+        yield parts.read(part), qrels
 
 
-def _write(context: RunContext, found: dict[str, dict[str, Measures]]) -> None:
+def write_measures(folder: str, found: Found, config: Config, collection: Collection) -> None:
     """`measures.json` holds the student's means of the last split at the top, and all of them by split and system."""
     by_split = {split: {name: m.mean for name, m in systems.items()} for split, systems in found.items()}
     top: dict[str, Any] = {}
     if found:
         last = list(found)[-1]
-        top = {**found[last]["student"].mean, "split": last, "system": "student"}
-    write_json_atomic(context.path("evaluation", "measures.json"), {**top, "splits": by_split})
+        system = "student" if "student" in found[last] else next(iter(found[last]))
+        top = {**found[last][system].mean, "split": last, "system": system}
+    settings = {
+        "depth": config.evaluate.depth,
+        "engine": config.evaluate.engine,
+        "relevance_threshold": config.evaluate.relevance_threshold,
+        "skip_same_id": skips_own_passage(config),
+        "collection": collection.manifest.get("fingerprint"),
+    }
+    write_json_atomic(join(folder, "measures.json"), {**top, "splits": by_split, "settings": settings})
     for split, systems in found.items():
         for name, measures in systems.items():
-            path = context.path("evaluation", f"{name}.{split}.per_query.json")
-            write_json_atomic(path, measures.per_query)
-    comparison = {split: compare(systems["teacher"], systems["student"]) for split, systems in found.items()}
-    write_json_atomic(context.path("evaluation", "comparison.json"), comparison)
+            write_json_atomic(join(folder, f"{name}.{split}.per_query.json"), measures.per_query)
+    comparison = {
+        split: compare(systems["teacher"], systems["student"])
+        for split, systems in found.items()
+        if {"teacher", "student"} <= set(systems)
+    }
+    write_json_atomic(join(folder, "comparison.json"), comparison)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,19 @@ class StageReport:
 
 
 def run_stages(
-    config: Config, *, until: str = "evaluate", start: str | None = None, fresh: bool = False
+    config: Config,
+    *,
+    until: str = "evaluate",
+    start: str | None = None,
+    fresh: bool = False,
+    variant: str | None = None,
 ) -> list[StageReport]:
     """Bring the run up to `until`. Ray must be connected.
 
     Args:
         start: this stage and all that follow are done again even if they are there.
         fresh: remove the whole run first.
+        variant: a folder below the run for this student (see `RunContext`).
 
     Raises:
         UserError: a stage name is unknown, or another process holds the run.
@@ -43,7 +50,7 @@ def run_stages(
     check_stage_names(start, until)
     from ckd_ray.data import source_signature
 
-    context = RunContext.of(config)
+    context = RunContext.of(config, variant)
     source = source_signature(config.collection)
     with run_lock(context.run):
         stages = needed(config, until)
@@ -88,7 +95,8 @@ def _run(context: RunContext, stage: Any, print_of: str) -> StageReport:
     started = time.monotonic()
     if is_made(folder, print_of):
         manifest = manifest_of(folder) or {}
-        say(f"{stage.name}: done before, nothing to do ({folder})")
+        if context.variant is None:  # a comparison would say it again for every student
+            say(f"{stage.name}: done before, nothing to do ({folder})")
         return StageReport(stage.name, True, manifest.get("seconds", 0.0), manifest.get("figures", {}), folder)
     say(f"{stage.name}: starting")
 
@@ -117,6 +125,15 @@ def _identity(context: RunContext, stage: Any, print_of: str) -> str:
     return str((manifest_of(context.path("corpus")) or {})["fingerprint"])
 
 
+def _cluster() -> dict[str, Any]:
+    import ray
+
+    if not ray.is_initialized():
+        return {}
+    have = ray.cluster_resources()
+    return {"nodes": sum(n["Alive"] for n in ray.nodes()), "ray_cpus": have.get("CPU", 0), "gpus": have.get("GPU", 0)}
+
+
 def _record(context: RunContext) -> None:
     """`run.json`: the configuration and the versions, for whoever opens the run later."""
     import platform
@@ -129,6 +146,8 @@ def _record(context: RunContext) -> None:
             "ckd_ray": __version__,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in names},
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_cluster()},
+            **({"variant": context.variant} if context.variant else {}),
             "config": context.config.model_dump(mode="json"),
         },
     )

@@ -114,13 +114,33 @@ def _distill(config: Config) -> dict[str, Any]:
     return {
         "distill": settings,
         "dropout": config.model.dropout,
-        "seed": config.run.seed,
+        "seed": distill_seed(config),
         "positive_grade": config.collection.positive_grade,
     }
 
 
+def distill_seed(config: Config) -> int:
+    """`distill.seed`, or `run.seed` when that is null."""
+    return config.run.seed if config.distill.seed is None else config.distill.seed
+
+
+def skips_own_passage(config: Config) -> bool:
+    """Whether a passage with the query's own id is left out of its results (`evaluate.skip_same_id`).
+
+    `auto`: for BEIR collections, whose own evaluation does so since some of their queries are passages of the corpus.
+    Elsewhere (MS MARCO) passages and queries are numbered independently, and an equal id means nothing.
+    """
+    chosen = config.evaluate.skip_same_id
+    if chosen != "auto":
+        return chosen
+    c = config.collection
+    return c.format == "beir" or (c.format == "ir_datasets" and (c.path or "").startswith("beir/"))
+
+
 def _evaluate(config: Config) -> dict[str, Any]:
-    return {**config.evaluate.model_dump(mode="json"), "embed": _embed(config)}
+    settings = {**config.evaluate.model_dump(mode="json"), "skip_same_id": skips_own_passage(config)}
+    search = {"search": _retrieve(config)} if config.evaluate.engine == "retrieve" else {}
+    return {**settings, "embed": _embed(config), **search}
 
 
 def _distill_inputs(config: Config) -> tuple[str, ...]:
@@ -153,7 +173,7 @@ STAGES: tuple[Stage, ...] = (
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 # Folders of a run that belong to a stage without being its artefact.
-BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports")
+BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare")
 
 
 def check_stage_names(start: str | None, until: str) -> None:

@@ -34,7 +34,7 @@ from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import load_any
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
-from ckd_ray.pipeline.stages import scored_depth
+from ckd_ray.pipeline.stages import distill_seed, scored_depth
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.shard_range import choose_engine
@@ -350,7 +350,7 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
         run=context.run,
         start=start,
         fingerprint=made_of,
-        seed=config.run.seed,
+        seed=distill_seed(config) if stage == "distill" else config.run.seed,
         positive_grade=config.collection.positive_grade,
         precision=precision,
         dropout=config.model.dropout,

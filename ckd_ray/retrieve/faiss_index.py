@@ -63,8 +63,9 @@ class TokenIndex:
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         if kept and os.path.exists(kept):
-            self.index: Any = faiss.read_index(kept, faiss.IO_FLAG_MMAP)
-            self.cells = int(self.index.nlist)
+            opened: Any = faiss.read_index(kept, faiss.IO_FLAG_MMAP)
+            self.index: Any = opened
+            self.cells = int(opened.nlist)
         else:
             self._build(rows, cells, seed)
             if kept:

@@ -174,6 +174,8 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
         assert (reader.read(0).teacher.passages is None) == (source == "recompute")
     assert losses["store"] == pytest.approx(losses["recompute"], abs=1e-3)
     assert min(losses["store"]) > 0
+
+
 def test_cross_encoder_labels_from_a_model_and_then_from_a_file(
     finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from ckd_ray.errors import UserError
-from ckd_ray.evaluate.compare import compare, render
-from ckd_ray.evaluate.measures import measure_run
-from ckd_ray.evaluate.runs import falling_scores, read_trec_run, write_trec_run
-from ckd_ray.evaluate.significance import paired_difference
+from ckd_ray.evaluate.compare import compare, render, same_queries
+from ckd_ray.evaluate.measures import measure_parts, measure_run
+from ckd_ray.evaluate.runs import falling_scores, read_trec_run, without_own_passage, write_trec_run
+from ckd_ray.evaluate.significance import bootstrap_interval, paired_difference
 
 QRELS = pd.DataFrame(
     [("a", "p1", 2), ("a", "p2", 1), ("a", "p3", 0), ("b", "p4", 1), ("c", "p5", 3), ("d", "p1", 0)],
@@ -83,7 +83,7 @@ def test_ties_are_measured_in_the_order_that_is_shown() -> None:
 
 def test_run_files_round_trip(tmp_path: Path) -> None:
     path = str(tmp_path / "x.run")
-    write_trec_run(path, run(a=["p1", "p2"], b=["with space"]), "tag")
+    write_trec_run(path, [run(a=["p1", "p2"]), run(b=["with space"])], "tag")
     assert Path(path).read_text().splitlines()[0] == "a Q0 p1 1 10.000000 tag"
     back = read_trec_run(path)
     assert back["doc_id"].tolist() == ["p1", "p2", "with%20space"] and back["rank"].tolist() == [1, 2, 1]
@@ -124,3 +124,96 @@ def test_the_table() -> None:
     assert table["MRR@10"]["difference_mean"] == 0.375
     text = render({"dev": table})
     assert "dev (4 queries)" in text and "0.1250   0.5000     +0.3750" in text
+
+
+# A run as trec_eval meets it: two ties (p2 = p9 at 30, p5 = p6 = p7 at 29.5), a query without results (c), one
+# without a relevant label (d), one that is not in the qrels (x), and grades 0 to 3.
+HAND_QRELS = pd.DataFrame(
+    [
+        *[("a", "p2", 3), ("a", "p9", 1), ("a", "p4", 0), ("a", "p8", 2)],
+        *[("b", "p5", 1), ("b", "p7", 2), ("c", "p1", 1), ("d", "p1", 0)],
+    ],
+    columns=["query_id", "doc_id", "relevance"],
+)
+HAND_RUN = pd.DataFrame(
+    [
+        *[("a", "p2", 1, 30.0), ("a", "p9", 2, 30.0), ("a", "p1", 3, 28.0), ("a", "p8", 4, 27.0)],
+        *[("b", "p5", 1, 29.5), ("b", "p6", 2, 29.5), ("b", "p7", 3, 29.5), ("d", "p1", 1, 5.0), ("x", "p1", 1, 9.0)],
+    ],
+    columns=["query_id", "doc_id", "rank", "score"],
+)
+
+
+def dcg(*gains: int) -> float:
+    return sum(gain / math.log2(i + 2) for i, gain in enumerate(gains))
+
+
+def test_a_hand_made_run_with_ties_missing_queries_and_grades() -> None:
+    """As it stands (trec_eval breaks ties by id, descending), and as we measure it (in the order of the ranks)."""
+    names = ["nDCG@10", "nDCG@2", "MRR@10", "R@2", "AP@10", "P@2"]
+    as_it_stands = measure_run(HAND_RUN, HAND_QRELS, names).per_query
+    assert as_it_stands["nDCG@10"]["a"] == pytest.approx(dcg(1, 3, 0, 2) / dcg(3, 2, 1))  # p9 before p2
+    assert as_it_stands["nDCG@2"]["b"] == pytest.approx(dcg(2, 0) / dcg(2, 1))  # p7, p6, p5
+    ours = measure_run(falling_scores(HAND_RUN), HAND_QRELS, names)
+    assert ours.per_query["nDCG@10"]["a"] == pytest.approx(dcg(3, 1, 0, 2) / dcg(3, 2, 1))
+    assert ours.per_query["nDCG@2"]["b"] == pytest.approx(dcg(1, 0) / dcg(2, 1))
+    assert ours.per_query["MRR@10"] == {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0}
+    assert ours.per_query["R@2"] == pytest.approx({"a": 2 / 3, "b": 1 / 2, "c": 0.0, "d": 0.0})
+    assert ours.per_query["AP@10"] == pytest.approx({"a": (1 + 1 + 3 / 4) / 3, "b": (1 + 2 / 3) / 2, "c": 0, "d": 0})
+    assert ours.per_query["P@2"] == {"a": 1.0, "b": 0.5, "c": 0.0, "d": 0.0}
+    assert ours.mean["R@2"] == pytest.approx((2 / 3 + 1 / 2) / 4)
+
+
+@pytest.mark.parametrize("level", [0.25, 31.9, -120.0, 5000.0])
+def test_ties_fall_visibly_in_single_precision_and_in_the_file(level: float, tmp_path: Path) -> None:
+    ranks = [f"p{i}" for i in range(50)]
+    tied = run(a=ranks).assign(score=level)
+    tied.loc[40:, "score"] = level - 1.0
+    fallen = falling_scores(tied)
+    assert (np.diff(fallen["score"].to_numpy(np.float32)) < 0).all()
+    assert fallen["score"].iloc[40] == level - 1.0, "what falls by itself stays"
+    write_trec_run(str(tmp_path / "x.run"), [fallen], "t")
+    written = [float(line.split()[4]) for line in (tmp_path / "x.run").read_text().splitlines()]
+    assert all(a > b for a, b in itertools.pairwise(written))
+    for cut in (1, 7, 45):
+        qrels = pd.DataFrame([("a", ranks[cut - 1], 1)], columns=list(QRELS.columns))
+        assert measure_run(fallen, qrels, ["MRR@50"]).per_query["MRR@50"]["a"] == pytest.approx(1 / cut)
+
+
+def test_parts_measure_like_the_whole() -> None:
+    whole = measure_run(falling_scores(HAND_RUN), HAND_QRELS, ["nDCG@10", "R@2"])
+    parts = []
+    for names in (["a"], ["b", "c"], ["d"]):
+        chosen = [frame[frame["query_id"].isin(names)] for frame in (falling_scores(HAND_RUN), HAND_QRELS)]
+        parts.append((chosen[0], chosen[1]))
+    assert measure_parts(parts, ["nDCG@10", "R@2"]) == whole
+    assert measure_parts([], ["R@2"]).mean == {"R@2": 0.0}
+
+
+def test_a_query_does_not_find_itself() -> None:
+    found = without_own_passage(run(a=["p1", "a", "p2", "p3"], b=["b", "a"], p1=["p2"]), depth=2)
+    kept = {q: list(zip(g["doc_id"], g["rank"], strict=True)) for q, g in found.groupby("query_id")}
+    assert kept == {"a": [("p1", 1), ("p2", 2)], "b": [("a", 1)], "p1": [("p2", 1)]}
+
+
+def test_different_queries_are_reported_with_numbers() -> None:
+    mine = {"MRR@10": {"a": 1.0, "b": 0.5, "c": 0.0}}
+    other = {"MRR@10": {"b": 0.5, "c": 0.0, "d": 1.0, "e": 1.0}}
+    with pytest.raises(UserError, match="2 in both, 1 only here, 2 only there") as caught:
+        same_queries(mine, other, "--against")
+    assert "a, d, e" in str(caught.value)
+    same_queries(mine, {"R@5": dict.fromkeys("cab", 0.0)}, "--against")
+
+
+def test_the_interval_counts_seeds() -> None:
+    rng = np.random.default_rng(0)
+    queries = rng.normal(0.5, 0.1, 400)
+    one = np.array(bootstrap_interval(queries[None]))
+    assert one == pytest.approx([queries.mean() - 1.96 * 0.005, queries.mean() + 1.96 * 0.005], abs=0.002)
+    same = np.array(bootstrap_interval(np.stack([queries] * 3)))
+    assert same == pytest.approx(one, abs=0.001)
+    seeds = np.stack([queries - 0.1, queries, queries + 0.1])  # far more between seeds than between queries
+    low, high = bootstrap_interval(seeds)
+    assert low < queries.mean() - 0.06 and high > queries.mean() + 0.06
+    a, b = np.zeros((3, 400)), seeds
+    assert paired_difference(a, b).mean == pytest.approx(queries.mean())

@@ -1,0 +1,97 @@
+"""BM25 as a floor, through bm25s (an extra): an index of the passages, and a ranking of every evaluation query.
+
+bm25s builds its index in memory, about 1 KiB a passage of 60 words and several times that while it builds, so it is
+made in one Ray task of its own and never on the driver; this is the one part of a comparison whose memory grows with
+the collection. `compare.bm25: false` leaves it out.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ckd_ray.data import Collection
+from ckd_ray.errors import UserError
+from ckd_ray.retrieve.rankings import part_file, write_ranking_part
+from ckd_ray.retrieve.stream import query_spans
+from ckd_ray.store.files import join, make_folder
+
+K1, B = 1.5, 0.75  # bm25s' own defaults, in Lucene's variant of the formula
+_WORD = re.compile(r"(?u)\b\w\w+\b")
+_PASSAGES_A_READ = 8192
+
+
+def check_installed() -> None:
+    """Raises UserError with the line to install when bm25s is missing."""
+    try:
+        import bm25s  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "bm25s is not installed",
+            where="compare.bm25",
+            fix="pip install 'ckd-ray[bm25]', or leave it out: --set compare.bm25=false",
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def _stop_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN
+
+    return frozenset(STOPWORDS_EN)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of two letters or more, without English stop words; no stemming."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _stop_words()]
+
+
+def rank_bm25(run: str, splits: list[str], out: str, depth: int) -> dict[str, Any]:
+    """Rank the queries of `splits` and write the rankings below `out`, in the form of the retrieve stage.
+
+    Ties go by passage index. Runs in one process; returns figures.
+    """
+    import bm25s
+
+    collection = Collection.open(run)
+    vocabulary: dict[str, int] = {}
+    index = bm25s.BM25(k1=K1, b=B, method="lucene")
+    index.index((_corpus(collection, vocabulary), vocabulary), show_progress=False)
+    make_folder(out)
+    for split in splits:
+        queries = collection.queries(split)
+        for part, (first, stop) in enumerate(query_spans(len(queries.ids))):
+            ranked = [_rank(index, vocabulary, text, depth) for text in queries.texts[first:stop]]
+            scores_BK, passages_BK = (np.stack([r[i] for r in ranked]) for i in (0, 1))
+            write_ranking_part(
+                join(out, part_file(split, part)),
+                first_query=first,
+                query_ids=queries.ids[first:stop],
+                scores_BK=scores_BK.astype(np.float32),
+                passages_BK=passages_BK,
+                passage_ids=collection.passage_ids(passages_BK[passages_BK >= 0]),
+            )
+    return {"vocabulary": len(vocabulary), "k1": K1, "b": B}
+
+
+def _corpus(collection: Collection, vocabulary: dict[str, int]) -> list[list[int]]:
+    """Word numbers of every passage, in the order of the corpus; new words are numbered as they come."""
+    found: list[list[int]] = []
+    for start in range(0, collection.num_passages, _PASSAGES_A_READ):
+        texts = collection.iter_passages(start, min(start + _PASSAGES_A_READ, collection.num_passages))
+        found += [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
+    return found
+
+
+def _rank(index: Any, vocabulary: dict[str, int], text: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """(scores_K, passages_K), highest first; passages that share no word with the query are not results."""
+    scores, passages = np.full(depth, -np.inf, np.float32), np.full(depth, -1, np.int64)
+    known = [vocabulary[word] for word in words(text) if word in vocabulary]
+    if known:
+        found = np.asarray(index.get_scores_from_ids(known))
+        positive = np.flatnonzero(found > 0)
+        order = positive[np.lexsort((positive, -found[positive]))][:depth]
+        scores[: len(order)], passages[: len(order)] = found[order], order
+    return scores, passages

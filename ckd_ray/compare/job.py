@@ -1,0 +1,175 @@
+"""The comparison as one resumable job: everything upstream is the run's, each student is a variant of it.
+
+What is finished stays: a variant by its manifests (as stages of any run), BM25 and the teacher by theirs. Stopped
+anywhere, the same command goes on there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckd_ray.compare.bm25 import check_installed, rank_bm25
+from ckd_ray.compare.plan import SETTINGS, Variant, objectives, variants
+from ckd_ray.compare.table import System, build_table, in_order, render_markdown, render_text
+from ckd_ray.config import Config
+from ckd_ray.data import Collection
+from ckd_ray.errors import UserError
+from ckd_ray.pipeline.artefact import make, manifest_of
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.evaluation import (
+    RankedParts,
+    evaluation_splits,
+    labelled_parts,
+    measure_system,
+    write_measures,
+)
+from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.lock import run_lock
+from ckd_ray.pipeline.runner import run_stages
+from ckd_ray.pipeline.stages import STAGES, needed, skips_own_passage
+from ckd_ray.progress import say
+from ckd_ray.store.files import delete, join, read_json, write_atomic, write_json_atomic
+
+FOLDER = "compare"
+
+
+def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
+    """Train and measure every objective and seed, measure BM25 and the teacher, write `compare/table.json` and
+    `table.md`. Ray must be connected. Returns the table.
+
+    Args:
+        fresh: do all students again (what is upstream of them stays).
+    """
+    if config.compare.bm25:
+        check_installed()
+    context = RunContext.of(config)
+    if fresh:
+        delete(context.path(FOLDER))
+    planned = variants(config)
+    for number, variant in enumerate(planned, 1):
+        say(f"compare: {variant.objective}, seed {variant.seed} ({number} of {len(planned)})")
+        run_stages(variant.config, variant=variant.folder)
+        if not config.compare.keep_stores:
+            delete(join(context.run, variant.folder, "student_embeddings"))
+    collection = Collection.open(context.run)
+    splits = evaluation_splits(config, collection)
+    if not splits:
+        raise UserError(
+            "nothing to compare on: the collection has none of the evaluation splits",
+            where="evaluate.splits",
+            expected=f"one of {', '.join(s for s in collection.splits if s != 'train') or 'dev, test'}",
+        )
+    with run_lock(context.run):
+        systems = [_floor(context, splits)] if config.compare.bm25 else []
+        systems.append(_teacher(context, splits))
+        systems += [_objective(context, name, planned, splits) for name in objectives(config)]
+        table = build_table(systems, len(collection.queries("train").ids))
+        table |= {"budget": _budget(config), "run": context.run}
+        write_json_atomic(context.path(FOLDER, "table.json"), table)
+        text = render_markdown(table).encode()
+        write_atomic(context.path(FOLDER, "table.md"), lambda stream: stream.write(text))
+    return table
+
+
+def show(table: dict[str, Any]) -> None:
+    """The table for people."""
+    say("")
+    say(render_text(table))
+    say("")
+    say(join(table["run"], FOLDER, "table.md"))
+
+
+def _budget(config: Config) -> dict[str, Any]:
+    d = config.distill
+    return {name: getattr(d, name) for name in ("steps", "batch_size", "negatives", "negatives_depth")}
+
+
+def _evaluation_of(context: RunContext, **inputs: Any) -> str:
+    """A fingerprint of the settings of the evaluation and of what is evaluated."""
+    evaluate = next(stage for stage in STAGES if stage.name == "evaluate")
+    collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
+    return fingerprint(evaluate=evaluate.settings(context.config), collection=collection, **inputs)
+
+
+def _teacher(context: RunContext, splits: list[str]) -> System:
+    """The teacher without its expansion: what every student starts from."""
+    folder = context.path(FOLDER, "teacher")
+    embeddings = context.path("embeddings")
+    print_of = _evaluation_of(context, embeddings=(manifest_of(embeddings) or {})["made_of"])
+
+    def work() -> dict[str, Any]:
+        found = measure_system(context, "teacher", embeddings, splits, folder)
+        collection = Collection.open(context.run)
+        write_measures(folder, {s: {"teacher": m} for s, m in found.items()}, context.config, collection)
+        return {}
+
+    make(folder, print_of, work)
+    return System("teacher", [], _values([folder], "teacher", splits))
+
+
+def _floor(context: RunContext, splits: list[str]) -> System:
+    """BM25, in a Ray task of its own."""
+    import ray
+
+    folder, config = context.path(FOLDER, "bm25"), context.config
+    skips = skips_own_passage(config)
+
+    def work() -> dict[str, Any]:
+        from ckd_ray.evaluate.measures import measure_parts
+        from ckd_ray.evaluate.runs import write_trec_run
+
+        say("compare: bm25")
+        rankings = join(folder, "rankings", "bm25")
+        depth = config.evaluate.depth + skips
+        figures: dict[str, Any] = ray.get(
+            ray.remote(num_cpus=1)(rank_bm25).remote(context.run, splits, rankings, depth)
+        )
+        collection, found = Collection.open(context.run), {}
+        for split in splits:
+            count = len(collection.queries(split).ids)
+            parts = RankedParts(rankings, split, count, config.evaluate.depth if skips else None)
+            write_trec_run(join(folder, f"bm25.{split}.run"), parts, "bm25s")
+            settings = config.evaluate
+            labels = labelled_parts(parts, collection)
+            found[split] = {"bm25": measure_parts(labels, settings.measures, settings.relevance_threshold)}
+        write_measures(folder, found, config, collection)
+        return {"figures": figures}
+
+    make(folder, _evaluation_of(context, bm25=1), work)
+    return System("bm25", [], _values([folder], "bm25", splits))
+
+
+def _objective(context: RunContext, name: str, planned: list[Variant], splits: list[str]) -> System:
+    mine = [variant for variant in planned if variant.objective == name]
+    folders = [join(context.run, variant.folder) for variant in mine]
+    seconds = [float((manifest_of(join(f, "student")) or {}).get("seconds", 0.0)) for f in folders]
+    config = mine[0].config
+    plain = next(variant.config for variant in planned if variant.objective == "contrastive")
+    ours = {stage.name: stage.folder for stage in needed(config, "distill")}
+    labelling = sum(
+        float((manifest_of(context.path(folder)) or {}).get("seconds", 0.0))
+        for stage, folder in ours.items()
+        if stage not in {s.name for s in needed(plain, "distill")}
+    )
+    return System(
+        name,
+        [variant.seed for variant in mine],
+        _values([join(f, "evaluation") for f in folders], "student", splits),
+        float(np.mean(seconds)),
+        labelling,
+        {key: getattr(config.distill, key) for key in sorted(SETTINGS)},
+    )
+
+
+def _values(folders: list[str], system: str, splits: list[str]) -> dict[str, dict[str, Any]]:
+    """split -> measure -> (S, N), one row a folder. The order of the queries is that of the collection's labels."""
+    values: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        found = [read_json(join(folder, f"{system}.{split}.per_query.json")) for folder in folders]
+        values[split] = {
+            measure: np.stack([in_order(one[measure], list(found[0][measure])) for one in found])
+            for measure in found[0]
+        }
+    return values

@@ -1,0 +1,141 @@
+"""The table of a comparison: mean over seeds, interval, significance against contrastive, seconds, labelling cost.
+
+Shapes: S seeds, N queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckd_ray.evaluate.significance import bootstrap_interval, paired_difference
+
+BASELINE = "contrastive"
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass
+class System:
+    """What was measured of one row of the table.
+
+    Attributes:
+        values: split -> measure -> (S, N), queries in one order for all systems.
+        seconds: of training (mean over seeds); None where nothing is trained.
+        labelling: seconds of the stages that only this objective needs.
+        settings: the keys of `distill` that are this objective's own.
+    """
+
+    name: str
+    seeds: list[int]
+    values: dict[str, dict[str, FloatArray]]
+    seconds: float | None = None
+    labelling: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def in_order(per_query: Mapping[str, float], queries: list[str]) -> FloatArray:
+    """(N,) values of `queries`; all must be there."""
+    return np.array([per_query[q] for q in queries], np.float64)
+
+
+def build_table(systems: list[System], training_queries: int) -> dict[str, Any]:
+    """One entry a split and measure and system; see `render_markdown` for how it reads."""
+    baseline = next((s for s in systems if s.name == BASELINE), None)
+    splits: dict[str, Any] = {}
+    for split in systems[0].values if systems else {}:
+        splits[split] = {}
+        for measure in systems[0].values[split]:
+            splits[split][measure] = {s.name: _cell(s, baseline, split, measure) for s in systems}
+    return {
+        "splits": splits,
+        "queries": {split: next(iter(v.values())).shape[1] for split, v in systems[0].values.items() if v},
+        "systems": {
+            s.name: {
+                "seeds": s.seeds,
+                "train_seconds": s.seconds,
+                "label_seconds": s.labelling,
+                "label_seconds_a_query": None if s.labelling is None else s.labelling / max(1, training_queries),
+                "settings": s.settings,
+            }
+            for s in systems
+        },
+        "baseline": BASELINE,
+        "training_queries": training_queries,
+    }
+
+
+def _cell(system: System, baseline: System | None, split: str, measure: str) -> dict[str, Any]:
+    values_SN = system.values[split][measure]
+    by_seed = values_SN.mean(1) if values_SN.shape[1] else np.zeros(len(values_SN))
+    low, high = bootstrap_interval(values_SN)
+    cell: dict[str, Any] = {
+        "mean": float(by_seed.mean()),
+        "low": low,
+        "high": high,
+        "seeds": [float(v) for v in by_seed],
+        "standard_deviation": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+    }
+    if baseline is not None and system.name != BASELINE:
+        base_SN = baseline.values[split][measure]
+        if len(base_SN) != len(values_SN):  # BM25 and the teacher have no seeds
+            base_SN, values_SN = base_SN.mean(0, keepdims=True), values_SN.mean(0, keepdims=True)
+        cell |= {f"difference_{k}": v for k, v in asdict(paired_difference(base_SN, values_SN)).items()}
+    return cell
+
+
+def render_markdown(table: dict[str, Any]) -> str:
+    """`table.md`: one table a split, and what the columns mean."""
+    lines = [f"# Comparison of {len(table['systems'])} systems", ""]
+    for split, measures in table["splits"].items():
+        names = list(measures)
+        lines += [f"## {split} ({table['queries'][split]:,} queries)", ""]
+        lines.append("| system | " + " | ".join(names) + " | training, s | labelling, ms a query |")
+        lines.append("|---" * (len(names) + 3) + "|")
+        for name, facts in table["systems"].items():
+            cells = [_text(measures[measure][name]) for measure in names]
+            seconds = "" if facts["train_seconds"] is None else f"{facts['train_seconds']:,.0f}"
+            cost = "" if facts["label_seconds_a_query"] is None else f"{1000 * facts['label_seconds_a_query']:,.2f}"
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds} | {cost} |")
+        lines.append("")
+    lines += [
+        "Means over seeds and queries; in brackets the 95 % bootstrap interval (queries and seeds drawn anew); "
+        f"behind it the difference from `{table['baseline']}`, which has the same hard negatives, and p of the paired "
+        "randomisation test over queries on the means of the seeds. * p < 0.05, not corrected for the number of "
+        "comparisons. Labelling: seconds of the stages that only this objective needs, a training query "
+        f"({table['training_queries']:,} of them); a stage that was interrupted counts its last call only.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _text(cell: dict[str, Any]) -> str:
+    text = f"{cell['mean']:.4f} [{cell['low']:.4f}, {cell['high']:.4f}]"
+    if "difference_p" in cell:
+        star = " *" if cell["difference_p"] < 0.05 else ""
+        text += f" {cell['difference_mean']:+.4f}, p {cell['difference_p']:.4f}{star}"
+    return text
+
+
+def render_text(table: dict[str, Any]) -> str:
+    """For the terminal: one block a split and measure."""
+    lines = []
+    width = max(len(name) for name in table["systems"])
+    for split, measures in table["splits"].items():
+        lines.append(f"{split} ({table['queries'][split]:,} queries)")
+        for measure, cells in measures.items():
+            lines.append(
+                f"  {measure:<{width}}{'mean':>8}   {'95 % interval':<18}{'- contrastive':>14}{'p':>8}  {'training':>9}"
+            )
+            for name, cell in cells.items():
+                seconds = table["systems"][name]["train_seconds"]
+                difference = f"{cell['difference_mean']:+.4f}" if "difference_mean" in cell else ""
+                p = f"{cell['difference_p']:.4f}" if "difference_p" in cell else ""
+                lines.append(
+                    f"  {name:<{width}}{cell['mean']:>8.4f}   [{cell['low']:.4f}, {cell['high']:.4f}]{difference:>14}"
+                    f"{p:>8}  {'' if seconds is None else f'{seconds:,.0f} s':>9}".rstrip()
+                )
+    return "\n".join(lines)

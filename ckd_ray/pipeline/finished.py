@@ -1,0 +1,58 @@
+"""Opening the directory of a run that is there already, by the path that a user gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ckd_ray.errors import UserError
+from ckd_ray.store.files import exists, filesystem_of, join, list_folders, read_json
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run directory, or that of a variant of a run (RUN/compare/OBJECTIVE-SEED).
+
+    Attributes:
+        folder: what the user named; student, evaluation and run.json are here.
+        base: the run that holds collection, teacher, embeddings, rankings and labels; the same but for a variant.
+        record: `run.json`.
+    """
+
+    folder: str
+    base: str
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's name; for a variant with the run's in front."""
+        own = self.folder.rstrip("/").rpartition("/")[2]
+        return own if self.folder == self.base else f"{self.base.rpartition('/')[2]}/{own}"
+
+    def path(self, *parts: str) -> str:
+        """A path below the run (of a variant: its own part)."""
+        return join(self.folder, *parts)
+
+
+def open_finished(run: str, where: str = "RUN") -> FinishedRun:
+    """The run at `run`: a path, a URI, or the name of one in `runs/`.
+
+    Raises:
+        UserError: no run is there.
+    """
+    tried = [run.rstrip("/") if "://" in run else filesystem_of(run)[1]]
+    if "://" not in run and "/" not in run:
+        tried.append(filesystem_of(join("runs", run))[1])
+    for folder in tried:
+        if exists(join(folder, "run.json")):
+            record = read_json(join(folder, "run.json"))
+            base = folder.rpartition("/compare/")[0] if record.get("variant") else folder
+            return FinishedRun(folder, base, record)
+    found = "nothing" if not exists(tried[0]) else f"folders {', '.join(list_folders(tried[0])[:8]) or 'none'}"
+    raise UserError(
+        "no run here",
+        where=f"{where} {run}",
+        expected="a run directory (run.storage/run.name), which holds run.json",
+        found=found,
+        fix="ckd-ray train makes one",
+    )

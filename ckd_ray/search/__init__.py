@@ -1,0 +1,1 @@
+"""`ckd-ray search`: ask a finished run, without Ray."""

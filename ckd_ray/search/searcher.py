@@ -1,0 +1,134 @@
+"""A finished run, opened for questions: encode, scan the store, and say which tokens of a passage won.
+
+Shapes: Q query rows, L passage rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckd_ray.data import Collection
+from ckd_ray.embed.encoder import TextEncoder
+from ckd_ray.errors import UserError
+from ckd_ray.model import ColBERT
+from ckd_ray.model.tokenizer import ColBERTTokenizer
+from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.search.scan import scan, winners
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.files import exists, join, local_copy
+
+
+@dataclass(frozen=True)
+class Match:
+    """A query token and the passage token that wins its maximum.
+
+    Attributes:
+        start, end: characters of the passage's text, equal for a token that has none ([CLS], [D], [SEP]).
+        similarity: their inner product.
+    """
+
+    query_token: str
+    passage_token: str
+    start: int
+    end: int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage that was found. `matches`: one for each real token of the query, in its order."""
+
+    rank: int
+    passage_id: str
+    score: float
+    text: str
+    matches: list[Match]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+class Searcher:
+    """Answers queries from a run's student (or teacher) and the store that was made with it.
+
+    Every query reads the whole store once; see `scan`. No Ray.
+    """
+
+    def __init__(self, run: FinishedRun, system: str = "student") -> None:
+        folder = run.path("student_embeddings") if system == "student" else join(run.base, "embeddings")
+        checkpoint = run.path("student") if system == "student" else join(run.base, "teacher")
+        for needed in (join(checkpoint, "colbert.json"), join(folder, "passages", "manifest.json")):
+            if not exists(needed):
+                stage = "embed" if system == "teacher" else "evaluate"
+                raise UserError(
+                    f"this run has no {system} to search with yet",
+                    where=run.folder,
+                    expected=needed,
+                    fix=f"ckd-ray {stage}, with the configuration of this run, makes it",
+                )
+        self.collection = Collection.open(run.base)
+        self.store = EmbeddingStore.open(join(folder, "passages"))
+        with local_copy(checkpoint) as local:
+            self.encoder = TextEncoder(ColBERT.from_pretrained(local))
+
+    def search(self, query: str, top: int = 10) -> list[Hit]:
+        """The best `top` passages."""
+        encoded = self.encoder.queries([query])
+        scores, passages = scan(self.store, encoded.embeddings_TD, top)
+        tokenizer = self.encoder.model.tokenizer
+        real, query_tokens = _real_tokens(tokenizer, query)
+        found = self.store.gather(passages)
+        rows = zip(
+            scores.tolist(),
+            self.collection.passage_ids(passages),
+            self.collection.texts(passages),
+            found.split(),
+            np.split(found.token_ids, np.cumsum(found.lengths)[:-1]),
+            strict=True,
+        )
+        hits = []
+        for rank, (score, passage_id, text, rows_LD, token_ids) in enumerate(rows, 1):
+            at, similarity = winners(rows_LD, encoded.embeddings_TD)
+            spans = token_spans(tokenizer, text, token_ids)
+            names = tokenizer.hf.convert_ids_to_tokens(token_ids.tolist())
+            matches = [
+                Match(token, names[at[i]], *spans[at[i]], float(similarity[i]))
+                for i, token in zip(real, query_tokens, strict=True)
+                if at[i] >= 0
+            ]
+            hits.append(Hit(rank, passage_id, score, text, matches))
+        return hits
+
+
+def _real_tokens(tokenizer: ColBERTTokenizer, query: str) -> tuple[list[int], list[str]]:
+    """Rows of the query that stand for its own words (not for markers or [MASK]), and their tokens."""
+    ids = tokenizer.queries([query])[0][0].numpy()
+    real = np.flatnonzero(~np.isin(ids, tokenizer.silent_ids) & tokenizer.keeps(ids.astype(np.int32)))
+    return real.tolist(), tokenizer.hf.convert_ids_to_tokens(ids[real].tolist())
+
+
+def token_spans(tokenizer: ColBERTTokenizer, text: str, token_ids: npt.NDArray[np.integer]) -> list[tuple[int, int]]:
+    """Characters (start, end) of every stored row of a passage; (0, 0) for markers.
+
+    Where the text does not give the stored tokens (the corpus was changed behind the store's back), all are (0, 0).
+    """
+    encoded = tokenizer.hf(
+        text,
+        add_special_tokens=False,
+        truncation=True,
+        max_length=tokenizer.settings.doc_maxlen - 3,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    ids = np.array([tokenizer.cls_id, tokenizer.doc_marker_id, *encoded["input_ids"], tokenizer.sep_id], np.int32)
+    spans = [(0, 0), (0, 0), *((int(a), int(b)) for a, b in encoded["offset_mapping"]), (0, 0)]
+    kept = tokenizer.keeps(ids)
+    if not np.array_equal(ids[kept], token_ids):
+        return [(0, 0)] * len(token_ids)
+    return [span for span, keep in zip(spans, kept.tolist(), strict=True) if keep]

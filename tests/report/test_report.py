@@ -1,0 +1,190 @@
+"""The page: complete, escaped, self-contained, and without an error in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ckd_ray.compare.table import System, build_table
+from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.report.facts import gather
+from ckd_ray.report.page import render_page, write_report
+from ckd_ray.report.plots import Interval, Series, histogram, intervals, lines, number, thinned, ticks
+from ckd_ray.report.wins import extremes
+from tests.evidence import EVIL_ID, evil_collection, hand_made_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str) -> Path:
+    import numpy as np
+
+    collection = evil_collection(tmp_path_factory.mktemp("collection"))
+    made = hand_made_run(tmp_path_factory.mktemp("runs"), tiny_backbone, collection)
+    rng = np.random.default_rng(0)
+    systems = [System("bm25", [], {"dev": {"MRR@10": rng.random((1, 6))}})]
+    for name in ("contrastive", "<b>collective</b>"):
+        systems.append(System(name, [1, 2], {"dev": {"MRR@10": rng.random((2, 6))}}, 60.0, 5.0))
+    table = {**build_table(systems, 24), "budget": {"steps": 300}}
+    (made / "compare").mkdir()
+    (made / "compare" / "table.json").write_text(json.dumps(table))
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return Path(write_report(open_finished(str(run)))).read_text()
+
+
+class Elements(HTMLParser):
+    """Tags, their attributes, and what is open at the end."""
+
+    void = frozenset(("meta", "link", "input", "br", "img", "hr"))
+    # What HTML lets one leave open.
+    free = frozenset(("th", "td", "tr", "li", "p", "line", "circle", "rect", "polyline"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void | self.free:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.void | self.free:
+            assert self.open and self.open.pop() == tag, tag
+
+
+def parsed(page: str) -> Elements:
+    elements = Elements()
+    elements.feed(page)
+    return elements
+
+
+def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
+    elements = parsed(page)
+    assert elements.open == []
+    sections = [a["id"] for tag, a in elements.tags if tag == "section"]
+    assert sections[:4] == ["table", "comparison", "curves", "wins"] and sections[-2:] == ["stages", "environment"]
+    for _, attributes in elements.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), name
+            assert name not in ("src", "srcset") and not (name == "href" and not str(value).startswith(("#", "data:,")))
+    assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
+    assert [tag for tag, _ in elements.tags].count("script") == 1
+
+
+def test_nothing_from_the_collection_becomes_markup(page: str) -> None:
+    assert EVIL_ID not in page and html.escape(EVIL_ID) in page
+    assert "<img" not in page and "&lt;img src=x onerror=alert(2)&gt;" in page
+    assert "<b>collective" not in page and "&lt;b&gt;collective&lt;/b&gt;" in page
+
+
+def test_the_numbers_are_those_of_the_run(run: Path, page: str) -> None:
+    comparison = json.loads((run / "evaluation" / "comparison.json").read_text())
+    text = re.sub(r"<[^>]+>", " ", page)
+    for rows in comparison.values():
+        for row in rows.values():
+            assert f"{row['student']:.4f}" in text and f"{row['difference_mean']:+.4f}" in text
+    facts = gather(open_finished(str(run)))
+    per_query = {
+        name: json.loads((run / "evaluation" / f"{name}.dev.per_query.json").read_text())["MRR@10"]
+        for name in ("teacher", "student")
+    }
+    dev = next(w for w in facts.wins if w.split == "dev")
+    assert len(dev.gains) == 6 and sum(dev.gains) == pytest.approx(
+        sum(per_query["student"].values()) - sum(per_query["teacher"].values())
+    )
+    for example in dev.won + dev.lost:
+        assert example.gain == pytest.approx(
+            per_query["student"][example.query_id] - per_query["teacher"][example.query_id]
+        )
+        _, _, grade, before, after = example.labelled[0]
+        assert grade == 1
+        assert example.teacher == pytest.approx(1 / before if before and before <= 10 else 0)
+        assert example.student == pytest.approx(1 / after if after and after <= 10 else 0)
+        assert [rank for rank, *_ in example.tops["student"]] == [1, 2, 3]
+    assert dev.won or dev.lost
+
+
+def test_an_unfinished_run_has_a_page_of_what_is_there(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    page = render_page(gather(open_finished(str(tmp_path))))
+    assert "has not been evaluated" in page and 'id="environment"' in page and 'id="wins"' not in page
+    assert parsed(page).open == []
+
+
+def test_extremes_take_the_largest_of_both_directions() -> None:
+    teacher, student = dict.fromkeys("abcde", 0.5), {"a": 1.0, "b": 0.5, "c": 0.0, "d": 0.6, "e": 0.4}
+    assert extremes(teacher, student, 1) == (["a"], ["c"])
+    assert extremes(teacher, student, 9) == (["a", "d"], ["c", "e"])
+
+
+def test_plots_by_hand() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and ticks(-0.013, 0.021, 3)[1] == 0
+    assert ticks(3, 3) == [3]
+    assert [number(v) for v in (0, 12345.6, 0.123456, 7, 3e-6)] == ["0", "12,346", "0.1235", "7", "0.000003"]
+    assert thinned([(float(i), 2.0 * i) for i in range(1000)], 100)[0] == (4.5, 9.0)
+    assert thinned([(0, float("nan")), (1, 2)]) == [(1.0, 2.0)]
+    svg = lines([Series("<a>", [(0, 0), (10, 1)])], x="step", y="loss & more")
+    points = re.search(r'points="([^"]+)"', svg)
+    assert points and points[1] == "56.0,226.0 624.0,14.0"
+    assert "<a>" not in svg and "loss &amp; more" in svg
+    drawn = intervals([Interval("x", 0.5, 0.0, 1.0, [0.4])], caption="c", zero=True)
+    assert drawn.count('class="seed"') == 1 and 'class="zero"' in drawn
+    bars = histogram([0.0, 0.0, 1.0, -0.5], caption="c", x="m")
+    assert bars.count("bar win") + bars.count("bar loss") + bars.count("bar same") == 21
+    assert "2 queries from -0.048 to +0.048" in bars and "1 queries from +0.905 to +1.000" in bars
+    assert lines([], x="", y="") == "" and histogram([], caption="", x="") == ""
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_opens_it_without_an_error_and_its_script_works(page: str, tmp_path: Path) -> None:
+    """A probe appended to our script sorts, filters and reads a curve; what it found is in the dumped document."""
+    probe = """
+    addEventListener("load", () => {
+      const seen = [];
+      const table = document.querySelector("table.sortable");
+      table.querySelectorAll("th")[2].click();
+      const column = [...table.tBodies[0].rows].map((row) => Number(row.cells[2].textContent));
+      seen.push(column.every((v, i) => !i || column[i - 1] >= v) ? "sorted" : "unsorted");
+      const box = document.querySelector("[data-choose]");
+      const group = [...document.querySelectorAll(`[data-group="${box.dataset.choose}"]`)];
+      box.querySelector("input").value = "no such words";
+      box.querySelector("input").dispatchEvent(new Event("input"));
+      seen.push(group.every((item) => item.hidden) ? "filtered" : "unfiltered");
+      const svg = document.querySelector("svg[data-lines]");
+      const place = svg.getBoundingClientRect();
+      svg.dispatchEvent(new PointerEvent("pointermove", { clientX: place.left + place.width / 2, clientY: place.top }));
+      seen.push(svg.parentNode.querySelector(".tip").hidden ? "silent" : "reads");
+      seen.push(document.documentElement.scrollWidth <= innerWidth ? "fits" : "overflows");
+      document.body.dataset.seen = seen.join(" ");
+    });"""
+    open_page = re.sub(r"script-src '[^']+'", "script-src 'unsafe-inline'", page)
+    open_page = open_page.replace("</script>\n</body>", probe + "</script>\n</body>")
+    assert open_page.count("dataset.seen") == 1
+    for name, text in (("as-written", page), ("probed", open_page)):
+        (tmp_path / f"{name}.html").write_text(text)
+        command = [str(CHROMIUM), *FLAGS.split(), f"--user-data-dir={tmp_path / name}", "--window-size=500,900"]
+        command += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000", "--dump-dom"]
+        done = subprocess.run([*command, f"file://{tmp_path / name}.html"], capture_output=True, text=True, timeout=120)
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert done.returncode == 0 and console == [], console
+        if name == "as-written":
+            assert "aria-pressed" in done.stdout, "the policy let our own script run"
+        else:
+            assert 'data-seen="sorted filtered reads fits"' in done.stdout
