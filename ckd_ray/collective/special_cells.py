@@ -28,7 +28,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 # Token embeddings that the cells are made of: an eighth of a GiB in fp16, whatever the collection.
 SAMPLE = 500_000
-_MEMBERS_A_CELL = 128
+_MEMBERS_A_CELL = 64
 _TRAINING_POINTS_A_CELL = 32
 _MOST_CELLS = 1 << 12
 _ITERATIONS = 4
@@ -136,7 +136,7 @@ class SpecialCells:
 
 
 def choose_cells(rows: int) -> int:
-    """The power of two below rows / 128, from 1 to 4,096."""
+    """The power of two below rows / 64, from 1 to 4,096."""
     return int(2 ** int(np.log2(max(1.0, min(rows / _MEMBERS_A_CELL, _MOST_CELLS)))))
 
 
