@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +61,11 @@ class TokenIndex:
     ) -> None:
         import faiss
 
+        self.index: Any = None
         faiss.omp_set_num_threads(torch.get_num_threads())
         if kept and os.path.exists(kept):
-            opened: Any = faiss.read_index(kept, faiss.IO_FLAG_MMAP)
-            self.index: Any = opened
-            self.cells = int(opened.nlist)
+            self.index = cast(Any, faiss.read_index(kept, faiss.IO_FLAG_MMAP))
+            self.cells = int(self.index.nlist)
         else:
             self._build(rows, cells, seed)
             if kept:

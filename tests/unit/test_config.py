@@ -82,7 +82,7 @@ def test_all_problems_at_once() -> None:
         "distill.temperatur": "unknown key; did you mean distill.temperature?",
         "label.clusters": "input should be a valid integer, unable to parse string as an integer, found 'many'",
         "embed.actors": "expected auto or a number in range, found 0",
-        "retrieve.engine": "input should be 'auto', 'exact' or 'faiss', found 'fais'",
+        "retrieve.engine": "input should be 'auto', 'exact', 'centroids' or 'faiss', found 'fais'",
         "distill.expansion_size": "must be at most label.clusters (24)",
     }
 
@@ -123,6 +123,7 @@ def test_all_problems_at_once() -> None:
         ("collection.path=x", "collection.path", "no meaning for format docstrings"),
         ("distill.negatives_depth=101", "distill.negatives_depth", "at most retrieve.depth (100)"),
         ("retrieve.depth=2", "retrieve.depth", "at least label.feedback_passages (3)"),
+        ("retrieve.engine=centroids", "retrieve.engine", "needs a residual codec"),
         ("distill.objective=label_smoothing", "distill.smoothing", "needs a share above 0"),
         ("distill.workers=8-2", "distill.workers", "smaller number first"),
         ("distill.workers=0-2", "distill.workers", "auto or a number"),
