@@ -43,6 +43,7 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
         "clusters": 24,
         "voters": 10,
         "token_vote": "collection",
+        "neighbours": "auto",
     }
     d = c.distill
     assert (d.objective, d.temperature, d.smoothing, d.beta, d.expansion_size) == ("collective", 0.25, 0.0, 1.0, 10)
