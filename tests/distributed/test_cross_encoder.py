@@ -115,15 +115,16 @@ def test_training_sees_scored_pairs_alone(ray_session: None, job: CrossEncoderJo
     )  # fmt: skip
     model = ColBERT.from_pretrained(start)
     reader = InputReader(task, model.tokenizer)
-    inputs, batch = reader.read(0), reader.plan.batch(0)
-    loss = float(TrainingStep(model, task, "fp32")(inputs))
+    batch = reader.plan.batch(0)
+    loss = float(TrainingStep(model, task, "fp32")(reader.read(0)))
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     rows = pa.concat_tables(pq.read_table(p) for p in sorted(Path(job.out).glob("*.parquet"))).to_pylist()
     known = {(r["query_id"], r["passage_id"]): r["score"] for r in rows}
     with torch.no_grad():
-        scores = maxsim(
-            *model(inputs.query_ids_bQ, inputs.query_mask_bQ, inputs.passage_ids_nL, inputs.passage_mask_nL)
-        ).tolist()
+        tokenizer = model.tokenizer
+        queries = model.encode_queries(*tokenizer.queries([reader.query_texts[i] for i in batch.queries_B.tolist()]))
+        passages = tokenizer.passages(reader.collection.texts(batch.passages_BM.reshape(-1)))
+        scores = maxsim(queries, *model.encode_passages(*tokenizer.pad(passages))).tolist()
     flat, total = batch.passages_BM.reshape(-1).tolist(), 0.0
     for row, query in enumerate(batch.queries_B.tolist()):
         own = row * 3
