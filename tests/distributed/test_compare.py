@@ -8,12 +8,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ckd_ray.compare.job import run_compare
 from ckd_ray.config import Config, load_config
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.against import Side, compare_runs
+from ckd_ray.evaluate.runs import read_trec_run
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.evaluation import measure_system
 from ckd_ray.pipeline.finished import open_finished
 from tests.support import overrides
 
@@ -56,6 +60,19 @@ def test_a_comparison_shares_resumes_and_tests(
     assert table["systems"]["collective"]["label_seconds"] > 0 == table["systems"]["contrastive"]["label_seconds"]
     _resumes(config(tmp_path, tiny_backbone, tiny_collection, has_bm25), run, table)
     _against(run)
+    _other_engine_and_own_passages(tmp_path, tiny_backbone, tiny_collection, run)
+
+
+def _other_engine_and_own_passages(storage: Path, backbone: str, collection: str, run: Path) -> None:
+    """The engine of section retrieve answers; one more is asked for where the query's own passage may be among them."""
+    changes = ("evaluate.engine=retrieve", "retrieve.engine=faiss", "evaluate.skip_same_id=true", "evaluate.depth=50")
+    context = RunContext.of(config(storage, backbone, collection, *changes))
+    found = measure_system(context, "teacher", context.path("embeddings"), ["dev"], str(run / "other"))
+    exact = json.loads((run / "compare" / "teacher" / "teacher.dev.per_query.json").read_text())
+    assert found["dev"].per_query["nDCG@10"] == pytest.approx(exact["nDCG@10"])
+    ranked = pq.read_table(run / "other" / "rankings" / "teacher" / "dev-000000.parquet")
+    assert max(ranked["rank"].to_pylist()) == 51
+    assert read_trec_run(str(run / "other" / "teacher.dev.run"))["rank"].max() == 50
 
 
 def _bm25() -> bool:
