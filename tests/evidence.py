@@ -63,7 +63,7 @@ def store_of(model: ColBERT, texts: list[str], out: Path, *, queries: bool = Fal
 
 def hand_made_run(folder: Path, backbone: str, collection: Path) -> Path:
     """The run directory `folder`/tiny."""
-    config = load_config(None, overrides(folder, backbone, str(collection), "evaluate.depth=20"))
+    config = load_config(None, overrides(folder, backbone, str(collection), "evaluate.depth=50"))
     run = folder / "tiny"
     run.mkdir(parents=True)
     record = {"ckd_ray": "0", "python": "3", "versions": {"torch": "2"}, "config": config.model_dump(mode="json")}
@@ -107,7 +107,7 @@ def _rank(
 
     queries, rankings = opened.queries(split), run / "evaluation" / "rankings" / system
     rankings.mkdir(parents=True, exist_ok=True)
-    answers = [scan(passages, rows, 20) for rows in asked.gather(np.arange(len(queries.ids))).split()]
+    answers = [scan(passages, rows, 50) for rows in asked.gather(np.arange(len(queries.ids))).split()]
     indices = np.stack([p for _, p in answers])
     write_ranking_part(
         str(rankings / f"{split}-000000.parquet"),

@@ -123,7 +123,7 @@ def intervals(rows: Sequence[Interval], *, caption: str, zero: bool = False) -> 
     """Means with their intervals, one row each; `zero` draws the line of no difference."""
     if not rows:
         return ""
-    row_height, top, left = 30, 8, 150
+    row_height, top, left = 32, 8, 176
     height = top + row_height * len(rows) + 28
     numbers = [v for r in rows for v in (r.mean, r.low, r.high, *r.values)] + ([0.0] if zero else [])
     low, high = min(numbers), max(numbers)

@@ -91,9 +91,9 @@ def table(facts: Facts) -> str:
         )
         queries = next(iter(rows.values()))["queries"]
         parts.append(
-            f"<h3>{escape(split)} ({queries:,} queries)</h3><div class=two><div class=scroll><table class=sortable>"
+            f"<h3>{escape(split)} ({queries:,} queries)</h3><div class=scroll><table class=sortable>"
             "<thead><tr><th class=l>measure<th>teacher<th>student<th>difference<th>95 % interval<th>p</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>{drawn}</div>"
+            f"<tbody>{body}</tbody></table></div>{drawn}"
         )
     if not parts:
         return _means(facts)

@@ -97,7 +97,7 @@ class Searcher:
             spans = token_spans(tokenizer, text, token_ids)
             names = tokenizer.hf.convert_ids_to_tokens(token_ids.tolist())
             matches = [
-                Match(token, names[at[i]], *spans[at[i]], float(similarity[i]))
+                Match(token, names[at[i]], spans[at[i]][0], spans[at[i]][1], float(similarity[i]))
                 for i, token in zip(real, query_tokens, strict=True)
                 if at[i] >= 0
             ]

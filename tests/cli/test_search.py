@@ -132,6 +132,25 @@ def test_wrong_input(run: Path, arguments: list[str], message: str) -> None:
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--against", "/nowhere/at/all"], "no run here"),
+        (["evaluate", "--against", "RUN", "--system", "nobody"], "student or teacher"),
+        (["report", "/nowhere/at/all"], "no run here"),
+        (["compare", "--set", "compare.seeds=[]"], "compare.seeds"),
+    ],
+)
+def test_wrong_input_of_the_other_commands(run: Path, arguments: list[str], message: str) -> None:
+    """Refused before Ray starts."""
+    from typer.testing import CliRunner
+
+    from ckd_ray.cli import app
+
+    done = CliRunner().invoke(app, [str(run) if a == "RUN" else a for a in arguments])
+    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+
+
 def test_a_run_without_a_student_says_what_makes_one(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text((run / "run.json").read_text())
     with pytest.raises(UserError, match="no student to search with yet"):

@@ -130,7 +130,7 @@ def test_extremes_take_the_largest_of_both_directions() -> None:
 
 
 def test_plots_by_hand() -> None:
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and ticks(-0.013, 0.021, 3)[1] == 0
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and ticks(-0.013, 0.021, 3) == [0.0, 0.02]
     assert ticks(3, 3) == [3]
     assert [number(v) for v in (0, 12345.6, 0.123456, 7, 3e-6)] == ["0", "12,346", "0.1235", "7", "0.000003"]
     assert thinned([(float(i), 2.0 * i) for i in range(1000)], 100)[0] == (4.5, 9.0)

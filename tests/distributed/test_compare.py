@@ -1,0 +1,119 @@
+"""A comparison through real Ray: what is shared is not made again, what is finished stays, what is not needed goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ckd_ray.compare.job import run_compare
+from ckd_ray.config import Config, load_config
+from ckd_ray.errors import UserError
+from ckd_ray.evaluate.against import Side, compare_runs
+from ckd_ray.evaluate.runs import read_trec_run
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.evaluation import measure_system
+from ckd_ray.pipeline.finished import open_finished
+from tests.support import overrides
+
+OBJECTIVES = "compare.objectives=[collective]"
+
+
+def config(storage: Path, backbone: str, collection: str, *more: str) -> Config:
+    """contrastive is always there; two steps each, at a rate that makes the students differ."""
+    changes = ("teacher.steps=1", "distill.steps=2", "distill.learning_rate=0.01", "embed.passages_per_shard=64")
+    return load_config(None, overrides(storage, backbone, collection, *changes, "compare.seeds=[5]", OBJECTIVES, *more))
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_comparison_shares_resumes_and_tests(
+    ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    has_bm25 = "compare.bm25=true" if _bm25() else "compare.bm25=false"
+    table = run_compare(config(tmp_path, tiny_backbone, tiny_collection, has_bm25))
+    run = tmp_path / "tiny"
+    names = [*(["bm25"] if _bm25() else []), "teacher", "contrastive", "collective"]
+    assert list(table["systems"]) == names
+    assert json.loads((run / "compare" / "table.json").read_text()) == table
+    markdown = (run / "compare" / "table.md").read_text()
+    assert "## test (6 queries)" in markdown and "| collective |" in markdown
+    assert not (run / "student").exists() and not list((run / "compare").rglob("*.arrow"))
+    values = {}
+    for name in ("contrastive", "collective"):
+        folder = run / "compare" / f"{name}-5" / "evaluation"
+        assert not (folder / "teacher.dev.run").exists()
+        values[name] = json.loads((folder / "student.dev.per_query.json").read_text())["MRR@10"]
+        cell = table["splits"]["dev"]["MRR@10"][name]
+        assert cell["mean"] == pytest.approx(np.mean(list(values[name].values())))
+        assert cell["low"] <= cell["mean"] <= cell["high"] and cell["seeds"] == [cell["mean"]]
+    difference = table["splits"]["dev"]["MRR@10"]["collective"]
+    gains = [values["collective"][q] - values["contrastive"][q] for q in values["contrastive"]]
+    assert difference["difference_mean"] == pytest.approx(np.mean(gains))
+    assert table["systems"]["collective"]["label_seconds"] > 0 == table["systems"]["contrastive"]["label_seconds"]
+    _resumes(config(tmp_path, tiny_backbone, tiny_collection, has_bm25), run, table)
+    _against(run)
+    _other_engine_and_own_passages(tmp_path, tiny_backbone, tiny_collection, run)
+
+
+def _other_engine_and_own_passages(storage: Path, backbone: str, collection: str, run: Path) -> None:
+    """The engine of section retrieve answers; one more is asked for where the query's own passage may be among them."""
+    changes = ("evaluate.engine=retrieve", "retrieve.engine=faiss", "evaluate.skip_same_id=true", "evaluate.depth=50")
+    context = RunContext.of(config(storage, backbone, collection, *changes))
+    found = measure_system(context, "teacher", context.path("embeddings"), ["dev"], str(run / "other"))
+    exact = json.loads((run / "compare" / "teacher" / "teacher.dev.per_query.json").read_text())
+    assert found["dev"].per_query["nDCG@10"] == pytest.approx(exact["nDCG@10"])
+    ranked = pq.read_table(run / "other" / "rankings" / "teacher" / "dev-000000.parquet")
+    assert max(ranked["rank"].to_pylist()) == 51
+    assert read_trec_run(str(run / "other" / "teacher.dev.run"))["rank"].max() == 50
+
+
+def _bm25() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("bm25s") is not None
+
+
+def _resumes(again: Config, run: Path, table: dict) -> None:
+    """Nothing is trained or measured a second time; a variant that is half gone alone is finished."""
+    before = times(run)
+    started = time.monotonic()
+    assert run_compare(again) == table
+    assert time.monotonic() - started < 300
+    changed = {name for name, when in times(run).items() if before.get(name) != when}
+    assert {Path(name).name for name in changed} <= {"run.json", "table.json", "table.md"}
+    os.remove(run / "compare" / "collective-5" / "evaluation" / "manifest.json")
+    run_compare(again)
+    changed = {name for name, when in times(run).items() if before.get(name) != when}
+    assert any(name.startswith("compare/collective-5/evaluation") for name in changed)
+    assert not any(
+        name.startswith(("compare/contrastive", "compare/collective-5/student/", "labels")) for name in changed
+    )
+
+
+def _against(run: Path) -> None:
+    """Two variants against each other, as `evaluate --against` does it."""
+    mine, other = (
+        Side.of(open_finished(str(run / "compare" / f"{n}-5")), "student") for n in ("collective", "contrastive")
+    )
+    found = compare_runs(other, mine)
+    row = found["splits"]["test"]["nDCG@10"]
+    assert row["difference_mean"] == pytest.approx(row["here"] - row["there"]) and row["queries"] == 6
+    assert json.loads(Path(found["written"]).read_text())["here"]["run"].endswith("collective-5")
+    lost = Side(other.run, "student", other.settings, {"test": {"nDCG@10": {"q30": 1.0, "q99": 1.0}}})
+    with pytest.raises(UserError, match="1 in both, 5 only here, 1 only there"):
+        compare_runs(Side(lost.run, "student", lost.settings, lost.per_query), mine)
+    stricter = Side(other.run, "student", {**other.settings, "relevance_threshold": 2}, other.per_query)
+    with pytest.raises(UserError, match="evaluated with different settings"):
+        compare_runs(stricter, mine)
+    deeper = Side(other.run, "student", {**other.settings, "depth": 10}, other.per_query)
+    assert compare_runs(deeper, mine)["notes"] == ["evaluate.depth differs: 50 here, 10 there"]
+    with pytest.raises(UserError, match="no evaluation of a teacher here"):
+        Side.of(open_finished(str(run / "compare" / "collective-5")), "teacher")

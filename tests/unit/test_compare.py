@@ -1,0 +1,123 @@
+"""The plan of a comparison, its table by hand, and BM25 against the formula."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckd_ray.compare import bm25
+from ckd_ray.compare.plan import objectives, variants
+from ckd_ray.compare.table import System, build_table, render_markdown, render_text
+from ckd_ray.config import ConfigError, load_config
+from ckd_ray.errors import UserError
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.stages import STAGES, made_of
+
+
+def test_variants_differ_in_the_distillation_alone() -> None:
+    config = load_config(None, ["compare.seeds=[3, 4]", "compare.settings={self_distillation: {temperature: 1.0}}"])
+    planned = variants(config)
+    assert objectives(config) == ["contrastive", "label_smoothing", "self_distillation", "collective"]
+    assert [(v.objective, v.seed) for v in planned][:5] == [*((o, 3) for o in objectives(config)), ("contrastive", 4)]
+    assert {v.config.distill.smoothing for v in planned if v.objective == "label_smoothing"} == {0.1}
+    assert {v.config.distill.smoothing for v in planned if v.objective != "label_smoothing"} == {0.0}
+    assert {v.config.distill.temperature for v in planned} == {0.25, 1.0}
+    prints: dict[str, set[str]] = {}
+    for variant in planned:
+        done: dict[str, str] = {}
+        for stage in STAGES:
+            done[stage.name] = made_of(stage, variant.config, done, "source")
+            prints.setdefault(stage.name, set()).add(done[stage.name])
+    assert {name: len(found) for name, found in prints.items() if len(found) > 1} == {"distill": 8, "evaluate": 8}
+    context = RunContext.of(planned[0].config, planned[0].folder)
+    assert context.path("student", "config.json").endswith("/compare/contrastive-3/student/config.json")
+    assert context.path("labels") == RunContext.of(config).path("labels")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("compare.settings={collective: {steps: 9}}", "compare.settings.collective.steps: cannot differ"),
+        ("compare.settings={collective: {temperature: 0}}", "compare.settings.collective.temperature: input should be"),
+        ("compare.settings={collective: {expansion_size: 90}}", "at most label.clusters"),
+        ("compare.settings={label_smoothing: {smoothing: 0}}", "must be above 0"),
+        ("compare.settings={colective: {beta: 1}}", "compare.settings.colective"),
+        ("compare.objectives=[collective, collective]", "listed twice"),
+        ("compare.objectives=[]", "compare.objectives"),
+        ("compare.seeds=[1, 1]", "listed twice"),
+        ("evaluate.skip_same_id=maybe", "expected auto or true or false"),
+        ("evaluate.engine=fast", "evaluate.engine"),
+    ],
+)
+def test_wrong_settings_are_named(value: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [value])
+    assert message in str(caught.value)
+
+
+def test_the_own_passage_is_skipped_for_beir_and_on_request() -> None:
+    from ckd_ray.pipeline.stages import skips_own_passage
+
+    beir = ["collection.format=beir", "collection.path=x"]
+    assert skips_own_passage(load_config(None, beir))
+    assert not skips_own_passage(load_config(None, [*beir, "evaluate.skip_same_id=false"]))
+    assert skips_own_passage(load_config(None, ["collection.format=ir_datasets", "collection.path=beir/arguana"]))
+    assert not skips_own_passage(load_config(None, ["collection.format=msmarco", "collection.path=x"]))
+    assert skips_own_passage(load_config(None, ["evaluate.skip_same_id=true"]))
+
+
+def test_the_table_by_hand() -> None:
+    floor = System("bm25", [], {"dev": {"R@1": np.array([[0.0, 1.0, 0.0, 0.0]])}})
+    plain = System("contrastive", [1, 2], {"dev": {"R@1": np.array([[0, 1, 0, 1], [0, 1, 1, 1.0]])}}, 10.0, 0.0)
+    better = System("collective", [1, 2], {"dev": {"R@1": np.array([[1, 1, 1, 1], [1, 1, 0, 1.0]])}}, 12.0, 8.0)
+    table = build_table([floor, plain, better], 4000)
+    cells = table["splits"]["dev"]["R@1"]
+    assert [cells[n]["mean"] for n in ("bm25", "contrastive", "collective")] == [0.25, 0.625, 0.875]
+    assert cells["collective"]["seeds"] == [1.0, 0.75]
+    assert cells["collective"]["standard_deviation"] == pytest.approx(math.sqrt(2) / 8)
+    assert cells["collective"]["difference_mean"] == pytest.approx(0.25)
+    # Differences of the seeds' means: 1, 0, 0, 0. Every sign pattern has the observed size, so p is 1.
+    assert cells["collective"]["difference_p"] == 1.0
+    assert cells["bm25"]["difference_mean"] == pytest.approx(-0.375)
+    assert "difference_p" not in cells["contrastive"]
+    assert table["systems"]["collective"]["label_seconds_a_query"] == pytest.approx(0.002)
+    markdown = render_markdown(table)
+    assert "| collective | 0.8750 [" in markdown and "+0.2500, p 1.0000 | 12 | 2.00 |" in markdown
+    assert "collective " in render_text(table) and "+0.2500" in render_text(table)
+
+
+def test_a_missing_bm25s_names_the_line_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(UserError, match=r"pip install 'ckd-ray\[bm25\]'"):
+        bm25.check_installed()
+
+
+def test_bm25_is_lucene_s_formula(tmp_path: Path, tiny_collection: str) -> None:
+    pytest.importorskip("bm25s")
+    import pyarrow.parquet as pq
+
+    from ckd_ray.data import Collection, build_collection
+
+    config = load_config(None, ["collection.format=msmarco", f"collection.path={tiny_collection}"])
+    build_collection(config.collection, str(tmp_path), progress=lambda done, total: None)
+    bm25.rank_bm25(str(tmp_path), ["dev"], str(tmp_path / "out"), 20)
+    found = pq.read_table(tmp_path / "out" / "dev-000000.parquet").to_pandas()
+    collection = Collection.open(str(tmp_path))
+    texts = [bm25.words(t) for t in collection.iter_passages(0, 60)]
+    mean = sum(map(len, texts)) / 60
+    for query, text in zip(collection.queries("dev").ids, collection.queries("dev").texts, strict=True):
+        literal = np.zeros(60)
+        for word in bm25.words(text):
+            df = sum(word in t for t in texts)
+            idf = math.log(1 + (60 - df + 0.5) / (df + 0.5))
+            tf = np.array([t.count(word) for t in texts])
+            literal += idf * tf / (tf + bm25.K1 * (1 - bm25.B + bm25.B * np.array([len(t) for t in texts]) / mean))
+        mine = found[found["query_id"] == query].sort_values("rank")
+        expected = np.sort(literal[literal > 0])[::-1][:20]
+        assert np.allclose(mine["score"], expected, atol=1e-4)
+        assert np.allclose(literal[mine["passage_index"]], expected, atol=1e-4)
