@@ -21,6 +21,7 @@ from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
 from ckd_ray.embed.pool import Pool, plan_pool
 from ckd_ray.embed.survey import close, whole_shards
+from ckd_ray.errors import JobError
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
@@ -107,8 +108,11 @@ def embed_texts(
     with Progress(stage, total, "texts", done=done) as progress:
         if work:
             pool = plan_pool(settings.actors, settings.gpus_per_actor, limit=len(work))
-            for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
-                progress.advance(row["passages"])
+            try:
+                for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
+                    progress.advance(row["passages"])
+            except JobError as error:  # an actor's, with Ray's traceback around it
+                raise getattr(error, "cause", error) from None
     for (job, _), shards in zip(jobs, spans, strict=True):
         close(job.out, job.fingerprint, len(shards), precision=job.precision, texts=job.texts)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]
