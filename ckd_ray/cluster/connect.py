@@ -117,10 +117,11 @@ def _size() -> str:
 
 
 def _quiet_data() -> None:
-    """Our own progress lines replace Ray Data's bars and plan print-outs."""
+    """Our own progress lines replace Ray Data's bars and plan print-outs; our own errors come back as what they are."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     context.issue_detectors_config.detectors = []

@@ -132,8 +132,11 @@ def embed_texts(
     with Progress(stage, total, "texts", done=done) as progress:
         if work:
             pool = place_pool(settings.actors, settings.gpus_per_actor, limit=len(work))
-            for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
-                progress.advance(row["passages"])
+            try:
+                for row in _stream([job for job, _ in jobs], work, pool, make_encoder or load_encoder):
+                    progress.advance(row["passages"])
+            except JobError as error:  # an actor's, with Ray's traceback around it
+                raise getattr(error, "cause", error) from None
     for (job, _), shards in zip(jobs, spans, strict=True):
         close(job.out, job.fingerprint, len(shards), precision=job.precision, texts=job.texts)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]

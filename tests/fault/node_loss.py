@@ -1,4 +1,4 @@
-"""Run by a test: a cluster of two nodes embeds, and the node that encodes is cut off in the middle of a shard."""
+"""Run by a test: the only node that encodes is cut off in the middle of a shard, and another takes its place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,7 +21,7 @@ def main(run: str, out: str, calls_path: str) -> None:
     from tests.fault.stand_in import Calls, identity, job_of, make_encoder
 
     quiet = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **quiet})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **quiet})
     lost = cluster.add_node(num_cpus=1, **quiet)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     _quiet_data()
@@ -28,40 +29,33 @@ def main(run: str, out: str, calls_path: str) -> None:
     seen: dict[str, object] = {}
 
     def embed() -> None:
-        embed_texts([(job, plan_shards(60, 5))], EmbedConfig(), make_encoder=make_encoder(calls.path, 0.5))
+        embed_texts([(job, plan_shards(60, 5))], EmbedConfig(), make_encoder=make_encoder(calls.path, 0.2))
         seen["done"] = True
 
     thread = threading.Thread(target=embed, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 150
-    its_workers: list[int] = []
-    while not (its_workers and len(calls.ended()) >= 2):
-        assert time.monotonic() < deadline and thread.is_alive(), "nothing was encoded on the node that is to go"
-        time.sleep(0.02)
-        busy = calls.in_the_middle()
-        its_workers = [pid for pid in busy if _descends(pid, _raylet(lost))]
+    hold = Path(f"{calls.path}.hold")
+    wait_for(lambda: len(calls.ended()) >= 2, thread)
+    hold.touch()
+    wait_for(lambda: len(calls.in_the_middle()) == 1, thread)
+    time.sleep(0.5)  # a call that was about to end when the file came has ended; now one is held for sure
+    wait_for(lambda: len(calls.in_the_middle()) == 1, thread)
+    cut_off = len(calls.in_the_middle())
+    cluster.add_node(num_cpus=1, **quiet)
     before = identity(Path(out))
     cluster.remove_node(lost, allow_graceful=False)
+    hold.unlink()
     thread.join(150)
-    print(json.dumps({"before": before, "done": seen.get("done", False), "cut_off": len(its_workers)}), flush=True)
+    print(json.dumps({"before": before, "done": seen.get("done", False), "cut_off": cut_off}), flush=True)
     ray.shutdown()
     cluster.shutdown()
 
 
-def _raylet(node: object) -> int:
-    processes = node.all_processes["raylet"]  # type: ignore[attr-defined]
-    return int(processes[0].process.pid)
-
-
-def _descends(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except FileNotFoundError:
-            return False
-    return False
+def wait_for(condition: Callable[[], bool], thread: threading.Thread) -> None:
+    deadline = time.monotonic() + 150
+    while not condition():
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ DIM = 16
 
 
 class StandIn:
-    """Rows that follow from the token ids alone. Appends `start PID FIRST_IDS` and `end ...` to a file of calls."""
+    """Rows that follow from the token ids alone. Appends `start PID FIRST_IDS` and `end ...` to a file of calls.
+
+    While there is a file of that name with `.hold` behind it, a call does not end.
+    """
 
     dim = DIM
 
@@ -37,6 +40,8 @@ class StandIn:
         name = f"{os.getpid()} {flat.tobytes().hex()[:400]}"
         self._write(f"start {name}")
         time.sleep(self.seconds)
+        while os.path.exists(f"{self.calls}.hold"):
+            time.sleep(0.02)
         self._write(f"end {name}")
         lengths = np.array([len(t) for t in tokens], np.int32)
         return Encoded(lengths, flat, self.table[torch.from_numpy(flat % 512).long()].half())

@@ -58,7 +58,7 @@ def test_a_run_on_residual_codes_heals_at_every_stage(
         assert all(f"{store / name}: missing, or its bytes do not match" in told for name in broken)
         before.update(identity(store))
 
-    (store / CODEC_FILE).write_bytes(whole[CODEC_FILE][:-1])
+    (store / CODEC_FILE).write_bytes(whole[CODEC_FILE][:-1] + bytes([whole[CODEC_FILE][-1] ^ 1]))
     run(until="retrieve")
     assert f"{store / CODEC_FILE}: missing, or its bytes do not match" in told
     healed()
