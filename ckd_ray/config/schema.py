@@ -125,9 +125,9 @@ class TeacherConfig(TrainingConfig):
 class EmbedConfig(Section):
     """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its activations.
 
-    `passages_per_shard` is the unit of work and of loss; an actor holds the rows of two shards (16,384 passages of 70
-    tokens and 128 dimensions: 290 MB each). `codec`: two bytes a dimension, or a learned centroid and 1, 2 or 4 bits a
-    dimension of the rest. `precision: int8` (CPUs only, never chosen by `auto`) changes the ranking a little.
+    `passages_per_shard` is the unit of work and of loss; an actor holds the rows of one shard (16,384 passages of 70
+    tokens and 128 dimensions: 290 MB) and their coded form. `codec`: two bytes a dimension, or a learned centroid and
+    1, 2 or 4 bits a dimension of the rest. `precision: int8` is for CPUs, and never chosen by `auto`.
     """
 
     codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"

@@ -5,14 +5,13 @@ texts are read where they are tokenised, embeddings are written where they are m
 this run's fingerprint is not computed again, whether the actor, its node or the driver has died in between.
 
 What bounds the memory, whatever the corpus: an actor holds its model, the activations of one batch (`token_budget`)
-and two shards' rows (`passages_per_shard` texts: one is written while the next is encoded); the object store holds the
-token ids of a few shards an actor; the driver holds three numbers a shard.
+and the rows of one shard (`passages_per_shard` texts) with their encoded form; the object store holds the token ids of
+a few shards an actor; the driver holds three numbers a shard.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -179,14 +178,9 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
         num_cpus=pool.feeder_cpus,
         compute=ray.data.TaskPoolStrategy(size=pool.feeders),
     )
-    # A pool that may shrink does so while the first shards are being tokenised, and loads the model again later. Two
-    # calls at a time: one shard is compressed, hashed and written while the next one is encoded; a third waits.
-    strategy = ray.data.ActorPoolStrategy(
-        size=pool.actors,
-        max_concurrent_calls_per_actor=2,
-        enable_true_multi_threading=True,
-        max_tasks_in_flight_per_actor=3,
-    )
+    # One shard at a time, and the next one waiting: a dead actor costs one shard. The pool may be smaller for a while,
+    # as it is when a node is lost.
+    strategy = ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, max_tasks_in_flight_per_actor=2)
     dataset = dataset.map_batches(
         ShardEncoder,
         fn_constructor_kwargs={"jobs": jobs, "threads": pool.threads, "make_encoder": make_encoder},
@@ -258,15 +252,11 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
 
 
 class ShardEncoder:
-    """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings.
-
-    Called by two threads: one encodes while the other writes.
-    """
+    """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings."""
 
     def __init__(self, jobs: list[EmbedJob], threads: int, make_encoder: Callable[[EmbedJob, int], Encoder]) -> None:
         self.jobs = jobs
         self.encoder = make_encoder(jobs[0], threads)
-        self._encoding = threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._write(table.slice(i, 1)) for i in range(table.num_rows)])
@@ -277,8 +267,7 @@ class ShardEncoder:
         uri = join(job.out, shard_name(index))
         header = _already_there(uri, job, index)
         if header is None:
-            with self._encoding:
-                encoded = self._encode(job, row)
+            encoded = self._encode(job, row)
             header, _ = write_shard(
                 uri,
                 fingerprint=job.fingerprint,
