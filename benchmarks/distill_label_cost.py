@@ -32,18 +32,22 @@ def label_cost(run: DistillRun, args: argparse.Namespace, settings: dict[str, An
         seconds, scored = judge.seconds(i * judged, judged)
         theirs.append(seconds / judged)
         pairs += scored
+    # Both stages open the store (for faiss: train and fill an index); every query of the run carries its share.
+    share = 2 * labels.opening / labels.queries.num_passages
+    cost = min(ours) + share
     settings["labels"] = {
         "labelled_queries": labelled * rounds,
         "judged_queries": judged * rounds,
         "judged_pairs": pairs,
         "pair_maxlen": judge.tokenizer.maxlen,
-        "retrieve_and_label_seconds_a_query": round(min(ours), 5),
+        "retrieve_and_label_seconds_a_query": round(cost, 5),
+        "of_which_opening_the_store_twice": round(share, 5),
         "cross_encoder_seconds_a_query": round(min(theirs), 4),
         "engine": labels.engine,
         "stages_of_the_run_seconds_a_query": _stage_seconds(run),
-        "left_out": "loading the store and the model, which is once a stage",
+        "left_out": "loading the models",
     }
-    return {"label_cost_vs_cross_encoder": figure(min(theirs) / min(ours), 8, "higher")}
+    return {"label_cost_vs_cross_encoder": figure(min(theirs) / cost, 8, "higher")}
 
 
 def _stage_seconds(run: DistillRun) -> dict[str, float]:
@@ -69,7 +73,9 @@ class _Labels:
         if self.engine == "auto":
             rows = config["model"]["query_maxlen"]
             self.engine = choose_engine(self.queries.num_passages, rows, self.store.num_tokens, self.store.dim)
+        started = time.perf_counter()
         self.range = ShardRange(self.store, list(range(self.store.num_shards)), engine=self.engine)
+        self.opening = time.perf_counter() - started
         self.special = run.model().tokenizer.silent_ids
         self._label(0, 4)
 
