@@ -21,7 +21,7 @@ from ckd_ray.model import ColBERT, ColBERTSettings, maxsim
 from ckd_ray.model.exchange import FORMATS, load_any, write_export
 from ckd_ray.model.exchange.card import Facts, model_card
 from ckd_ray.model.sources import signature
-from ckd_ray.pipeline.export import export_run
+from ckd_ray.pipeline.export import export_run, write_student_card
 from tests.support import WORDS
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=8, doc_maxlen=12)
@@ -310,6 +310,8 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
     (run / "evaluation" / "measures.json").write_text(json.dumps(measures))
     (run / "evaluation" / "student.dev.per_query.json").write_text(json.dumps({"MRR@10": {"a": 0.125, "b": 0.5}}))
     assert export_run(str(run), "pylate")["measures"] == {}, "an unfinished evaluation says nothing"
+    write_student_card(str(run))  # at the end of the evaluation, before its manifest
+    assert "| dev | 2 | 0.3125 |" in (run / "student" / "README.md").read_text()
     (run / "evaluation" / "manifest.json").write_text("{}")
     written = export_run(str(run), "pylate")  # over the earlier export
     card = (Path(written["out"]) / "README.md").read_text()
@@ -332,6 +334,20 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
         export_run(str(run), "onnx")
     single = export_run(str(run / "student"), "colbert", out=str(tmp_path / "single"))
     assert (tmp_path / "single" / "artifact.metadata").is_file() and single["measures"] == {}
+
+
+def test_import_as_teacher_or_backbone(model: ColBERT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pipeline's own loading: a folder's settings stand and are told, another dimension is an error."""
+    from ckd_ray.config import load_config
+    from ckd_ray.pipeline.work import _load
+
+    folder = str(exported(model, tmp_path / "m", "pylate"))
+    config = load_config(None, ["model.dim=16", "model.doc_maxlen=40"])
+    for given in (False, True):
+        assert torch.equal(_load(folder, config, given=given).projection.weight, model.projection.weight)
+    assert f"model.doc_maxlen: 12 is taken from {folder} (40 in the configuration)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="another dimension"):
+        _load(folder, load_config(None, ["model.dim=128"]))
 
 
 def test_a_card_without_facts(model: ColBERT) -> None:
