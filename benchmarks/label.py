@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from common import arguments, emit, machine
@@ -16,21 +17,14 @@ from common import arguments, emit, machine
 def main() -> None:
     args = arguments(__doc__ or "", run={"metavar": "DIR", "help": "a run that has its embeddings already"})
     before = machine()
-    import label_expansion
-    import label_growth
-    import label_retrieval
     from label_store import prepared_run
 
     run = prepared_run(args)
-    parts: dict[str, Callable[..., dict[str, dict[str, Any]]]] = {
-        "retrieval": label_retrieval.figures,
-        "expansion": label_expansion.figures,
-        "growth": label_growth.figures,
-    }
     found: dict[str, dict[str, Any]] = {}
     settings: dict[str, Any] = {"quick": args.quick, "data": args.data, **run.describe()}
-    for name, part in parts.items():
+    for name in ("retrieval", "expansion", "growth"):
         if not args.only or name in args.only:
+            part: Callable[..., dict[str, dict[str, Any]]] = import_module(f"label_{name}").figures
             found |= part(run, args.quick, settings)
     emit(settings, found, before)
 

@@ -16,7 +16,8 @@ dimensions, K results, M vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +38,11 @@ _GPU_BLOCK = 1 << 27
 # Query rows of a block: their 1 MiB stays in the second-level cache.
 _COLUMNS = 2048
 _GPU_COLUMNS = 1 << 15
-# Rows that are gathered at a time: 64 MiB of float16 at 128 dimensions.
-_GATHERED = 1 << 18
+# Rows that are gathered at a time: 8 MiB of float16 at 128 dimensions. More would be fresh pages each time.
+_GATHERED = 1 << 15
+_GPU_GATHERED = 1 << 20
+# Rows that are converted from float16 at a time: 512 KiB of float32.
+_CONVERTED = 1 << 10
 # Passages that a block of the dense pass scores for all queries of a batch.
 _PASSAGES = 1 << 14
 # Vectors whose nearest rows are looked for at a time: 64 MiB of distances to 2^14 rows.
@@ -59,6 +63,7 @@ class _Group:
 
 def _groups(source: RangeRows, passages: Int64Array, device: torch.device) -> Iterator[_Group]:
     """The passages that have rows, in groups of equal rounded length, at most `_GATHERED` rows at a time."""
+    most = _GPU_GATHERED if device.type == "cuda" else _GATHERED
     lengths = source.lengths[passages]
     rounded = -(-lengths // _ROUND) * _ROUND
     order = np.argsort(rounded, kind="stable")
@@ -67,7 +72,7 @@ def _groups(source: RangeRows, passages: Int64Array, device: torch.device) -> It
     start = 0
     while start < len(order):
         before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + _GATHERED, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
         chosen = order[start:stop]
         length_n = lengths[chosen]
         within = np.arange(int(rounded[chosen].sum())) - np.repeat(
@@ -112,17 +117,37 @@ class Scorer:
         out_BN = torch.full((self.num_queries, len(passages)), EMPTY_ROW_SCORE * self.query_rows, device=self.device)
         columns_DR = self.queries_BQD.float().reshape(-1, self.dim).T.contiguous()
         width = max(1, self._columns // self.query_rows)
-        for group in _groups(self.source, passages, self.device):
-            step = max(1, self._block // (max(1, min(width, self.num_queries)) * self.query_rows * group.length))
-            members = torch.from_numpy(group.members).to(self.device)
-            for start in range(0, len(members), step):
-                rows = group.rows_TD[start * group.length : (start + step) * group.length].float()
-                for low in range(0, self.num_queries, width):
-                    part = columns_DR[:, low * self.query_rows : (low + width) * self.query_rows]
-                    best = torch.mm(rows, part).view(-1, group.length, part.shape[1]).amax(1)
-                    scores_nb = best.view(len(best), -1, self.query_rows).sum(-1)
-                    out_BN[low : low + width, members[start : start + step]] = scores_nb.T
+
+        def score(part: Int64Array) -> None:
+            for group in _groups(self.source, passages[part], self.device):
+                step = max(1, self._block // (max(1, min(width, self.num_queries)) * self.query_rows * group.length))
+                members = torch.from_numpy(part[group.members]).to(self.device)
+                for start in range(0, len(members), step):
+                    rows = group.rows_TD[start * group.length : (start + step) * group.length].float()
+                    for low in range(0, self.num_queries, width):
+                        asked = columns_DR[:, low * self.query_rows : (low + width) * self.query_rows]
+                        best = torch.mm(rows, asked).view(-1, group.length, asked.shape[1]).amax(1)
+                        scores_nb = best.view(len(best), -1, self.query_rows).sum(-1)
+                        out_BN[low : low + width, members[start : start + step]] = scores_nb.T
+
+        self._spread(score, len(passages))
         return out_BN
+
+    def _spread(self, work: Callable[[Int64Array], None], count: int) -> None:
+        """`work` on all of 0..count, by as many threads as torch may use, each with products of its own.
+
+        Products of one passage are too small to be cut in two: threads that share one wait for each other.
+        """
+        threads = torch.get_num_threads()
+        if self.device.type == "cuda" or threads == 1 or count < 16 * threads:
+            work(np.arange(count))
+            return
+        parts = [np.arange(i, count, threads) for i in range(threads)]
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(work, parts))
+        finally:
+            torch.set_num_threads(threads)  # what the pool's threads set counts for threads that are yet to come
 
     def pairs(self, query_P: Int64Array, passage_P: Int64Array, *, exact: bool = False) -> npt.NDArray[np.float32]:
         """(P,) scores of pairs of a query and a passage (position in the range).
@@ -137,33 +162,50 @@ class Scorer:
         dtype = torch.float64 if exact else torch.float32
         queries_BQD = self.queries_BQD.to(dtype)
         by_passage = len(query_P) >= self._by_passage_from * max(1, len(passages))
-        for group in _groups(self.source, passages, self.device):
-            counts = ends[group.members] - np.concatenate([[0], ends])[group.members]
-            starts = ends[group.members] - counts
-            if by_passage:
-                self._score_by_passage(group, queries_BQD, query_P, order, starts, counts, out_P)
-            else:
-                at = order[np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)]
-                member = np.repeat(np.arange(len(counts)), counts)
-                self._score_by_pair(group, queries_BQD, query_P[at], member, at, out_P)
+
+        def score(part: Int64Array) -> None:
+            for group in _groups(self.source, passages[part], self.device):
+                members = part[group.members]
+                counts = np.diff(ends, prepend=0)[members]
+                first = np.repeat(ends[members] - counts - (np.cumsum(counts) - counts), counts)
+                at = order[np.arange(counts.sum()) + first]
+                if by_passage:
+                    self._score_by_passage(group, queries_BQD, query_P[at], counts, at, out_P)
+                else:
+                    member = np.repeat(np.arange(len(counts)), counts)
+                    self._score_by_pair(group, queries_BQD, query_P[at], member, at, out_P)
+
+        self._spread(score, len(passages))
         return out_P
 
     def _score_by_passage(
         self,
         group: _Group,
         queries_BQD: Tensor,
-        query_P: Int64Array,
-        order: Int64Array,
-        starts: Int64Array,
+        query_p: Int64Array,
         counts: Int64Array,
+        at_p: Int64Array,
         out_P: Float32Array,
     ) -> None:
-        rows_nLD = group.rows_TD.view(-1, group.length, self.dim)
-        for i, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
-            at = order[start : start + count]
-            asked = queries_BQD[torch.from_numpy(query_P[at])].view(-1, self.dim)
-            best = torch.mm(rows_nLD[i].to(queries_BQD.dtype), asked.T).amax(0)
-            out_P[at] = _sum_rows(best.view(count, self.query_rows))
+        """A product a passage, with the rows of the queries that want it: buffers are reused, so that all of it stays
+        in the cache, and nothing but three calls is left in the loop."""
+        dtype, most = queries_BQD.dtype, int(counts.max(initial=0)) * self.query_rows
+        asked_RD = torch.empty(most, self.dim, dtype=dtype)
+        similarity = torch.empty(group.length * most, dtype=dtype)
+        wanted = torch.from_numpy(query_p)
+        best_PQ = torch.empty(len(at_p), self.query_rows, dtype=dtype)
+        low, converted = 0, max(1, _CONVERTED // group.length)
+        for i, count in enumerate(counts.tolist()):
+            if i % converted == 0:
+                rows_TD = group.rows_TD[i * group.length : (i + converted) * group.length].to(dtype)
+            row, columns = i % converted * group.length, count * self.query_rows
+            asked = asked_RD[:columns]
+            torch.index_select(queries_BQD, 0, wanted[low : low + count], out=asked.view(count, self.query_rows, -1))
+            block = similarity[: group.length * columns].view(group.length, columns)
+            torch.mm(rows_TD[row : row + group.length], asked.T, out=block)
+            torch.amax(block, 0, out=best_PQ[low : low + count].view(-1))
+            low += count
+        out_P[at_p] = _sum_rows(best_PQ)
 
     def _score_by_pair(
         self,
