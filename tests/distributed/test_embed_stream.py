@@ -82,6 +82,7 @@ def test_two_actors_write_the_bits_of_one_and_of_none(ray_session: None, run: st
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_shards_that_share_a_block_are_all_written(
     ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

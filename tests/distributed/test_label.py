@@ -35,6 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("train-*"))}
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     ray_session: None, made: tuple[Path, Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:

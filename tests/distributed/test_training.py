@@ -126,6 +126,7 @@ def test_a_killed_worker_costs_nothing(straight: list[float], task: TrainingTask
     assert [r["loss"] for r in outcome.metrics] == pytest.approx(straight, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_with_the_same_losses(
     straight: list[float], task: TrainingTask, tiny_collection: str, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_a_store_is_read_through_a_bounded_cache(bucket: str, cache: Path, monke
         EmbeddingStore.open(uri).gather(np.array([20]))
 
 
+@pytest.mark.slow
 def test_the_embed_stage_on_s3(
     ray_session: None,
     bucket: str,
