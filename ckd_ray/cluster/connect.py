@@ -58,6 +58,7 @@ def _keep_token_private() -> None:
 
 def _start(target: str | None) -> None:
     import ray
+    from ray._private.utils import read_ray_address
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (target is not None and target.startswith(("http://", "https://"))) or (target or "").endswith(
@@ -72,10 +73,11 @@ def _start(target: str | None) -> None:
         )
     if target is None and not os.environ.get("RAY_ADDRESS"):
         try:
+            _reach(read_ray_address() or "")
             ray.init(address="auto", **quiet)
             say(f"joined the running Ray ({_size()})")
             return
-        except ConnectionError:
+        except OSError:  # none, or one whose head is gone without having said so: Ray would wait minutes for it
             target = "local"
     if target == "local":
         os.environ.pop("RAY_ADDRESS", None)

@@ -199,7 +199,8 @@ def evaluate(context: RunContext, made_of: str) -> dict[str, Any]:
     from ckd_ray.pipeline.export import write_student_card
 
     figures = evaluate_run(context, made_of)
-    write_student_card(context.run)
+    if context.variant is None:  # a card tells of the run's own student
+        write_student_card(context.run)
     return figures
 
 
