@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -40,13 +42,16 @@ def main(run: str, out: str, calls_path: str) -> None:
     wait_for(lambda: len(calls.in_the_middle()) == 1, thread)
     time.sleep(0.5)  # a call that was about to end when the file came has ended; now one is held for sure
     wait_for(lambda: len(calls.in_the_middle()) == 1, thread)
-    cut_off = len(calls.in_the_middle())
+    cut_off = calls.in_the_middle()
     cluster.add_node(num_cpus=1, **quiet)
     before = identity(Path(out))
     cluster.remove_node(lost, allow_graceful=False)
+    for pid in cut_off:  # a machine takes its workers with it; here they would live on until they miss their raylet
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     hold.unlink()
     thread.join(150)
-    print(json.dumps({"before": before, "done": seen.get("done", False), "cut_off": cut_off}), flush=True)
+    print(json.dumps({"before": before, "done": seen.get("done", False), "cut_off": len(cut_off)}), flush=True)
     ray.shutdown()
     cluster.shutdown()
 
