@@ -72,7 +72,7 @@ class TokenIndex:
                 # Written aside and renamed: another server never reads half an index.
                 os.makedirs(os.path.dirname(kept), exist_ok=True)
                 aside = f"{kept}.tmp-{uuid.uuid4().hex[:8]}"
-                faiss.write_index(self.index, aside)
+                faiss.write_index(cast(Any, self.index), aside)
                 os.replace(aside, kept)
         self.index.nprobe = min(nprobe, self.cells)
 
