@@ -15,6 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+from ckd_ray.cluster.connect import use_token
+
+use_token()
+
 
 def arguments(description: str, **extra: Any) -> argparse.Namespace:
     """`--quick` (at most 5 minutes on two cores: smaller sizes, the same method), `--data DIR` (a collection in the

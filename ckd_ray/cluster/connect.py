@@ -30,10 +30,7 @@ def connected(target: str | None) -> Iterator[None]:
         UserError: the address cannot be reached, or refuses our token.
     """
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    # Joining does not switch token authentication on by itself, while a head that finds a token demands it; a head
-    # without authentication does not mind. Read when Ray is first imported.
-    if _token_file().exists() or os.environ.get("RAY_AUTH_TOKEN"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    use_token()
     import ray
 
     _start(target)
@@ -43,6 +40,16 @@ def connected(target: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def use_token() -> None:
+    """Switch token authentication on where there is a token; to be called before Ray is first imported.
+
+    Joining does not switch it on by itself, while a head that finds a token demands it; a head without authentication
+    does not mind.
+    """
+    if _token_file().exists() or os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _token_file() -> Path:
