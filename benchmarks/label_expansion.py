@@ -26,6 +26,7 @@ from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
 from ckd_ray.retrieve.faiss_index import TokenIndex
 from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.retrieve.rows import FlatRows
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -36,7 +37,7 @@ class Bench:
 
     run: Any
     feedback_BF: Int64Array
-    rows_TD: torch.Tensor
+    rows: FlatRows
     token_ids_T: npt.NDArray[np.int32]
     silent: npt.NDArray[np.integer]
     settings: LabelConfig
@@ -58,7 +59,7 @@ class Bench:
             queries_BQD = asked.gather(chosen).embeddings_TD.float().view(len(chosen), -1, store.dim)
             top = ExactIndex(rows_TD, store.lengths()).search(queries_BQD, settings.feedback_passages)[1]
         silent = load_tokenizer(str(run.folder / "teacher")).silent_ids
-        return cls(run, np.asarray(top, np.int64), rows_TD, token_ids_T, silent, settings)
+        return cls(run, np.asarray(top, np.int64), FlatRows(rows_TD, store.lengths()), token_ids_T, silent, settings)
 
     def expand(self, cells: Any, feedback_BF: Int64Array) -> Expansions:
         """The label step for all these queries, votes by the default estimate."""
@@ -78,7 +79,7 @@ def figures(run: Any, quick: bool, settings: dict[str, Any]) -> dict[str, dict[s
     note("expansion: reading the store")
     bench = Bench.of(run, 512 if quick else 2048)
     started = time.perf_counter()
-    index = TokenIndex(bench.rows_TD)
+    index = TokenIndex(bench.rows)
     settings["ivfpq_index_seconds"] = round(time.perf_counter() - started, 1)
     started = time.perf_counter()
     cells = SpecialCells.of_store(run.passages, bench.silent, seed=17)
@@ -115,7 +116,7 @@ def _agreement(bench: Bench, cells: Any, index: Any, queries: int) -> dict[str, 
     feedback_BF = bench.feedback_BF[:: max(1, len(bench.feedback_BF) // queries)][:queries]
     voters = bench.settings.voters
     ways: dict[str, Any] = {
-        "exact": lambda v: bench.token_ids_T[nearest_rows(v, bench.rows_TD, voters)[1].cpu().numpy()],
+        "exact": lambda v: bench.token_ids_T[nearest_rows(v, bench.rows, voters)[1].cpu().numpy()],
         "ivfpq": lambda v: bench.token_ids_T[index.nearest(v, voters)[1]],
         "feedback": None,
     }

@@ -31,6 +31,7 @@ from ckd_ray.evaluate.significance import paired_difference
 from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
 from ckd_ray.retrieve.faiss_index import TokenIndex
+from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.store.files import read_json
 
 MEASURES = {"dev": "MRR@10", "test": "nDCG@10"}
@@ -179,9 +180,10 @@ class Bench:
     def compare_votes(self, split: Split, cells: SpecialCells) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The teacher's ranking (beta 0.1 and 1, 10 centroids) by each way of voting, against exact votes."""
         note(f"votes: {split.name}")
-        index = TokenIndex(self.rows_TD)
+        rows = FlatRows(self.rows_TD, self.store.lengths())
+        index = TokenIndex(rows)
         ways: dict[str, Any] = {
-            "exact": lambda v: self.token_ids_T[nearest_rows(v, self.rows_TD, 10)[1].cpu().numpy()],
+            "exact": lambda v: self.token_ids_T[nearest_rows(v, rows, 10)[1].cpu().numpy()],
             "estimate": None,
             "ivfpq": lambda v: self.token_ids_T[index.nearest(v, 10)[1]],
             "feedback": None,

@@ -23,17 +23,13 @@ from torch import Tensor
 
 from ckd_ray.collective.expand import Expansions
 from ckd_ray.errors import JobError
+from ckd_ray.retrieve.rankings import part_name
 from ckd_ray.store.files import filesystem_of, is_local, join, read_json, write_atomic
 
 Int64Array = npt.NDArray[np.int64]
 
 _OPEN_PARTS = 64
 _REMOTE_READERS = 16
-
-
-def part_name(split: str, part: int) -> str:
-    """The stem of a part's two files."""
-    return f"{split}-{part:06d}"
 
 
 def write_labels(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import filesystem_of, write_atomic
+from ckd_ray.store.spherical import spherical_kmeans
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -71,23 +72,12 @@ class SpecialCells:
             special_S: true where the row is of a token that does not vote.
             cells: K; `choose_cells` when None.
         """
-        import faiss
-
         if not len(rows_SD):
             return cls(torch.zeros(0, rows_SD.shape[1]), torch.zeros(0, rows_SD.shape[1]))
         count = min(cells or choose_cells(len(rows_SD)), len(rows_SD))
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        kmeans = faiss.Kmeans(
-            rows_SD.shape[1],
-            count,
-            niter=_ITERATIONS,
-            seed=seed,
-            spherical=True,
-            min_points_per_centroid=1,
-            max_points_per_centroid=_TRAINING_POINTS_A_CELL,
+        cells_KD = spherical_kmeans(
+            rows_SD, count, iterations=_ITERATIONS, points_a_centroid=_TRAINING_POINTS_A_CELL, seed=seed
         )
-        kmeans.train(rows_SD.float().numpy())
-        cells_KD = torch.from_numpy(np.array(kmeans.centroids, np.float32).reshape(count, -1))
         step = max(1, _BLOCK // count)
         cell_S = torch.cat([(rows.float() @ cells_KD.T).argmax(1) for rows in rows_SD.split(step)]).numpy()
         members_K = np.bincount(cell_S, minlength=count)

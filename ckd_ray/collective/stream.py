@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective.feedback import expand_ranked, nest
-from ckd_ray.collective.labels import part_name, write_labels
+from ckd_ray.collective.labels import write_labels
 from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.progress import Progress, say
@@ -79,7 +79,7 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     make_folder(job.out)
     spans = query_spans(num_queries)
     present = set(list_files(job.out, ".parquet"))
-    missing = [i for i in range(len(spans)) if part_name(job.split, i) + ".parquet" not in present]
+    missing = [i for i in range(len(spans)) if part_file(job.split, i) not in present]
     done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
     with Progress("label", num_queries, "queries", done=done) as progress:
         for row in run_parts(missing, spans, _label_part, {"job": job, "votes": votes}):

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ckd_ray.retrieve.rankings import part_name
 from ckd_ray.store.files import filesystem_of, is_local, join, read_json, write_atomic
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
@@ -27,11 +28,6 @@ _OPEN_PARTS = 256  # each memory map holds a file handle
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-
-
-def part_name(split: str, part: int) -> str:
-    """The stem of a part's two files."""
-    return f"{split}-{part:06d}"
 
 
 def write_scores(

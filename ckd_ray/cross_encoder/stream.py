@@ -19,10 +19,12 @@ import ray
 from ckd_ray.config import CrossEncoderConfig
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer
-from ckd_ray.cross_encoder.scores import part_name, write_scores
+from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.embed.encoder import Precision
-from ckd_ray.embed.pool import Pool, place_pool
+from ckd_ray.embed.pool import place_pool
+from ckd_ray.embed.through_pool import through_pool
 from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.rankings import part_file
 from ckd_ray.retrieve.stream import collection_once, query_spans
 from ckd_ray.store.files import exists, join, list_files, make_folder, read_json, write_json_atomic
 
@@ -56,7 +58,7 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
     size = queries_a_part(num_queries)
     spans = query_spans(num_queries, size)
     present = set(list_files(job.out, ".parquet"))
-    missing = [i for i in range(len(spans)) if part_name("train", i) + ".parquet" not in present]
+    missing = [i for i in range(len(spans)) if part_file("train", i) not in present]
     done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
     pairs = 0
     with Progress("cross_encoder", num_queries, "queries", done=done) as progress:
@@ -66,7 +68,16 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
             PairClassifier(job.model)
             pool = place_pool(settings.actors, settings.gpus_per_actor, limit=len(missing), key="cross_encoder")
             work = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
-            for row in _stream(job, work, pool):
+            rows = through_pool(
+                work,
+                pool,
+                prepare=_tokenise,
+                prepare_arguments={"job": job},
+                actor=PartScorer,
+                actor_arguments={"job": job, "threads": pool.threads},
+                smaller="If a part takes that long, lower cross_encoder.depth",
+            )
+            for row in rows:
                 pairs += row["pairs"]
                 progress.advance(row["queries"])
     return size, pairs
@@ -97,29 +108,6 @@ def agreed_precision(out: str, requested: Literal["auto", "fp32", "bf16"]) -> tu
     write_json_atomic(path, {"precision": precision, "reason": reason})
     say(f"cross_encoder: {precision} ({reason})")
     return precision, reason
-
-
-def _stream(job: CrossEncoderJob, work: list[dict[str, int]], pool: Pool) -> Any:
-    """Rows of figures, one a part, as they are finished."""
-    dataset: Any = ray.data.from_items(work, override_num_blocks=len(work))
-    dataset = dataset.map_batches(
-        _tokenise,
-        fn_kwargs={"job": job},
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=pool.feeder_cpus,
-        compute=ray.data.TaskPoolStrategy(size=pool.feeders),
-    )
-    dataset = dataset.map_batches(
-        PartScorer,
-        fn_constructor_kwargs={"job": job, "threads": pool.threads},
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=pool.cpus_per_actor,
-        num_gpus=pool.gpus_per_actor or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, max_tasks_in_flight_per_actor=2),
-    )
-    return dataset.iter_rows()
 
 
 @lru_cache(maxsize=2)
@@ -173,7 +161,7 @@ class PartScorer:
             row[name][0].values.to_numpy() for name in ("counts", "passages", "lengths", "token_ids", "token_types")
         )
         figures = {"part": part, "queries": len(counts), "pairs": len(passages)}
-        if exists(join(job.out, part_name("train", part) + ".parquet")):
+        if exists(join(job.out, part_file("train", part))):
             return figures  # its first try came as far as the rename before the actor died
         scores = self.model.score(Pairs(ids, types, lengths))
         bad = np.flatnonzero(~np.isfinite(scores))

@@ -23,8 +23,9 @@ import ray
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
-from ckd_ray.embed.pool import Pool, cluster_nodes, describe, place_pool
+from ckd_ray.embed.pool import Pool, place_pool
 from ckd_ray.embed.survey import close, whole_shards
+from ckd_ray.embed.through_pool import through_pool
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
@@ -38,12 +39,6 @@ if TYPE_CHECKING:
 PLAN = "plan.json"
 # The plan lies in the driver's memory and in one JSON file: 140 million texts in shards of 16,384 are 8,545.
 _MOST_SHARDS = 200_000
-# Ray Data keeps a few kilobytes a block and looks through all of them; beyond this many, shards share a block.
-_MOST_BLOCKS = 2048
-# From asking for the actors to all of them having loaded the model.
-_START_TIMEOUT_S = 900
-# Without any shard finished, anywhere. A shard of 16,384 texts takes minutes on a CPU with a small encoder.
-_NO_PROGRESS_TIMEOUT_S = 4 * 3600
 
 
 @dataclass(frozen=True)
@@ -169,43 +164,15 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
     for _ in range(pool.feeders):
         # The processes that will tokenise load their libraries while the actors load the model.
         ray.remote(_tokenizer_and_texts_ready).options(num_cpus=pool.feeder_cpus).remote(jobs[0])
-    dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), _MOST_BLOCKS))
-    dataset = dataset.map_batches(
-        _tokenise,
-        fn_kwargs={"jobs": jobs},
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=pool.feeder_cpus,
-        compute=ray.data.TaskPoolStrategy(size=pool.feeders),
+    return through_pool(
+        work,
+        pool,
+        prepare=_tokenise,
+        prepare_arguments={"jobs": jobs},
+        actor=ShardEncoder,
+        actor_arguments={"jobs": jobs, "threads": pool.threads, "make_encoder": make_encoder},
+        smaller="If a shard takes that long, lower embed.passages_per_shard",
     )
-    # One shard at a time, and the next one waiting: a dead actor costs one shard. The pool may be smaller for a while,
-    # as it is when a node is lost.
-    strategy = ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, max_tasks_in_flight_per_actor=2)
-    dataset = dataset.map_batches(
-        ShardEncoder,
-        fn_constructor_kwargs={"jobs": jobs, "threads": pool.threads, "make_encoder": make_encoder},
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=pool.cpus_per_actor,
-        num_gpus=pool.gpus_per_actor or None,
-        compute=strategy,
-    )
-    dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
-    dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
-    try:
-        yield from dataset.iter_rows()
-    except ray.exceptions.GetTimeoutError as error:
-        total, free = cluster_nodes()
-        raise JobError(
-            f"{pool} did not all start within {_START_TIMEOUT_S} s; the cluster: {describe(total)}; "
-            f"free now: {describe(free)}"
-        ) from error
-    except ray.data.exceptions.ExecutionTimeoutError as error:
-        hours = _NO_PROGRESS_TIMEOUT_S / 3600
-        raise JobError(
-            f"no shard was finished for {hours:g} hours by {pool}; the cluster: {describe(cluster_nodes()[0])}. "
-            "If a shard takes that long, lower embed.passages_per_shard"
-        ) from error
 
 
 @lru_cache(maxsize=4)

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from ckd_ray.collective.labels import part_name
 from ckd_ray.errors import UserError
 from ckd_ray.report.labelled_run import SPLIT, LabelledRun, vocabulary
-from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.retrieve.rankings import part_file, read_ranking_matrix
 from ckd_ray.store.files import filesystem_of, join
 
 Int64Array = npt.NDArray[np.int64]
@@ -62,10 +61,8 @@ def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
 
 def _find(opened: LabelledRun, query_id: str) -> int:
     ids = opened.queries.ids
-    try:
+    if query_id in ids:
         return ids.index(query_id)
-    except ValueError:
-        pass
     for split in opened.collection.splits:
         if split != SPLIT and query_id in opened.collection.queries(split).ids:
             raise UserError(
@@ -97,7 +94,7 @@ def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -
 def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
     """The query's row of `labels/*.parquet`, without the vectors."""
     part, row = divmod(query, opened.expansions.queries_per_part)
-    fs, path = filesystem_of(join(opened.run, "labels", part_name(SPLIT, part) + ".parquet"))
+    fs, path = filesystem_of(join(opened.run, "labels", part_file(SPLIT, part)))
     table = pq.read_table(path, filesystem=fs, columns=["feedback_ids", "idf", "token_ids"])
     found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
     return found

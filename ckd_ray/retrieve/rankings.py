@@ -23,9 +23,14 @@ Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 
+def part_name(split: str, part: int) -> str:
+    """The stem of a part's files: rankings, labels and scores of the same consecutive queries are named alike."""
+    return f"{split}-{part:06d}"
+
+
 def part_file(split: str, part: int) -> str:
-    """The file of a part."""
-    return f"{split}-{part:06d}.parquet"
+    """The Parquet file of a part."""
+    return part_name(split, part) + ".parquet"
 
 
 def write_ranking_part(

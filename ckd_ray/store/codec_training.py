@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.store.codec import RESIDUAL_BITS, Groups, Residual, check_dim
+from ckd_ray.store.spherical import spherical_kmeans
 
 # Rows that a centroid should be the mean of: fewer, and k-means fits the sample instead of the corpus.
 SAMPLE_A_CENTROID = 40
@@ -63,22 +64,9 @@ def train_codec(name: str, rows_SD: Tensor, num_centroids: int, seed: int = 17) 
 
 
 def _kmeans(rows: Tensor, count: int, seed: int) -> Tensor:
-    """Spherical k-means: (count, D) unit centroids."""
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    kmeans = faiss.Kmeans(
-        rows.shape[1],
-        count,
-        niter=_KMEANS_ITERATIONS,
-        seed=seed,
-        spherical=True,
-        min_points_per_centroid=1,
-        max_points_per_centroid=10 * SAMPLE_A_CENTROID,
-        gpu=torch.cuda.is_available() and faiss.get_num_gpus() > 0,
-    )
-    kmeans.train(rows.numpy())
-    return torch.from_numpy(np.array(kmeans.centroids, np.float32).reshape(count, -1))
+    """(count, D) unit centroids of the rows."""
+    most = 10 * SAMPLE_A_CENTROID
+    return spherical_kmeans(rows, count, iterations=_KMEANS_ITERATIONS, points_a_centroid=most, seed=seed, gpu=True)
 
 
 def group_centroids(centroids_KD: Tensor, seed: int) -> tuple[Tensor, Groups]:

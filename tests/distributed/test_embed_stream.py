@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ckd_ray.embed.stream as stream
+import ckd_ray.embed.through_pool as through_pool
 from ckd_ray.config import EmbedConfig, load_config
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.embed.encoder import Encoded, TextEncoder
@@ -87,7 +88,7 @@ def test_shards_that_share_a_block_are_all_written(
     ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A corpus of more shards than Ray Data should have blocks."""
-    monkeypatch.setattr(stream, "_MOST_BLOCKS", 3)
+    monkeypatch.setattr(through_pool, "_MOST_BLOCKS", 3)
     count = Collection.open(run).num_passages
     store = embed_texts([(job_of(run, tmp_path), [(i, i + 4) for i in range(0, count, 4)])], EmbedConfig())[0]
     assert store.num_shards == count // 4 and store.firsts.tolist() == list(range(0, count, 4))
@@ -98,7 +99,7 @@ def test_a_pool_that_cannot_start_ends_with_numbers(
     ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the room is taken between the plan and the start."""
-    monkeypatch.setattr(stream, "_START_TIMEOUT_S", 3)
+    monkeypatch.setattr(through_pool, "_START_TIMEOUT_S", 3)
     monkeypatch.setattr(stream, "place_pool", lambda *_, **__: Pool(3, 0.9, 0.0, 1, 1, 0.1))
     with pytest.raises(
         JobError, match=r"3 actors of 0.9 CPU and 0 GPU did not all start within 3 s(.|\n)*1 node with 2 CPU"
