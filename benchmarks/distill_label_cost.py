@@ -7,6 +7,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import numpy as np
 from common import figure
 from distill_run import DistillRun
 
-from ckd_ray.collective.expand import expand
+from ckd_ray.collective.feedback import expand_ranked
+from ckd_ray.collective.special_cells import SpecialCells
+from ckd_ray.config import Config
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer
 from ckd_ray.data import Collection
-from ckd_ray.retrieve.shard_range import ShardRange, choose_engine
+from ckd_ray.pipeline.work import search_settings, vote_way
+from ckd_ray.retrieve.shard_range import ShardRange
 from ckd_ray.store import EmbeddingStore
 
 
@@ -32,8 +36,8 @@ def label_cost(run: DistillRun, args: argparse.Namespace, settings: dict[str, An
         seconds, scored = judge.seconds(i * judged, judged)
         theirs.append(seconds / judged)
         pairs += scored
-    # Both stages open the store (for faiss: train and fill an index); every query of the run carries its share.
-    share = 2 * labels.opening / labels.queries.num_passages
+    # What is built once (an index, the cells of the votes); every query of the run carries its share.
+    share = labels.opening / labels.queries.num_passages
     cost = min(ours) + share
     settings["labels"] = {
         "labelled_queries": labelled * rounds,
@@ -41,9 +45,10 @@ def label_cost(run: DistillRun, args: argparse.Namespace, settings: dict[str, An
         "judged_pairs": pairs,
         "pair_maxlen": judge.tokenizer.maxlen,
         "retrieve_and_label_seconds_a_query": round(cost, 5),
-        "of_which_opening_the_store_twice": round(share, 5),
+        "of_which_its_share_of_index_and_cells": round(share, 5),
         "cross_encoder_seconds_a_query": round(min(theirs), 4),
         "engine": labels.engine,
+        "votes": labels.votes,
         "stages_of_the_run_seconds_a_query": _stage_seconds(run),
         "left_out": "loading the models",
     }
@@ -67,16 +72,19 @@ class _Labels:
     def __init__(self, run: DistillRun) -> None:
         self.store = EmbeddingStore.open(str(run.folder / "embeddings" / "passages"))
         self.queries = EmbeddingStore.open(str(run.folder / "embeddings" / "queries.train"))
-        config = run.config
-        self.settings, self.depth = config["label"], config["retrieve"]["depth"]
-        self.engine = config["retrieve"]["engine"]
-        if self.engine == "auto":
-            rows = config["model"]["query_maxlen"]
-            self.engine = choose_engine(self.queries.num_passages, rows, self.store.num_tokens, self.store.dim)
+        config = Config.model_validate(run.config)
+        self.settings, self.depth, count = config.label, config.retrieve.depth, self.queries.num_passages
+        self.silent = run.model().tokenizer.silent_ids
+        search = search_settings(config, self.store, count)
+        self.engine, self.votes = search.engine, vote_way(config, self.store, count)
         started = time.perf_counter()
-        self.range = ShardRange(self.store, list(range(self.store.num_shards)), engine=self.engine)
+        self.range = ShardRange(self.store, list(range(self.store.num_shards)), replace(search, index=None))
+        self.cells = None
+        if self.votes == "estimate":
+            self.cells = SpecialCells.of_store(self.store, self.silent, seed=config.run.seed)
         self.opening = time.perf_counter() - started
-        self.special = run.model().tokenizer.silent_ids
+        if self.votes not in ("estimate", "feedback", self.engine):
+            raise SystemExit(f"this run votes by {self.votes} and retrieves by {self.engine}: not measured here")
         self._label(0, 4)
 
     def seconds(self, first: int, count: int) -> float:
@@ -88,18 +96,14 @@ class _Labels:
         rows = self.queries.gather(np.arange(first, first + count) % self.queries.num_passages)
         queries_BQD = rows.embeddings_TD.float().reshape(count, -1, self.store.dim)
         _, passages_BK = self.range.search(queries_BQD, self.depth)
-        top_BF = np.asarray(passages_BK)[:, : self.settings["feedback_passages"]]
-        feedback = self.store.gather(top_BF.reshape(-1)).split()
-        size = top_BF.shape[1]
-        voters = self.settings["voters"]
-        expand(
-            [[passage.float() for passage in feedback[i * size : (i + 1) * size]] for i in range(count)],
-            neighbours=lambda centroids: self.range.nearest_token_ids(centroids, voters)[1],
-            document_frequencies=self.store.document_frequencies,
-            num_passages=self.store.num_passages,
-            special_ids=self.special,
-            clusters=self.settings["clusters"],
-            voters=voters,
+        searched = self.votes not in ("estimate", "feedback")
+        expand_ranked(
+            self.store,
+            passages_BK[:, : self.settings.feedback_passages],
+            self.settings,
+            neighbours=(lambda v: self.range.nearest_token_ids(v, self.settings.voters)[1]) if searched else None,
+            silent_ids=self.silent,
+            crowded=self.cells.crowded if self.cells else None,
         )
 
 

@@ -164,7 +164,7 @@ class Bench:
 
     def measure(self, split: Split, scores_BN: Array, measure: str) -> Array:
         """The measure of every query, when the candidates are ranked by these scores (ties by candidate order)."""
-        order_BN = np.argsort(-scores_BN, axis=1, kind="scells")
+        order_BN = np.argsort(-scores_BN, axis=1, kind="stable")
         ranked = np.take_along_axis(split.candidates_BN, order_BN, 1)
         depth = ranked.shape[1]
         run = pd.DataFrame(
@@ -188,25 +188,25 @@ class Bench:
             "ivfpq": lambda v: self.token_ids_T[index.nearest(v, 10)[1]],
             "feedback": None,
         }
-        measure, rows, figures = MEASURES[split.name], [], {}
+        measure, table, figures = MEASURES[split.name], [], {}
         exact: dict[float, tuple[Array, Array]] = {}
         for name, votes in ways.items():
             expansions = self.expand(split, votes, cells if name == "estimate" else None)
             similarity = self.similarities(split, expansions.embeddings_BKD)[0]
             for beta in (0.1, 1.0):
                 scores_BN = score(similarity, expansions, beta, 10)
-                top = np.argsort(-scores_BN, axis=1, kind="scells")[:, :10]
+                top = np.argsort(-scores_BN, axis=1, kind="stable")[:, :10]
                 values = self.measure(split, scores_BN, measure)
                 exact.setdefault(beta, (top, values))
                 overlap = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact[beta][0], top, strict=True)])
                 difference = paired_difference(exact[beta][1], values)
                 row = {"votes": name, "beta": beta, measure: round(float(values.mean()), 4)}
                 row |= {"top_10_as_exact": round(float(overlap), 4), "p": round(difference.p, 4)}
-                rows.append(row)
+                table.append(row)
                 note("  " + " ".join(f"{k}={v}" for k, v in row.items()))
                 if name == "estimate":
                     figures[f"votes_top_10_as_exact_beta_{beta:g}"] = figure(float(overlap), None, "higher")
-        return rows, figures
+        return table, figures
 
 
 def score(similarity_BRN: Array, expansions: Expansions, beta: float, size: int) -> Array:

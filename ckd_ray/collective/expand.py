@@ -93,13 +93,17 @@ def expand(
     embeddings_BKD = torch.zeros(len(feedback), clusters, dim)
     neighbours_BKV = np.full((len(feedback), clusters, voters), -1, np.int64)
     present_BK = np.zeros((len(feedback), clusters), bool)
-    for group in _groups([sum(len(p) for p in passages) for passages in feedback]):
-        points_BTD, mask_BT, token_ids_BT = _stack([feedback[i] for i in group], tokens and [tokens[i] for i in group])
-        start_BKD, there_BK = _start(points_BTD, [feedback[i] for i in group], clusters)
+    lengths = [[p.shape[0] for p in passages] for passages in feedback]
+    for group in _groups([sum(query) for query in lengths]):
+        sizes = [lengths[i] for i in group]
+        points_BTD, mask_BT = _stack([feedback[i] for i in group], sizes)
+        start_BKD, there_BK = _start(points_BTD, sizes, clusters)
         found = kmeans(points_BTD, mask_BT, start_BKD, there_BK)
         embeddings_BKD[group] = found.centroids_BKD.cpu()
         present_BK[group] = (found.sizes_BK > 0).cpu().numpy()
         if token_vote == "feedback":
+            assert tokens is not None
+            token_ids_BT = _stack_ids([tokens[i] for i in group], mask_BT.shape[1])
             neighbours_BKV[group] = _own_neighbours(found.centroids_BKD, points_BTD, mask_BT, token_ids_BT, voters)
     if token_vote == "collection" and present_BK.any():
         assert neighbours is not None
@@ -125,48 +129,71 @@ def _groups(sizes: list[int]) -> list[list[int]]:
     return groups
 
 
-def _stack(feedback: list[Sequence[Tensor]], tokens: Any) -> tuple[Tensor, Tensor, IntArray | None]:
-    """points_BTD with mask_BT, padded to a multiple of `_PAD`, and token_ids_BT when tokens are given."""
-    flat = [torch.cat(list(passages)).float() for passages in feedback]
-    width = -(-max(len(points) for points in flat) // _PAD) * _PAD
-    points_BTD = flat[0].new_zeros(len(flat), width, flat[0].shape[1])
-    mask_BT = torch.zeros(len(flat), width, dtype=torch.bool, device=flat[0].device)
-    token_ids_BT = np.full((len(flat), width), -1, np.int64) if tokens is not None else None
-    for row, points in enumerate(flat):
-        if not torch.isfinite(points).all():
-            raise ValueError("a feedback passage holds an embedding that is not finite")
-        points_BTD[row, : len(points)] = points
-        mask_BT[row, : len(points)] = True
-        if token_ids_BT is not None:
-            token_ids_BT[row, : len(points)] = np.concatenate([np.asarray(t) for t in tokens[row]])
-    return points_BTD, mask_BT, token_ids_BT
+def _stack(feedback: list[Sequence[Tensor]], sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """points_BTD, float32, with mask_BT, padded with zeros to a multiple of `_PAD`."""
+    totals = [sum(query) for query in sizes]
+    first = feedback[0][0]
+    width = -(-max(totals) // _PAD) * _PAD
+    points_BTD = torch.empty(len(feedback), width, first.shape[1], device=first.device)
+    mask_BT = torch.arange(width, device=first.device)[None] < torch.tensor(totals, device=first.device)[:, None]
+    for row, (passages, lengths, total) in enumerate(zip(feedback, sizes, totals, strict=True)):
+        parts = points_BTD[row].split([*lengths, width - total])
+        for part, passage in zip(parts, passages, strict=False):
+            part.copy_(passage)
+        parts[-1].zero_()
+    return points_BTD, mask_BT
 
 
-def _start(points_BTD: Tensor, feedback: list[Sequence[Tensor]], clusters: int) -> tuple[Tensor, Tensor]:
-    rows_BK = torch.zeros(len(feedback), clusters, dtype=torch.int64)
-    there_BK = torch.zeros(len(feedback), clusters, dtype=torch.bool)
-    for row, passages in enumerate(feedback):
-        starts = start_positions([len(p) for p in passages], clusters)
-        rows_BK[row, : len(starts)] = torch.tensor(starts)
-        there_BK[row, : len(starts)] = True
+def _stack_ids(tokens: list[Sequence[Any]], width: int) -> IntArray:
+    """token_ids_BT, -1 on padding."""
+    token_ids_BT = np.full((len(tokens), width), -1, np.int64)
+    for row_T, passages in zip(token_ids_BT, tokens, strict=True):
+        ids = np.concatenate(passages)
+        row_T[: len(ids)] = ids
+    return token_ids_BT
+
+
+def _start(points_BTD: Tensor, sizes: list[list[int]], clusters: int) -> tuple[Tensor, Tensor]:
+    start_BK = np.zeros((len(sizes), clusters), np.int64)
+    counts_B = np.zeros(len(sizes), np.int64)
+    for row, lengths in enumerate(sizes):
+        starts = start_positions(lengths, clusters)
+        start_BK[row, : len(starts)] = starts
+        counts_B[row] = len(starts)
+    rows_BK = torch.from_numpy(start_BK)
+    there_BK = torch.from_numpy(np.arange(clusters)[None] < counts_B[:, None])
     rows_BK, there_BK = rows_BK.to(points_BTD.device), there_BK.to(points_BTD.device)
     start_BKD = points_BTD.gather(1, rows_BK[:, :, None].expand(-1, -1, points_BTD.shape[2]))
     return start_BKD * there_BK[:, :, None], there_BK
 
 
 def _own_neighbours(
-    centroids_BKD: Tensor, points_BTD: Tensor, mask_BT: Tensor, token_ids_BT: IntArray | None, voters: int
+    centroids_BKD: Tensor, points_BTD: Tensor, mask_BT: Tensor, token_ids_BT: IntArray, voters: int
 ) -> IntArray:
     """Token ids (B, K, V) of the nearest points of the query's own feedback, nearest first."""
-    assert token_ids_BT is not None
-    bias_BT = (points_BTD.square().sum(-1) / -2).masked_fill(~mask_BT, -torch.inf)
+    bias_BT = (torch.linalg.vector_norm(points_BTD, dim=2).square() / -2).masked_fill(~mask_BT, -torch.inf)
     score_BKT = torch.baddbmm(bias_BT[:, None], centroids_BKD, points_BTD.transpose(1, 2))
-    # A stable sort, so that equal distances keep the order of the text on every device.
-    order_BKV = score_BKT.sort(dim=-1, descending=True, stable=True).indices[:, :, :voters].cpu().numpy()
+    order_BKV = _highest(score_BKT, min(voters, score_BKT.shape[2])).cpu().numpy()
     rows = np.arange(len(order_BKV))[:, None, None]
     found = token_ids_BT[rows, order_BKV]
     short = voters - found.shape[2]
     return np.pad(found, ((0, 0), (0, 0), (0, short)), constant_values=-1) if short > 0 else found
+
+
+def _highest(score_BKT: Tensor, k: int) -> Tensor:
+    """Positions (B, K, k) of the highest scores, highest first; equal ones in the order of the text, on every device.
+
+    What a stable sort gives, in a fifth of the time: `topk` alone picks among equals as it likes.
+    """
+    best = score_BKT.topk(k, dim=-1)
+    positions_BKk, order = best.indices.sort(dim=-1)
+    order = best.values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    positions_BKk = positions_BKk.gather(-1, order)
+    tied_BK = (score_BKT >= best.values[:, :, -1:]).sum(-1) > k
+    if bool(tied_BK.any()):
+        exact = score_BKT[tied_BK].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        positions_BKk[tied_BK] = exact
+    return positions_BKk
 
 
 def _select(

@@ -47,22 +47,26 @@ def expand_ranked(
     # The same passages are the feedback of many queries: each is read once.
     distinct, place = np.unique(chosen, return_inverse=True)
     read = store.gather(distinct)
-    _check_finite(read, distinct, store.uri)
     passages, token_ids = read.split(), np.split(read.token_ids, np.cumsum(read.lengths)[:-1])
     counts = present_BF.sum(axis=1)
-    return expand(
-        nest([passages[i] for i in place], counts),
-        neighbours=neighbours,
-        document_frequencies=store.document_frequencies,
-        num_passages=store.num_passages,
-        special_ids=silent_ids,
-        clusters=settings.clusters,
-        voters=settings.voters,
-        tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
-        token_vote="feedback" if neighbours is None else "collection",
-        dim=store.dim,
-        crowded=crowded,
-    )
+    try:
+        return expand(
+            nest([passages[i] for i in place], counts),
+            neighbours=neighbours,
+            document_frequencies=store.document_frequencies,
+            num_passages=store.num_passages,
+            special_ids=silent_ids,
+            clusters=settings.clusters,
+            voters=settings.voters,
+            tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
+            token_vote="feedback" if neighbours is None else "collection",
+            dim=store.dim,
+            crowded=crowded,
+        )
+    except ValueError:
+        # k-means refuses such numbers anyway; to look for them beforehand would cost a tenth of the stage.
+        _check_finite(read, distinct, store.uri)
+        raise
 
 
 def nest(flat: Any, counts: Any) -> list[Any]:
