@@ -85,6 +85,25 @@ def test_two_workers_with_cached_gradients_have_the_losses_of_one(
     assert b"teacher/loss" in next((out / "tensorboard").iterdir()).read_bytes()
 
 
+def test_training_stops_when_dev_stands_still_and_callbacks_see_every_report(
+    ray_session: None, task: TrainingTask, tmp_path: Path
+) -> None:
+    # Weights that hardly move rank dev alike each time: the second measurement is no better than the first.
+    still = changed(task, fingerprint="still", learning_rate=1e-30, evaluate_every=2, patience=1, dev_queries=4)
+    seen = tmp_path / "seen"
+
+    class Reports(UserCallback):  # runs in Ray's controller
+        def after_report(self, run_context: object, metrics: list[dict[str, object]], checkpoint: object) -> None:
+            with open(seen, "a") as file:
+                file.write(f"{len(metrics)} workers, {'a' if checkpoint else 'no'} checkpoint\n")
+
+    outcome = fit(still, out=str(tmp_path / "model"), workers=1, callbacks=[Reports()])
+    assert (outcome.steps, outcome.weights, outcome.kept_step) == (4, "best", 2)
+    assert [r["step"] for r in outcome.metrics] == [0, 1, 2, 3]
+    reports = seen.read_text().splitlines()
+    assert "1 workers, a checkpoint" in reports and len(reports) >= 2
+
+
 def test_a_diverged_loss_ends_training_at_once_with_its_cause(
     ray_session: None, task: TrainingTask, tmp_path: Path
 ) -> None:
