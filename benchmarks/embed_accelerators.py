@@ -68,9 +68,7 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
     folder = tempfile.mkdtemp(prefix="ckd-ray-accelerators-")
     try:
         write_corpus(f"{folder}/data", shards * SHARD)
-        config = load_config(
-            None, ["collection.format=msmarco", f"collection.path={folder}/data", "collection.limit=null"]
-        )
+        config = load_config(None, ["collection.format=msmarco", f"collection.path={folder}/data"])
         build_collection(config.collection, f"{folder}/run")
         write_tiny_model(f"{folder}/run/teacher")
         one = finished(folder, 1, 3 if args.quick else 5)

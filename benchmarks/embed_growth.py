@@ -33,9 +33,7 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
     try:
         note(f"generating {count:,} passages")
         write_corpus(f"{folder}/data", count)
-        config = load_config(
-            None, ["collection.format=msmarco", f"collection.path={folder}/data", "collection.limit=null"]
-        )
+        config = load_config(None, ["collection.format=msmarco", f"collection.path={folder}/data"])
         build_collection(config.collection, f"{folder}/run")
         write_tiny_model(f"{folder}/run/teacher")
         job = EmbedJob(

@@ -57,6 +57,8 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     source = path or f"embedded {QUICKSTART}"
     problems: list[Problem] = []
     tree = _read(path, source, problems)
+    if path is None:
+        _without_sizes_of_the_quick_start(tree, overrides)
     for override in overrides:
         _apply(tree, override, problems)
     config = _validate(tree, problems)
@@ -66,6 +68,14 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
+
+
+def _without_sizes_of_the_quick_start(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Another collection on the embedded default is taken whole, and searched by an engine that suits its size: the
+    quick start's limit and engine are those of its own corpus."""
+    if any(o.partition("=")[0].strip() in ("collection", "collection.format", "collection.path") for o in overrides):
+        tree["collection"].pop("limit", None)
+        tree["retrieve"].pop("engine", None)
 
 
 def quickstart_text() -> str:

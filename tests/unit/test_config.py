@@ -23,6 +23,13 @@ def test_no_file_reads_the_embedded_quick_start() -> None:
     assert load_config(None) == load_config(str(CONFIGS[0].with_name("quickstart.yaml")))
 
 
+def test_another_collection_on_the_embedded_default_is_not_cut_to_its_size() -> None:
+    mine = ["collection.format=msmarco", "collection.path=/data"]
+    assert load_config(None).collection.limit == 2500 and load_config(None).retrieve.engine == "exact"
+    assert load_config(None, mine).collection.limit is None and load_config(None, mine).retrieve.engine == "auto"
+    assert load_config(None, [*mine, "collection.limit=7"]).collection.limit == 7
+
+
 def test_defaults_of_the_contract(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     c = load_config(str(tmp_path / "empty.yaml"))
