@@ -9,7 +9,7 @@ from types import TracebackType
 
 _quiet = False
 # `key:secret` of a URI such as s3://key:secret@bucket/path.
-_SECRET = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_SECRET = re.compile(r"""(?<=://)[^/@\s:]+:[^@\s"']+(?=@)""")
 
 
 def set_quiet(quiet: bool) -> None:

@@ -156,6 +156,27 @@ def compare(
 
 @app.command()
 @guarded
+def tune(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    cluster: ClusterOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away earlier searches of this run.")] = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Search for the best temperature, smoothing, beta, ... by trials on dev; train the winner in full."""
+    with session(config, set_, cluster, quiet) as loaded:
+        from ckd_ray.tune.job import run_tune, show
+
+        summary = run_tune(loaded, fresh=fresh)
+        if json_:
+            typer.echo(json.dumps(summary))
+        else:
+            show(summary)
+
+
+@app.command()
+@guarded
 def report(
     run: RunArgument,
     out: Annotated[str | None, typer.Option("--out", help="The file to write; RUN/report.html when left out.")] = None,

@@ -35,6 +35,7 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"
     yield from _measures(config)
     yield from _compare(config)
+    yield from _tune(config)
 
 
 def _compare(config: Config) -> Iterator[tuple[str, str]]:
@@ -46,6 +47,16 @@ def _compare(config: Config) -> Iterator[tuple[str, str]]:
         for i, value in enumerate(values):
             if value in values[:i]:
                 yield f"compare.{key}[{i}]", f"{value!r} is listed twice"
+
+
+def _tune(config: Config) -> Iterator[tuple[str, str]]:
+    from ckd_ray.tune.space import problems
+
+    yield from problems(config)
+    if config.tune.grace > config.tune.measurements:
+        yield "tune.grace", f"must be at most tune.measurements ({config.tune.measurements})"
+    if config.tune.gpus_per_trial > 1 and config.tune.gpus_per_trial % 1:
+        yield "tune.gpus_per_trial", "expected a share of one GPU, or a whole number of them"
 
 
 def _collection(config: Config) -> Iterator[tuple[str, str]]:

@@ -248,6 +248,33 @@ class CompareConfig(Section):
     keep_stores: bool = False
 
 
+class TuneConfig(Section):
+    """`ckd-ray tune`: a search over keys of `distill` and `label` for the best student on dev (MRR@10).
+
+    `space`: key to how it varies, `{choice: [..]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or
+    `{int: [low, high]}`; null takes the standard one. `search`: `optuna` (TPE) or `random`; `seed`: of the search,
+    `run.seed` when null.
+    First pass: of up to `label_candidates` combinations of the keys that the teacher's scores depend on, the
+    `label_kept` best at ranking dev go on to trials. A trial is measured `measurements` times, on `dev_queries` queries
+    and `dev_passages` passages; ASHA stops weak ones after `grace` of them or more, all but one in `reduction`.
+    `concurrent` trials at a time (auto: what the GPUs hold, one without any), each with `gpus_per_trial`.
+    """
+
+    space: dict[Name, dict[str, Any]] | None = None
+    trials: Annotated[int, Field(gt=0, le=10_000)] = 16
+    search: Literal["optuna", "random"] = "optuna"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    label_candidates: Annotated[int, Field(gt=0, le=10_000)] = 24
+    label_kept: Annotated[int, Field(gt=0, le=1000)] = 4
+    measurements: Annotated[int, Field(gt=0, le=10_000)] = 6
+    grace: Positive = 1
+    reduction: Annotated[float, Field(gt=1, le=100)] = 3.0
+    dev_queries: Positive = 200
+    dev_passages: Positive = 2000
+    concurrent: Auto | Positive = "auto"
+    gpus_per_trial: Annotated[float, Field(gt=0, le=1024)] = 1.0
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -262,3 +289,4 @@ class Config(Section):
     distill: DistillConfig = Field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     compare: CompareConfig = Field(default_factory=CompareConfig)
+    tune: TuneConfig = Field(default_factory=TuneConfig)

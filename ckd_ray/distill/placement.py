@@ -18,11 +18,13 @@ CPUS_PER_WORKER = 1
 
 @dataclass(frozen=True)
 class Placement:
-    """fewest, most: workers; the same unless training is elastic. use_gpu: each takes one."""
+    """fewest, most: workers; the same unless training is elastic. use_gpu: each takes one, or the share `gpus`."""
 
     fewest: int
     most: int
     use_gpu: bool
+    gpus: float = 1.0
+    cpus: float = CPUS_PER_WORKER
 
     @property
     def num_workers(self) -> int | tuple[int, int]:
@@ -32,7 +34,7 @@ class Placement:
     @property
     def resources(self) -> dict[str, float]:
         """Of one worker."""
-        return {"CPU": CPUS_PER_WORKER, "GPU": 1} if self.use_gpu else {"CPU": CPUS_PER_WORKER}
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.use_gpu else {"CPU": self.cpus}
 
 
 def parse_workers(workers: int | str) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ class TrainingTask:
         smoothing: share of the uniform distribution mixed into the labels.
         beta, expansion_size: how strong and how long the expansion is when labels are read.
         zero_row_floor: the published score's clip, off by default.
+        labels: the folder of the labels, below the run.
         positive_grade: the qrels grade from which a passage is a positive.
         hard_negatives: from the rankings; else from the whole corpus.
         accumulate: parts in which a batch is encoded. Gradients are cached between the parts, so the loss stays that
@@ -48,6 +49,7 @@ class TrainingTask:
     beta: float = 1.0
     expansion_size: int = 10
     zero_row_floor: bool = False
+    labels: str = "labels"
     positive_grade: int = 1
     negatives: int = 1
     negatives_depth: int = 100

@@ -48,7 +48,7 @@ class TeacherReader:
             self.passages = EmbeddingStore.open(join(task.run, "embeddings", "passages"))
             self.queries = EmbeddingStore.open(join(task.run, "embeddings", "queries.train"))
         wants_expansion = task.objective == "collective"
-        self.expansions = ExpansionReader.open(join(task.run, "labels"), "train") if wants_expansion else None
+        self.expansions = ExpansionReader.open(join(task.run, task.labels), "train") if wants_expansion else None
 
     def read(self, queries_b: Int64Array, groups: Sequence[Int64Array]) -> TeacherInputs:
         """Args: dense indices of the queries, and of the passages of each group."""

@@ -55,6 +55,7 @@ class _Board:
     def __init__(self) -> None:
         self.step, self.loss = 0, float("nan")
         self._cause: str | None = None
+        self._stop = False
 
     def tell(self, step: int, loss: float) -> None:
         self.step, self.loss = step, loss
@@ -69,6 +70,13 @@ class _Board:
     def cause(self) -> str | None:
         return self._cause
 
+    def stop(self) -> None:
+        """Ask the workers to end after their present step."""
+        self._stop = True
+
+    def told_to_stop(self) -> bool:
+        return self._stop
+
 
 def fit(
     task: TrainingTask,
@@ -77,11 +85,18 @@ def fit(
     workers: int | str = "auto",
     max_failures: int = 3,
     callbacks: Sequence[Any] = (),
+    placement: Placement | None = None,
+    threads: int | None = None,
+    board: str | None = None,
 ) -> TrainingOutcome:
     """Train, and put the resulting checkpoint at `out`. Called again after a crash, it goes on from the last one.
 
     Args:
         workers: a number, `2-8` for elastic training, or `auto`; see `plan_workers`.
+        placement: instead of `workers`, for one of several trainings that share the cluster.
+        threads: CPU threads of a worker; None: the cores of its node, shared among the workers there.
+        board: the name of an actor by which others may ask this training to end early (`stop`); the result is then what
+            it had come to.
         max_failures: how often workers are started again after one died; a diverged loss or broken input ends training
             at once.
         callbacks: of `ray.train.UserCallback`, such as other loggers.
@@ -89,20 +104,20 @@ def fit(
     Raises:
         UserError: the workers do not fit. JobError: training failed; the cause is in the message.
     """
-    placement = plan_workers(workers, task.batch_size, task.stage)
-    board_name = f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
+    placement = placement or plan_workers(workers, task.batch_size, task.stage)
+    name = board or f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
     remote: Any = ray.remote(num_cpus=0)(_Board)
-    board = remote.options(name=board_name, scheduling_strategy=_here()).remote()
-    ray.get(board.read.remote())
+    actor = remote.options(name=name, scheduling_strategy=_here()).remote()
+    ray.get(actor.read.remote())
     home = join(task.run, "checkpoints", f"{task.stage}-{task.fingerprint[:16]}")
     metrics = join(home, "metrics")
-    config = {"task": task.to_dict(), "board": board_name, "metrics": metrics}
+    config = {"task": task.to_dict(), "board": name, "metrics": metrics, "threads": threads, "stoppable": bool(board)}
     trainer = _trainer(task, placement, config, max_failures, callbacks)
     try:
-        with _followed(task, board):
-            result = _run(trainer, task, board)
+        with _followed(task, actor):
+            result = _run(trainer, task, actor)
     finally:
-        ray.kill(board)
+        ray.kill(actor)
     outcome = _take(task, result, metrics, out)
     delete(home)
     return outcome

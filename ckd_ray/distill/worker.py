@@ -57,6 +57,10 @@ class Board:
         if self._actor is not None:
             ray.get(self._actor.give_up.remote(cause))
 
+    def told_to_stop(self) -> bool:
+        """Whether somebody has asked for the training to end."""
+        return self._actor is not None and bool(ray.get(self._actor.told_to_stop.remote()))
+
     def given_up(self) -> bool:
         """Whether an earlier attempt of this training has."""
         return self._actor is not None and ray.get(self._actor.cause.remote()) is not None
@@ -133,8 +137,8 @@ def _weights(model: ColBERT) -> list[torch.Tensor]:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of `ray.train.torch.TorchTrainer` runs; `config` holds the task, the board's name and the
-    folder of the metrics.
+    """What every worker of `ray.train.torch.TorchTrainer` runs; `config` holds the task, the board's name, the folder
+    of the metrics, how many CPU threads to take, and whether it may be stopped from outside.
 
     An error that would come back at every attempt is told to the driver, and workers return as if they were done: Ray
     would start them `max_failures` times more.
@@ -143,7 +147,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if board.given_up():
         return
     try:
-        _Loop(TrainingTask.from_dict(config["task"]), board, config["metrics"]).run()
+        _Loop(TrainingTask.from_dict(config["task"]), board, config).run()
     except FINAL_ERRORS as error:
         board.give_up(str(error))
         if not isinstance(error, FloatingPointError):
@@ -153,12 +157,12 @@ def train_worker(config: dict[str, Any]) -> None:
 class _Loop:
     """The steps of one worker, from the last checkpoint on."""
 
-    def __init__(self, task: TrainingTask, board: Board, metrics: str) -> None:
+    def __init__(self, task: TrainingTask, board: Board, config: dict[str, Any]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-        self.task, self.board, self.metrics = task, board, metrics
+        torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        self.task, self.board, self.metrics, self.stoppable = task, board, config["metrics"], config["stoppable"]
         self.state = WorkerState(task, self.world)
         self.position = self.state.position
         model, device = self.state.model, self.state.device
@@ -179,7 +183,7 @@ class _Loop:
         self.records: list[Record] = []  # since the last checkpoint
 
     def run(self) -> None:
-        """To the last step, or until dev has not become better for `patience` measurements."""
+        """To the last step, or until dev has not become better for `patience` measurements, or until told to stop."""
         if self.position.finished:
             return
         for inputs in self.reader.stream(self.position.next_step):
@@ -187,6 +191,7 @@ class _Loop:
             improved = self._measure(record)
             done = self.position.next_step
             last = done == self.task.steps or bool(self.task.patience and self.position.worse >= self.task.patience)
+            last = last or self._told_to_stop()
             self.position.finished = last
             if last or inputs.step % self.task.log_every == 0 or "mrr@10" in record:
                 self.records.append(record)
@@ -225,6 +230,15 @@ class _Loop:
             "time": time.time(),
         }
 
+    def _told_to_stop(self) -> bool:
+        """The same answer in all workers, who must end after the same step."""
+        if not self.stoppable:
+            return False
+        told = torch.tensor(float(self.rank == 0 and self.board.told_to_stop()), device=self.state.device)
+        if self.world > 1:
+            torch.distributed.broadcast(told, 0)
+        return bool(told)
+
     def _measure(self, record: Record) -> bool:
         """Measure dev when it is due; whether it is better than ever before."""
         position, every = self.position, self.task.evaluate_every
@@ -241,6 +255,7 @@ class _Loop:
     def _report(self, record: Record, improved: bool) -> None:
         """Every worker calls it; rank 0 brings the checkpoint along, and the metrics since the last."""
         metrics = {name: value for name, value in record.items() if name != "time"}
+        metrics["steps"] = self.position.next_step
         metrics[KEEP] = record["mrr@10"] if improved else NOT_BEST
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None

@@ -11,7 +11,7 @@ from ckd_ray.store.files import exists, filesystem_of, join, list_folders, read_
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run directory, or that of a variant of a run (RUN/compare/OBJECTIVE-SEED).
+    """A run directory, or that of a variant of a run (RUN/compare/OBJECTIVE-SEED, RUN/tune/best).
 
     Attributes:
         folder: what the user named; student, evaluation and run.json are here.
@@ -46,7 +46,8 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
     for folder in tried:
         if exists(join(folder, "run.json")):
             record = read_json(join(folder, "run.json"))
-            base = folder.rpartition("/compare/")[0] if record.get("variant") else folder
+            variant = record.get("variant")
+            base = folder.removesuffix(f"/{variant}") if variant else folder
             return FinishedRun(folder, base, record)
     found = "nothing" if not exists(tried[0]) else f"folders {', '.join(list_folders(tried[0])[:8]) or 'none'}"
     raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ckd_ray.pipeline.artefact import is_made, make, manifest_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.stages import BESIDE, check_stage_names, made_of, needed
-from ckd_ray.progress import duration, say
+from ckd_ray.progress import duration, say, without_secrets
 from ckd_ray.store.files import delete, write_json_atomic
 
 
@@ -36,13 +37,14 @@ def run_stages(
     start: str | None = None,
     fresh: bool = False,
     variant: str | None = None,
+    labels: str = "labels",
 ) -> list[StageReport]:
     """Bring the run up to `until`. Ray must be connected.
 
     Args:
         start: this stage and all that follow are done again even if they are there.
         fresh: remove the whole run first.
-        variant: a folder below the run for this student (see `RunContext`).
+        variant, labels: folders below the run for this student and these labels (see `RunContext`).
 
     Raises:
         UserError: a stage name is unknown, or another process holds the run.
@@ -50,14 +52,15 @@ def run_stages(
     check_stage_names(start, until)
     from ckd_ray.data import source_signature
 
-    context = RunContext.of(config, variant)
+    context = RunContext.of(config, variant, labels)
     source = source_signature(config.collection)
     with run_lock(context.run):
         stages = needed(config, until)
         if fresh:
             for folder in (*(stage.folder for stage in stages), *BESIDE):
                 delete(context.path(folder))
-        _record(context)
+        if variant or labels == "labels":  # run.json tells of the run's own settings
+            _record(context)
         done: dict[str, str] = {}
         reports: list[StageReport] = []
         again = False
@@ -140,14 +143,13 @@ def _record(context: RunContext) -> None:
     from importlib.metadata import version
 
     names = ("ray", "torch", "transformers", "pyarrow", "faiss-cpu", "numpy")
-    write_json_atomic(
-        context.path("run.json"),
-        {
-            "ckd_ray": __version__,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in names},
-            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_cluster()},
-            **({"variant": context.variant} if context.variant else {}),
-            "config": context.config.model_dump(mode="json"),
-        },
-    )
+    record = {
+        "ckd_ray": __version__,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_cluster()},
+        **({"variant": context.variant} if context.variant else {}),
+        "config": context.config.model_dump(mode="json"),
+    }
+    # Keys that stand in a URI are not kept: a run directory is passed on.
+    write_json_atomic(context.path("run.json"), json.loads(without_secrets(json.dumps(record))))

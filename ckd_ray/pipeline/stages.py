@@ -173,7 +173,7 @@ STAGES: tuple[Stage, ...] = (
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 # Folders of a run that belong to a stage without being its artefact.
-BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare")
+BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare", "tune")
 
 
 def check_stage_names(start: str | None, until: str) -> None:

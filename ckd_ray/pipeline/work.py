@@ -116,31 +116,37 @@ def retrieve(context: RunContext, made_of: str) -> dict[str, Any]:
 
 def label(context: RunContext, made_of: str) -> dict[str, Any]:
     """Write collective relevance labels for every training query."""
-    config = context.config
-    store = EmbeddingStore.open(context.path("embeddings", "passages"))
-    count = len(Collection.open(context.run).queries("train").ids)
     job = LabelJob(
         run=context.run,
         split="train",
         checkpoint=context.path("teacher"),
-        passages=store.uri,
+        passages=context.path("embeddings", "passages"),
         rankings=context.path("rankings"),
         out=context.path("labels"),
-        settings=config.label,
+        settings=context.config.label,
     )
-    way = vote_way(config, store, count)
+    return write_labels_of(context, job)
+
+
+def write_labels_of(context: RunContext, job: LabelJob) -> dict[str, Any]:
+    """Label the queries of any split, by the votes that the training queries' number suggests."""
+    config = context.config
+    store = EmbeddingStore.open(job.passages)
+    queries = Collection.open(context.run).queries
+    count = len(queries(job.split).ids)
+    way = vote_way(config, store, len(queries("train").ids))
     say(f"label: votes by {way}")
     if way == "feedback":
         queries_per_part = label_queries(job, None, count)
     elif way == "estimate":
-        cells = find_special_cells(context.path("labels", CELLS), job, config.run.seed)
+        cells = find_special_cells(join(job.out, CELLS), job, config.run.seed)
         queries_per_part = label_queries(job, CrowdedCells(cells), count)
     else:
         r = config.retrieve
         settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed)
         with serving(store, settings, r.actors) as servers:
             queries_per_part = label_queries(job, ServerVotes(servers, config.label.voters), count)
-    write_json_atomic(context.path("labels", "manifest.json"), {"queries_per_part": queries_per_part, "split": "train"})
+    write_json_atomic(join(job.out, "manifest.json"), {"queries_per_part": queries_per_part, "split": job.split})
     return {"count": count, "unit": "queries", "votes": way}
 
 
@@ -183,14 +189,17 @@ def cross_encoder(context: RunContext, made_of: str) -> dict[str, Any]:
 
 def distill(context: RunContext, made_of: str) -> dict[str, Any]:
     """Distil the student, starting from the teacher's weights."""
-    config = context.config
+    task = distill_task(context, made_of)
+    outcome = _fit(task, context.path("student"), context.config.distill)
+    return _training_figures(task, outcome)
+
+
+def distill_task(context: RunContext, made_of: str) -> TrainingTask:
+    """The training that distils the student of this configuration."""
     start = context.path("teacher")
     with local_copy(start) as folder:
         model = ColBERT.from_pretrained(folder)
-    task = _task(context, "distill", made_of, start, model)
-    out = context.path("student")
-    outcome = _fit(task, out, config.distill)
-    return _training_figures(task, outcome)
+    return _task(context, "distill", made_of, start, model)
 
 
 def evaluate(context: RunContext, made_of: str) -> dict[str, Any]:
@@ -345,7 +354,7 @@ def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColB
             "teacher_embeddings",
         )
         values |= {name: getattr(d, name) for name in names}
-        values |= {"hard_negatives": True, "teacher": context.path("teacher")}
+        values |= {"hard_negatives": True, "teacher": context.path("teacher"), "labels": context.labels}
     return TrainingTask(
         stage=stage,
         run=context.run,

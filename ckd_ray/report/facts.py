@@ -34,7 +34,8 @@ class Facts:
     """Everything on the page.
 
     Attributes:
-        measures, comparison: of `evaluation/`; table: of `compare/`; against: what `evaluate --against` has written.
+        measures, comparison: of `evaluation/`; table: of `compare/`; search: of `tune/`; against: what
+            `evaluate --against` has written.
         stages: name, folder, seconds, figures, of the finished ones in order.
         curves: `teacher`, `student` -> records of metrics.jsonl.
         labels: objects of `inspect_query` for some queries.
@@ -45,6 +46,7 @@ class Facts:
     measures: dict[str, Any] | None
     comparison: dict[str, Any]
     table: dict[str, Any] | None
+    search: dict[str, Any] | None
     against: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     curves: dict[str, list[dict[str, Any]]]
@@ -64,6 +66,7 @@ def gather(run: FinishedRun) -> Facts:
         measures=measures,
         comparison=_maybe(join(evaluation, "comparison.json")) or {},
         table=_maybe(join(run.base, "compare", "table.json")),
+        search=_maybe(join(run.base, "tune", "summary.json")),
         against=[read_json(join(evaluation, n)) for n in list_files(evaluation, ".json") if n.startswith("against-")],
         stages=stages,
         curves={

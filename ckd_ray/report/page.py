@@ -8,13 +8,14 @@ from html import escape
 from importlib import resources
 
 from ckd_ray.pipeline.finished import FinishedRun
-from ckd_ray.report import sections
+from ckd_ray.report import sections, trials
 from ckd_ray.report.facts import Facts, gather
 from ckd_ray.store.files import write_atomic
 
 _SECTIONS = (
     ("table", "Teacher and student", sections.table),
     ("comparison", "Objectives compared", sections.comparison),
+    ("search", "Search for settings", trials.search),
     ("curves", "Training", sections.curves),
     ("wins", "Queries won and lost", sections.wins),
     ("labels", "Labels", sections.labels),

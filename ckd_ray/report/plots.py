@@ -198,6 +198,101 @@ def histogram(values: Sequence[float], *, caption: str, x: str, bins: int = 21) 
     )
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One axis of `parallel`: its name, and for every line the place on it from 0 to 1 and the value in words."""
+
+    name: str
+    places: Sequence[float]
+    values: Sequence[str]
+
+
+def parallel(axes: Sequence[Axis], *, best: int, names: Sequence[str], caption: str) -> str:
+    """Parallel coordinates: a line a trial through its value on every axis, the better the stronger by the last axis;
+    the line number `best` stands out. A line's values are shown on hover."""
+    if len(axes) < 2 or not names:
+        return ""
+    top, bottom, side = 34, 26, 60
+    gap = (_WIDTH - 2 * side) / (len(axes) - 1)
+    inner = _HEIGHT - top - bottom
+    parts = []
+    for i, axis in enumerate(axes):
+        px = side + i * gap
+        parts.append(f'<line class="grid" x1="{px:.1f}" x2="{px:.1f}" y1="{top}" y2="{_HEIGHT - bottom}"/>')
+        parts.append(f'<text class="name" x="{px:.1f}" y="{top - 18}" text-anchor="middle">{escape(axis.name)}</text>')
+        ends = sorted(zip(axis.places, axis.values, strict=True))
+        for (place, text), dy in ((ends[0], 14), (ends[-1], -5)):
+            py = top + inner * (1 - place)
+            parts.append(
+                f'<text class="tick" x="{px:.1f}" y="{py + dy:.1f}" text-anchor="middle">{escape(text)}</text>'
+            )
+    order = sorted(range(len(names)), key=lambda n: (n == best, axes[-1].places[n]))
+    for n in order:
+        points = " ".join(
+            f"{side + i * gap:.1f},{top + inner * (1 - axis.places[n]):.1f}" for i, axis in enumerate(axes)
+        )
+        hint = f"{names[n]}: " + ", ".join(f"{axis.name} {axis.values[n]}" for axis in axes)
+        kind = "line c1" if n == best else "line c0"
+        strength = 1.0 if n == best else 0.15 + 0.55 * axes[-1].places[n]
+        parts.append(
+            f'<g class="row"><title>{escape(hint)}</title>'
+            f'<polyline class="{kind}" points="{points}" opacity="{strength:.2f}"/></g>'
+        )
+    return (
+        f'<figure class="plot"><figcaption>{escape(caption)}</figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(caption)}">{"".join(parts)}</svg>'
+        "</figure>"
+    )
+
+
+def scatter(
+    points: Sequence[tuple[float, float, str]], *, x: str, y: str, logarithmic: bool = False, labels: Sequence[str] = ()
+) -> str:
+    """Points with a text each on hover; `labels` names the places 0, 1, 2, ... where x is no number."""
+    good = [(math.log10(a) if logarithmic else a, b, text) for a, b, text in points]
+    if not good:
+        return ""
+    width, height = _WIDTH // 2, 200
+    low, high = min(p[0] for p in good), max(p[0] for p in good)
+    low, high = (low - 0.5, high + 0.5) if high == low or labels else (low, high)
+    y_low, y_high = min(p[1] for p in good), max(p[1] for p in good)
+    y_low, y_high = (y_low, y_high) if y_high > y_low else (y_low - 0.5, y_high + 0.5)
+
+    def at(a: float, b: float) -> tuple[float, float]:
+        return (
+            _LEFT + (width - _LEFT - _RIGHT) * (a - low) / (high - low),
+            _TOP + (height - _TOP - _BOTTOM) * (1 - (b - y_low) / (y_high - y_low)),
+        )
+
+    parts = []
+    for tick in ticks(y_low, y_high, 4):
+        py = at(low, tick)[1]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    if labels:
+        marks = [(float(i), text) for i, text in enumerate(labels)]
+    elif logarithmic:
+        marks = [(v, number(10**v)) for v in (low, (low + high) / 2, high)]
+    else:
+        marks = [(v, number(v)) for v in ticks(low, high, 4)]
+    for value, text in marks:
+        px = at(value, y_low)[0]
+        parts.append(
+            f'<text class="tick" x="{px:.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>'
+        )
+    for a, b, text in good:
+        px, py = at(a, b)
+        parts.append(
+            f'<g class="row"><title>{escape(text)}</title>'
+            f'<circle class="dot c0" cx="{px:.1f}" cy="{py:.1f}" r="4"/></g>'
+        )
+    return (
+        f'<figure class="plot small"><figcaption>{escape(x)}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y)} by {escape(x)}">{"".join(parts)}</svg>'
+        "</figure>"
+    )
+
+
 def bar(share: float, kind: str = "") -> str:
     """A small horizontal bar for a table cell, `share` from 0 to 1."""
     width = 100 * min(1.0, max(0.0, share))

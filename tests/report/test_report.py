@@ -34,7 +34,31 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str) -> Path:
     table = {**build_table(systems, 24), "budget": {"steps": 300}}
     (made / "compare").mkdir()
     (made / "compare" / "table.json").write_text(json.dumps(table))
+    (made / "tune").mkdir()
+    (made / "tune" / "summary.json").write_text(json.dumps(search()))
     return made
+
+
+def search() -> dict:
+    """What a search of four trials leaves: one stopped, one failed with a cause that is no HTML."""
+    rows = [(0, "finished", 0.50, 0.25, "collection"), (1, "stopped", 0.31, 4.0, "<i>feedback</i>")]
+    rows += [(2, "finished", 0.62, 1.5, "collection"), (3, "failed", None, 8.0, "collection")]
+    trials = [
+        {
+            "trial": n, "state": state, "mrr@10": value, "steps": 60, "seconds": 30.0, "distill.temperature": t,
+            "label.token_vote": vote, "cause": "<script>alert(1)</script>" if state == "failed" else None,
+        }
+        for n, state, value, t, vote in rows
+    ]  # fmt: skip
+    default = {"distill.temperature": 0.25, "label.token_vote": "collection"}
+    return {
+        "trials": trials,
+        "best": {"trial": 2, "mrr@10": 0.62, "distill.temperature": 1.5, "label.token_vote": "collection"},
+        "default": default,
+        "importance": {"distill.temperature": 0.9, "label.token_vote": 0.1},
+        "agreement": {"spearman": 0.5, "combinations": 4},
+        "saved": {"share": 0.75},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +98,10 @@ def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
     elements = parsed(page)
     assert elements.open == []
     sections = [a["id"] for tag, a in elements.tags if tag == "section"]
-    assert sections[:4] == ["table", "comparison", "curves", "wins"] and sections[-2:] == ["stages", "environment"]
+    assert sections[:5] == ["table", "comparison", "search", "curves", "wins"] and sections[-2:] == [
+        "stages",
+        "environment",
+    ]
     for _, attributes in elements.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), name
@@ -188,3 +215,13 @@ def test_a_browser_opens_it_without_an_error_and_its_script_works(page: str, tmp
             assert "aria-pressed" in done.stdout, "the policy let our own script run"
         else:
             assert 'data-seen="sorted filtered reads fits"' in done.stdout
+
+
+def test_a_search_is_shown_with_its_best_trial_and_a_slice_for_every_key(page: str) -> None:
+    part = page[page.index('<section id="search">') : page.index('<section id="curves">')]
+    assert "trial 2: distill.temperature 1.5 (0.25)" in part and "25 % of the time" in part
+    assert part.count("<figure") == 3 and "distill.temperature, importance 0.90" in part
+    drawn = part[: part.index("<div class=slices>")]
+    assert drawn.count("<polyline") == 3  # the failed one has no line
+    assert drawn.rindex("trial 2: temperature 1.5") > drawn.rindex("trial 0: temperature 0.25")  # drawn last, on top
+    assert "failed: &lt;script&gt;alert(1)&lt;/script&gt;" in part

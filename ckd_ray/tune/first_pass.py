@@ -1,0 +1,151 @@
+"""The first pass of a search: settings of the labels, judged without any training.
+
+A label is as good as the teacher that writes it. So for every combination of settings the teacher ranks dev: the top of
+its plain ranking is ranked again by its score with that expansion (docs/method.md, step 5), and MRR@10 tells.
+Candidates come from the whole collection, by the engine of the retrieve stage. Shapes: B queries, N = depth candidates,
+E expansion embeddings, Q and L rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ckd_ray.collective.labels import ExpansionReader
+from ckd_ray.collective.scores import teacher_scores
+from ckd_ray.collective.stream import LabelJob
+from ckd_ray.data import Collection
+from ckd_ray.distill.batches import Positives
+from ckd_ray.distill.dev import mean_reciprocal_rank
+from ckd_ray.errors import UserError
+from ckd_ray.pipeline.artefact import make, manifest_of
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.work import search_settings, write_labels_of
+from ckd_ray.progress import Progress
+from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.retrieve.servers import serving
+from ckd_ray.retrieve.stream import RetrieveJob, collection_once, open_once, query_spans, retrieve, run_parts
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.files import join, read_json
+from ckd_ray.tune.space import Values, with_values
+
+_SPLIT = "dev"
+
+
+def first_pass(context: RunContext, folder: str, combinations: Sequence[Values]) -> list[float]:
+    """MRR@10 on dev of the teacher with each combination. Resumable: what `folder` holds of an earlier try stays.
+
+    Raises:
+        UserError: no dev query has a labelled passage.
+    """
+    rankings = _rank_dev(context, join(folder, "rankings"))
+    changed = [with_values(context.config, values) for values in combinations]
+    labels: dict[str, str] = {}
+    for config in changed:
+        key = fingerprint(label=config.label.model_dump(mode="json"))[:12]
+        if key not in labels:
+            labels[key] = join(folder, f"labels-{key}")
+            _label_dev(RunContext(config, context.run), rankings, labels[key])
+    ways = [
+        {
+            "labels": labels[fingerprint(label=config.label.model_dump(mode="json"))[:12]],
+            "beta": config.distill.beta,
+            "size": config.distill.expansion_size,
+            "floor": config.distill.zero_row_floor,
+        }
+        for config in changed
+    ]
+    count = len(Collection.open(context.run).queries(_SPLIT).ids)
+    spans = query_spans(count, 64)
+    arguments: dict[str, Any] = {
+        "run": context.run,
+        "checkpoint": context.path("teacher"),
+        "rankings": rankings,
+        "ways": ways,
+    }
+    arguments |= {"positive_grade": context.config.collection.positive_grade}
+    sums, queries = np.zeros(len(ways)), 0
+    with Progress("tune: first pass", count, "queries") as progress:
+        for row in run_parts(list(range(len(spans))), spans, _judge_part, arguments):
+            sums += np.asarray(row["sums"])
+            queries += int(row["judged"])
+            progress.advance(int(row["queries"]))
+    if not queries:
+        raise UserError("no dev query has a labelled passage", where="tune", expected="labels for the dev split")
+    return [float(total) / queries for total in sums]
+
+
+def _rank_dev(context: RunContext, out: str) -> str:
+    config = context.config.retrieve
+    queries = context.path("embeddings", f"queries.{_SPLIT}")
+    store = EmbeddingStore.open(context.path("embeddings", "passages"))
+    count = len(Collection.open(context.run).queries(_SPLIT).ids)
+
+    def work() -> dict[str, Any]:
+        job = RetrieveJob(run=context.run, split=_SPLIT, queries=queries, out=out, depth=config.depth)
+        with serving(store, search_settings(context.config, store, count), config.actors) as servers:
+            retrieve(job, servers, count, stage="tune: dev rankings")
+        return {}
+
+    embeddings = (manifest_of(context.path("embeddings")) or {})["made_of"]
+    make(out, fingerprint(dev=embeddings, retrieve=config.model_dump(mode="json", exclude={"actors"})), work)
+    return out
+
+
+def _label_dev(context: RunContext, rankings: str, out: str) -> None:
+    job = LabelJob(
+        run=context.run,
+        split=_SPLIT,
+        checkpoint=context.path("teacher"),
+        passages=context.path("embeddings", "passages"),
+        rankings=rankings,
+        out=out,
+        settings=context.config.label,
+    )
+
+    def work() -> dict[str, Any]:
+        return write_labels_of(context, job)
+
+    ranked = (manifest_of(rankings) or {})["made_of"]
+    settings = context.config.label.model_dump(mode="json")
+    make(out, fingerprint(label=settings, rankings=ranked, seed=context.config.run.seed), work)
+
+
+def _judge_part(
+    batch: dict[str, Any], run: str, checkpoint: str, rankings: str, ways: list[dict[str, Any]], positive_grade: int
+) -> pa.Table:
+    """Reciprocal ranks of some dev queries, summed over the queries, for every way."""
+    first, stop = (int(batch[name][0]) for name in ("first", "stop"))
+    queries, passages = (open_once(join(run, "embeddings", name)) for name in (f"queries.{_SPLIT}", "passages"))
+    similarity = read_json(join(checkpoint, "colbert.json"))["similarity"]
+    collection = collection_once(run)
+    qrels = collection.qrels(_SPLIT)
+    positives = Positives.from_qrels(
+        len(collection.queries(_SPLIT).ids), qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade
+    )
+    top_BN = np.asarray(read_ranking_matrix(rankings, _SPLIT)[first:stop])
+    rows_BQD = queries.gather(np.arange(first, stop)).embeddings_TD.reshape(stop - first, -1, queries.dim).float()
+    readers = {way["labels"]: ExpansionReader.open(way["labels"], _SPLIT) for way in ways}
+    sums, judged = np.zeros(len(ways)), 0
+    for row, query in enumerate(range(first, stop)):
+        wanted, candidates_N = positives.of(query), top_BN[row][top_BN[row] >= 0]
+        if not len(wanted):
+            continue
+        judged += 1
+        if not len(candidates_N):
+            continue
+        rows_NLD, mask_NL = passages.gather(candidates_N.astype(np.int64)).padded()
+        relevant_1N = np.isin(candidates_N, wanted)[None]
+        for i, way in enumerate(ways):
+            expansions, weights = readers[way["labels"]].select(np.array([query]), way["size"], way["beta"])
+            scores_1N = teacher_scores(
+                rows_BQD[row : row + 1], expansions, weights, rows_NLD.float(), mask_NL, similarity,
+                zero_row_floor=way["floor"],
+            )  # fmt: skip
+            sums[i] += mean_reciprocal_rank(scores_1N.numpy(), relevant_1N)
+    sums_list = pa.array([sums.tolist()], pa.list_(pa.float64()))
+    return pa.table({"queries": [stop - first], "judged": [judged], "sums": sums_list})

@@ -1,0 +1,255 @@
+"""`ckd-ray tune`: the two passes, and the winner trained in full against the configuration itself.
+
+Everything upstream of the labels is the run's own and made once; labels of other settings are made once each, for all
+trials that share them. What is finished stays: run again, the same command goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from ckd_ray.config import Config
+from ckd_ray.data import Collection
+from ckd_ray.errors import UserError
+from ckd_ray.evaluate.against import Side, compare_runs
+from ckd_ray.pipeline.artefact import manifest_of
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.pipeline.lock import run_lock
+from ckd_ray.pipeline.runner import run_stages
+from ckd_ray.pipeline.stages import distill_seed, needed
+from ckd_ray.pipeline.work import distill_task
+from ckd_ray.progress import say, without_secrets
+from ckd_ray.store.files import delete, exists, join, read_json, write_atomic, write_json_atomic
+from ckd_ray.tune.first_pass import first_pass
+from ckd_ray.tune.records import Records, Trial
+from ckd_ray.tune.search import search, shown, trial_task
+from ckd_ray.tune.space import Values, candidates, space_of, split, values_of, with_values
+from ckd_ray.tune.suggest import Suggester, check_installed, importance
+
+FOLDER = "tune"
+WINNER = f"{FOLDER}/best"
+_OF_THE_SEARCH = ("search", "label_candidates", "label_kept", "measurements", "grace", "reduction", "dev_queries",
+                  "dev_passages")  # fmt: skip
+
+
+def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
+    """Search, retrain the winner in full, compare it with the configuration, and write `tune/best.yaml`,
+    `trials.parquet` and `summary.json`. Ray must be connected. Returns the summary.
+
+    Args:
+        fresh: throw away what earlier searches of this run have left.
+
+    Raises:
+        UserError: Optuna is missing, the collection has no dev split, or the trials do not fit the cluster.
+        JobError: no trial could be finished.
+    """
+    check_installed(config.tune.search)
+    context = RunContext.of(config)
+    if fresh:
+        delete(context.path(FOLDER))
+    upstream = [stage for stage in needed(config, "distill") if stage.name != "distill"]
+    run_stages(config, until=upstream[-1].name)
+    splits = Collection.open(context.run).splits
+    if "dev" not in splits:
+        raise UserError(
+            "the search needs labelled dev queries",
+            where="collection.dev",
+            expected="a dev split",
+            found=", ".join(splits),
+        )
+    space = space_of(config)
+    seed = config.run.seed if config.tune.seed is None else config.tune.seed
+    made_of = _search_fingerprint(config, context, upstream)
+    folder = context.path(FOLDER, f"search-{made_of[:12]}")
+    with run_lock(context.run):
+        kept, passed = _first(context, config, folder, seed)
+    for combination in kept:
+        _label(config, combination)
+    with run_lock(context.run):
+        records = _trials(context, config, folder, kept, seed, made_of)
+        best = records.best()
+        assert best is not None
+        found = with_values(config, best.values)
+        _write_best(context, found, best)
+        _write_trials(context, records)
+    summary = {
+        "run": context.run,
+        "trials": records.rows(),
+        "best": {"trial": best.number, "mrr@10": best.best, **best.values},
+        "default": values_of(config, space),
+        "first_pass": passed,
+        "agreement": _agreement(passed, records),
+        "importance": importance(records.ended()),
+        "saved": _saved(config, records, upstream, context),
+        "comparison": _retrained(config, found, best, _labels_folder(config, best.values)),
+        "seed": seed,
+    }
+    with run_lock(context.run):
+        write_json_atomic(context.path(FOLDER, "summary.json"), summary)
+    return summary
+
+
+def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any]) -> str:
+    """Of all that a trial's result depends on, besides its values. The number of trials may grow."""
+    t = config.tune.model_dump(mode="json")
+    return fingerprint(
+        inputs={s.name: (manifest_of(context.path(s.folder)) or {}).get("made_of") for s in upstream},
+        distill=config.distill.model_dump(mode="json", exclude={"workers", "max_failures", "callbacks", "log_every"}),
+        label=config.label.model_dump(mode="json"),
+        space={key: [p.kind, list(p.values)] for key, p in space_of(config).items()},
+        tune={key: t[key] for key in _OF_THE_SEARCH},
+        seed=[config.run.seed if config.tune.seed is None else config.tune.seed, distill_seed(config)],
+    )
+
+
+def _first(context: RunContext, config: Config, folder: str, seed: int) -> tuple[list[Values], list[dict[str, Any]]]:
+    """(combinations that go on to trials, what the first pass found). The configuration's own always go on."""
+    first, _ = split(space_of(config))
+    if not first:
+        return [{}], []
+    path = join(folder, "first_pass.json")
+    if exists(path):
+        found: list[dict[str, Any]] = read_json(path)
+    else:
+        combinations = candidates(config, first, config.tune.label_candidates, seed)
+        say(f"tune: first pass, {len(combinations)} combinations of {', '.join(first)}, without training")
+        scores = first_pass(context, join(folder, "first"), combinations)
+        found = [{"values": v, "mrr@10": score} for v, score in zip(combinations, scores, strict=True)]
+        write_json_atomic(path, found)
+    others = sorted(found[1:], key=lambda entry: -entry["mrr@10"])
+    kept = [found[0], *others[: config.tune.label_kept - 1]]
+    for entry in kept:
+        values = ", ".join(f"{key.partition('.')[2]} {shown(v)}" for key, v in entry["values"].items())
+        own = " (as configured)" if entry is found[0] else ""
+        say(f"  teacher's MRR@10 on dev {entry['mrr@10']:.4f}: {values}{own}")
+    return [entry["values"] for entry in kept], found
+
+
+def _labels_folder(config: Config, values: Values) -> str:
+    """Where the labels of these values are, below the run."""
+    settings = with_values(config, values).label.model_dump(mode="json")
+    if settings == config.label.model_dump(mode="json"):
+        return "labels"
+    return f"{FOLDER}/labels-{fingerprint(label=settings)[:12]}"
+
+
+def _label(config: Config, values: Values) -> None:
+    """Labels of the training queries under these settings, unless they are there."""
+    folder = _labels_folder(config, values)
+    if folder != "labels":
+        run_stages(with_values(config, values), until="label", labels=folder)
+
+
+def _trials(context: RunContext, config: Config, folder: str, kept: list[Values], seed: int, made_of: str) -> Records:
+    space = space_of(config)
+    records = Records(join(folder, "trials"))
+    suggester = Suggester(
+        kept,
+        split(space)[1],
+        values_of(config, space),
+        search=config.tune.search,
+        seed=seed,
+        trials=config.tune.trials,
+    )
+    base = distill_task(context, made_of)
+
+    def task_of(number: int, values: Values) -> Any:
+        mine = with_values(config, values)
+        print_of = fingerprint(search=made_of, trial=number, values=values)
+        return trial_task(base, mine, print_of, _labels_folder(config, values))
+
+    search(config, context.run, folder, records, suggester, task_of)
+    return records
+
+
+def _write_best(context: RunContext, found: Config, best: Trial) -> None:
+    tree = found.model_dump(mode="json", exclude={"tune"})
+    head = f"# Found by ckd-ray tune: trial {best.number}, MRR@10 {best.best:.4f} on the dev queries of its trials.\n"
+    # Keys in URIs belong into the environment (docs/store.md), not into files that are passed on.
+    text = without_secrets(head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)).encode()
+    write_atomic(context.path(FOLDER, "best.yaml"), lambda stream: stream.write(text))
+
+
+def _write_trials(context: RunContext, records: Records) -> None:
+    table = pa.Table.from_pylist(records.rows())
+    write_atomic(context.path(FOLDER, "trials.parquet"), lambda stream: pq.write_table(table, stream))
+
+
+def _retrained(config: Config, found: Config, best: Trial, labels: str) -> dict[str, Any] | None:
+    """The winner and the configuration, both trained in full and measured on all of dev and test."""
+    say("tune: the configuration as it is, in full")
+    run_stages(config)
+    if best.number == 0:
+        say("tune: no trial was better than the configuration itself")
+        return None
+    say("tune: the best trial, in full")
+    run_stages(found, variant=WINNER, labels=labels)
+    run = RunContext.of(config).run
+    other, mine = (Side.of(open_finished(at), "student") for at in (run, join(run, WINNER)))
+    return compare_runs(other, mine)
+
+
+def _agreement(passed: list[dict[str, Any]], records: Records) -> dict[str, Any] | None:
+    """How well the first pass predicts the second: Spearman's rank correlation, over the combinations that trials
+    took, of the teacher's MRR@10 and the best student's. None with fewer than three."""
+    import pandas as pd
+
+    best: dict[str, tuple[float, float]] = {}
+    for entry in passed:
+        own = [
+            t.best
+            for t in records.ended()
+            if t.best is not None and all(t.values[key] == value for key, value in entry["values"].items())
+        ]
+        if own:
+            best[str(entry["values"])] = (entry["mrr@10"], max(own))
+    if len(best) < 3:
+        return None
+    frame = pd.DataFrame(best.values(), columns=["teacher", "student"])
+    rho = frame["teacher"].rank().corr(frame["student"].rank())
+    return {"spearman": None if pd.isna(rho) else round(float(rho), 4), "combinations": len(best)}
+
+
+def _saved(config: Config, records: Records, upstream: list[Any], context: RunContext) -> dict[str, float]:
+    """What stopping and sharing saved: the time of the search against as many whole pipelines, each with everything
+    upstream and all steps at the rate of the finished trials. Evaluation counts in neither."""
+    shared = sum(float((manifest_of(context.path(s.folder)) or {}).get("seconds", 0.0)) for s in upstream)
+    trials = [t for t in records.trials.values() if t.measurements]
+    finished = [t for t in trials if t.state == "finished"]
+    whole = sum(t.seconds for t in finished) / max(1, len(finished))
+    spent, pipelines = shared + sum(t.seconds for t in trials), len(trials) * (shared + whole)
+    return {
+        "search_seconds": round(spent, 1),
+        "as_pipelines_seconds": round(pipelines, 1),
+        "share": round(1 - spent / pipelines, 4) if pipelines else 0.0,
+        "steps_share": round(sum(t.steps for t in trials) / max(1, len(trials) * config.distill.steps), 4),
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The result for people."""
+    best = summary["best"]
+    values = {key: v for key, v in best.items() if key not in ("trial", "mrr@10")}
+    changed = {key: v for key, v in values.items() if summary["default"].get(key) != v}
+    say("")
+    say(f"best of {len(summary['trials'])} trials: number {best['trial']}, MRR@10 {best['mrr@10']:.4f} on dev")
+    for key, value in (changed or values).items():
+        say(f"  {key}: {shown(value)}  ({shown(summary['default'][key])} in the configuration)")
+    if summary["agreement"]:
+        a = summary["agreement"]
+        say(f"first pass against trials: rank correlation {a['spearman']} over {a['combinations']} combinations")
+    saved = summary["saved"]
+    say(f"the search took {100 * (1 - saved['share']):.0f} % of the time of as many whole pipelines")
+    if summary["comparison"]:
+        from ckd_ray.evaluate.against import render_against
+
+        say("")
+        say(render_against(summary["comparison"]))
+    say("")
+    say(join(summary["run"], FOLDER, "best.yaml"))

@@ -1,0 +1,364 @@
+"""The second pass: trials, run by Ray Tune. Each is a real distillation through Ray Train; ASHA stops weak ones.
+
+Ray Tune asks `_Searcher` for the next trial and tells `_Ledger` what happened; both keep what they know in `Records`,
+and ASHA is told of earlier trials when a search goes on. Everything that Ray itself keeps of a search is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from ckd_ray.config import Config
+from ckd_ray.distill.placement import Placement
+from ckd_ray.distill.task import TrainingTask
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.progress import duration, say
+from ckd_ray.store.files import delete, filesystem_of, is_local, join
+from ckd_ray.tune.records import Records, Trial
+from ckd_ray.tune.space import Values
+from ckd_ray.tune.suggest import Suggester
+
+METRIC, TIME = "mrr@10", "steps"
+# The process that follows a trial's training; it computes nothing.
+_DRIVER_CPUS = 0.01
+_WORKER_CPUS = 0.9
+_CLUSTER_FAILURES = 3  # how often a trial is started again whose process or node was lost
+
+# From the values of a trial to its training, and the folders that it may leave.
+TaskOf = Callable[[int, Values], TrainingTask]
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """How trials share the cluster: so many at a time, each with `placement`, its workers with so many threads."""
+
+    concurrent: int
+    placement: Placement
+    threads: int | None
+
+
+def plan_trials(config: Config) -> TrialPlan:
+    """Fit the trials to the connected cluster.
+
+    Raises:
+        UserError: not as many fit as asked for, in numbers.
+    """
+    t = config.tune
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([node.get(name, 0.0) for node in nodes] for name in ("CPU", "GPU"))
+    if sum(gpus) < 1:
+        room = sum(int(c / (_WORKER_CPUS + _DRIVER_CPUS) + 1e-9) for c in cpus)
+        concurrent = _checked(t.concurrent, min(1, room), room, "one CPU each", cpus, gpus)
+        cores = os.cpu_count() or 1
+        return TrialPlan(concurrent, Placement(1, 1, False, cpus=_WORKER_CPUS), max(1, cores // concurrent))
+    if t.gpus_per_trial < 1:
+        each = int(1 / t.gpus_per_trial + 1e-9)
+        room = sum(min(int(g) * each, int(c / 0.5)) for g, c in zip(gpus, cpus, strict=True))
+        placement = Placement(1, 1, True, gpus=t.gpus_per_trial, cpus=0.45)
+    else:
+        workers = int(t.gpus_per_trial)
+        slots = sum(min(int(g), int(c)) for g, c in zip(gpus, cpus, strict=True))
+        room = slots // workers
+        placement = Placement(workers, workers, True, cpus=_WORKER_CPUS)
+    wanted = min(room, t.trials)
+    concurrent = _checked(t.concurrent, wanted, room, f"{t.gpus_per_trial:g} GPU each", cpus, gpus)
+    return TrialPlan(concurrent, placement, None)
+
+
+def _checked(asked: int | str, wanted: int, room: int, each: str, cpus: list[float], gpus: list[float]) -> int:
+    count = wanted if asked == "auto" else int(asked)
+    if room < 1 or count > room:
+        raise UserError(
+            "the trials do not fit the cluster",
+            where="tune.concurrent",
+            expected=f"at most {room}, {each}",
+            found=f"{asked}; the cluster has {sum(cpus):g} CPU and {sum(gpus):g} GPU (nodes: {len(cpus)})",
+            fix="set tune.concurrent: auto, lower tune.gpus_per_trial, or add nodes",
+        )
+    return count
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """One trial, in a process of Ray Tune: the distillation of `config["task"]`, whose student is thrown away.
+
+    Its measurements go to Ray Tune as they come. A trial that was lost goes on from its last checkpoint.
+    """
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from ckd_ray.distill.trainer import fit
+    from ckd_ray.progress import set_quiet
+
+    set_quiet(True)
+    task = TrainingTask.from_dict(config["task"])
+    fit(
+        task,
+        out=config["out"],
+        max_failures=config["max_failures"],
+        callbacks=[TuneReportCallback()],
+        placement=Placement(**config["placement"]),
+        threads=config["threads"],
+        board=board_of(task),
+    )
+    delete(config["out"])
+
+
+def board_of(task: TrainingTask) -> str:
+    """The name of the actor that a trial's training looks at."""
+    return f"ckd-ray-trial-{task.fingerprint[:16]}"
+
+
+def search(config: Config, run: str, folder: str, records: Records, suggester: Suggester, task_of: TaskOf) -> None:
+    """Run the trials that are not done yet. `folder` takes what Ray Tune writes; Ray must be connected.
+
+    Raises:
+        UserError: the trials do not fit the cluster.
+        JobError: no trial could be finished.
+    """
+    t = config.tune
+    plan = plan_trials(config)
+    waiting = sum(trial.state in ("running", "failed") for trial in records.trials.values())
+    left = max(0, t.trials - len(records.trials)) + waiting
+    if not left:
+        return
+    table = _Table(records, suggester.default)
+    steps = config.distill.steps
+    every = steps_a_measurement(config)
+    searcher = _Searcher(records, suggester, task_of, t.trials, config, plan, folder)
+    asha = _GentleASHA(
+        searcher,
+        time_attr=TIME,
+        metric=METRIC,
+        mode="max",
+        max_t=steps + 1,  # a trial that takes all its steps ends by itself
+        grace_period=every * t.grace,
+        reduction_factor=t.reduction,
+    )
+    _replay(asha, records)
+    say(f"tune: {left} of {t.trials} trials, {plan.concurrent} at a time; measured every {every} of {steps} steps")
+    table.head()
+    at = join(folder, "ray")
+    delete(at)
+    fs, path = filesystem_of(at)
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"cpu": _DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=asha,
+            num_samples=left,
+            max_concurrent_trials=plan.concurrent,
+        ),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=path,
+            storage_filesystem=None if is_local(at) else fs,
+            callbacks=[_Ledger(records, searcher, table, steps)],
+            failure_config=tune.FailureConfig(max_failures=_CLUSTER_FAILURES),
+            verbose=0,
+        ),
+    )
+    with _quietly():
+        tuner.fit()
+    delete(at)
+    for task in searcher.tasks.values():  # of trials that failed
+        delete(join(run, "checkpoints", f"{task.stage}-{task.fingerprint[:16]}"))
+    if records.best() is None:
+        causes = {trial.cause for trial in records.trials.values() if trial.cause}
+        raise JobError(f"tune: no trial was finished: {'; '.join(sorted(causes)) or 'all were stopped'}")
+
+
+def steps_a_measurement(config: Config) -> int:
+    """Steps between two measurements of a trial."""
+    return max(1, config.distill.steps // config.tune.measurements)
+
+
+def trial_task(base: TrainingTask, config: Config, fingerprint: str, labels: str) -> TrainingTask:
+    """`base` with the values of a trial's configuration, measured on dev as a search needs it."""
+    d, t = config.distill, config.tune
+    names = (
+        "temperature", "smoothing", "beta", "expansion_size", "zero_row_floor", "learning_rate", "negatives",
+        "negatives_depth", "warmup", "weight_decay", "ema",
+    )  # fmt: skip
+    every = steps_a_measurement(config)
+    measured: dict[str, Any] = {"evaluate_every": every, "checkpoint_every": every, "patience": 0}
+    measured |= {"dev_queries": t.dev_queries, "dev_passages": t.dev_passages}
+    values = {name: getattr(d, name) for name in names}
+    return replace(base, fingerprint=fingerprint, labels=labels, **values, **measured)
+
+
+class _Searcher(Searcher):
+    """Hands out trials: those that were stopped in the middle first, then new ones."""
+
+    def __init__(
+        self,
+        records: Records,
+        suggester: Suggester,
+        task_of: TaskOf,
+        trials: int,
+        config: Config,
+        plan: TrialPlan,
+        folder: str,
+    ) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self.records, self.suggester, self.task_of, self.trials = records, suggester, task_of, trials
+        self.plan, self.folder, self.max_failures = plan, folder, config.distill.max_failures
+        self.again = [t for t in records.trials.values() if t.state in ("running", "failed")]
+        self.numbers: dict[str, int] = {}
+        self.tasks: dict[int, TrainingTask] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.again:
+            trial = self.again.pop(0)
+            trial.state, trial.cause = "running", None
+        else:
+            number = next(i for i in range(len(self.records.trials) + 1) if i not in self.records.trials)
+            if number >= self.trials:
+                return Searcher.FINISHED
+            trial = Trial(number, self.suggester.values(number, self.records.ended()))
+        self.records.write(trial)
+        self.numbers[trial_id] = trial.number
+        task = self.tasks[trial.number] = self.task_of(trial.number, trial.values)
+        return {
+            "task": task.to_dict(),
+            "out": join(self.folder, f"student-{trial.number:05d}"),
+            "placement": asdict(self.plan.placement),
+            "threads": self.plan.threads,
+            "max_failures": self.max_failures,
+        }
+
+    def stop(self, trial_id: str) -> None:
+        """Ask a trial to end; one that has ended meanwhile has nobody to ask."""
+        number = self.numbers.get(trial_id)
+        if number is not None:
+            with suppress(ValueError):
+                ray.get_actor(board_of(self.tasks[number])).stop.remote()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The ledger hears of it as well, and keeps it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep beside the records."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+class _GentleASHA(ASHAScheduler):
+    """ASHA that asks a weak trial to end instead of killing it.
+
+    A killed trial would leave the placement group of its Ray Train workers behind, and the next trial would wait for
+    its CPUs for ever.
+    """
+
+    def __init__(self, searcher: _Searcher, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """See `ASHAScheduler`; the answer is always to go on."""
+        if super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+            self._searcher.stop(trial.trial_id)
+        return TrialScheduler.CONTINUE
+
+
+class _Ledger(tune.Callback):
+    """Writes down what happens to the trials, and shows it."""
+
+    def __init__(self, records: Records, searcher: _Searcher, table: _Table, steps: int) -> None:
+        self.records, self.searcher, self.table, self.steps = records, searcher, table, steps
+
+    def _of(self, trial: Any) -> Trial | None:
+        number = self.searcher.numbers.get(trial.trial_id)
+        return None if number is None else self.records.trials[number]
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+        mine = self._of(trial)
+        if mine is None or METRIC not in result or result[TIME] <= mine.steps:
+            return  # a training that goes on after a loss may report a step again
+        mine.seconds += float(result.get("time_this_iter_s", 0.0))
+        mine.measurements.append([int(result[TIME]), float(result[METRIC]), round(mine.seconds, 1)])
+        self.records.write(mine)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        mine = self._of(trial)
+        if mine is not None:
+            self.records.end(mine, "finished" if mine.steps >= self.steps else "stopped")
+            self.table.row(mine)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        mine = self._of(trial)
+        if mine is not None:
+            self.records.end(mine, "failed", _cause(trial))
+            self.table.row(mine)
+
+
+def _cause(trial: Any) -> str:
+    """The last line of the trial's error, which is the message of what was raised."""
+    error = getattr(trial, "get_error", lambda: None)()
+    error = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def _replay(asha: ASHAScheduler, records: Records) -> None:
+    """Tell a new scheduler what the trials of an earlier call measured, in the order in which they ended."""
+    order = sorted(records.trials.values(), key=lambda t: (t.ended is None, t.ended or 0, t.number))
+    for trial in order:
+        known: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
+        asha.on_trial_add(None, known)  # type: ignore[arg-type]
+        for steps, value, _ in trial.measurements:
+            asha.on_trial_result(None, known, {TIME: int(steps), METRIC: value})  # type: ignore[arg-type]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Ctrl-C ends the search like any other command, and Ray Tune prints no tables of its own."""
+    names = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class _Table:
+    """A row for every trial as it ends, under one head."""
+
+    def __init__(self, records: Records, values: Values) -> None:
+        self.records = records
+        self.names = {key: key.partition(".")[2] for key in values}
+        self.widths = {key: max(len(name), 9) for key, name in self.names.items()}
+
+    def head(self) -> None:
+        names = "  ".join(f"{name:>{self.widths[key]}}" for key, name in self.names.items())
+        say(f"  trial  {names}     steps   MRR@10     time")
+        for trial in self.records.ended():
+            self.row(trial)
+
+    def row(self, trial: Trial) -> None:
+        values = "  ".join(f"{shown(trial.values[key]):>{self.widths[key]}}" for key in self.names)
+        best = "" if trial.best is None else f"{trial.best:.4f}"
+        time = duration(trial.seconds)
+        leader = self.records.best()
+        mark = " <- best" if leader is not None and leader.number == trial.number else ""
+        note = f"  {trial.state}: {trial.cause}" if trial.cause else ("  stopped" if trial.state == "stopped" else mark)
+        say(f"  {trial.number:>5}  {values}  {trial.steps:>8}  {best:>7}  {time:>7}{note}")
+
+
+def shown(value: Any) -> str:
+    """A value in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,205 @@
+"""What a search may vary, and how: `tune.space` read, checked, and drawn from.
+
+Knows nothing of Ray or Optuna, so that a configuration is checked in no time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from ckd_ray.config.schema import Config
+
+# Keys that the teacher's scores depend on: their worth shows without any training (`first_pass`).
+OF_THE_TEACHER = (
+    "label.feedback_passages",
+    "label.clusters",
+    "label.voters",
+    "label.token_vote",
+    "label.neighbours",
+    "distill.beta",
+    "distill.expansion_size",
+    "distill.zero_row_floor",
+)
+KEYS = (
+    *OF_THE_TEACHER,
+    "distill.temperature",
+    "distill.smoothing",
+    "distill.learning_rate",
+    "distill.negatives",
+    "distill.negatives_depth",
+    "distill.warmup",
+    "distill.weight_decay",
+    "distill.ema",
+)
+STANDARD: dict[str, dict[str, Any]] = {
+    "distill.temperature": {"loguniform": [0.1, 8.0]},
+    "distill.smoothing": {"choice": [0.0, 0.02, 0.1]},
+    "distill.beta": {"choice": [0.03, 0.1, 0.3, 1.0]},
+    "distill.expansion_size": {"choice": [5, 10, 20]},
+}
+_KINDS = ("choice", "uniform", "loguniform", "int")
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """How one key varies: `choice` among `values`; `uniform`, `loguniform` or `int` from `values[0]` to `values[1]`,
+    both included."""
+
+    kind: str
+    values: tuple[Any, ...]
+
+    def draw(self, random: np.random.Generator) -> Any:
+        """One value."""
+        if self.kind == "choice":
+            return self.values[int(random.integers(len(self.values)))]
+        low, high = self.values
+        if self.kind == "int":
+            return int(random.integers(low, high + 1))
+        if self.kind == "uniform":
+            return float(random.uniform(low, high))
+        return min(high, max(low, math.exp(random.uniform(math.log(low), math.log(high)))))
+
+    def all(self) -> list[Any] | None:
+        """Every value there is; None for a range of real numbers."""
+        if self.kind == "choice":
+            return list(self.values)
+        return list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else None
+
+    def extremes(self) -> list[Any]:
+        """Values which, when they are valid, make all valid."""
+        return list(self.values)
+
+
+def parse(spec: Mapping[str, Any]) -> Parameter:
+    """Read `{choice: [...]}` and its like.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if len(spec) != 1 or next(iter(spec)) not in _KINDS:
+        raise ValueError(f"expected one of {', '.join(_KINDS)} with a list, such as {{uniform: [0.0, 0.2]}}")
+    kind, values = next(iter(spec.items()))
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{kind} takes a list of values, found {values!r}")
+    if kind == "choice":
+        if any(isinstance(v, dict | list) for v in values):
+            raise ValueError("choice takes plain values")
+        if any(v in values[:i] for i, v in enumerate(values)):
+            raise ValueError("choice lists a value twice")
+        return Parameter(kind, tuple(values))
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    if len(numbers) != 2 or len(values) != 2 or numbers[0] >= numbers[1]:
+        raise ValueError(f"{kind} takes [low, high], two numbers in ascending order, found {values!r}")
+    if kind == "int" and any(v != int(v) for v in numbers):
+        raise ValueError(f"int takes whole numbers, found {values!r}")
+    if kind == "loguniform" and numbers[0] <= 0:
+        raise ValueError(f"loguniform needs a low above 0, found {values[0]!r}")
+    return Parameter(kind, tuple(map(int if kind == "int" else float, numbers)))
+
+
+def space_of(config: Config) -> dict[str, Parameter]:
+    """The parameters of a configuration that was checked, in a fixed order."""
+    given = config.tune.space
+    if given is None:
+        most = config.label.clusters
+        given = {**STANDARD, "distill.expansion_size": {"choice": [n for n in (5, 10, 20) if n <= most] or [most]}}
+        if config.distill.objective != "collective":
+            given = {key: spec for key, spec in given.items() if key not in OF_THE_TEACHER}
+    return {key: parse(given[key]) for key in sorted(given, key=KEYS.index)}
+
+
+def split(space: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
+    """(what the teacher's scores depend on, the rest)."""
+    first = {key: p for key, p in space.items() if key in OF_THE_TEACHER}
+    return first, {key: p for key, p in space.items() if key not in first}
+
+
+def values_of(config: Config, keys: Iterator[str] | Mapping[str, Any] | tuple[str, ...]) -> Values:
+    """The configured value of each key."""
+    found = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        found[key] = getattr(getattr(config, section), name)
+    return found
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values.
+
+    Raises:
+        pydantic.ValidationError: a value is out of its key's range.
+    """
+    tree = config.model_dump()
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    return Config.model_validate(tree)
+
+
+def candidates(config: Config, space: Mapping[str, Parameter], count: int, seed: int) -> list[Values]:
+    """Up to `count` different combinations, those of the configuration itself first: the whole grid when it is that
+    small, else drawn. Combinations that cannot work are left out."""
+    from ckd_ray.config.checks import impossible_combinations
+
+    def works(values: Values) -> bool:
+        return not any(True for _ in impossible_combinations(with_values(config, values)))
+
+    found = [values_of(config, space)]
+    everything = [p.all() for p in space.values()]
+    size = math.prod(len(a) if a is not None else count + 1 for a in everything)
+    if size <= count:
+        grid = itertools.product(*(a for a in everything if a is not None))
+        drawn: Iterator[Values] = (dict(zip(space, one, strict=True)) for one in grid)
+    else:
+        random = np.random.default_rng([seed, 1])
+        drawn = ({key: p.draw(random) for key, p in space.items()} for _ in range(50 * count))
+    for values in drawn:
+        if len(found) >= count:
+            break
+        if values not in found and works(values):
+            found.append(values)
+    return found
+
+
+def problems(config: Config) -> Iterator[tuple[str, str]]:
+    """What is wrong with `tune.space`: (path, sentence)."""
+    for key, spec in (config.tune.space or {}).items():
+        path = f"tune.space.{key}"
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, 1, 0.5)
+            yield path, f"cannot vary; {f'did you mean {close[0]}?' if close else 'what can: ' + ', '.join(KEYS)}"
+            continue
+        try:
+            parameter = parse(spec)
+        except ValueError as error:
+            yield path, str(error)
+            continue
+        yield from _out_of_range(config, key, parameter)
+        if key in OF_THE_TEACHER and config.distill.objective != "collective":
+            yield path, f"changes nothing for objective {config.distill.objective}"
+
+
+def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
+    for value in parameter.extremes():
+        try:
+            changed = with_values(config, {key: value})
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            yield f"tune.space.{key}", f"{message[:1].lower()}{message[1:]}, found {value!r}"
+            return
+        if key == "distill.negatives_depth" and changed.distill.negatives_depth > config.retrieve.depth:
+            yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
+            return
+        if key == "label.feedback_passages" and changed.label.feedback_passages > config.retrieve.depth:
+            yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
+            return

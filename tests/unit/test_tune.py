@@ -1,0 +1,139 @@
+"""The space of a search, and what it suggests; no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckd_ray.config import Config, load_config
+from ckd_ray.config.load import ConfigError
+from ckd_ray.tune.records import Records, Trial
+from ckd_ray.tune.space import Parameter, candidates, parse, space_of, split, values_of, with_values
+from ckd_ray.tune.suggest import Suggester
+
+
+def config(*values: str) -> Config:
+    return load_config(None, values)
+
+
+@pytest.mark.parametrize(
+    ("space", "path", "message"),
+    [
+        ("{distill.temprature: {choice: [1]}}", "distill.temprature", "did you mean distill.temperature?"),
+        ("{distill.steps: {choice: [1]}}", "distill.steps", "cannot vary"),
+        ("{distill.beta: {range: [0, 1]}}", "distill.beta", "expected one of choice, uniform, loguniform, int"),
+        ("{distill.beta: {choice: 3}}", "distill.beta", "takes a list"),
+        ("{distill.beta: {choice: []}}", "distill.beta", "takes a list"),
+        ("{distill.beta: {choice: [1, 1]}}", "distill.beta", "twice"),
+        ("{distill.beta: {uniform: [1, 0.5]}}", "distill.beta", "ascending"),
+        ("{distill.temperature: {loguniform: [0, 1]}}", "distill.temperature", "above 0"),
+        ("{distill.expansion_size: {int: [1, 2.5]}}", "distill.expansion_size", "whole numbers"),
+        ("{distill.temperature: {uniform: [0.1, 1000]}}", "distill.temperature", "less than or equal to 100"),
+        ("{distill.negatives_depth: {choice: [50, 500]}}", "distill.negatives_depth", "retrieve.depth"),
+        ("{label.token_vote: {choice: [nobody]}}", "label.token_vote", "collection"),
+    ],
+)
+def test_mistakes_in_the_space_are_named(space: str, path: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config(f"tune.space={space}")
+    assert [p.path for p in raised.value.problems] == [f"tune.space.{path}"]
+    assert message in raised.value.problems[0].message
+
+
+def test_keys_of_the_labels_change_nothing_for_other_objectives() -> None:
+    with pytest.raises(ConfigError, match="changes nothing for objective self_distillation"):
+        config("distill.objective=self_distillation", "tune.space={distill.beta: {choice: [0.1, 1]}}")
+    assert "distill.beta" not in space_of(config("distill.objective=self_distillation"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "low", "high", "kind"),
+    [({"uniform": [0, 1]}, 0, 1, float), ({"loguniform": [0.01, 10]}, 0.01, 10, float), ({"int": [3, 5]}, 3, 5, int)],
+)
+def test_ranges_are_drawn_from_within_and_wholly(spec: dict, low: float, high: float, kind: type) -> None:
+    random = np.random.default_rng(0)
+    drawn = [parse(spec).draw(random) for _ in range(3000)]
+    assert all(type(v) is kind and low <= v <= high for v in drawn)
+    if kind is int:
+        assert set(drawn) == {3, 4, 5}
+    elif spec.get("loguniform"):
+        assert np.median(drawn) == pytest.approx(0.316, rel=0.15)  # the middle in the logarithm
+    else:
+        assert np.mean(drawn) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_small_grid_is_taken_whole_after_the_configuration_and_impossible_ones_are_left_out() -> None:
+    given = config("tune.space={label.clusters: {choice: [6, 24]}, distill.expansion_size: {choice: [5, 10]}}")
+    found = candidates(given, split(space_of(given))[0], 10, seed=1)
+    assert found[0] == {"label.clusters": 24, "distill.expansion_size": 10}
+    # ten of six clusters cannot be
+    assert [tuple(v.values()) for v in found[1:]] == [(6, 5), (24, 5)]
+
+
+def test_a_large_grid_is_drawn_without_repeats() -> None:
+    given = config("tune.space={distill.beta: {uniform: [0, 2]}, label.voters: {int: [1, 3]}}")
+    space = space_of(given)
+    found = candidates(given, space, 12, seed=1)
+    assert len(found) == 12 and len({tuple(v.values()) for v in found}) == 12
+    assert found == candidates(given, space, 12, seed=1) != candidates(given, space, 12, seed=2)
+    assert {v["label.voters"] for v in found[1:]} <= {1, 2, 3}
+
+
+def test_values_are_put_into_a_configuration_and_read_back() -> None:
+    values = {"distill.temperature": 2.5, "label.voters": 3}
+    changed = with_values(config(), values)
+    assert values_of(changed, values) == values and changed.teacher == config().teacher
+
+
+def _suggester(search: str, trials: int = 30) -> Suggester:
+    space = {
+        "distill.temperature": Parameter("loguniform", (0.1, 10.0)),
+        "distill.smoothing": Parameter("choice", (0.0, 0.1)),
+    }
+    kept = [{"distill.beta": 0.3}, {"distill.beta": 1.0}]
+    default = {"distill.beta": 0.3, "distill.temperature": 0.25, "distill.smoothing": 0.02}
+    return Suggester(kept, space, default, search=search, seed=5, trials=trials)
+
+
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_suggestions_depend_on_the_number_and_on_what_has_ended_alone(search: str) -> None:
+    ended: list[Trial] = []
+    for number in range(8):
+        values = _suggester(search, 8).values(number, ended)
+        assert values == _suggester(search, 8).values(number, list(ended))
+        assert values.keys() == {"distill.beta", "distill.temperature", "distill.smoothing"}
+        state = "stopped" if number % 3 == 2 else "finished"
+        worth = values["distill.temperature"] / 10
+        ended.append(Trial(number, values, state, [[10, worth / 2, 1.0], [20, worth, 2.0]], ended=number))
+    assert ended[0].values["distill.temperature"] == 0.25  # the configuration itself
+    assert len({tuple(t.values.values()) for t in ended}) == 8
+
+
+def test_optuna_goes_where_it_was_good() -> None:
+    ended: list[Trial] = []
+    suggester = _suggester("optuna")
+    for number in range(30):
+        values = suggester.values(number, ended)
+        worth = 1 - abs(np.log(values["distill.temperature"] / 3)) / 5 + 0.5 * (values["distill.beta"] == 1.0)
+        ended.append(Trial(number, values, "finished", [[20, float(worth), 2.0]], ended=number))
+    late = [t.values for t in ended[20:]]
+    assert np.mean([v["distill.beta"] == 1.0 for v in late]) >= 0.7
+    assert 1.5 < np.median([v["distill.temperature"] for v in late]) < 6
+
+
+def test_records_are_read_back_and_the_best_is_a_finished_one(tmp_path: Path) -> None:
+    records = Records(str(tmp_path))
+    for number, (state, values) in enumerate(
+        [("finished", [0.2, 0.5]), ("stopped", [0.9]), ("finished", [0.5, 0.4]), ("failed", [])]
+    ):
+        trial = Trial(number, {"distill.beta": 1.0}, measurements=[[i + 1, v, 1.0] for i, v in enumerate(values)])
+        records.write(trial)
+        records.end(trial, state, "no memory" if state == "failed" else None)  # type: ignore[arg-type]
+    again = Records(str(tmp_path))
+    assert again.trials == records.trials
+    assert [t.number for t in again.ended()] == [0, 1, 2]
+    best = again.best()
+    assert best is not None and best.number == 0 and best.best == 0.5
+    assert again.rows()[3]["cause"] == "no memory" and again.rows()[1]["mrr@10"] == 0.9
