@@ -47,3 +47,23 @@ def length_groups(lengths: npt.NDArray[np.integer], overhead: int = OVERHEAD) ->
             for row in reversed(back):
                 bounds.insert(0, int(row[bounds[0] - 1]))
     return [order[starts[a] : starts[b]] for a, b in pairwise(bounds)]
+
+
+def even_bounds(lengths: npt.NDArray[np.integer], parts: int) -> Int64Array:
+    """Where to cut texts, in their order, into parts with about as many tokens each, so that none needs more memory
+    than the others: `parts` - 1 positions, as `np.split` takes them. No part is empty.
+
+    Raises:
+        ValueError: there are fewer texts than parts.
+    """
+    count = len(lengths)
+    if count < parts:
+        raise ValueError(f"{parts} parts of {count} texts")
+    total = np.cumsum(lengths, dtype=np.int64)
+    wanted = np.arange(1, parts) * (int(total[-1]) / parts)
+    # Text i belongs where its middle lies.
+    bounds = np.searchsorted(total - np.asarray(lengths) / 2, wanted)
+    numbers = np.arange(1, parts)
+    # Ascending, with a text for every part before and behind.
+    bounds = np.maximum.accumulate(np.maximum(bounds, numbers) - numbers) + numbers
+    return np.minimum(bounds, count - parts + numbers).astype(np.int64)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import Batch, BatchPlan, Int64Array, Positives, valid_mask
-from ckd_ray.distill.groups import OVERHEAD, OVERHEAD_GPU, length_groups
+from ckd_ray.distill.groups import OVERHEAD, OVERHEAD_GPU, even_bounds, length_groups
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
 from ckd_ray.model import ColBERTTokenizer
@@ -149,11 +149,10 @@ class InputReader:
         lengths = np.array([len(ids) for ids in tokens], np.int64)
         count = min(self.task.accumulate, len(queries_b))
         parts, all_groups = [], []
-        # Parts hold neighbours in length, which are then grouped once more.
+        # Parts hold neighbours in length, which are then grouped once more, and as many tokens each.
         by_length = np.argsort(lengths, kind="stable")
-        for rows, members in zip(
-            np.array_split(np.arange(len(queries_b)), count), np.array_split(by_length, count), strict=True
-        ):
+        members_of = np.split(by_length, even_bounds(lengths[by_length], count))
+        for rows, members in zip(np.array_split(np.arange(len(queries_b)), count), members_of, strict=True):
             found = length_groups(lengths[members], OVERHEAD_GPU if self.on_gpu else OVERHEAD)
             groups = [members[group] for group in found]
             span = slice(rows[0], rows[-1] + 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ckd_ray.collective import teacher_scores
 from ckd_ray.distill.exchange import gather_queries, gather_scores
 from ckd_ray.distill.inputs import Part, StepInputs, worker_slice
+from ckd_ray.distill.memory import give_back_freed
 from ckd_ray.distill.objectives import objective_loss
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows
@@ -184,7 +185,10 @@ class TrainingStep:
         """
         count = len(inputs.parts)
         with torch.no_grad():
-            encoded = [self._encode(inputs, i, self.bare) for i in range(count)]
+            encoded = []
+            for i in range(count):
+                encoded.append(self._encode(inputs, i, self.bare))
+                self._between_parts()
         queries_bQD = torch.cat([queries for queries, _ in encoded]).requires_grad_()
         groups = [(rows.requires_grad_(), keep) for _, found in encoded for rows, keep in found]
         loss, total = self._agreed(lambda: self._loss(inputs, queries_bQD, groups))
@@ -202,4 +206,10 @@ class TrainingStep:
                     assert gradient is not None
                     surrogate = surrogate + (rows * gradient).sum()
                 surrogate.backward()
+                del queries, found, surrogate
+            self._between_parts()
         return total
+
+    def _between_parts(self) -> None:
+        if self.bare.colbert.device.type == "cpu":
+            give_back_freed()

@@ -8,7 +8,7 @@ import torch
 
 from ckd_ray.distill.batches import Batch, BatchPlan, Positives, valid_mask
 from ckd_ray.distill.dev import mean_reciprocal_rank, top_of_rows
-from ckd_ray.distill.groups import length_groups
+from ckd_ray.distill.groups import even_bounds, length_groups
 from ckd_ray.distill.inputs import worker_slice
 from ckd_ray.distill.placement import parse_workers
 from ckd_ray.distill.task import TrainingTask
@@ -152,3 +152,20 @@ def test_learning_rate_warms_up_and_decays() -> None:
     task = TrainingTask("t", "r", "s", "f", 0, 10, 1, 1.0, warmup=0.2)
     rates = [task.learning_rate_at(s) for s in range(10)]
     assert rates == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+
+
+def test_parts_have_as_many_tokens_each_and_none_is_empty() -> None:
+    assert even_bounds(np.array([10, 10, 10, 10, 20, 20]), 2).tolist() == [4]
+    assert even_bounds(np.array([1, 1, 1, 1, 180]), 4).tolist() == [2, 3, 4]
+    assert even_bounds(np.array([180, 1, 1, 1]), 4).tolist() == [1, 2, 3]
+    random = np.random.default_rng(3)
+    for parts in (1, 2, 8):
+        for _ in range(50):
+            lengths = np.sort(random.integers(5, 181, random.integers(parts, 200)))
+            found = np.split(lengths, even_bounds(lengths, parts))
+            assert len(found) == parts and all(len(part) for part in found)
+            assert np.concatenate(found).tolist() == lengths.tolist()
+            if len(lengths) > 20 * parts:
+                assert max(map(np.sum, found)) - lengths.sum() / parts <= 180
+    with pytest.raises(ValueError, match="3 parts of 2 texts"):
+        even_bounds(np.array([1, 2]), 3)
