@@ -18,7 +18,7 @@ from common import alternate, figure, note
 
 from ckd_ray.retrieve.exact import rerank
 from ckd_ray.retrieve.faiss_index import candidate_passages
-from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
+from ckd_ray.retrieve.shard_range import RERANK_FACTOR, SearchSettings, ShardRange, choose_engine
 
 _DEPTH = 100
 _BATCH = 256  # queries of a part of the retrieve stage
@@ -54,7 +54,7 @@ def literal_rerank(
 
 def _rerank(store: Any, shards: list[int], asked: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     """On all passages of the 1,024 nearest embeddings of every query row, as published; and on the most promising
-    400 of them, which is what the stage scores. Short lists share fewer passages and go slower, so both are stated."""
+    of them, as many as the stage scores. Short lists share fewer passages and go slower, so both are stated."""
     served = ShardRange(store, shards, SearchSettings("faiss"))
     if served._faiss is None:
         raise SystemExit("too few token embeddings to re-rank candidates of")
@@ -64,7 +64,7 @@ def _rerank(store: Any, shards: list[int], asked: torch.Tensor, settings: dict[s
     rows_TD = torch.cat([store.shard(i).embeddings() for i in shards])
     lengths = served.rows.lengths
     out = {}
-    for name, limit in (("rerank", len(lengths)), ("rerank_short", 4 * _DEPTH)):
+    for name, limit in (("rerank", len(lengths)), ("rerank_short", RERANK_FACTOR * _DEPTH)):
         candidates = [candidate_passages(d, p, served._passage_of, limit) for d, p in near]
         mine = rerank(asked, candidates, rows_TD, lengths)
         literal = literal_rerank(asked[:4], candidates[:4], rows_TD, lengths)
