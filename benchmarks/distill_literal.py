@@ -79,14 +79,17 @@ class LiteralStep:
         return out
 
     def __call__(self, inputs: StepInputs) -> float:
-        ids_NL, mask_NL = self._full_length(inputs.passage_ids_nL), self._full_length(inputs.passage_mask_nL)
+        # Our groups of like length, padded to the full length and put back in the batch's order.
+        order = inputs.columns_n.argsort()
+        groups = inputs.parts[0].groups
+        ids_NL, mask_NL = (torch.cat([self._full_length(group[i]) for group in groups])[order] for i in (0, 1))
         assert inputs.teacher is not None
         with torch.no_grad():
             teacher_rows, teacher_NLD = self._encode(self.teacher, inputs, ids_NL, mask_NL)
             rows_BRD = torch.cat([teacher_rows, inputs.teacher.expansions_bED], 1)
             weights_BR = torch.cat([torch.ones(teacher_rows.shape[:2]), inputs.teacher.weights_bE], 1)
             target_BN = torch.stack([_maxsim(row, teacher_NLD, w) for row, w in zip(rows_BRD, weights_BR, strict=True)])
-            target_BN.scatter_(1, inputs.positives_b[:, None], target_BN.amax(1, keepdim=True))
+            target_BN.scatter_(1, inputs.positives_B[:, None], target_BN.amax(1, keepdim=True))
             target_BN = (target_BN / self.task.temperature).softmax(1)
         queries_BQD, passages_NLD = self._encode(self.student, inputs, ids_NL, mask_NL)
         leaf_q, leaf_p = queries_BQD.detach().requires_grad_(), passages_NLD.detach().requires_grad_()
@@ -105,7 +108,8 @@ class LiteralStep:
         return torch.nn.functional.pad(ids_NL, (0, self.maxlen - ids_NL.shape[1]))
 
     def _encode(self, model: ColBERT, inputs: StepInputs, ids_NL: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
-        queries_BQD = model.encode_queries(inputs.query_ids_bQ, inputs.query_mask_bQ)
+        part = inputs.parts[0]
+        queries_BQD = model.encode_queries(part.query_ids_bQ, part.query_mask_bQ)
         passages_NLD, keep_NL = model.encode_passages(ids_NL, mask_NL)
         return queries_BQD, passages_NLD * keep_NL[:, :, None]  # dropped rows stay as zeros
 

@@ -75,7 +75,8 @@ def _batches(run: DistillRun, task: Any, steps: int) -> dict[str, Any]:
     for step in range(steps):
         batch, inputs = reader.plan.batch(step), reader.read(step)
         t = inputs.teacher
-        scores_BN = teacher_scores(t.queries_bQD, t.expansions_bED, t.weights_bE, t.passages_NLD, t.mask_NL)
+        found = [teacher_scores(t.queries_bQD, t.expansions_bED, t.weights_bE, *rows) for rows in t.passages]
+        scores_BN = torch.cat(found, 1)[:, inputs.columns_n.argsort()]
         texts = reader.collection.texts(batch.passages_BM.reshape(-1))
         rows["query"] += [reader.query_texts[i] for i in batch.queries_B.tolist()]
         rows["positive"] += texts[::2]
