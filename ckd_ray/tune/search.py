@@ -24,11 +24,11 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import duration, say
 from ckd_ray.store.files import delete, filesystem_of, is_local, join
-from ckd_ray.tune.records import Records, Trial
+from ckd_ray.tune.records import Records, State, Trial
 from ckd_ray.tune.space import Values
 from ckd_ray.tune.suggest import Suggester
 
-METRIC, TIME = "mrr@10", "steps"
+METRIC, TIME, CAUSE = "mrr@10", "steps", "cause"
 # The process that follows a trial's training; it computes nothing.
 _DRIVER_CPUS = 0.01
 _WORKER_CPUS = 0.9
@@ -67,6 +67,13 @@ def plan_trials(config: Config) -> TrialPlan:
         placement = Placement(1, 1, True, gpus=t.gpus_per_trial, cpus=0.45)
     else:
         workers = int(t.gpus_per_trial)
+        if workers > config.distill.batch_size:
+            raise UserError(
+                "more workers than queries in a batch",
+                where="tune.gpus_per_trial",
+                expected=f"at most distill.batch_size ({config.distill.batch_size})",
+                found=str(workers),
+            )
         slots = sum(min(int(g), int(c)) for g, c in zip(gpus, cpus, strict=True))
         room = slots // workers
         placement = Placement(workers, workers, True, cpus=_WORKER_CPUS)
@@ -91,7 +98,8 @@ def _checked(asked: int | str, wanted: int, room: int, each: str, cpus: list[flo
 def run_trial(config: dict[str, Any]) -> None:
     """One trial, in a process of Ray Tune: the distillation of `config["task"]`, whose student is thrown away.
 
-    Its measurements go to Ray Tune as they come. A trial that was lost goes on from its last checkpoint.
+    Its measurements go to Ray Tune as they come. A trial that was lost goes on from its last checkpoint; one that
+    failed of itself would fail again, so it reports its cause and ends.
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -100,15 +108,18 @@ def run_trial(config: dict[str, Any]) -> None:
 
     set_quiet(True)
     task = TrainingTask.from_dict(config["task"])
-    fit(
-        task,
-        out=config["out"],
-        max_failures=config["max_failures"],
-        callbacks=[TuneReportCallback()],
-        placement=Placement(**config["placement"]),
-        threads=config["threads"],
-        board=board_of(task),
-    )
+    try:
+        fit(
+            task,
+            out=config["out"],
+            max_failures=config["max_failures"],
+            callbacks=[TuneReportCallback()],
+            placement=Placement(**config["placement"]),
+            threads=config["threads"],
+            board=board_of(task),
+        )
+    except (JobError, UserError) as error:
+        tune.report({CAUSE: str(error)})
     delete(config["out"])
 
 
@@ -282,6 +293,8 @@ class _Ledger(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
         mine = self._of(trial)
+        if mine is not None and result.get(CAUSE):
+            mine.cause = str(result[CAUSE])
         if mine is None or METRIC not in result or result[TIME] <= mine.steps:
             return  # a training that goes on after a loss may report a step again
         mine.seconds += float(result.get("time_this_iter_s", 0.0))
@@ -291,7 +304,8 @@ class _Ledger(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         mine = self._of(trial)
         if mine is not None:
-            self.records.end(mine, "finished" if mine.steps >= self.steps else "stopped")
+            state: State = "failed" if mine.cause else "finished" if mine.steps >= self.steps else "stopped"
+            self.records.end(mine, state, mine.cause)
             self.table.row(mine)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:

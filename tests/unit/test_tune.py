@@ -137,3 +137,52 @@ def test_records_are_read_back_and_the_best_is_a_finished_one(tmp_path: Path) ->
     best = again.best()
     assert best is not None and best.number == 0 and best.best == 0.5
     assert again.rows()[3]["cause"] == "no memory" and again.rows()[1]["mrr@10"] == 0.9
+
+
+def test_a_search_that_goes_on_stops_weak_trials_as_it_would_have(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from ckd_ray.tune.search import METRIC, TIME, _GentleASHA, _replay
+
+    def ask(records: Records, value: float) -> list[str]:
+        stopped: list[str] = []
+        searcher = SimpleNamespace(stop=stopped.append)
+        asha = _GentleASHA(
+            searcher, time_attr=TIME, metric=METRIC, mode="max", max_t=61, grace_period=10, reduction_factor=3
+        )
+        _replay(asha, records)
+        trial = SimpleNamespace(trial_id="new")
+        asha.on_trial_add(None, trial)
+        assert asha.on_trial_result(None, trial, {TIME: 10, METRIC: value}) == "CONTINUE"
+        return stopped
+
+    records = Records(str(tmp_path))
+    assert ask(records, 0.1) == []  # nothing to compare with
+    for number, value in enumerate((0.5, 0.6, 0.7)):
+        records.write(Trial(number, {}, "finished", [[10, value, 1.0], [20, value, 2.0]], ended=number))
+    records.write(Trial(3, {}, "running", [[10, 0.65, 1.0]]))  # was in the middle when the search was killed
+    assert ask(records, 0.1) == ["new"] and ask(records, 0.69) == []
+
+
+def test_the_ledger_tells_finished_stopped_and_failed_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from ckd_ray.tune.search import _Ledger, _Table
+
+    records = Records(str(tmp_path))
+    for number in range(3):
+        records.write(Trial(number, {"distill.beta": 0.1 * number}))
+    searcher = SimpleNamespace(numbers={"a": 0, "b": 1, "c": 2})
+    ledger = _Ledger(records, searcher, _Table(records, {"distill.beta": 0.3}), steps=20)  # type: ignore[arg-type]
+    trials = {name: SimpleNamespace(trial_id=name) for name in "abcx"}
+    results = [("a", 10, 0.4), ("b", 10, 0.3), ("a", 10, 0.9), ("a", 20, 0.5), ("x", 10, 1.0)]
+    for name, steps, value in results:  # a step that is reported again, and a trial that is not ours, do not count
+        ledger.on_trial_result(0, [], trials[name], {"steps": steps, "mrr@10": value, "time_this_iter_s": 2.0})
+    ledger.on_trial_result(0, [], trials["c"], {"cause": "step 3: loss nan"})
+    for name in "abcx":
+        ledger.on_trial_complete(0, [], trials[name])
+    again = Records(str(tmp_path)).trials
+    assert [t.state for t in again.values()] == ["finished", "stopped", "failed"]
+    assert again[0].measurements == [[10, 0.4, 2.0], [20, 0.5, 4.0]] and again[2].cause == "step 3: loss nan"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("<- best") and said[1].endswith("stopped") and "failed: step 3: loss nan" in said[2]
