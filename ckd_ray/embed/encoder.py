@@ -8,6 +8,7 @@ Shapes: N passages, L rows of the longest in a batch, T kept tokens, D dimension
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,8 @@ class TextEncoder:
     """A ColBERT model ready to encode.
 
     Args:
-        model: moved to `device` and put into evaluation mode.
+        model: moved to `device` and put into evaluation mode. On a CPU a copy is taken, whose linear layers are
+            replaced by faster ones that cannot be trained (`fused.py`, `int8.py`).
         token_budget: padded tokens a batch; bounds the activations' memory.
         precision: `fp32`, `bf16` (autocast), or `int8` (linear layers of the backbone, on a CPU).
     """
@@ -77,10 +79,12 @@ class TextEncoder:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        if precision == "int8":
+        if self.device.type == "cpu" and precision != "bf16":
+            from ckd_ray.embed.fused import fuse_linears
             from ckd_ray.embed.int8 import quantise_linears
 
-            quantise_linears(self.model.backbone)
+            self.model = copy.deepcopy(self.model)
+            (quantise_linears if precision == "int8" else fuse_linears)(self.model.backbone)
         self.dim = model.settings.dim
         self.token_budget = token_budget
         self.precision: Precision = precision

@@ -106,7 +106,7 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
 @pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_trials(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
     def command(storage: Path) -> list[str]:
-        values = settings(storage, tiny_backbone, tiny_collection, "tune.search=optuna", "tune.trials=5")
+        values = settings(storage, tiny_backbone, tiny_collection, "tune.search=optuna", "tune.trials=3")
         chosen = [word for value in values for word in ("--set", value)]
         return [sys.executable, "-m", "ckd_ray", "tune", "--cluster", "local", "--json", *chosen]
 
@@ -118,7 +118,7 @@ def test_a_killed_search_goes_on_to_the_same_trials(tmp_path: Path, tiny_backbon
     deadline = time.monotonic() + 300
     records = tmp_path / "killed" / "tiny" / "tune"
     while time.monotonic() < deadline and killed.poll() is None:
-        if any('"finished"' in p.read_text() for p in records.glob("search-*/trials/trial-00001.json")):
+        if any('"finished"' in p.read_text() for p in records.glob("search-*/trials/trial-00000.json")):
             break
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)

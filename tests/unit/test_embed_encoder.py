@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ckd_ray.embed.encoder import TextEncoder, _ranges, choose_precision, token_budget_batches
+from ckd_ray.embed.fused import FusedLinear, fuse_linears
 from ckd_ray.embed.int8 import Int8Linear, quantise_linears
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
@@ -74,6 +76,33 @@ def test_rows_are_those_of_each_passage_alone(model: ColBERT, budget: int) -> No
     assert row == len(encoded.embeddings_TD) == len(encoded.token_ids)
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_fused_layers_compute_what_the_plain_ones_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(1)
+    if kind == "bert":
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        plain: torch.nn.Module = BertModel(BertConfig(vocab_size=50, initializer_range=0.5, **shape)).eval()
+        per_layer = 6
+    else:
+        small = DistilBertConfig(vocab_size=50, dim=32, hidden_dim=64, n_layers=2, n_heads=2, initializer_range=0.5)
+        plain, per_layer = DistilBertModel(small).eval(), 6
+    fused = copy.deepcopy(plain)
+    count = fuse_linears(fused)
+    assert count == 2 * per_layer + (kind == "bert")  # and BERT's pooler
+    assert sum(isinstance(m, FusedLinear) and m.activation == "gelu" for m in fused.modules()) == 2
+    ids = torch.randint(0, 50, (3, 17), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    with torch.inference_mode():
+        wanted, found = (m(ids, attention_mask=mask).last_hidden_state for m in (plain, fused))
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+    assert fuse_linears(fused) == 0  # nothing is left to fuse
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fuse_linears(plain) == 0 and not any(isinstance(m, FusedLinear) for m in plain.modules())
+
+
 def test_nothing_to_encode(model: ColBERT) -> None:
     encoded = TextEncoder(model).passages([])
     assert encoded.embeddings_TD.shape == (0, 16) and len(encoded.lengths) == 0
@@ -94,9 +123,9 @@ def test_int8_rounds_weights_by_channel_and_activations_by_token() -> None:
 
 def test_int8_does_not_depend_on_the_batch(model: ColBERT, tiny_backbone: str) -> None:
     """The same token ids and lengths among other neighbours: the same bits; and near to the float model."""
-    copy = ColBERT.from_backbone(tiny_backbone, SETTINGS).eval()
+    other = ColBERT.from_backbone(tiny_backbone, SETTINGS).eval()
     tokens = [ids for ids in model.tokenizer.passages(texts()) if len(ids) > 3]
-    encoder = TextEncoder(copy, token_budget=10_000, precision="int8")
+    encoder = TextEncoder(other, token_budget=10_000, precision="int8")
     layer = Int8Linear(torch.nn.Linear(32, 8))
     rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(layer(rows)[20:30], layer(rows[20:30]))
@@ -104,7 +133,7 @@ def test_int8_does_not_depend_on_the_batch(model: ColBERT, tiny_backbone: str) -
     rough = encoder.passages(tokens).embeddings_TD.float()
     cosine = (exact * rough).sum(-1)
     assert 0.99 < float(cosine.mean()) < 1 - 1e-6 and float(cosine.min()) > 0.9
-    assert quantise_linears(copy.backbone) == 0  # all twelve are replaced already
+    assert quantise_linears(encoder.model.backbone) == 0  # all twelve are replaced already
 
 
 def test_int8_is_opt_in_and_for_cpus(model: ColBERT) -> None:
