@@ -33,7 +33,9 @@ def arguments(description: str, **extra: Any) -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="measure this part alone (may be repeated)")
     for name, options in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
-    return parser.parse_args()
+    args = parser.parse_args()
+    sys.stdout = sys.stderr  # Ray prints warnings of its daemons to standard output, which is for the object alone
+    return args
 
 
 def figure(value: float | None, goal: float | None, better: Literal["higher", "lower"]) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def _processor() -> str:
 
 def emit(settings: dict[str, Any], figures: dict[str, dict[str, Any]], before: dict[str, Any]) -> None:
     """Print the object. `before` is `machine()` taken when the benchmark began, so that its load is not our own."""
-    print(json.dumps({"machine": before, "settings": settings, "figures": figures}))
+    print(json.dumps({"machine": before, "settings": settings, "figures": figures}), file=sys.__stdout__, flush=True)
 
 
 def note(text: str) -> None:

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -93,6 +93,26 @@ def _root_cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else "no message"
 
 
+_object_stream: TextIO | None = None
+
+
+def put(value: Any) -> None:
+    """Print the one object of `--json`, on the standard output that the command was started with."""
+    typer.echo(json.dumps(value), file=_object_stream or sys.stdout)
+
+
+@contextmanager
+def _nothing_else_on_stdout() -> Iterator[None]:
+    """Ray prints warnings of its daemons to standard output; they are for people, and go where people's output goes."""
+    global _object_stream
+    _object_stream = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _object_stream = None
+
+
 @contextmanager
 def session(config: str | None, overrides: list[str] | None, cluster: str | None, quiet: bool) -> Iterator[Any]:
     """The configuration, checked before anything starts, and Ray around the block."""
@@ -103,7 +123,7 @@ def session(config: str | None, overrides: list[str] | None, cluster: str | None
     loaded = load_config(config, overrides or [])
     from ckd_ray.cluster.connect import connected
 
-    with connected(cluster):
+    with _nothing_else_on_stdout(), connected(cluster):
         signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler in place, which exits without a word
         yield loaded
 
@@ -147,7 +167,7 @@ def _stages(config: Any, json_: bool, **options: Any) -> None:
 
     reports = run_stages(config, **options)
     if json_:
-        typer.echo(json.dumps(summary(config, reports)))
+        put(summary(config, reports))
     else:
         closing_table(config, reports)
 
@@ -216,7 +236,7 @@ def inspect(
     from ckd_ray.report.inspect import inspect_query, render
 
     found = inspect_query(run, query_id, top)
-    typer.echo(json.dumps(found)) if json_ else typer.echo(render(found), err=True)
+    put(found) if json_ else typer.echo(render(found), err=True)
 
 
 _stage_command("distill", "Distil the student.")
@@ -242,7 +262,7 @@ def export(
         say(f"export: {difference}")
     say(f"export: {written['model']} -> {written['out']}")
     if json_:
-        typer.echo(json.dumps(written))
+        put(written)
 
 
 from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, search and report put themselves on `app`)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ckd_ray.cli import ClusterOption, ConfigOption, JsonOption, QuietOption, SetOption, app, guarded, session
+from ckd_ray.cli import ClusterOption, ConfigOption, JsonOption, QuietOption, SetOption, app, guarded, put, session
 from ckd_ray.errors import UserError
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
@@ -55,7 +54,7 @@ def evaluate(
             mine = Side.of(open_finished(RunContext.of(loaded).run), system)
             found = compare_runs(other, mine)
         if json_:
-            typer.echo(json.dumps({**summary(loaded, reports), **({"against": found} if found else {})}))
+            put({**summary(loaded, reports), **({"against": found} if found else {})})
             return
         closing_table(loaded, reports)
         if found:
@@ -96,7 +95,7 @@ def search(
         _prompt(searcher, top)
     elif json_:
         hits = [hit.to_dict() for hit in searcher.search(query, top)]
-        typer.echo(json.dumps({"run": finished.folder, "system": system, "query": query, "hits": hits}))
+        put({"run": finished.folder, "system": system, "query": query, "hits": hits})
     else:
         _show(searcher, query, top)
 
@@ -149,7 +148,7 @@ def compare(
 
         table = run_compare(loaded, fresh=fresh)
         if json_:
-            typer.echo(json.dumps(table))
+            put(table)
         else:
             show(table)
 
@@ -170,7 +169,7 @@ def tune(
 
         summary = run_tune(loaded, fresh=fresh)
         if json_:
-            typer.echo(json.dumps(summary))
+            put(summary)
         else:
             show(summary)
 
@@ -191,6 +190,6 @@ def report(
     set_quiet(quiet)
     where = write_report(open_finished(run), out)
     if json_:
-        typer.echo(json.dumps({"report": where}))
+        put({"report": where})
     else:
         say(f"report: {where}")

@@ -170,3 +170,26 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, tiny_backbon
     with run_lock(run):  # the lock of a process that is gone
         assert (tmp_path / "run" / ".lock").exists()
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_what_others_print_does_not_reach_standard_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray prints warnings of its daemons there; `--json` promises one object and nothing else."""
+    from contextlib import contextmanager
+
+    import ckd_ray.cluster.connect
+    from ckd_ray.cli import put, session
+
+    @contextmanager
+    def noisy(cluster: str | None):  # type: ignore[no-untyped-def]
+        print("(raylet) WARNING: starting")
+        yield
+
+    monkeypatch.setattr(ckd_ray.cluster.connect, "connected", noisy)
+    with session(None, [], None, True):
+        print("(raylet) WARNING: 8 PYTHON worker processes have been started")
+        put({"done": True})
+    put({"after": 1})
+    out, err = capsys.readouterr()
+    assert out == '{"done": true}\n{"after": 1}\n' and err.count("(raylet)") == 2
