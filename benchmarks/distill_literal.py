@@ -56,9 +56,10 @@ def _agreement(run: DistillRun, published: LiteralStep) -> float:
 class LiteralStep:
     """The published step on the batches of `task`.
 
-    Kinder than the original in one thing: the differences of all queries at once would not fit this machine's memory at
-    batch 32, so each row of scores is taken back to the passages' embeddings as soon as its loss is known. That is the
-    same arithmetic, with no recomputation.
+    The differences of all queries are held at once, as published, where they take at most 1 GiB (batch 8). At batch 32
+    they would not fit this machine's memory, so there the literal version is kinder than the original: each row of
+    scores is taken back to the passages' embeddings as soon as its loss is known. That is the same arithmetic, with no
+    recomputation.
     """
 
     def __init__(self, run: DistillRun, task: TrainingTask) -> None:
@@ -88,21 +89,31 @@ class LiteralStep:
             teacher_rows, teacher_NLD = self._encode(self.teacher, inputs, ids_NL, mask_NL)
             rows_BRD = torch.cat([teacher_rows, inputs.teacher.expansions_bED], 1)
             weights_BR = torch.cat([torch.ones(teacher_rows.shape[:2]), inputs.teacher.weights_bE], 1)
-            target_BN = torch.stack([_maxsim(row, teacher_NLD, w) for row, w in zip(rows_BRD, weights_BR, strict=True)])
+            target_BN = self._scores(rows_BRD, teacher_NLD, weights_BR)
             target_BN.scatter_(1, inputs.positives_B[:, None], target_BN.amax(1, keepdim=True))
             target_BN = (target_BN / self.task.temperature).softmax(1)
         queries_BQD, passages_NLD = self._encode(self.student, inputs, ids_NL, mask_NL)
         leaf_q, leaf_p = queries_BQD.detach().requires_grad_(), passages_NLD.detach().requires_grad_()
         loss = 0.0
-        for query_QD, target_N in zip(leaf_q, target_BN, strict=True):
-            scores_N = _maxsim(query_QD, leaf_p, None)
-            row = torch.nn.functional.kl_div(scores_N.log_softmax(0), target_N, reduction="sum") / len(leaf_q)
-            row.backward()
-            loss += float(row.detach())
+        step = len(leaf_q) if self._fits(leaf_q, leaf_p) else 1
+        for queries, targets in zip(leaf_q.split(step), target_BN.split(step), strict=True):
+            scores = _maxsim(queries, leaf_p, None)
+            part = torch.nn.functional.kl_div(scores.log_softmax(1), targets, reduction="sum") / len(leaf_q)
+            part.backward()
+            loss += float(part.detach())
         self.optimizer.zero_grad()
         torch.autograd.backward([queries_BQD, passages_NLD], [leaf_q.grad, leaf_p.grad])
         self.optimizer.step()
         return loss
+
+    @staticmethod
+    def _fits(rows_BRD: Tensor, passages_NLD: Tensor) -> bool:
+        return rows_BRD[:, :, 0].numel() * passages_NLD.numel() * 4 <= 2**30
+
+    def _scores(self, rows_BRD: Tensor, passages_NLD: Tensor, weights_BR: Tensor) -> Tensor:
+        step = len(rows_BRD) if self._fits(rows_BRD, passages_NLD) else 1
+        parts = zip(rows_BRD.split(step), weights_BR.split(step), strict=True)
+        return torch.cat([_maxsim(rows, passages_NLD, weights) for rows, weights in parts])
 
     def _full_length(self, ids_NL: Tensor) -> Tensor:
         return torch.nn.functional.pad(ids_NL, (0, self.maxlen - ids_NL.shape[1]))
@@ -114,6 +125,7 @@ class LiteralStep:
         return queries_BQD, passages_NLD * keep_NL[:, :, None]  # dropped rows stay as zeros
 
 
-def _maxsim(query_QD: Tensor, passages_NLD: Tensor, weights_Q: Tensor | None) -> Tensor:
-    best_NQ = (-(query_QD[None, :, None] - passages_NLD[:, None]).pow(2).sum(-1)).amax(-1)
-    return best_NQ.sum(-1) if weights_Q is None else best_NQ @ weights_Q
+def _maxsim(queries_BQD: Tensor, passages_NLD: Tensor, weights_BQ: Tensor | None) -> Tensor:
+    differences_BNQLD = queries_BQD[:, None, :, None] - passages_NLD[None, :, None]
+    best_BNQ = (-differences_BNQLD.pow(2).sum(-1)).amax(-1)
+    return best_BNQ.sum(-1) if weights_BQ is None else (best_BNQ * weights_BQ[:, None]).sum(-1)

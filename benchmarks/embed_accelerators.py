@@ -57,7 +57,7 @@ class SleepingEncoder:
 def make_sleeping(job: EmbedJob, threads: int) -> SleepingEncoder:
     """The encoder of an actor."""
     torch.set_num_threads(1)
-    return SleepingEncoder(job.token_budget)
+    return SleepingEncoder(BUDGET)
 
 
 def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -123,7 +123,8 @@ class TeacherConfig(TrainingConfig):
 
 
 class EmbedConfig(Section):
-    """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its activations.
+    """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its activations;
+    `auto` is 1,440 on a CPU, whose caches hold them, and 8,192 on a GPU.
 
     `passages_per_shard` is the unit of work and of loss; an actor holds the rows of one shard (16,384 passages of 70
     tokens and 128 dimensions: 290 MB) and their coded form. `codec`: two bytes a dimension, or a learned centroid and
@@ -132,7 +133,7 @@ class EmbedConfig(Section):
 
     codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"
     passages_per_shard: Auto | Positive = "auto"
-    token_budget: Annotated[int, Field(ge=16, lt=2**31)] = 8192
+    token_budget: Auto | Annotated[int, Field(ge=16, lt=2**31)] = "auto"
     actors: Auto | Positive = "auto"
     gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"

@@ -17,14 +17,13 @@ from torch import Tensor
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import Int64Array, Positives
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.embed.encoder import Precision, computing, token_budget_batches
+from ckd_ray.embed.encoder import Precision, computing, default_token_budget, token_budget_batches
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, maxsim
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import exists, join
 
 CUTOFF = 10
-_TOKEN_BUDGET = 8192
 _SAMPLE = 8  # sampled passages for each of the pool
 
 
@@ -125,7 +124,7 @@ class DevMeasure:
             queries_BQD = self.model.encode_queries(self.query_ids.to(self.device), self.query_mask.to(self.device))
         scores = torch.zeros(len(self.queries_B), len(self.mine), device=self.device)
         lengths = np.array([len(ids) for ids in self.tokens], np.int32)
-        for batch in token_budget_batches(lengths, _TOKEN_BUDGET):
+        for batch in token_budget_batches(lengths, default_token_budget(self.device)):
             ids, mask = self.model.tokenizer.pad([self.tokens[i] for i in batch])
             with computing(self.device, self.precision):
                 rows, keep = self.model.encode_passages(ids.to(self.device), mask.to(self.device))

@@ -59,7 +59,7 @@ class EmbedJob:
     checkpoint: str
     out: str
     fingerprint: str
-    token_budget: int
+    token_budget: int | Literal["auto"]
     precision: Literal["fp32", "bf16", "int8"]
     codec: str = "fp16"
     codec_digest: str = ""
