@@ -259,6 +259,7 @@ class TuneConfig(Section):
     `label_kept` best at ranking dev go on to trials. A trial is measured `measurements` times, on `dev_queries` queries
     and `dev_passages` passages; ASHA stops weak ones after `grace` of them or more, all but one in `reduction`.
     `concurrent` trials at a time (auto: what the GPUs hold, one without any), each with `gpus_per_trial`.
+    `retrain`: train the winner and the configuration in full at the end, and compare them.
     """
 
     space: dict[Name, dict[str, Any]] | None = None
@@ -274,6 +275,7 @@ class TuneConfig(Section):
     dev_passages: Positive = 2000
     concurrent: Auto | Positive = "auto"
     gpus_per_trial: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    retrain: bool = True
 
 
 class Config(Section):

@@ -87,7 +87,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "agreement": _agreement(passed, records),
         "importance": importance(records.ended()),
         "saved": _saved(config, records, upstream, context),
-        "comparison": _retrained(config, found, best, _labels_folder(config, best.values)),
+        "comparison": _retrained(config, found, best) if config.tune.retrain else None,
         "seed": seed,
     }
     with run_lock(context.run):
@@ -181,7 +181,7 @@ def _write_trials(context: RunContext, records: Records) -> None:
     write_atomic(context.path(FOLDER, "trials.parquet"), lambda stream: pq.write_table(table, stream))
 
 
-def _retrained(config: Config, found: Config, best: Trial, labels: str) -> dict[str, Any] | None:
+def _retrained(config: Config, found: Config, best: Trial) -> dict[str, Any] | None:
     """The winner and the configuration, both trained in full and measured on all of dev and test."""
     say("tune: the configuration as it is, in full")
     run_stages(config)
@@ -189,7 +189,7 @@ def _retrained(config: Config, found: Config, best: Trial, labels: str) -> dict[
         say("tune: no trial was better than the configuration itself")
         return None
     say("tune: the best trial, in full")
-    run_stages(found, variant=WINNER, labels=labels)
+    run_stages(found, variant=WINNER, labels=_labels_folder(config, best.values))
     run = RunContext.of(config).run
     other, mine = (Side.of(open_finished(at), "student") for at in (run, join(run, WINNER)))
     return compare_runs(other, mine)

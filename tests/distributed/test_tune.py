@@ -106,7 +106,9 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
 @pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_trials(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
     def command(storage: Path) -> list[str]:
-        values = settings(storage, tiny_backbone, tiny_collection, "tune.search=optuna", "tune.trials=3")
+        values = settings(
+            storage, tiny_backbone, tiny_collection, "tune.search=optuna", "tune.trials=3", "tune.retrain=false"
+        )
         chosen = [word for value in values for word in ("--set", value)]
         return [sys.executable, "-m", "ckd_ray", "tune", "--cluster", "local", "--json", *chosen]
 
