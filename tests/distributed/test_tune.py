@@ -103,7 +103,7 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
         assert entry["mrr@10"] == pytest.approx(np.mean(ranks), abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_search_goes_on_to_the_same_trials(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
     def command(storage: Path) -> list[str]:
         values = settings(
