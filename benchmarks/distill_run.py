@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from common import note
+from part import cut
 
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
@@ -76,7 +77,10 @@ def distill_run(args: argparse.Namespace) -> DistillRun:
     values = [f"run.storage={storage}", "run.name=distill", "teacher.steps=1", "teacher.batch_size=2"]
     values += ["model.doc_maxlen=180", "collection.limit=null"]
     if args.data:
-        folder = _cut(Path(args.data), Path(storage) / "data", 300, 1000) if args.quick else args.data
+        folder = args.data
+        if args.quick:
+            folder = f"{storage}/data"
+            cut(Path(args.data), Path(folder), {"train": 300}, passages=1000)
         values += ["collection.format=msmarco", f"collection.path={folder}", "collection.packages=null"]
     elif args.quick:
         values.append("collection.limit=1000")
@@ -85,26 +89,6 @@ def distill_run(args: argparse.Namespace) -> DistillRun:
     with connected("local"):
         run_stages(load_config(None, values), until="label")
     return DistillRun(Path(storage) / "distill")
-
-
-def _cut(source: Path, out: Path, queries: int, passages: int) -> Path:
-    """The first training queries with all their labels, and passages up to that number: a collection for `--quick`."""
-    out.mkdir()
-    labels = [line.split("\t") for line in (source / "qrels.train.tsv").read_text().splitlines()]
-    kept = set(list(dict.fromkeys(row[0] for row in labels))[:queries])
-    labels = [row for row in labels if row[0] in kept]
-    wanted = {row[2] for row in labels}
-    others = max(0, passages - len(wanted))
-    (out / "qrels.train.tsv").write_text("".join("\t".join(row) + "\n" for row in labels))
-    with open(source / "queries.train.tsv", encoding="utf-8") as lines, open(out / "queries.train.tsv", "w") as file:
-        file.writelines(line for line in lines if line.partition("\t")[0] in kept)
-    with open(source / "collection.tsv", encoding="utf-8") as lines, open(out / "collection.tsv", "w") as file:
-        for line in lines:
-            labelled = line.partition("\t")[0] in wanted
-            others -= not labelled
-            if labelled or others >= 0:
-                file.write(line)
-    return out
 
 
 def seconds_a_step(run: DistillRun, task: TrainingTask, first: int, count: int, model: ColBERT) -> list[float]:

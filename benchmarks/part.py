@@ -23,8 +23,9 @@ def main() -> None:
     print(json.dumps(cut(Path(args.data), Path(args.out), {"train": args.train, "dev": args.dev, "test": None})))
 
 
-def cut(source: Path, out: Path, most: dict[str, int | None]) -> dict[str, int]:
-    """Write the part; `most` queries of each split, None for all. Returns its sizes."""
+def cut(source: Path, out: Path, most: dict[str, int | None], passages: int = 0) -> dict[str, int]:
+    """Write the part; `most` queries of each split, None for all, and the first other passages up to `passages` in all.
+    Returns its sizes."""
     out.mkdir(parents=True, exist_ok=True)
     wanted: set[str] = set()
     sizes = {}
@@ -38,9 +39,14 @@ def cut(source: Path, out: Path, most: dict[str, int | None]) -> dict[str, int]:
         _write(out / f"qrels.{split}.tsv", ["\t".join(row) for row in labels])
         _write(out / f"queries.{split}.tsv", queries)
         sizes[split] = len(queries)
-    passages = [line for line in _lines(source / "collection.tsv") if line.partition("\t")[0] in wanted]
-    _write(out / "collection.tsv", passages)
-    return {**sizes, "passages": len(passages)}
+    others, kept_lines = max(0, passages - len(wanted)), []
+    for line in _lines(source / "collection.tsv"):
+        labelled = line.partition("\t")[0] in wanted
+        others -= not labelled
+        if labelled or others >= 0:
+            kept_lines.append(line)
+    _write(out / "collection.tsv", kept_lines)
+    return {**sizes, "passages": len(kept_lines)}
 
 
 def _lines(path: Path) -> list[str]:

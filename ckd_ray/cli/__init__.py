@@ -265,4 +265,4 @@ def export(
         put(written)
 
 
-from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, search and report put themselves on `app`)
+from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, tune, search and report put themselves on `app`)

@@ -1,4 +1,4 @@
-"""The commands that show what a run is worth: evaluate, compare, search, report."""
+"""The commands that show what a run is worth: evaluate, compare, tune, search, report."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ckd_ray.embed.linears import replace_linears
+
 # Rows that the weights are laid out for; any number may be multiplied.
 _ROWS = 4096
 # (layer, activation) by their names in a block: BERT and its like, DistilBERT.
@@ -52,11 +54,7 @@ def fuse_linears(module: nn.Module) -> int:
                 setattr(parent, layer, FusedLinear(linear, "gelu"))
                 setattr(parent, activation, nn.Identity())
                 count += 1
-        for name, child in list(parent.named_children()):
-            if _plain(child):
-                setattr(parent, name, FusedLinear(child))
-                count += 1
-    return count
+    return count + replace_linears(module, lambda linear: FusedLinear(linear) if _plain(linear) else None)
 
 
 def _plain(child: Any) -> TypeGuard[nn.Linear]:

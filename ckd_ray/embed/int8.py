@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ckd_ray.embed.linears import replace_linears
+
 _LARGEST = 127.0
 
 
@@ -47,10 +49,4 @@ class Int8Linear(nn.Module):
 
 def quantise_linears(module: nn.Module) -> int:
     """Replace every `nn.Linear` below `module`, in place; returns how many there were."""
-    count = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
-                count += 1
-    return count
+    return replace_linears(module, Int8Linear)

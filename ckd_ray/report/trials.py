@@ -34,10 +34,7 @@ def search(facts: Facts) -> str:
     )
     slices = "".join(
         scatter(
-            [
-                (x, t["mrr@10"], f"trial {t['trial']}: {t[key]}, {t['mrr@10']:.4f}")
-                for x, t in zip(xs, measured, strict=True)
-            ],
+            [(x, t["mrr@10"], _hint(t, key)) for x, t in zip(xs, measured, strict=True)],
             x=f"{key}, importance {found['importance'][key]:.2f}" if found.get("importance") else key,
             y="MRR@10",
             logarithmic=log,

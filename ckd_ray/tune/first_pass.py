@@ -17,6 +17,7 @@ import pyarrow as pa
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.collective.scores import teacher_scores
 from ckd_ray.collective.stream import LabelJob
+from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import Positives
 from ckd_ray.distill.dev import mean_reciprocal_rank
@@ -44,20 +45,17 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
     """
     rankings = _rank_dev(context, join(folder, "rankings"))
     changed = [with_values(context.config, values) for values in combinations]
-    labels: dict[str, str] = {}
-    for config in changed:
-        key = fingerprint(label=config.label.model_dump(mode="json"))[:12]
-        if key not in labels:
-            labels[key] = join(folder, f"labels-{key}")
-            _label_dev(RunContext(config, context.run), rankings, labels[key])
+    labels = [join(folder, labels_name(config)) for config in changed]
+    for config, out in {out: (config, out) for config, out in zip(changed, labels, strict=True)}.values():
+        _label_dev(RunContext(config, context.run), rankings, out)
     ways = [
         {
-            "labels": labels[fingerprint(label=config.label.model_dump(mode="json"))[:12]],
+            "labels": out,
             "beta": config.distill.beta,
             "size": config.distill.expansion_size,
             "floor": config.distill.zero_row_floor,
         }
-        for config in changed
+        for config, out in zip(changed, labels, strict=True)
     ]
     count = len(Collection.open(context.run).queries(_SPLIT).ids)
     spans = query_spans(count, 64)
@@ -66,8 +64,8 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
         "checkpoint": context.path("teacher"),
         "rankings": rankings,
         "ways": ways,
+        "positive_grade": context.config.collection.positive_grade,
     }
-    arguments |= {"positive_grade": context.config.collection.positive_grade}
     sums, queries = np.zeros(len(ways)), 0
     with Progress("tune: first pass", count, "queries") as progress:
         for row in run_parts(list(range(len(spans))), spans, _judge_part, arguments):
@@ -77,6 +75,11 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
     if not queries:
         raise UserError("no dev query has a labelled passage", where="tune", expected="labels for the dev split")
     return [float(total) / queries for total in sums]
+
+
+def labels_name(config: Config) -> str:
+    """The folder's name for labels of these settings, the same for all combinations that share them."""
+    return f"labels-{fingerprint(label=config.label.model_dump(mode='json'))[:12]}"
 
 
 def _rank_dev(context: RunContext, out: str) -> str:

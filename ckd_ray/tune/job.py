@@ -26,7 +26,7 @@ from ckd_ray.pipeline.stages import distill_seed, needed
 from ckd_ray.pipeline.work import distill_task
 from ckd_ray.progress import say, without_secrets
 from ckd_ray.store.files import delete, exists, join, read_json, write_atomic, write_json_atomic
-from ckd_ray.tune.first_pass import first_pass
+from ckd_ray.tune.first_pass import first_pass, labels_name
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import search, shown, trial_task
 from ckd_ray.tune.space import Values, candidates, space_of, split, values_of, with_values
@@ -65,7 +65,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         )
     space = space_of(config)
     seed = config.run.seed if config.tune.seed is None else config.tune.seed
-    made_of = _search_fingerprint(config, context, upstream)
+    made_of = _search_fingerprint(config, context, upstream, seed)
     folder = context.path(FOLDER, f"search-{made_of[:12]}")
     with run_lock(context.run):
         kept, passed = _first(context, config, folder, seed)
@@ -95,7 +95,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any]) -> str:
+def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any], seed: int) -> str:
     """Of all that a trial's result depends on, besides its values. The number of trials may grow."""
     t = config.tune.model_dump(mode="json")
     return fingerprint(
@@ -104,7 +104,7 @@ def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any]
         label=config.label.model_dump(mode="json"),
         space={key: [p.kind, list(p.values)] for key, p in space_of(config).items()},
         tune={key: t[key] for key in _OF_THE_SEARCH},
-        seed=[config.run.seed if config.tune.seed is None else config.tune.seed, distill_seed(config)],
+        seed=[seed, distill_seed(config)],
     )
 
 
@@ -133,10 +133,8 @@ def _first(context: RunContext, config: Config, folder: str, seed: int) -> tuple
 
 def _labels_folder(config: Config, values: Values) -> str:
     """Where the labels of these values are, below the run."""
-    settings = with_values(config, values).label.model_dump(mode="json")
-    if settings == config.label.model_dump(mode="json"):
-        return "labels"
-    return f"{FOLDER}/labels-{fingerprint(label=settings)[:12]}"
+    mine = with_values(config, values)
+    return "labels" if mine.label == config.label else f"{FOLDER}/{labels_name(mine)}"
 
 
 def _label(config: Config, values: Values) -> None:

@@ -34,7 +34,7 @@ _DRIVER_CPUS = 0.01
 _WORKER_CPUS = 0.9
 _CLUSTER_FAILURES = 3  # how often a trial is started again whose process or node was lost
 
-# From the values of a trial to its training, and the folders that it may leave.
+# From the number and the values of a trial to its training.
 TaskOf = Callable[[int, Values], TrainingTask]
 
 

@@ -75,10 +75,6 @@ class Parameter:
             return list(self.values)
         return list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else None
 
-    def extremes(self) -> list[Any]:
-        """Values which, when they are valid, make all valid."""
-        return list(self.values)
-
 
 def parse(spec: Mapping[str, Any]) -> Parameter:
     """Read `{choice: [...]}` and its like.
@@ -190,7 +186,7 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
-    for value in parameter.extremes():
+    for value in parameter.values:  # the ends of a range, which are valid only if all of it is
         try:
             changed = with_values(config, {key: value})
         except ValidationError as error:

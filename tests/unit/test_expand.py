@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective import Expansions, expand
+from ckd_ray.collective.expand import _highest
 from ckd_ray.collective.kmeans import kmeans, start_positions
 from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
 
@@ -206,3 +207,12 @@ def test_crowded_centroids_are_dropped() -> None:
     assert torch.equal(found.embeddings_BKD[0, :5], whole.embeddings_BKD[0, kept])
     assert torch.equal(found.idf_BK[0, :5], whole.idf_BK[0, kept])
     assert not found.embeddings_BKD[0, 5:].any()
+
+
+def test_equal_scores_keep_the_order_of_the_text() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for values in (3, 1000):  # nearly all tied, nearly none
+        scores_BKT = torch.randint(0, values, (4, 6, 50), generator=generator).float()
+        scores_BKT[0, 0, 5:] = -torch.inf  # fewer points than are asked for
+        wanted = scores_BKT.sort(dim=-1, descending=True, stable=True).indices[:, :, :10]
+        assert torch.equal(_highest(scores_BKT, 10), wanted)
