@@ -17,6 +17,24 @@ import pytest
 from tests.support import WORDS, write_collection
 
 
+@pytest.fixture(params=["512", "256", "128", "torch"])
+def clustering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every way to cluster on a CPU: in C with vectors of so many bits, and in torch."""
+    from ckd_ray.collective import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda: None)
+        yield "torch"
+    elif native._library() is None:
+        pytest.skip("the package was installed without a compiler")
+    else:
+        if native.vector_bits(int(request.param)) != int(request.param):
+            native.vector_bits()
+            pytest.skip("this processor has no such vectors")
+        yield request.param
+        native.vector_bits()
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray with two CPUs for all tests of this process."""

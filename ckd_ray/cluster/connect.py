@@ -88,6 +88,8 @@ def _start(target: str | None) -> None:
             target = "local"
     if target == "local":
         os.environ.pop("RAY_ADDRESS", None)
+        # Ray ends a worker that has idled for a second; to load torch and transformers anew takes five of a core.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         try:
             ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **quiet)
         except (OSError, ValueError, RuntimeError) as error:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.collective import native
 from ckd_ray.collective.kmeans import kmeans, start_positions
 from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
 
@@ -171,6 +172,10 @@ def _own_neighbours(
     centroids_BKD: Tensor, points_BTD: Tensor, mask_BT: Tensor, token_ids_BT: IntArray, voters: int
 ) -> IntArray:
     """Token ids (B, K, V) of the nearest points of the query's own feedback, nearest first."""
+    if native.available(points_BTD):
+        order_BKV = native.nearest(points_BTD, mask_BT, centroids_BKD, voters).numpy()
+        rows = np.arange(len(order_BKV))[:, None, None]
+        return np.where(order_BKV >= 0, token_ids_BT[rows, order_BKV], -1)
     bias_BT = (torch.linalg.vector_norm(points_BTD, dim=2).square() / -2).masked_fill(~mask_BT, -torch.inf)
     score_BKT = torch.baddbmm(bias_BT[:, None], centroids_BKD, points_BTD.transpose(1, 2))
     order_BKV = _highest(score_BKT, min(voters, score_BKT.shape[2])).cpu().numpy()

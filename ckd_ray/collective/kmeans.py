@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckd_ray.collective import native
+
 TOLERANCE = 1e-4
 MAX_ITERATIONS = 300
 
@@ -128,6 +130,9 @@ def kmeans(
     if not bool(torch.isfinite(threshold_B).all()):
         bad = int((~torch.isfinite(threshold_B)).nonzero()[0])
         raise ValueError(f"points_BTD: expected finite numbers, got NaN, infinity or overflow in query {bad}")
+    if native.available(points_BTD):
+        native.kmeans(points_BTD, mask_BT, there_BK, threshold_B, max_iterations, *vars(out).values())
+        return out
     step = B if points_BTD.is_cuda else max(1, _POINTS_CPU // T)
     for first in range(0, B, step):
         part = slice(first, first + step)

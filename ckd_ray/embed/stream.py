@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ckd_ray.embed.encoder import Encoded
 
 PLAN = "plan.json"
-# The plan lies in the driver's memory and in one JSON file: 140 million texts in shards of 16,384 are 8,545.
+# The plan lies in the driver's memory and in one JSON file: 140 million texts in shards of 16,384 are 12,000.
 _MOST_SHARDS = 200_000
 
 
@@ -78,20 +78,30 @@ class Encoder(Protocol):
 
 
 def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> list[tuple[int, int]]:
-    """(first, stop) of every shard. `auto` aims at 256 shards of 256 to 16,384 texts.
+    """(first, stop) of every shard.
+
+    `auto` aims at 256 shards of 512 to 16,384 texts (fewer texts make 8 shards, of at least 128). The last quarter of
+    the texts goes into ever smaller ones, down to a quarter of that, so that actors end together.
 
     Raises:
         UserError: there would be more shards than a plan should hold.
     """
-    size = min(16384, max(256, -(-num_texts // 256))) if passages_per_shard == "auto" else passages_per_shard
-    if -(-num_texts // size) > _MOST_SHARDS:
+    if passages_per_shard == "auto":
+        size = min(16384, max(512, -(-num_texts // 256)), max(128, -(-num_texts // 8)))
+        spans, first = [], 0
+        while first < num_texts:
+            stop = min(num_texts, first + min(size, max(size // 4, 4 * size * (num_texts - first) // num_texts)))
+            spans.append((first, stop))
+            first = stop
+        return spans
+    if -(-num_texts // passages_per_shard) > _MOST_SHARDS:
         raise UserError(
             "so small shards are too many",
             where="embed.passages_per_shard",
             expected=f"at least {-(-num_texts // _MOST_SHARDS)}, or auto",
-            found=f"{size}: {-(-num_texts // size):,} shards for {num_texts:,} texts",
+            found=f"{passages_per_shard}: {-(-num_texts // passages_per_shard):,} shards for {num_texts:,} texts",
         )
-    return [(first, min(first + size, num_texts)) for first in range(0, num_texts, size)]
+    return [(first, min(first + passages_per_shard, num_texts)) for first in range(0, num_texts, passages_per_shard)]
 
 
 def embed_texts(

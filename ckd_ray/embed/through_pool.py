@@ -60,9 +60,13 @@ def through_pool(
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
-        # The pool may be smaller for a while, as it is when a node is lost.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, max_tasks_in_flight_per_actor=2),
+        # All at once from the start; the pool may be smaller for a while, as it is when a node is lost.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=pool.actors, initial_size=pool.actors, max_tasks_in_flight_per_actor=2
+        ),
     )
+    # An actor that waits for its first unit is not too many.
+    dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
     dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     try:

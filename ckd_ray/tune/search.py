@@ -34,6 +34,11 @@ _DRIVER_CPUS = 0.01
 _WORKER_CPUS = 0.9
 _CLUSTER_FAILURES = 3  # how often a trial is started again whose process or node was lost
 
+# A training that is stopped ends with a report between two measurements, and so without the metric.
+_RAY_TUNE_OFF = (
+    "TUNE_DISABLE_SIGINT_HANDLER", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_STRICT_METRIC_CHECKING",
+)  # fmt: skip
+
 # From the number and the values of a trial to its training.
 TaskOf = Callable[[int, Values], TrainingTask]
 
@@ -336,7 +341,7 @@ def _replay(asha: ASHAScheduler, records: Records) -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Ctrl-C ends the search like any other command, and Ray Tune prints no tables of its own."""
-    names = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    names = {name: "1" for name in _RAY_TUNE_OFF} | {"RAY_AIR_NEW_OUTPUT": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:

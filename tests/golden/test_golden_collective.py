@@ -12,6 +12,8 @@ from ckd_ray.collective import expand
 from ckd_ray.collective.kmeans import kmeans, start_positions
 from ckd_ray.collective.votes import elect_tokens
 
+pytestmark = pytest.mark.usefixtures("clustering")
+
 QUERIES = 4
 
 

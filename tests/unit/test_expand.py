@@ -15,6 +15,8 @@ from ckd_ray.collective.expand import _highest
 from ckd_ray.collective.kmeans import kmeans, start_positions
 from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
 
+pytestmark = pytest.mark.usefixtures("clustering")
+
 DIM, VOCABULARY, PASSAGES = 16, 60, 500
 RANDOM = np.random.default_rng(11)
 # A collection of token embeddings to find neighbours in, and how many passages hold each token.

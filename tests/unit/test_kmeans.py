@@ -8,6 +8,8 @@ import torch
 
 from ckd_ray.collective.kmeans import Clusters, kmeans, start_positions
 
+pytestmark = pytest.mark.usefixtures("clustering")
+
 
 def lloyd(points: np.ndarray, centroids: np.ndarray, tolerance: float = 1e-4) -> tuple[np.ndarray, np.ndarray, int]:
     """One query, by the definition; for data in which no cluster loses all its points."""

@@ -78,7 +78,7 @@ def test_what_other_jobs_hold_is_waited_for_and_then_refused(monkeypatch: pytest
 
 
 def test_more_shards_than_a_plan_holds_are_refused() -> None:
-    assert len(plan_shards(140_000_000, "auto")) == 8545
+    assert len(plan_shards(140_000_000, "auto")) == 11_506
     with pytest.raises(UserError, match=r"embed\.passages_per_shard(.|\n)*at least 700"):
         plan_shards(140_000_000, 100)
 
@@ -88,7 +88,15 @@ def test_shards_cover_the_corpus_once() -> None:
         spans = plan_shards(count, size)
         assert [f for f, _ in spans] == [0, *[s for _, s in spans[:-1]]][: len(spans)]
         assert (spans[-1][1] if spans else 0) == count
-    assert len(plan_shards(8_841_823, "auto")) == 540 and len(plan_shards(17_268, "auto")) == 68
+    assert len(plan_shards(8_841_823, "auto")) == 727 and len(plan_shards(17_268, "auto")) == 45
+
+
+def test_the_last_shards_are_smaller_so_that_actors_end_together() -> None:
+    sizes = [stop - first for first, stop in plan_shards(17_268, "auto")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[:25] == [512] * 25 and sum(sizes[26:]) < 17_268 / 4 and set(sizes[-6:-1]) == {128}
+    assert [stop - first for first, stop in plan_shards(600, "auto")] == [128, 128, 128, 128, 75, 13]
+    assert plan_shards(60, "auto") == [(0, 60)]
 
 
 def test_fingerprints_follow_values_and_not_their_order() -> None:

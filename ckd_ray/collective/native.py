@@ -1,0 +1,106 @@
+"""k-means and the nearest points of centroids in C, where the package was built with a compiler at hand (`_native.c`).
+
+Two to five times faster than the same in torch on a CPU (docs/log.md). Where it was not built, or CKD_RAY_NATIVE is 0,
+`available` is False and kmeans.py and expand.py compute in torch. Shapes: see kmeans.py; V neighbours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """The built library, or None."""
+    if os.environ.get("CKD_RAY_NATIVE") == "0":
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+                library.ckd_ray_kmeans.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_POINTER] * 4
+                library.ckd_ray_nearest.argtypes = [_POINTER] * 3 + [_LONG] * 5 + [_POINTER]
+            except (OSError, AttributeError):  # built for another machine, or by another version
+                continue
+            return library
+    return None
+
+
+def available(points_BTD: Tensor) -> bool:
+    """Whether these points can be clustered here: float32 on a CPU."""
+    return points_BTD.device.type == "cpu" and points_BTD.dtype == torch.float32 and _library() is not None
+
+
+def vector_bits(most: int = 512) -> int:
+    """Use vectors of at most so many bits (128, 256, 512); returns what the processor then uses."""
+    return int(_library().ckd_ray_vector_bits(most))
+
+
+def kmeans(
+    points_BTD: Tensor,
+    mask_BT: Tensor,
+    there_BK: Tensor,
+    threshold_B: Tensor,
+    max_iterations: int,
+    centroids_BKD: Tensor,
+    labels_BT: Tensor,
+    sizes_BK: Tensor,
+    iterations_B: Tensor,
+) -> None:
+    """`ckd_ray.collective.kmeans.kmeans`, into the last four; `centroids_BKD` holds the start."""
+    (B, T, D), K = points_BTD.shape, centroids_BKD.shape[1]
+    points_BTD, mask_BT, there_BK = points_BTD.contiguous(), mask_BT.contiguous(), there_BK.contiguous()
+    threshold_B = threshold_B.float().contiguous()
+
+    def part(first: int, count: int) -> int:
+        inputs = (points_BTD, mask_BT, there_BK, threshold_B)
+        outputs = (centroids_BKD, labels_BT, sizes_BK, iterations_B)
+        return int(_library().ckd_ray_kmeans(*_at(inputs, first), count, T, K, D, max_iterations, *_at(outputs, first)))
+
+    _in_threads(part, B)
+
+
+def nearest(points_BTD: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, voters: int) -> Tensor:
+    """Rows (B, K, V) int64 of the points nearest to each centroid, nearest first, the first of equals; -1 for none."""
+    (B, T, D), K = points_BTD.shape, centroids_BKD.shape[1]
+    points_BTD, mask_BT, centroids_BKD = points_BTD.contiguous(), mask_BT.contiguous(), centroids_BKD.contiguous()
+    rows_BKV = torch.empty((B, K, voters), dtype=torch.int64)
+
+    def part(first: int, count: int) -> int:
+        inputs = (points_BTD, mask_BT, centroids_BKD)
+        return int(_library().ckd_ray_nearest(*_at(inputs, first), count, T, K, D, voters, *_at((rows_BKV,), first)))
+
+    _in_threads(part, B)
+    return rows_BKV
+
+
+def _at(arrays: tuple[Tensor, ...], first: int) -> list[int]:
+    """Addresses of row `first`."""
+    return [array.data_ptr() + first * array.stride(0) * array.element_size() for array in arrays]
+
+
+def _in_threads(part: Callable[[int, int], int], count: int) -> None:
+    """Each of torch's threads takes a run of queries; a result does not depend on how they are cut."""
+    threads = max(1, min(torch.get_num_threads(), count // 8))
+    bounds = [count * i // threads for i in range(threads + 1)]
+    cuts = [(low, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+    if threads == 1:
+        codes = [part(*cuts[0])]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            codes = list(pool.map(lambda cut: part(*cut), cuts))
+    if any(codes):
+        raise MemoryError("no memory for k-means")
