@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _in_threads(part: Callable[[int, int], int], count: int) -> None:
     """Each of torch's threads takes a run of queries; a result does not depend on how they are cut."""
     threads = max(1, min(torch.get_num_threads(), count // 8))
     bounds = [count * i // threads for i in range(threads + 1)]
-    cuts = [(low, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+    cuts = [(low, high - low) for low, high in pairwise(bounds)]
     if threads == 1:
         codes = [part(*cuts[0])]
     else:

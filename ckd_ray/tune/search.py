@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -177,7 +178,7 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
             name="trials",
             storage_path=path,
             storage_filesystem=None if is_local(at) else fs,
-            callbacks=[_Ledger(records, searcher, table, steps)],
+            callbacks=[_Ledger(records, searcher, table, steps), _NoTables()],
             failure_config=tune.FailureConfig(max_failures=_CLUSTER_FAILURES),
             verbose=0,
         ),
@@ -320,6 +321,13 @@ class _Ledger(tune.Callback):
             self.table.row(mine)
 
 
+class _NoTables(TrialProgressCallback):
+    """In the place of Ray's own, which prints even when told to be silent."""
+
+    def _print(self, msg: str) -> None:
+        pass
+
+
 def _cause(trial: Any) -> str:
     """The last line of the trial's error, which is the message of what was raised."""
     error = getattr(trial, "get_error", lambda: None)()
@@ -340,8 +348,8 @@ def _replay(asha: ASHAScheduler, records: Records) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Ctrl-C ends the search like any other command, and Ray Tune prints no tables of its own."""
-    names = {name: "1" for name in _RAY_TUNE_OFF} | {"RAY_AIR_NEW_OUTPUT": "0"}
+    """Ctrl-C ends the search like any other command, and Ray Tune writes no logs of its own."""
+    names = dict.fromkeys(_RAY_TUNE_OFF, "1") | {"RAY_AIR_NEW_OUTPUT": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
