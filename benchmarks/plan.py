@@ -3,9 +3,9 @@
     python benchmarks/plan.py [--quick] [--data DIR] [--run DIR] [--rates FILE] [--save-rates FILE]
 
 A job like the quick start (on `--data`, or the documentation of installed packages) is planned from a calibration, and
-then run; `--run` compares with the manifests of a finished run instead, whose collection must be where its run.json says.
+then run; `--run` compares with the manifests of a finished run instead, whose collection must be where run.json says.
 `--rates` takes rates instead of measuring them.
-plan_error: |predicted - measured| / measured of the seconds of all stages together; those of each stage are in `settings`.
+plan_error: |predicted - measured| / measured of the seconds of all stages together; each stage is in `settings`.
 What runs beside it while one of the two is measured, and not the other, counts as an error of the plan.
 """
 

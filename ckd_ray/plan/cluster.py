@@ -17,7 +17,8 @@ import yaml
 
 from ckd_ray.embed.pool import Node
 from ckd_ray.errors import UserError
-from ckd_ray.plan.prices import ACCELERATORS, INSTANCES, price
+from ckd_ray.plan.hardware import ACCELERATORS, ATTACHED, INSTANCES
+from ckd_ray.plan.prices import hourly
 
 _GIB = 2**30
 
@@ -128,11 +129,14 @@ def read_cluster(path: str, prices: Mapping[str, float] | None = None) -> Planne
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        tree = yaml.safe_load(text)
+        trees = [tree for tree in yaml.safe_load_all(text) if tree is not None]
     except OSError as error:
         raise UserError("the cluster file cannot be read", where=path, found=error.strerror) from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError("not valid YAML", where=path, found=" ".join(str(error).split())[:200]) from None
+    # A file for Kubernetes may hold other objects beside the cluster.
+    clusters = [tree for tree in trees if isinstance(tree, dict) and tree.get("kind") == "RayCluster"]
+    tree = clusters[0] if clusters else trees[0] if trees else None
     if not isinstance(tree, dict):
         raise UserError("not a cluster file", where=path, expected="a mapping", found=type(tree).__name__)
     given = dict(prices or {})
@@ -195,23 +199,41 @@ def _launcher(path: str, tree: dict[str, Any], given: dict[str, float]) -> list[
         kind = kind or {}
         config = kind.get("node_config") or {}
         instance = config.get("InstanceType") or config.get("machineType")
-        market = (config.get("InstanceMarketOptions") or {}).get("MarketType")
-        scheduling = config.get("scheduling") or {}
-        spot = market == "spot" or bool(scheduling.get("preemptible")) or scheduling.get("provisioningModel") == "SPOT"
         workers = int(kind.get("max_workers", tree.get("max_workers", 2)))
         count = 1 if name == head else min(workers, int(tree.get("max_workers", workers)))
         resources = kind.get("resources") or {}
         if instance is None:
             machines = _from_resources(where, name, resources)
         else:
-            machines = _of_type(where, str(instance).rpartition("/")[2], spot, resources, given)
+            attached = {
+                str(item["acceleratorType"]).rpartition("/")[2]: int(item["acceleratorCount"])
+                for item in config.get("guestAccelerators") or []
+            }
+            kind_name = str(instance).rpartition("/")[2]
+            machines = _of_type(where, kind_name, _is_spot(config), resources, given, attached)
         groups.append(Machines(**{**vars(machines), "count": count}))
     return groups
 
 
-def _of_type(where: str, kind: str, spot: bool, resources: Mapping[str, Any], given: dict[str, float]) -> Machines:
+def _is_spot(config: Mapping[str, Any]) -> bool:
+    """AWS: InstanceMarketOptions; GCP: scheduling, a mapping or a list of one."""
+    scheduling = config.get("scheduling") or []
+    rows = [scheduling] if isinstance(scheduling, dict) else scheduling
+    return (config.get("InstanceMarketOptions") or {}).get("MarketType") == "spot" or any(
+        row.get("preemptible") is True or row.get("provisioningModel") == "SPOT" for row in rows
+    )
+
+
+def _of_type(
+    where: str,
+    kind: str,
+    spot: bool,
+    resources: Mapping[str, Any],
+    given: Mapping[str, float],
+    attached: dict[str, int] | None = None,
+) -> Machines:
     """One machine of an instance type; `resources` say what Ray is given of it."""
-    usd = price(kind, spot, given)
+    usd = given[kind] if kind in given else hourly(kind, spot=spot, accelerators=attached)
     known = INSTANCES.get(kind)
     if known is None:
         if "CPU" not in resources:
@@ -226,13 +248,14 @@ def _of_type(where: str, kind: str, spot: bool, resources: Mapping[str, Any], gi
             )
         machines = _from_resources(where, kind, resources)
         return Machines(**{**vars(machines), "usd": usd, "spot": spot})
+    guest = next(iter(attached or {}), "")
     return Machines(
         kind,
         1,
         float(resources.get("CPU", known.cpus)),
         known.memory_gib,
-        float(resources.get("GPU", known.gpus)),
-        known.accelerator,
+        float(resources.get("GPU", known.gpus + sum((attached or {}).values()))),
+        known.accelerator or ATTACHED.get(guest, guest or None),
         known.network_gbit,
         usd,
         spot,

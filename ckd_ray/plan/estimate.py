@@ -40,7 +40,7 @@ class Layout:
     """How a run is placed (layout.py): what each stage has to work with.
 
     Attributes:
-        stages: those that run, in order. node_cpus: of the largest node.
+        stages: those that run, in order. node_cpus, node_gpus: of the largest node.
         actors, actor_threads, actor_gpus, feeders: of the embed stage; feeders in CPUs.
         votes: `feedback`, `exact`, `faiss` or `estimate`; vote: the servers of exact and faiss votes.
         network_bytes: a second and machine. remote: the run's storage is a URI.
@@ -50,6 +50,7 @@ class Layout:
     cpus: float
     node_cpus: float
     gpus: float
+    node_gpus: float
     nodes: int
     shards: int
     shard_passages: int
@@ -182,7 +183,9 @@ def step_seconds(
     if rates.device == "cpu":
         each = layout.node_cpus / max(1, -(-workers // layout.nodes))
         slower = rates.cores / max(1.0, each)
-    link = layout.network_bytes if layout.nodes > 1 else LOCAL_LINK
+    # Ray packs workers onto one machine where it can.
+    together = workers <= (layout.node_gpus if layout.gpus else layout.node_cpus)
+    link = LOCAL_LINK if together else layout.network_bytes
     exchange = 2 * (workers - 1) / workers * 4 * rates.parameters / link
     return step.fixed_s + step.token_s * tokens * slower + exchange
 

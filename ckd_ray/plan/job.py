@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ckd_ray.config import Config
+from ckd_ray.config import Config, ModelConfig
 from ckd_ray.errors import UserError
-from ckd_ray.plan.prices import ACCELERATORS
-from ckd_ray.plan.rates import Rates, carried_over, load_rates, save_rates
+from ckd_ray.plan.hardware import ACCELERATORS, SHAPES
+from ckd_ray.plan.rates import Rates, carried_over, for_backbone, load_rates, save_rates
 from ckd_ray.plan.sizes import Sample, Sizes, count_collection, given_sizes, made_up_sample, with_tokens
 from ckd_ray.progress import say
 
@@ -98,14 +98,18 @@ def make_plan(
     # What costs nothing comes first: a wrong file is refused before anything is counted or measured.
     known = load_rates(rates) if rates is not None else None
     machines = this_machine() if cluster in (None, "local") else read_cluster(str(cluster), prices)
+    kind = machines.accelerator if machines.gpus else None
     if known is not None:
-        known = carried_over(known, machines.accelerator if machines.gpus else None)
-    given.complete  # noqa: B018  (raises when half of the sizes are given)
+        carried_over(known, kind)
+    elif kind is not None and kind not in ACCELERATORS and cluster not in (None, "local"):
+        raise UserError("a GPU that is not known here", where="--cluster", expected=", ".join(ACCELERATORS), found=kind)
+    if given.complete:
+        lay_out(config, _given(config, given), machines)
     measured, sizes = _measured(config, given, known)
     if keep is not None:
         save_rates(measured, keep)
         say(f"plan: rates -> {keep}")
-    carried = carried_over(measured, machines.accelerator if machines.gpus else None)
+    carried = carried_over(for_backbone(measured, config.model.backbone, sizes.tokens), kind)
     layout = lay_out(config, sizes, machines)
     plan = estimate(config, sizes, carried, layout)
     return Planned(plan, sizes, carried, machines, layout, tuple(_warnings(config, plan, sizes, carried, layout)))
@@ -115,9 +119,9 @@ def _measured(config: Config, given: GivenSizes, known: Rates | None) -> tuple[R
     """Rates and sizes, of which either may be given."""
     if known is not None:
         return known, (_given(config, given) if given.complete else _counted_with_tokens(config, given)[0])
-    from ckd_ray.plan.measure import PASSAGES, QUERIES, load_model, measure
+    from ckd_ray.plan.measure import PASSAGES, QUERIES, measure
 
-    model = load_model(config)
+    config, model = _encoder(config)
     batch = max(config.teacher.batch_size, config.distill.batch_size)
     asked = max(QUERIES, batch)
     if given.complete:
@@ -132,6 +136,29 @@ def _measured(config: Config, given: GivenSizes, known: Rates | None) -> tuple[R
     return measure(config, model, sizes, sample)
 
 
+def _encoder(config: Config) -> tuple[Config, ColBERT]:
+    """The encoder that is measured: that of the configuration, or where it is not here, but its shape is known, the
+    small one that pip installs (the rates are then carried over). With the configuration that it belongs to."""
+    from ckd_ray.plan.measure import load_model
+
+    try:
+        return config, load_model(config)
+    except UserError as error:
+        small = ModelConfig().backbone
+        if config.model.backbone.rpartition("/")[2] not in SHAPES or config.model.backbone == small:
+            raise
+        say(f"plan: {config.model.backbone} cannot be loaded here; {small} is measured in its place")
+        # Its own settings of the model's length may not fit; those of the configuration do.
+        model = config.model.model_copy(update={"backbone": small})
+        smaller = config.model_copy(
+            update={"model": model, "teacher": config.teacher.model_copy(update={"checkpoint": None})}
+        )
+        try:
+            return smaller, load_model(smaller)
+        except UserError:
+            raise error from None
+
+
 def _given(config: Config, given: GivenSizes) -> Sizes:
     assert given.passages is not None and given.queries is not None and given.tokens is not None
     return given_sizes(given.passages, given.queries, given.tokens, config)
@@ -139,9 +166,9 @@ def _given(config: Config, given: GivenSizes) -> Sizes:
 
 def _counted_with_tokens(config: Config, given: GivenSizes) -> tuple[Sizes, Sample]:
     """The collection counted, its tokens by the tokenizer of the backbone."""
-    from ckd_ray.plan.measure import QUERIES, load_model
+    from ckd_ray.plan.measure import QUERIES
 
-    model = load_model(config)
+    config, model = _encoder(config)
     sizes, sample = count_collection(config.collection, passages=_LOOKED_AT, queries=QUERIES, seed=config.run.seed)
     tokenizer = model.tokenizer
     tokens = tokenizer.passages([text for _, text in sample.passages])

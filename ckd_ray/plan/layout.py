@@ -78,6 +78,7 @@ def lay_out(config: Config, sizes: Sizes, cluster: PlannedCluster) -> Layout:
         cpus=cluster.cpus,
         node_cpus=max(node.cpus for node in nodes),
         gpus=cluster.gpus,
+        node_gpus=max(node.gpus for node in nodes),
         nodes=len(nodes),
         shards=len(shards),
         shard_passages=shards[0][1] - shards[0][0],

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ckd_ray.errors import UserError
-from ckd_ray.plan.prices import ACCELERATORS
+from ckd_ray.plan.hardware import ACCELERATORS, SHAPES
 
 FORMAT = 1
 # Share of a GPU's peak rate (dense 16-bit products) that encoding reaches where no GPU was measured: published BERT
@@ -224,6 +224,31 @@ def carried_over(rates: Rates, accelerator: str | None) -> Rates:
         encode_token_s=token / ENCODE_SHARE,
         training=steps,
         **dict.fromkeys(_SEARCH, flops * SEARCH_SHARE),
+    )
+
+
+def for_backbone(rates: Rates, backbone: str, tokens: float) -> Rates:
+    """The rates for another encoder than was measured: times in proportion to the operations of a token.
+
+    Only for encoders whose shape is known here; for others the rates stay as they are (and the plan warns).
+    """
+    shape = SHAPES.get(backbone.rpartition("/")[2])
+    if backbone == rates.backbone or shape is None:
+        return rates
+    flops = shape.token_flops(tokens)
+    ratio = flops / rates.token_flops
+    steps = {n: replace(s, fixed_s=s.fixed_s, token_s=s.token_s * ratio) for n, s in rates.training.items()}
+    return rates.assuming(
+        f"{backbone} was not measured: {ratio:.2f} times the operations a token of {rates.backbone}",
+        backbone=backbone,
+        parameters=shape.parameters,
+        embedding_parameters=shape.embedding_parameters,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        token_flops=flops,
+        encode_token_s=rates.encode_token_s * ratio,
+        training=steps,
+        checkpoint_s=rates.checkpoint_s * shape.parameters / rates.parameters,
     )
 
 
