@@ -23,11 +23,13 @@ from ckd_ray.store.codec import bytes_per_token
 from ckd_ray.store.codec_training import choose_centroids, sample_size
 
 # Fixed times of Ray's stages, as multiples of what a new process takes to import everything (`process_start_s`), and
-# seconds that do not depend on it. Measured on the quick start (docs/plan.md).
-EMBED_START = (1.0, 3.0)
-SERVE_START = (1.0, 1.5)
-TRAIN_START = (2.0, 6.0)
-TASKS_START = (0.5, 1.0)
+# seconds that do not depend on it. Read off the times of the files of one quick start (docs/plan.md).
+EMBED_START = (1.0, 5.0)
+SERVE_START = (1.0, 2.0)
+TRAIN_START = (2.0, 4.0)
+TASKS_START = (0.3, 1.5)
+# The driver's own imports, before the first stage that needs the encoder.
+DRIVER_START = (1.0, 1.0)
 # `ray.train.report` blocks for about one period of the controller's polling (distill/trainer.py sets 0.2 s).
 REPORT_S = 0.2
 # Between the GPUs of one machine, bytes a second: PCIe 4.
@@ -163,7 +165,10 @@ def _choice(config_precision: str, sizes: Sizes, rates: Rates) -> Part:
 def teacher_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout) -> list[Part]:
     """Training, or copying the checkpoint that is given."""
     if config.teacher.checkpoint is not None:
-        return [Part("copy the checkpoint", rates.checkpoint_s / 2, "driver")]
+        return [
+            _start(DRIVER_START, rates, "load the libraries"),
+            Part("copy the checkpoint", rates.checkpoint_s, "driver"),
+        ]
     return training_parts(config.teacher, sizes, rates, layout, "teacher", layout.teacher_workers)
 
 
@@ -202,6 +207,7 @@ def training_parts(
     each = step_seconds(step, rates, layout, section.batch_size, workers, step.tokens)
     saved = -(-steps // section.checkpoint_every)
     parts = [
+        _start(DRIVER_START if stage == "teacher" else (0.0, 0.0), rates, "load the libraries"),
         _start(TRAIN_START, rates),
         _choice(section.precision, sizes, rates),
         Part("training steps", steps * each, "encoder", scales=rates.device == "cuda"),
