@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -207,8 +206,6 @@ def _warnings(config: Config, plan: Plan, sizes: Sizes, rates: Rates, layout: La
             )
     if layout.nodes > 1 and not layout.remote:
         found.append("run.storage is a local path: on several machines it must be one that all see (s3://...)")
-    if rates.device == "cpu" and rates.cores != os.cpu_count():
-        found.append(f"rates measured on {rates.cores} cores")
     return found
 
 

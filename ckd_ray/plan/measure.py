@@ -70,7 +70,7 @@ def measure(config: Config, model: ColBERT, sizes: Sizes, sample: Sample) -> tup
     Args:
         sample: at least one labelled training query, and some passages.
     """
-    started = time.perf_counter()
+    started, load = time.perf_counter(), os.getloadavg()[0]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     cores = os.cpu_count() or 1
     gpu = torch.cuda.is_available()
@@ -105,6 +105,7 @@ def measure(config: Config, model: ColBERT, sizes: Sizes, sample: Sample) -> tup
         backbone=config.model.backbone,
         precision=precision,
         seconds=round(taken, 1),
+        load=round(load, 2),
         **encoder_shape(model, sizes.tokens),
         **values,
     )

@@ -27,17 +27,18 @@ from ckd_ray.evaluate.runs import falling_scores, write_trec_run
 from ckd_ray.model import ColBERT
 from ckd_ray.retrieve.centroids import CentroidIndex, probe
 from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all
-from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages
+from ckd_ray.retrieve.faiss_index import candidate_passages, choose_subquantizers
 from ckd_ray.retrieve.merge import merge_top
 from ckd_ray.retrieve.rankings import part_file, read_ranking_part, write_ranking_matrix, write_ranking_part
-from ckd_ray.retrieve.rows import ShardRows
+from ckd_ray.retrieve.rows import FlatRows, ShardRows
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import Residual
 from ckd_ray.store.files import write_json_atomic
 
 _BATCH = 256  # queries a part, as in retrieve/stream.py
 _CELLS = 4096
-_QUANTISED = 8192
+_QUANTISED = 1 << 15
+_ROWS = (1 << 14, 1 << 16)
 
 
 def seconds(call: Callable[[], Any], rounds: int = 1) -> float:
@@ -97,54 +98,93 @@ def _exact(batch: torch.Tensor, rows: ShardRows, cores: int, device: torch.devic
 
 
 def _neighbours(batch: torch.Tensor, rows: ShardRows, cores: int) -> dict[str, float]:
-    """Nearest token embeddings of centroids, exact; and nearest centroids in float64."""
+    """Nearest token embeddings of centroids, exact: what a vector costs, and what a row more costs; and nearest
+    centroids in float64."""
     vectors = batch.reshape(-1, batch.shape[2])[:1024].contiguous()
-    work = 2.0 * len(vectors) * rows.num_rows * rows.take(np.zeros(1, np.int64)).shape[1]
-    nearest = work / seconds(lambda: nearest_rows(vectors, rows, 10)) / cores
+    dim, taken = vectors.shape[1], []
+    for count in _ROWS:
+        # The same rows over and over: the stage looks at many blocks of them, whatever they hold.
+        many = FlatRows(rows.take(np.arange(count) % rows.num_rows), np.ones(count, np.int64))
+        taken.append(seconds(partial(nearest_rows, vectors, many, 10)) * cores)
+    row = max(1e-15, (taken[1] - taken[0]) / (len(vectors) * (_ROWS[1] - _ROWS[0])))
+    each = max(1e-9, taken[0] / len(vectors) - row * _ROWS[0])
     centroids = rows.take(np.arange(min(_CELLS, rows.num_rows))).half()
     probing = 2.0 * vectors.numel() * len(centroids)
-    return {"nearest_ops": nearest, "probe_ops": probing / seconds(lambda: probe(vectors, centroids, 33), 2) / cores}
+    return {
+        "nearest_ops": 2.0 * dim / row,
+        "nearest_vector_s": each,
+        "probe_ops": probing / seconds(lambda: probe(vectors, centroids, 33), 2) / cores,
+    }
 
 
 def _faiss(config: Config, batch: torch.Tensor, rows: ShardRows, cores: int) -> dict[str, float]:
-    """IVF-PQ: nearest cells, training the quantiser, coding, and a search that looks at few and at many codes."""
+    """IVF-PQ: nearest cells, training the quantiser, coding, and a search that looks into few and into many cells.
+
+    Two indexes: many short lists tell what a cell costs (its table of distances is read from memory, as in a large
+    index), few long ones what a code costs.
+    """
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     dim = batch.shape[2]
-    points = rows.take(np.arange(min(rows.num_rows, 1 << 16))).float().numpy()
+    points = rows.take(np.arange(_QUANTISED) % rows.num_rows).float().numpy()
     cells = faiss.IndexFlatL2(dim)
-    cells.add(points[: min(_CELLS, len(points))])
+    cells.add(points[:_CELLS])
     some = points[:8192]
     assign = 2.0 * some.size * cells.ntotal / seconds(lambda: cells.search(some, 1)) / cores
-    index = TokenIndex(rows, cells=max(1, rows.num_rows // 256), nprobe=1)
-    pq = index.index.pq
-    fresh = faiss.ProductQuantizer(dim, pq.M, pq.nbits)
+    short = _ivf(points, rows.num_rows, min(_CELLS, rows.num_rows // 4))
+    long = _ivf(points, rows.num_rows, rows.num_rows // 1024)
+    fresh = faiss.ProductQuantizer(dim, short.pq.M, short.pq.nbits)
     fresh.cp.min_points_per_centroid = 1
     started = time.perf_counter()
-    fresh.train(points[:_QUANTISED])
+    fresh.train(points)
     # faiss trains on at most 256 points a centroid, in time that grows with them.
-    training = (time.perf_counter() - started) * cores * 65536 / min(len(points), _QUANTISED)
-    coding = seconds(lambda: pq.compute_codes(points)) * cores / len(points)
+    training = (time.perf_counter() - started) * cores * 65536 / len(points)
+    coding = seconds(lambda: fresh.compute_codes(some)) * cores / len(some)
     flat = batch.reshape(-1, dim)
-    flat = flat[torch.arange(512) % len(flat)]
+    flat = flat[torch.arange(512) % len(flat)].contiguous().numpy()
     wanted = min(config.retrieve.candidates, rows.num_rows)
-    taken, looked = [], []
-    for share in (4, 2):
-        index.index.nprobe = max(1, index.cells // share)
-        taken.append(seconds(lambda: index.nearest(flat, wanted)) * cores / len(flat))
-        looked.append(rows.num_rows * index.index.nprobe / index.cells)
-    code = max(1e-12, (taken[1] - taken[0]) / max(1.0, looked[1] - looked[0]))
-    distances, positions = index.nearest(batch[0], wanted)
+
+    def row(index: Any, probes: int) -> tuple[int, float]:
+        """(cells looked into, core seconds a vector)."""
+        index.nprobe = max(1, min(probes, index.nlist))
+        return index.nprobe, seconds(lambda: index.search(flat, wanted)) * cores / len(flat)
+
+    (few, least), (many, most) = row(short, 8), row(short, 64)
+    probe_s = max(1e-9, (most - least) / max(1, many - few))
+    (one, low), (all_, high) = row(long, long.nlist // 4), row(long, long.nlist)
+    codes = (all_ - one) * rows.num_rows / long.nlist
+    code_s = max(1e-11, (high - low - (all_ - one) * probe_s) / max(1.0, codes))
+    # Of the long lists, since only there the heap of the nearest is full, which most of a row's own time goes into.
+    row_s = low - one * (probe_s + rows.num_rows / long.nlist * code_s) - long.nlist * 2 * dim / assign
+    distances, positions = long.search(batch[0].contiguous().numpy(), wanted)
     passage_of = np.repeat(np.arange(rows.num_passages, dtype=np.int32), rows.lengths)
     return {
         "assign_ops": assign,
         "pq_train_s": max(1e-6, training),
         "add_token_s": coding,
-        "ivf_code_s": code,
-        "ivf_row_s": max(1e-9, taken[0] - code * looked[0]),
+        "ivf_code_s": code_s,
+        "ivf_probe_s": probe_s,
+        "ivf_row_s": max(1e-9, row_s),
         "promising_query_s": seconds(lambda: candidate_passages(distances, positions, passage_of, 1024), 3),
     }
+
+
+def _ivf(points: Any, count: int, cells: int) -> Any:
+    """An IVF-PQ index over `count` rows with so many cells, whose centres are rows, not means: quick, and as fast."""
+    import faiss
+
+    dim, cells = points.shape[1], max(1, cells)
+    quantizer = faiss.IndexFlatL2(dim)
+    quantizer.add(points[:cells])
+    bits = 8 if count >= 4096 else 4
+    index = faiss.IndexIVFPQ(quantizer, dim, cells, choose_subquantizers(dim), bits)
+    index.own_fields = True  # the quantiser lives as long as the index
+    quantizer.this.disown()
+    index.pq.cp.min_points_per_centroid = index.cp.min_points_per_centroid = 1
+    index.train(points[: min(count, 8192)])
+    index.add(points[:count] if count <= len(points) else points)
+    return index
 
 
 def _lists(batch: torch.Tensor, rows: ShardRows, cores: int) -> dict[str, float]:

@@ -49,12 +49,13 @@ class Rates:
         training: of the `teacher` and of `distill`.
         checkpoint_s: writing one. dense_ops: exact search, all passages. pair_ops, single_ops, pair_exact_ops,
             single_exact_ops: chosen pairs, float32 and float64; many queries a passage, and one.
-        nearest_ops: nearest token embeddings. assign_ops: faiss' nearest centroid. probe_ops: the same in float64.
+        nearest_ops, nearest_vector_s: nearest token embeddings, by their number, and what a vector costs beside them.
+            assign_ops: faiss' nearest centroid. probe_ops: the same in float64.
         merge_entry_s: merging a ranked entry of a server. rank_row_s: writing a row of a ranking.
         evaluate_row_s: a row of a ranking through run file and measures, on the driver.
         expand_query_s: clusters, votes of the feedback and label files of a query; crowded_query_s: asking the cells.
-        add_token_s, pq_train_s, ivf_row_s, ivf_code_s, promising_query_s: faiss: coding a token, training the
-            quantiser, a query row, a code that it looks at, and choosing a query's candidates.
+        add_token_s, pq_train_s, ivf_row_s, ivf_probe_s, ivf_code_s, promising_query_s: faiss: coding a token, training
+            the quantiser, a query row, a cell and a code that it looks at, and choosing a query's candidates.
         list_entry_s, list_passage_s: centroids: an entry of an inverted list, and a passage of the range.
         decode_token_s: a row of a residual codec.
         process_start_s: a new process that imports torch, transformers and Ray.
@@ -86,6 +87,7 @@ class Rates:
     pair_exact_ops: float
     single_exact_ops: float
     nearest_ops: float
+    nearest_vector_s: float
     assign_ops: float
     probe_ops: float
     merge_entry_s: float
@@ -97,12 +99,14 @@ class Rates:
     pq_train_s: float
     ivf_row_s: float
     ivf_code_s: float
+    ivf_probe_s: float
     promising_query_s: float
     list_entry_s: float
     list_passage_s: float
     decode_token_s: float
     process_start_s: float
     seconds: float = 0.0  # that measuring took
+    load: float = 0.0  # processes that wanted to run when it began
     assumptions: tuple[str, ...] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def load_rates(path: str) -> Rates:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise UserError("not a rates file", where=path, expected=f"format {FORMAT}", found=str(found), fix=_MAKE)
     known = {f.name: f for f in fields(Rates)}
-    optional = {"seconds", "assumptions"}
+    optional = {"seconds", "load", "assumptions"}
     missing = [name for name in known if name not in values and name not in optional]
     if missing:
         raise UserError("rates are missing", where=path, expected=", ".join(missing), fix=_MAKE)

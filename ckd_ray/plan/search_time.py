@@ -117,10 +117,11 @@ def build_ivf(config: Config, sizes: Sizes, rates: Rates, cores: float) -> list[
 
 
 def _ivf_rows(config: Config, sizes: Sizes, rates: Rates, rows: float, cores: float) -> float:
-    """Seconds of `rows` vectors: C cells, and nprobe V / C codes each."""
+    """Seconds of `rows` vectors: C cells are compared, nprobe looked into, nprobe V / C codes read."""
     count, dim = cells(config, sizes), config.model.dim
-    codes = min(config.retrieve.nprobe, count) * sizes.vectors / count
-    each = rates.ivf_row_s + count * 2 * dim / rates.assign_ops + codes * rates.ivf_code_s
+    probes = min(config.retrieve.nprobe, count)
+    inside = probes * (rates.ivf_probe_s + sizes.vectors / count * rates.ivf_code_s)
+    each = rates.ivf_row_s + count * 2 * dim / rates.assign_ops + inside
     return rows * each / cores
 
 
@@ -168,7 +169,8 @@ def _centroids(
 def vote_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout, count: int) -> list[Part]:
     """Votes of the collection for q * clusters centroids (docs/method.md, step 4).
 
-    `exact`: 2 q clusters V D operations on the servers' CPUs. `faiss`: an index of their own, and its search.
+    `exact`: 2 q clusters V D operations on the servers' CPUs, and `nearest_vector_s` a centroid in each. `faiss`: an
+    index of their own, and its search.
     `estimate`: once, k-means over at most 500,000 rows on one machine. `feedback`: nothing more.
     """
     vectors = count * config.label.clusters
@@ -176,6 +178,8 @@ def vote_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout, count
         assert layout.vote is not None
         cores = min(layout.cpus, float(layout.vote.count * layout.vote.threads))
         work = vectors * sizes.vectors * 2 * config.model.dim / rates.nearest_ops / cores
+        # Every server makes sure of the nearest of its range.
+        work += vectors * rates.nearest_vector_s * layout.vote.count / cores
         return [Part("exact votes of the collection", work, "cores", scales=True)]
     if layout.votes == "faiss":
         assert layout.vote is not None
