@@ -216,6 +216,9 @@ def test_ms_marco_on_eight_gpus() -> None:
         assert encode > tokens * 20e6 / 21e12 / 8
         labels = plan.stages[4].storage["labels"]
         assert labels == pytest.approx(502_939 * 24 * (129 * 4 + 0.95 * 512))
+        # 4 workers of 9 queries each: weights and moments, and a quarter of a batch's activations.
+        step = training_bytes(carried.training["distill"], carried, c.distill.batch_size, 4, 1, on_gpu=True)
+        assert plan.stages[5].memory["gpu"] == pytest.approx(0.7 * 2**30 + step)
         assert 600 < plan.seconds < 30 * 86400
         assert any("A10G" in text for text in carried.assumptions)
 
@@ -364,6 +367,10 @@ def test_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest
     file.write_text(json.dumps(broken))
     with pytest.raises(UserError, match="rates are missing"):
         load_rates(str(file))
+    monkeypatch.setattr("ckd_ray.plan.job.count_collection", lambda *a, **k: pytest.fail("counted before"))
+    save_rates(replace(rates(), device="cuda", accelerator="T4"), str(file))
+    with pytest.raises(UserError, match="the cluster has none"):
+        make_plan(config(), rates=str(file))
     for wrong in ("g5.xlarge", "=1", "a=b", "a=-1"):
         with pytest.raises(UserError, match="not a price"):
             parse_prices([wrong])
