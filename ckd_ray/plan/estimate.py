@@ -43,6 +43,7 @@ class Layout:
 
     Attributes:
         stages: those that run, in order. node_cpus, node_gpus: of the largest node.
+        shard_passages, last_passages: of the largest shard, and of the last.
         actors, actor_threads, actor_gpus, feeders: of the embed stage; feeders in CPUs.
         votes: `feedback`, `exact`, `faiss` or `estimate`; vote: the servers of exact and faiss votes.
         network_bytes: a second and machine. remote: the run's storage is a URI.
@@ -56,6 +57,7 @@ class Layout:
     nodes: int
     shards: int
     shard_passages: int
+    last_passages: int
     actors: int
     actor_threads: int
     actor_gpus: float
@@ -245,7 +247,7 @@ def embed_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout, spli
         busy, waits = (encode + tokenise + write + code) / lanes, "encoder"
     if code > max(encode, 1e-12):
         waits = "codec"
-    tail = 0.5 * busy * lanes / max(1, layout.shards) * (1 - 1 / max(1.0, lanes))
+    tail = 0.5 * busy * lanes * layout.last_passages / sizes.passages * (1 - 1 / max(1.0, lanes))
     sent = (sizes.vectors * bytes_per_token(e.codec, m.dim)) / (layout.network_bytes * layout.nodes)
     parts = [
         _start(EMBED_START, rates),

@@ -82,6 +82,7 @@ def lay_out(config: Config, sizes: Sizes, cluster: PlannedCluster) -> Layout:
         nodes=len(nodes),
         shards=len(shards),
         shard_passages=shards[0][1] - shards[0][0],
+        last_passages=shards[-1][1] - shards[-1][0],
         actors=pool.actors,
         actor_threads=pool.threads,
         actor_gpus=pool.gpus_per_actor,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckd_ray.config import Config, load_config
+from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.plan import estimate as e
 from ckd_ray.plan.cluster import Machines, PlannedCluster, accelerator_of, read_cluster, this_machine
@@ -230,7 +231,7 @@ def test_a_hundred_gpus_and_140_million_passages() -> None:
     layout = lay_out(c, sizes, cluster)
     plan = e.estimate(c, sizes, carried_over(rates(), "A10G"), layout)
     few = e.estimate(c, sizes, carried_over(rates(), "A10G"), lay_out(c, sizes, machines(2, 48, 4, "A10G")))
-    assert layout.actors == 100 and layout.shards == 8545
+    assert layout.actors == 100 and layout.shards == len(plan_shards(140_000_000, "auto"))
     assert plan.stages[2].storage["embeddings/passages"] == pytest.approx(140e6 * 68 * 40, rel=0.02)  # 381 GB
     assert seconds(list(plan.stages[2].parts))["encode"] == pytest.approx(
         seconds(list(few.stages[2].parts))["encode"] * 8 / 100
