@@ -425,8 +425,18 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert out["bound"]["stage"] == longest["stage"] and longest["bound"] == out["bound"]["waits_for"]
     assert out["storage_bytes"] == pytest.approx(sum(sum(s["storage_bytes"].values()) for s in out["stages"]), abs=50)
     assert set(out["memory_bytes"]) == {"driver", "actor", "gpu"} and out["assumptions"]
-    app(options, standalone_mode=False)
+    assert out["warnings"] == []
+    save_rates(rates(load=3.0, backbone="other"), str(tmp_path / "rates.json"))
+    large = ["--set", "distill.batch_size=20000", "--set", "run.storage=runs"]
+    app([*options, *large], standalone_mode=False)
     said = capsys.readouterr()
+    for warning in (
+        "the rates are of other",
+        "the machine was busy when",
+        "distill: ",
+        "run.storage is a local",
+    ):
+        assert f"warning: {warning}" in said.err
     assert said.out == "" and "evaluate" in said.err and "assumed: no A10G was measured" in said.err
 
 
