@@ -188,6 +188,8 @@ def _warnings(config: Config, plan: Plan, sizes: Sizes, rates: Rates, layout: La
     found = []
     if rates.backbone != config.model.backbone:
         found.append(f"the rates are of {rates.backbone}, not of {config.model.backbone}")
+    if rates.load > 0.5 * rates.cores:
+        found.append(f"the machine was busy when the rates were measured (load {rates.load:g}): they are too slow")
     peaks = {name: max((stage.memory.get(name, 0.0), stage.name) for stage in plan.stages) for name in ("actor", "gpu")}
     kind = ACCELERATORS.get(layout.accelerator or "")
     size, stage = peaks["gpu"]

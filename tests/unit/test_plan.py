@@ -430,12 +430,7 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     large = ["--set", "distill.batch_size=20000", "--set", "run.storage=runs"]
     app([*options, *large], standalone_mode=False)
     said = capsys.readouterr()
-    for warning in (
-        "the rates are of other",
-        "the machine was busy when",
-        "distill: ",
-        "run.storage is a local",
-    ):
+    for warning in ("the rates are of other", "the machine was busy", "distill: ", "run.storage is a local"):
         assert f"warning: {warning}" in said.err
     assert said.out == "" and "evaluate" in said.err and "assumed: no A10G was measured" in said.err
 
