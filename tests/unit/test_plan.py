@@ -22,6 +22,7 @@ from ckd_ray.plan.search_time import Servers, search_parts, vote_parts
 from ckd_ray.plan.show import render
 from ckd_ray.plan.sizes import Sizes, count_collection
 from ckd_ray.plan.space import encoder_bytes, stage_memory, stage_storage, training_bytes
+from ckd_ray.store.files import join, make_folder, write_atomic
 from tests.support import overrides
 
 MS_MARCO = Sizes(8_841_823, {"train": 502_939, "dev": 6_980}, 510_000, 75.0, 68.0, 335.0, counted=False)
@@ -401,6 +402,27 @@ def test_count_is_that_of_the_collection_stage(tiny_collection: str, tmp_path: P
         here = {name for name, _ in sample.passages}
         labelled = {passage for _, passage in sample.labels}
         assert labelled <= here and here - labelled - {f"p{i}" for i in range(20)}  # not the first ones only
+
+
+def test_count_from_an_object_store(tiny_collection: str, tmp_path: Path) -> None:
+    """A collection on `s3://` is streamed from there, with the same numbers and the same sample."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        uri = f"s3://key:secret@plan/c?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
+        make_folder(uri)
+        for file in Path(tiny_collection).iterdir():
+            data = file.read_bytes()
+            write_atomic(join(uri, file.name), lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+        found = []
+        for path in (tiny_collection, uri):
+            c = load_config(None, overrides(tmp_path, "x", tiny_collection, f"collection.path={path}"))
+            found.append(count_collection(c.collection, passages=20, queries=8))
+    finally:
+        server.stop()
+    (here, sample), (there, remote) = found
+    assert remote == sample and replace(there, read_seconds=here.read_seconds) == here
 
 
 def test_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
