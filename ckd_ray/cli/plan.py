@@ -26,6 +26,10 @@ def plan(
     passages: Annotated[int | None, typer.Option("--passages", help="Instead of counting the collection.")] = None,
     queries: Annotated[int | None, typer.Option("--queries", help="Training queries, likewise.")] = None,
     tokens: Annotated[float | None, typer.Option("--tokens-per-passage", help="Mean length, likewise.")] = None,
+    evaluated: Annotated[
+        int | None,
+        typer.Option("--eval-queries", help="Queries of each evaluated split, likewise; 1,000 when left out."),
+    ] = None,
     price: Annotated[
         list[str] | None, typer.Option("--price", help="USD an hour of an instance type: g5.xlarge=0.45 (repeatable).")
     ] = None,
@@ -47,7 +51,7 @@ def plan(
             cluster=cluster,
             rates=rates,
             keep=save_rates,
-            given=GivenSizes(passages, queries, tokens),
+            given=GivenSizes(passages, queries, tokens, evaluated),
             prices=prices,
         )
         if json_:

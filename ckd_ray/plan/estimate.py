@@ -18,7 +18,7 @@ from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.plan.rates import Rates, StepRate
 from ckd_ray.plan.search_time import Part, Servers, search_parts, vote_parts
 from ckd_ray.plan.sizes import Sizes
-from ckd_ray.plan.space import stage_memory, stage_storage
+from ckd_ray.plan.space import stage_memory, stage_storage, step_tokens
 from ckd_ray.store.codec import bytes_per_token
 from ckd_ray.store.codec_training import choose_centroids, sample_size
 
@@ -135,7 +135,9 @@ def estimate(config: Config, sizes: Sizes, rates: Rates, layout: Layout) -> Plan
         "retrieve": lambda: retrieve_parts(config, sizes, rates, layout),
         "label": lambda: label_parts(config, sizes, rates, layout),
         "cross_encoder": lambda: cross_encoder_parts(config, sizes, rates, layout),
-        "distill": lambda: training_parts(config.distill, sizes, rates, layout, "distill", layout.distill_workers),
+        "distill": lambda: training_parts(
+            config, config.distill, sizes, rates, layout, "distill", layout.distill_workers
+        ),
         "evaluate": lambda: evaluate_parts(config, sizes, rates, layout),
     }
     stages = []
@@ -171,21 +173,18 @@ def teacher_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout) ->
             _start(DRIVER_START, rates, "load the libraries"),
             Part("copy the checkpoint", rates.checkpoint_s, "driver"),
         ]
-    return training_parts(config.teacher, sizes, rates, layout, "teacher", layout.teacher_workers)
+    return training_parts(config, config.teacher, sizes, rates, layout, "teacher", layout.teacher_workers)
 
 
-def step_seconds(
-    step: StepRate, rates: Rates, layout: Layout, batch: int, workers: int, passage_tokens: float
-) -> float:
-    """A step: fixed + token_s * (tokens of the batch) / W, and the exchange of gradients.
+def step_seconds(step: StepRate, rates: Rates, layout: Layout, tokens: float, workers: int) -> float:
+    """A step: fixed + token_s * tokens / W, and the exchange of gradients.
 
     On a CPU the rate was measured with all of `rates.cores`; a worker has its node's cores shared among the node's
     workers. Gradients: a ring of W workers moves 2 (W - 1) / W * 4 P bytes through every link.
 
     Args:
-        passage_tokens: of a step of `step.batch` queries on the collection planned for.
+        tokens: of the whole batch.
     """
-    tokens = passage_tokens * batch / step.batch / workers
     slower = 1.0
     if rates.device == "cpu":
         each = layout.node_cpus / max(1, -(-workers // layout.nodes))
@@ -194,11 +193,11 @@ def step_seconds(
     together = workers <= (layout.node_gpus if layout.gpus else layout.node_cpus)
     link = LOCAL_LINK if together else layout.network_bytes
     exchange = 2 * (workers - 1) / workers * 4 * rates.parameters / link
-    return step.fixed_s + step.token_s * tokens * slower + exchange
+    return step.fixed_s + step.token_s * tokens / workers * slower + exchange
 
 
 def training_parts(
-    section: TrainingConfig, sizes: Sizes, rates: Rates, layout: Layout, stage: str, workers: int
+    config: Config, section: TrainingConfig, sizes: Sizes, rates: Rates, layout: Layout, stage: str, workers: int
 ) -> list[Part]:
     """steps * step + checkpoints + measurements on dev, after the start of controller and workers.
 
@@ -206,7 +205,8 @@ def training_parts(
     """
     step = rates.training[stage]
     steps = section.steps
-    each = step_seconds(step, rates, layout, section.batch_size, workers, step.tokens)
+    tokens = step_tokens(section, config.model.query_maxlen, sizes, step)
+    each = step_seconds(step, rates, layout, tokens, workers)
     saved = -(-steps // section.checkpoint_every)
     parts = [
         _start(DRIVER_START if stage == "teacher" else (0.0, 0.0), rates, "load the libraries"),
@@ -216,7 +216,8 @@ def training_parts(
         Part("checkpoints", saved * (rates.checkpoint_s + REPORT_S), "one worker"),
     ]
     if section.evaluate_every:
-        tokens = min(section.dev_passages, sizes.passages) * sizes.tokens + section.dev_queries * 32
+        tokens = min(section.dev_passages, sizes.passages) * sizes.tokens
+        tokens += section.dev_queries * config.model.query_maxlen
         spread = workers if rates.device == "cuda" else layout.node_cpus
         measured = steps // section.evaluate_every * tokens * rates.encode_token_s / spread
         parts.append(Part("measurements on dev", measured, "encoder"))

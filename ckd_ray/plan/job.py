@@ -24,11 +24,13 @@ _LOOKED_AT = 288
 
 @dataclass(frozen=True)
 class GivenSizes:
-    """`--passages`, `--queries`, `--tokens-per-passage`; all None when the collection is to be counted."""
+    """`--passages`, `--queries`, `--tokens-per-passage`; all None when the collection is to be counted. evaluated:
+    `--eval-queries`, with the others only."""
 
     passages: int | None = None
     queries: int | None = None
     tokens: float | None = None
+    evaluated: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -39,7 +41,7 @@ class GivenSizes:
         """
         values = {"--passages": self.passages, "--queries": self.queries, "--tokens-per-passage": self.tokens}
         missing = [option for option, value in values.items() if value is None]
-        if missing and len(missing) < len(values):
+        if missing and (len(missing) < len(values) or self.evaluated is not None):
             raise UserError(
                 "sizes come together",
                 where=missing[0],
@@ -160,7 +162,7 @@ def _encoder(config: Config) -> tuple[Config, ColBERT]:
 
 def _given(config: Config, given: GivenSizes) -> Sizes:
     assert given.passages is not None and given.queries is not None and given.tokens is not None
-    return given_sizes(given.passages, given.queries, given.tokens, config)
+    return given_sizes(given.passages, given.queries, given.tokens, config, given.evaluated)
 
 
 def _counted_with_tokens(config: Config, given: GivenSizes) -> tuple[Sizes, Sample]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -290,8 +290,9 @@ def _training(shop: Workshop, stage: str) -> StepRate:
         fixed = seconds[1] - slope * tokens[1]
         if fixed < 0:  # noise: through the origin and the larger batch
             slope, fixed = seconds[1] / tokens[1], 0.0
-    whole = tokens[-1] / points[-1][2] * section.batch_size
-    return StepRate(float(fixed), float(slope), float(whole), section.batch_size)
+    mean = float(np.mean([len(ids) for ids in shop.model.tokenizer.passages([t for _, t in shop.sample.passages])]))
+    plain = points[-1][2] * (shop.config.model.query_maxlen + (1 + section.negatives) * mean)
+    return StepRate(float(fixed), float(slope), float(tokens[-1] / plain))
 
 
 def _steps(shop: Workshop, stage: str, batch: int) -> tuple[float, float, int]:
@@ -391,8 +392,3 @@ def load_model(config: Config) -> ColBERT:
             fix="rates from a machine that has the encoder do without it here: --rates FILE --passages N --queries N "
             "--tokens-per-passage X",
         ) from None
-
-
-def scaled_to_batch(step: StepRate, batch: int) -> StepRate:
-    """The same step for another batch size: tokens in proportion."""
-    return replace(step, tokens=step.tokens * batch / step.batch, batch=batch)

@@ -25,13 +25,12 @@ GPU_STEP_S = 0.06
 class StepRate:
     """Seconds of a training step: `fixed_s` + tokens * `token_s`, tokens of all passages and queries encoded in it.
 
-    On a CPU with all cores of the machine, on a GPU with one.
+    On a CPU with all cores of the machine, on a GPU with one. padding: tokens encoded a token of the texts.
     """
 
     fixed_s: float
     token_s: float
-    tokens: float  # of a whole batch, as measured
-    batch: int
+    padding: float
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def carried_over(rates: Rates, accelerator: str | None) -> Rates:
     flops = peak.teraflops * 1e12
     token = rates.token_flops / flops
     steps = {
-        name: StepRate(GPU_STEP_S, 3 * token / TRAIN_SHARE * _extra(step, rates), step.tokens, step.batch)
+        name: StepRate(GPU_STEP_S, 3 * token / TRAIN_SHARE * _extra(step, rates), step.padding)
         for name, step in rates.training.items()
     }
     return rates.assuming(

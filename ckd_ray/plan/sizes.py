@@ -150,13 +150,17 @@ def _keep(
             reservoir[place] = item
 
 
-def given_sizes(passages: int, queries: int, tokens: float, config: Config, kept: float | None = None) -> Sizes:
-    """Sizes from options: dev and test are taken for at most 1,000 queries each, one label a query.
+def given_sizes(passages: int, queries: int, tokens: float, config: Config, evaluated: int | None = None) -> Sizes:
+    """Sizes from options: one label a query, every token stored.
+
+    Args:
+        evaluated: queries of each split that is evaluated; at most 1,000 when None.
 
     Raises:
         UserError: a number that cannot be.
     """
-    for option, value in (("--passages", passages), ("--queries", queries), ("--tokens-per-passage", tokens)):
+    given = (("--passages", passages), ("--queries", queries), ("--tokens-per-passage", tokens))
+    for option, value in (*given, *((("--eval-queries", evaluated),) if evaluated is not None else ())):
         if value <= 0:
             raise UserError("must be positive", where=option, expected="> 0", found=f"{value:g}")
     if tokens > config.model.doc_maxlen:
@@ -167,9 +171,10 @@ def given_sizes(passages: int, queries: int, tokens: float, config: Config, kept
             found=f"{tokens:g}",
         )
     counts: dict[str, int] = {"train": queries}
-    counts |= {split: min(queries, _DEV_QUERIES) for split in config.evaluate.splits}
+    each = min(queries, _DEV_QUERIES) if evaluated is None else evaluated
+    counts |= dict.fromkeys(config.evaluate.splits, each)
     text = tokens * BYTES_A_TOKEN
-    return Sizes(passages, counts, sum(counts.values()), tokens, kept or tokens, text, None, counted=False)
+    return Sizes(passages, counts, sum(counts.values()), tokens, tokens, text, None, counted=False)
 
 
 def made_up_sample(words: Sequence[str], tokens: float, longest: int, passages: int, queries: int) -> Sample:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckd_ray.config import Config
+from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.plan.rates import Rates, StepRate
 from ckd_ray.plan.search_time import cells
 from ckd_ray.plan.sizes import Sizes
@@ -91,7 +92,8 @@ def stage_memory(name: str, config: Config, sizes: Sizes, rates: Rates, layout: 
             return found
         section = config.teacher if name == "teacher" else config.distill
         workers = layout.teacher_workers if name == "teacher" else layout.distill_workers
-        tensors = training_bytes(rates.training[name], rates, section.batch_size, workers, section.accumulate, on_gpu)
+        tokens = step_tokens(section, m.query_maxlen, sizes, rates.training[name])
+        tensors = training_bytes(tokens / workers / section.accumulate, rates, on_gpu)
         held = PROCESS + _HELD_LABEL * sizes.labels + 4.0 * rates.parameters
         return {
             **found,
@@ -121,9 +123,16 @@ def encoder_bytes(config: Config, sizes: Sizes, rates: Rates, layout: Layout) ->
     return PROCESS + shard + 2 * weights + activations, 0.0
 
 
-def training_bytes(step: StepRate, rates: Rates, batch: int, workers: int, accumulate: int, on_gpu: bool) -> float:
+def step_tokens(section: TrainingConfig, query_maxlen: int, sizes: Sizes, step: StepRate) -> float:
+    """Tokens that a step encodes: B (Q + (1 + negatives) tokens), and the padding that was measured."""
+    return section.batch_size * (query_maxlen + (1 + section.negatives) * sizes.tokens) * step.padding
+
+
+def training_bytes(tokens: float, rates: Rates, on_gpu: bool) -> float:
     """Weights, gradients and two moments (16 P), and 34 hidden numbers a token and layer of activations (Korthikanti et
-    al. 2022, without the attention matrices, which are not kept), of 4 bytes, or 2 under bf16."""
-    tokens = step.tokens * batch / step.batch / workers / accumulate
-    each = 34.0 * rates.hidden * (1 if on_gpu else 2)
-    return 16.0 * rates.parameters + tokens * rates.layers * each
+    al. 2022, without the attention matrices, which are not kept), of 4 bytes, or 2 under bf16.
+
+    Args:
+        tokens: that a worker encodes at a time.
+    """
+    return 16.0 * rates.parameters + tokens * rates.layers * 34.0 * rates.hidden * (1 if on_gpu else 2)

@@ -49,7 +49,7 @@ def rates(**changes: object) -> Rates:
         "build_passage_s": 1e-4,
         "build_query_s": 2e-5,
         "corpus_share": 0.4,
-        "training": {"teacher": StepRate(0.1, 3e-4, 6000, 20), "distill": StepRate(0.2, 4e-4, 6000, 20)},
+        "training": {"teacher": StepRate(0.1, 3e-4, 1.25), "distill": StepRate(0.2, 4e-4, 1.25)},
         "checkpoint_s": 1.0,
         "dense_ops": 1e11,
         "pair_ops": 5e10,
@@ -118,18 +118,19 @@ def test_embed_on_two_cores_by_hand() -> None:
 def test_training_by_hand_and_over_workers() -> None:
     c = config("teacher.steps=100", "teacher.batch_size=20", "teacher.checkpoint_every=30", "teacher.precision=fp32")
     layout = lay_out(c, SMALL, machines())
-    found = seconds(e.training_parts(c.teacher, SMALL, rates(), layout, "teacher", 1))
-    assert found["training steps"] == pytest.approx(100 * (0.1 + 6000 * 3e-4))
+    found = seconds(e.training_parts(c, c.teacher, SMALL, rates(), layout, "teacher", 1))
+    # 20 queries of 32 and 40 passages of 100 tokens, and a quarter of padding: 5,800 tokens.
+    assert found["training steps"] == pytest.approx(100 * (0.1 + 5800 * 3e-4))
     assert found["checkpoints"] == pytest.approx(4 * (1.0 + e.REPORT_S))
     # Twice the batch: twice the tokens. One core: half as fast. Two workers of a core each: as one of two, and a ring.
     step = rates().training["teacher"]
     one_core = replace(layout, node_cpus=1.0, cpus=1.0)
-    assert e.step_seconds(step, rates(), layout, 40, 1, 6000) == pytest.approx(0.1 + 12000 * 3e-4)
-    assert e.step_seconds(step, rates(), one_core, 20, 1, 6000) == pytest.approx(0.1 + 6000 * 6e-4)
+    assert e.step_seconds(step, rates(), layout, 12000, 1) == pytest.approx(0.1 + 12000 * 3e-4)
+    assert e.step_seconds(step, rates(), one_core, 6000, 1) == pytest.approx(0.1 + 6000 * 6e-4)
     ring = 2 * 0.5 * 4 * 20e6 / e.LOCAL_LINK
-    assert e.step_seconds(step, rates(), layout, 20, 2, 6000) == pytest.approx(0.1 + 6000 * 3e-4 + ring)
+    assert e.step_seconds(step, rates(), layout, 6000, 2) == pytest.approx(0.1 + 6000 * 3e-4 + ring)
     apart = replace(layout, node_cpus=1.0, nodes=2, network_bytes=1e8)
-    assert e.step_seconds(step, rates(), apart, 20, 2, 6000) == pytest.approx(0.1 + 3000 * 6e-4 + 0.8)
+    assert e.step_seconds(step, rates(), apart, 6000, 2) == pytest.approx(0.1 + 3000 * 6e-4 + 0.8)
 
 
 def test_exact_search_by_hand() -> None:
@@ -218,8 +219,9 @@ def test_ms_marco_on_eight_gpus() -> None:
         assert encode > tokens * 20e6 / 21e12 / 8
         labels = plan.stages[4].storage["labels"]
         assert labels == pytest.approx(502_939 * 24 * (129 * 4 + 0.95 * 512))
-        # 4 workers of 9 queries each: weights and moments, and a quarter of a batch's activations.
-        step = training_bytes(carried.training["distill"], carried, c.distill.batch_size, 4, 1, on_gpu=True)
+        # 4 workers: weights and moments, and a quarter of a batch's activations.
+        tokens = c.distill.batch_size * (32 + 2 * 75) * 1.25 / 4
+        step = training_bytes(tokens, carried, on_gpu=True)
         assert plan.stages[5].memory["gpu"] == pytest.approx(0.7 * 2**30 + step)
         assert 600 < plan.seconds < 30 * 86400
         assert any("A10G" in text for text in carried.assumptions)
@@ -247,10 +249,9 @@ def test_a_hundred_gpus_and_140_million_passages() -> None:
 def test_memory_and_storage_by_hand() -> None:
     c = config("embed.passages_per_shard=100", "distill.batch_size=20")
     layout = lay_out(c, SMALL, machines())
-    step = rates().training["distill"]
     # 16 bytes a parameter; 6,000 tokens keep 34 * 384 numbers a layer, 4 bytes each of which 2 are counted in the 34.
-    assert training_bytes(step, rates(), 20, 1, 1, on_gpu=False) == 16 * 20e6 + 6000 * 6 * 68 * 384
-    assert training_bytes(step, rates(), 40, 4, 2, on_gpu=True) == 16 * 20e6 + 1500 * 6 * 34 * 384
+    assert training_bytes(6000, rates(), on_gpu=False) == 16 * 20e6 + 6000 * 6 * 68 * 384
+    assert training_bytes(1500, rates(), on_gpu=True) == 16 * 20e6 + 1500 * 6 * 34 * 384
     process, device = encoder_bytes(c, SMALL, rates(), layout)
     shard = 100 * 80 * (256 + 256 + 8)
     assert device == 0 and process == pytest.approx(0.45 * 2**30 + shard + 160e6 + 1440 * 384 * 80)
@@ -352,6 +353,10 @@ def test_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "rates.json"
     with pytest.raises(UserError, match="sizes come together"):
         make_plan(config(), given=GivenSizes(passages=5))
+    with pytest.raises(UserError, match="sizes come together"):
+        make_plan(config(), given=GivenSizes(evaluated=5))
+    with pytest.raises(UserError, match="--eval-queries"):
+        make_plan(config(), given=replace(given, evaluated=-5))
     with pytest.raises(UserError, match="longer than the encoder reads"):
         make_plan(config(), given=GivenSizes(1000, 100, 500.0))
     with pytest.raises(UserError, match="must be positive"):
@@ -433,6 +438,7 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     save_rates(rates(), str(tmp_path / "rates.json"))
     options = ["plan", "--cluster", str(tmp_path / "c.yaml"), "--rates", str(tmp_path / "rates.json"), "--passages"]
     options += ["8841823", "--queries", "502939", "--tokens-per-passage", "75", "--set", "model.doc_maxlen=180"]
+    options += ["--eval-queries", "6980"]
     options += ["--price", "g5.12xlarge=2", "--set", "run.storage=s3://b/r"]
     app([*options, "--json"], standalone_mode=False)
     out = json.loads(capsys.readouterr().out)
@@ -447,7 +453,7 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert out["bound"]["stage"] == longest["stage"] and longest["bound"] == out["bound"]["waits_for"]
     assert out["storage_bytes"] == pytest.approx(sum(sum(s["storage_bytes"].values()) for s in out["stages"]), abs=50)
     assert set(out["memory_bytes"]) == {"driver", "actor", "gpu"} and out["assumptions"]
-    assert out["warnings"] == []
+    assert out["warnings"] == [] and out["collection"]["queries"] == {"train": 502939, "dev": 6980, "test": 6980}
     save_rates(rates(load=3.0, backbone="other"), str(tmp_path / "rates.json"))
     large = ["--set", "distill.batch_size=20000", "--set", "run.storage=runs"]
     app([*options, *large], standalone_mode=False)
@@ -482,8 +488,7 @@ def test_calibration_on_the_tiny_encoder(
     assert planned.sizes.passages == 60 and 20 < planned.sizes.kept <= planned.sizes.tokens <= 48
     assert planned.rates.layers == 2 and planned.rates.hidden == 32
     step = planned.rates.training["distill"]
-    # 12 passages of at most 48 tokens (padded in groups), and 6 queries of 12.
-    assert step.batch == 6 and 6 * 12 + 12 * 10 < step.tokens <= 6 * 12 + 12 * 48
+    assert 1 <= step.padding < 2
     assert [stage.name for stage in planned.plan.stages][-1] == "evaluate"
     assert "tokens" in render(planned)
     again = make_plan(c, rates=str(kept), given=GivenSizes(60, 24, planned.sizes.tokens))
