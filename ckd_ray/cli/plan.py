@@ -28,7 +28,7 @@ def plan(
     tokens: Annotated[float | None, typer.Option("--tokens-per-passage", help="Mean length, likewise.")] = None,
     evaluated: Annotated[
         int | None,
-        typer.Option("--eval-queries", help="Queries of each evaluated split, likewise; 1,000 when left out."),
+        typer.Option("--eval-queries", help="Queries of an evaluated split, likewise; else 1,000."),
     ] = None,
     price: Annotated[
         list[str] | None, typer.Option("--price", help="USD an hour of an instance type: g5.xlarge=0.45 (repeatable).")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -141,8 +141,8 @@ def _faiss(config: Config, batch: torch.Tensor, rows: ShardRows, cores: int) -> 
     # faiss trains on at most 256 points a centroid, in time that grows with them.
     training = (time.perf_counter() - started) * cores * 65536 / len(points)
     coding = seconds(lambda: fresh.compute_codes(some)) * cores / len(some)
-    flat = batch.reshape(-1, dim)
-    flat = flat[torch.arange(512) % len(flat)].contiguous().numpy()
+    vectors = batch.reshape(-1, dim)
+    flat = vectors[torch.arange(512) % len(vectors)].contiguous().numpy()
     wanted = min(config.retrieve.candidates, rows.num_rows)
 
     def row(index: Any, probes: int) -> tuple[int, float]:
@@ -180,7 +180,7 @@ def _ivf(points: Any, count: int, cells: int) -> Any:
     bits = 8 if count >= 4096 else 4
     index = faiss.IndexIVFPQ(quantizer, dim, cells, choose_subquantizers(dim), bits)
     index.own_fields = True  # the quantiser lives as long as the index
-    quantizer.this.disown()
+    cast(Any, quantizer).this.disown()
     index.pq.cp.min_points_per_centroid = index.cp.min_points_per_centroid = 1
     index.train(points[: min(count, 8192)])
     index.add(points[:count] if count <= len(points) else points)
