@@ -265,4 +265,5 @@ def export(
         put(written)
 
 
+import ckd_ray.cli.plan  # noqa: E402, F401  (puts itself on `app`)
 from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, tune, search and report put themselves on `app`)

@@ -5,6 +5,7 @@ A placement that does not fit would wait without a word, so it is refused before
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,25 @@ def parse_workers(workers: int | str) -> tuple[int, int] | None:
 
 
 def plan_workers(workers: int | str, batch_size: int, key: str) -> Placement:
-    """The placement of `workers`: a number, `2-8` (elastic), or `auto`: one a GPU, else one.
+    """`place_workers` on the connected cluster.
 
     Raises:
         UserError: they do not fit the cluster, or the batch is smaller than their number.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    placement = place_workers(workers, batch_size, key, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+    _say_what_is_taken(placement, key)
+    return placement
+
+
+def place_workers(workers: int | str, batch_size: int, key: str, nodes: Sequence[Mapping[str, Any]]) -> Placement:
+    """The placement of `workers`: a number, `2-8` (elastic), or `auto`: one a GPU, else one.
+
+    Args:
+        nodes: the resources of each, such as {"CPU": 8, "GPU": 1}.
+
+    Raises:
+        UserError: they do not fit the cluster, or the batch is smaller than their number.
+    """
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     room = sum(_room(node, gpus > 0) for node in nodes)
     chosen = parse_workers(workers)
@@ -73,11 +87,10 @@ def plan_workers(workers: int | str, batch_size: int, key: str) -> Placement:
             expected=f">= {most}",
             found=str(batch_size),
         )
-    _say_what_is_taken(placement, key)
     return placement
 
 
-def _room(node: dict[str, Any], use_gpu: bool) -> int:
+def _room(node: Mapping[str, Any], use_gpu: bool) -> int:
     """Workers that one node holds."""
     cpus = int(node.get("CPU", 0) // CPUS_PER_WORKER)
     return min(cpus, int(node.get("GPU", 0))) if use_gpu else cpus

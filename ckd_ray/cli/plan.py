@@ -1,0 +1,60 @@
+"""`ckd-ray plan`: what a run would take, before anything is paid."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckd_ray.cli import ConfigOption, JsonOption, QuietOption, SetOption, _nothing_else_on_stdout, app, guarded, put
+
+
+@app.command()
+@guarded
+def plan(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="A cluster file (YAML); this machine when left out.")
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="Rates from a file of --save-rates; measured here when left out.")
+    ] = None,
+    save_rates: Annotated[
+        str | None, typer.Option("--save-rates", help="Keep the measured rates in this file.")
+    ] = None,
+    passages: Annotated[int | None, typer.Option("--passages", help="Instead of counting the collection.")] = None,
+    queries: Annotated[int | None, typer.Option("--queries", help="Training queries, likewise.")] = None,
+    tokens: Annotated[float | None, typer.Option("--tokens-per-passage", help="Mean length, likewise.")] = None,
+    evaluated: Annotated[
+        int | None,
+        typer.Option("--eval-queries", help="Queries of an evaluated split, likewise; else 1,000."),
+    ] = None,
+    price: Annotated[
+        list[str] | None, typer.Option("--price", help="USD an hour of an instance type: g5.xlarge=0.45 (repeatable).")
+    ] = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Time, memory, storage and cost of every stage, from a short calibration here or from given rates."""
+    from ckd_ray.config import load_config
+    from ckd_ray.plan.job import GivenSizes, make_plan, parse_prices
+    from ckd_ray.plan.show import render
+    from ckd_ray.progress import set_quiet
+
+    set_quiet(quiet)
+    prices = parse_prices(price or [])
+    loaded = load_config(config, set_ or [])
+    with _nothing_else_on_stdout():
+        planned = make_plan(
+            loaded,
+            cluster=cluster,
+            rates=rates,
+            keep=save_rates,
+            given=GivenSizes(passages, queries, tokens, evaluated),
+            prices=prices,
+        )
+        if json_:
+            put(planned.to_dict())
+        else:
+            typer.echo(render(planned), err=True)
