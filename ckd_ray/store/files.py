@@ -63,6 +63,17 @@ def parent(uri: str) -> str:
     return path.rstrip("/").rpartition("/")[0] + options
 
 
+def last_part(uri: str) -> str:
+    """The name of the file or folder itself, without the options of a URI."""
+    return _split_options(uri)[0].rstrip("/").rpartition("/")[2]
+
+
+def beside(uri: str, ending: str) -> str:
+    """`uri` with `ending` at the end of its name."""
+    path, options = _split_options(uri)
+    return path.rstrip("/") + ending + options
+
+
 def _split_options(uri: str) -> tuple[str, str]:
     """A local path may hold a question mark; in a URI it starts the options of the file system."""
     path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
