@@ -265,4 +265,5 @@ def export(
         put(written)
 
 
-from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, tune, search and report put themselves on `app`)
+# evaluate, compare, tune, search, report and doctor put themselves on `app`
+from ckd_ray.cli import evidence, machine  # noqa: E402, F401

@@ -1,17 +1,21 @@
-"""What Ray's launcher leaves open on AWS, closed before it starts a machine; and the values of aws.yaml to be filled in."""
+"""What Ray's launcher leaves open on AWS is closed before a machine starts; and what in aws.yaml is to be filled in."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
 
 NO_IMAGE = "ami-00000000000000000"
 # RFC 5737: addresses for documentation, which nobody has.
 _NOBODY = ("192.0.2.", "198.51.100.", "203.0.113.")
 # The launcher's own mark on what it has made.
 _MADE_BY_RAY = "ray-autoscaler"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Rule = tuple[str, int, int, str]
 
 
@@ -59,23 +63,46 @@ def close_to_the_world(config: dict[str, Any]) -> list[str]:
     Returns:
         One line a change, for people. Nothing for other providers, for a file without such rules (the launcher's own
         then hold), and for groups that the file names by id or that the launcher has not made.
+
+    Raises:
+        UserError: boto3 is not installed. JobError: AWS refuses, or cannot be reached.
     """
     wanted = _wanted(config)
     if wanted is None or config["provider"]["type"] != "aws":
         return []
-    import boto3
-    from ray.autoscaler.sdk import bootstrap_config
+    told: list[str] = []
+    with _errors_of_aws():
+        import boto3
+        from ray.autoscaler.sdk import bootstrap_config
 
-    made = bootstrap_config(config, no_config_cache=True)
-    own = {kind["node_config"]["SecurityGroupIds"][0] for kind in made["available_node_types"].values()}
-    credentials = config["provider"].get("aws_credentials") or {}
-    ec2 = boto3.client("ec2", region_name=config["provider"]["region"], **credentials)
-    groups = ec2.describe_security_groups(GroupIds=sorted(own))["SecurityGroups"]
-    told = []
-    for group in groups:
-        if any(tag["Key"] == _MADE_BY_RAY for tag in group.get("Tags", [])):
-            told += _match(ec2, group, set(_rules(wanted)))
+        made = bootstrap_config(config, no_config_cache=True)
+        own = {kind["node_config"]["SecurityGroupIds"][0] for kind in made["available_node_types"].values()}
+        credentials = config["provider"].get("aws_credentials") or {}
+        ec2 = boto3.client("ec2", region_name=config["provider"]["region"], **credentials)
+        for group in ec2.describe_security_groups(GroupIds=sorted(own))["SecurityGroups"]:
+            if any(tag["Key"] == _MADE_BY_RAY for tag in group.get("Tags", [])):
+                told += _match(ec2, group, set(_rules(wanted)))
     return told
+
+
+@contextmanager
+def _errors_of_aws() -> Iterator[None]:
+    """What goes wrong, in a line; what the launcher prints meanwhile is dropped, but for its last line then."""
+    import click
+
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError as error:
+        raise UserError(
+            "the launcher needs boto3 for AWS", found=str(error), fix="pip install 'ckd-ray[cluster,aws]'"
+        ) from None
+    told = io.StringIO()
+    try:
+        with redirect_stdout(told), redirect_stderr(told):
+            yield
+    except (click.ClickException, BotoCoreError, ClientError) as error:
+        said = str(error).strip() or _COLOUR.sub("", told.getvalue().strip().rpartition("\n")[2])
+        raise JobError(f"AWS: {' '.join(said.split())}") from error
 
 
 def _wanted(config: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -106,9 +133,7 @@ def _match(ec2: Any, group: dict[str, Any], wanted: set[Rule]) -> list[str]:
 
 def _permission(rule: Rule) -> dict[str, Any]:
     protocol, first, last, addresses = rule
-    ranges = (
-        {"Ipv6Ranges": [{"CidrIpv6": addresses}]} if ":" in addresses else {"IpRanges": [{"CidrIp": addresses}]}
-    )
+    ranges = {"Ipv6Ranges": [{"CidrIpv6": addresses}]} if ":" in addresses else {"IpRanges": [{"CidrIp": addresses}]}
     ports = {} if protocol == "-1" else {"FromPort": first, "ToPort": last}
     return {"IpProtocol": protocol, **ports, **ranges}
 

@@ -28,6 +28,8 @@ from ckd_ray.errors import JobError, UserError
 
 # Stands in the name of everything that is still being written.
 _ASIDE = ".tmp-"
+# With pauses that double up to 20 s, so many attempts outlast three quarters of a minute without the object store (S3).
+_ATTEMPTS = 8
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,7 +38,7 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
     try:
-        return pafs.FileSystem.from_uri(uri)
+        return _patient(*pafs.FileSystem.from_uri(uri))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(
             "this storage cannot be opened",
@@ -44,6 +46,14 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
             expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
             found=str(error).splitlines()[0],
         ) from error
+
+
+def _patient(fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem, str]:
+    """The same; on S3 with more attempts a request than the three of a URI, which are over in two seconds."""
+    if not isinstance(fs, pafs.S3FileSystem):
+        return fs, path
+    (options,) = fs.__reduce__()[1]
+    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)), path
 
 
 def is_local(uri: str) -> bool:

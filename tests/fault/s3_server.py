@@ -1,7 +1,7 @@
-"""A moto S3 server as a process of its own that can be killed: objects are also files of a folder, and come back from there.
+"""A moto S3 server in a process of its own that can be killed: its objects are also files, and come back from these.
 
-`python -m tests.fault.s3_server FOLDER PORT` serves until it is killed. What is lost with it is what S3 may lose: requests
-that were not answered, and uploads in parts that were not completed.
+`python -m tests.fault.s3_server FOLDER PORT` serves until it is killed. What is lost then is what may be lost: requests
+that were not answered, and uploads that were not completed.
 """
 
 from __future__ import annotations

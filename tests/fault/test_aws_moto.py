@@ -21,12 +21,12 @@ import yaml
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("moto.server")
 pytest.importorskip("ray.autoscaler.sdk")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak  # the launcher waits 15 s for a new profile, twice, and moto lists every type of machine
 ROOT = Path(__file__).parents[2]
 MINE = "198.18.0.7/32"
 IMAGE = "ami-12c6146b"  # moto knows it
 
-# As `ckd-ray train --cluster` starts and ends a cluster. A worker is what the autoscaler on the head would start, by the same provider.
+# As `ckd-ray train --cluster` starts and ends a cluster. The worker is started as the autoscaler on the head does it.
 LAUNCH = """
 import sys, yaml
 from click import ClickException
