@@ -7,6 +7,8 @@ that were not answered, and uploads that were not completed.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import threading
 import urllib.parse
@@ -66,6 +68,40 @@ def restore(folder: Path) -> None:
         for path in bucket.iterdir():
             key = _backend().put_object(bucket.name, urllib.parse.unquote(path.name), path.read_bytes())
             key.last_modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).replace(tzinfo=None)
+
+
+class Server:
+    """A server of our own on a port that stays the same. `start` goes on with the objects that were there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def uri(self) -> str:
+        """A folder in a bucket."""
+        options = f"scheme=http&endpoint_override=127.0.0.1:{self.port}&allow_bucket_creation=true"
+        return f"s3://key:secret@ckd-ray/runs?{options}"
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [sys.executable, "-m", "tests.fault.s3_server", str(self.folder), str(self.port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._process.stdout is not None and self._process.stdout.readline().startswith("ready")
+
+    def kill(self) -> None:
+        """As if its machine had lost its power."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def objects(self) -> dict[str, float]:
+        """Times of change, by name within the bucket; also while no server runs."""
+        files = (self.folder / "ckd-ray").glob("*")
+        return {urllib.parse.unquote(p.name): p.stat().st_mtime for p in files}
 
 
 def main() -> None:
