@@ -6,6 +6,14 @@ import subprocess
 from pathlib import Path
 
 
+def authority(folder: Path, name: str) -> tuple[str, str]:
+    """A certificate authority: (certificate, key)."""
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN={name} -keyout {key} -out {certificate}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return str(certificate), str(key)
+
+
 def signed(folder: Path, name: str, ca: str, ca_key: str, *addresses: str) -> tuple[str, str]:
     """(certificate, key) of a machine with these addresses, signed by the authority."""
     certificate, key, request = (folder / f"{name}.{ending}" for ending in ("pem", "key", "csr"))

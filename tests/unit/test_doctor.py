@@ -231,18 +231,10 @@ def test_the_machine_s_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has no address" in only(check_machine.hostname()).found
 
 
-def authority(folder: Path, name: str) -> tuple[str, str]:
-    """A certificate authority of our own, by openssl: (certificate, key)."""
-    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN={name} -keyout {key} -out {certificate}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return str(certificate), str(key)
-
-
 def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.util import get_node_ip_address
 
-    from tests.tls import signed
+    from tests.tls import authority, signed
 
     address = get_node_ip_address()
     ca, ca_key = authority(tmp_path, "ca")
