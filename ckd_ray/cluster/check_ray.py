@@ -40,7 +40,7 @@ class Joined:
 
 def running_ray() -> Joined:
     """Join the Ray that `ckd-ray` would join (RAY_ADDRESS, or the one of this machine), look at it, and leave."""
-    from ckd_ray.cluster.connect import _reach, use_token
+    from ckd_ray.cluster.connect import use_token
 
     use_token()
     from ray._private.utils import read_ray_address
@@ -50,7 +50,7 @@ def running_ray() -> Joined:
         return Joined(None, 0, Check("running ray", "ok", "none; ckd-ray starts Ray in place"))
     fix = "start it (ray start --head), unset RAY_ADDRESS, or give both sides the same token (~/.ray/auth_token)"
     try:
-        _reach(address)
+        _knock(address)
     except OSError as error:
         if os.environ.get("RAY_ADDRESS"):
             return Joined(address, 0, Check("running ray", "fail", f"RAY_ADDRESS={address}: {error}", fix))
@@ -64,6 +64,12 @@ def running_ray() -> Joined:
     if not have.get("CPU"):
         return Joined(address, nodes, Check("running ray", "fail", found, "start it with CPUs, or add machines"))
     return Joined(address, nodes, Check("running ray", "ok", found))
+
+
+def _knock(address: str) -> None:
+    host, colon, number = address.rpartition(":")
+    if colon and number.isdecimal() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(number)), timeout=5).close()
 
 
 def _seen_from_a_child(address: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ckd_ray.cluster import check_access as access, check_machine as machine, check_ray as ray_checks
+from ckd_ray.cluster import check_access as access, check_machine as machine, check_ray as ray_checks, check_tls as tls
 from ckd_ray.cluster.check import Check
 from ckd_ray.config import Config
 from ckd_ray.progress import without_secrets
@@ -31,7 +31,7 @@ def _all(config: Config) -> Iterator[Callable[[], Iterator[Check]]]:
     yield lambda: access.scratch(storage)
     yield lambda: access.clock(storage)
     yield access.token
-    yield access.transport_encryption
+    yield tls.transport_encryption
     yield lambda: ray_checks.ports(joined)
     yield lambda: iter([joined.check])
     yield lambda: machine.hostname(several_machines=joined.nodes > 1)

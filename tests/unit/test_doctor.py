@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ckd_ray.cluster import check_access, check_machine, check_ray
+from ckd_ray.cluster import check_access, check_machine, check_ray, check_tls
 from ckd_ray.cluster.check import Check, as_json, render
 from ckd_ray.config import load_config
 
@@ -241,22 +241,22 @@ def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = signed(tmp_path, "good", ca, ca_key, address)
     other = signed(tmp_path, "other", ca, ca_key, "192.0.2.77")
     foreign, _ = authority(tmp_path, "foreign")
-    assert check_access.handshake(*good, ca, address) is None
-    assert "IP address mismatch" in str(check_access.handshake(*other, ca, address))
-    assert "unable to get local issuer" in str(check_access.handshake(*good, foreign, address))
-    assert check_access.handshake(good[0], other[1], ca, address) is not None, "another's key"
+    assert check_tls.handshake(*good, ca, address) is None
+    assert "IP address mismatch" in str(check_tls.handshake(*other, ca, address))
+    assert "unable to get local issuer" in str(check_tls.handshake(*good, foreign, address))
+    assert check_tls.handshake(good[0], other[1], ca, address) is not None, "another's key"
 
     monkeypatch.setenv("RAY_USE_TLS", "0")
-    assert only(check_access.transport_encryption()).state == "ok"
+    assert only(check_tls.transport_encryption()).state == "ok"
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.setenv("RAY_TLS_SERVER_CERT", good[0])
     monkeypatch.setenv("RAY_TLS_CA_CERT", ca)
     monkeypatch.delenv("RAY_TLS_SERVER_KEY", raising=False)
-    assert "RAY_TLS_SERVER_KEY=''" in only(check_access.transport_encryption()).found
+    assert "RAY_TLS_SERVER_KEY=''" in only(check_tls.transport_encryption()).found
     monkeypatch.setenv("RAY_TLS_SERVER_KEY", good[1])
-    assert only(check_access.transport_encryption()).state == "ok"
+    assert only(check_tls.transport_encryption()).state == "ok"
     os.chmod(good[1], 0o644)
-    assert only(check_access.transport_encryption()).fix == f"chmod 600 {good[1]}"
+    assert only(check_tls.transport_encryption()).fix == f"chmod 600 {good[1]}"
 
 
 def test_the_command(tmp_path: Path) -> None:
