@@ -47,8 +47,9 @@ provider.create_node(full["available_node_types"]["gpu"]["node_config"], tags, 1
 """
 CLOSE = """
 import sys, yaml
+from ray.autoscaler._private.util import prepare_config
 from ckd_ray.cluster.aws import close_to_the_world
-print("\\n".join(close_to_the_world(yaml.safe_load(open(sys.argv[1])))))
+print("\\n".join(close_to_the_world(prepare_config(yaml.safe_load(open(sys.argv[1]))))))
 """
 DOWN = """
 import sys, yaml
