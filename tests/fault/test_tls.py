@@ -51,16 +51,18 @@ def head(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         [*command, "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"],
         stdout=out.open("w"), stderr=subprocess.STDOUT, start_new_session=True, env=environment,
     )  # fmt: skip
-    deadline = time.monotonic() + 90
-    while "Ray runtime started" not in out.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, out.read_text()
-        time.sleep(0.2)
-    yield port
-    os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 180
     try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        while "Ray runtime started" not in out.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, out.read_text()
+            time.sleep(0.2)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def ckd_ray(environment: dict[str, str], port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
