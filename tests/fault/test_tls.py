@@ -20,8 +20,6 @@ import pytest
 from tests.support import overrides
 from tests.tls import authority, signed
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -72,6 +70,7 @@ def ckd_ray(environment: dict[str, str], port: int, *arguments: str) -> subproce
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_gcs_speaks_tls_and_asks_for_our_certificate(environment: dict[str, str], head: int) -> None:
     def connect(certificate: bool) -> str | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -93,6 +92,7 @@ def test_the_gcs_speaks_tls_and_asks_for_our_certificate(environment: dict[str, 
     assert connect(certificate=True) == "answered" and refused()
 
 
+@pytest.mark.slow
 def test_a_job_runs_there(
     environment: dict[str, str], head: int, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
@@ -111,6 +111,7 @@ def checks(environment: dict[str, str], port: int) -> dict[str, Any]:
     return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 
 
+@pytest.mark.soak  # Ray takes its time to give up on a head that does not answer in the clear
 def test_doctor_sees_it_and_who_lacks_the_certificates_or_the_token_is_refused(
     environment: dict[str, str], head: int
 ) -> None:
