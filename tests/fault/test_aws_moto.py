@@ -90,7 +90,7 @@ class Account:
         """A script of the above on a launcher's file, in the root of the repository."""
         done = subprocess.run(
             [sys.executable, "-c", code, str(file)],
-            capture_output=True, text=True, timeout=240, env=self.environment, cwd=ROOT,
+            capture_output=True, text=True, timeout=600, env=self.environment, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
