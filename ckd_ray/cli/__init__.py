@@ -97,8 +97,10 @@ _object_stream: TextIO | None = None
 
 
 def put(value: Any) -> None:
-    """Print the one object of `--json`, on the standard output that the command was started with."""
-    typer.echo(json.dumps(value), file=_object_stream or sys.stdout)
+    """Print the one object of `--json`, on the standard output that the command was started with; no keys of URIs."""
+    from ckd_ray.progress import without_secrets
+
+    typer.echo(without_secrets(json.dumps(value)), file=_object_stream or sys.stdout)
 
 
 @contextmanager
@@ -265,5 +267,5 @@ def export(
         put(written)
 
 
-import ckd_ray.cli.plan  # noqa: E402, F401  (puts itself on `app`)
-from ckd_ray.cli import evidence  # noqa: E402, F401  (evaluate, compare, tune, search and report put themselves on `app`)
+# evaluate, compare, tune, search, report, plan and doctor put themselves on `app`
+from ckd_ray.cli import evidence, machine, plan  # noqa: E402, F401

@@ -51,10 +51,10 @@ def write_labels(
     present_BK = np.arange(clusters)[None] < expansions.counts_B.cpu().numpy()[:, None]
     token_ids_BK = np.zeros((len(query_ids), clusters), np.int32)
     token_ids_BK[:, :kept] = expansions.token_ids_BK[:, :kept].cpu().numpy()
-    stem = join(folder, part_name(split, part))
+    name = part_name(split, part)
     buffer = io.BytesIO()
     np.save(buffer, table_BKX, allow_pickle=False)
-    write_atomic(f"{stem}.npy", lambda stream: stream.write(buffer.getbuffer()))
+    write_atomic(join(folder, f"{name}.npy"), lambda stream: stream.write(buffer.getbuffer()))
     vectors = pa.array(table_BKX[:, :, :dim][present_BK].reshape(-1), pa.float32())
     rows = pa.table(
         {
@@ -65,7 +65,7 @@ def write_labels(
             "token_ids": _lists(pa.array(token_ids_BK[present_BK], pa.int32()), present_BK),
         }
     )
-    write_atomic(f"{stem}.parquet", lambda stream: pq.write_table(rows, stream, compression="zstd"))
+    write_atomic(join(folder, f"{name}.parquet"), lambda stream: pq.write_table(rows, stream, compression="zstd"))
 
 
 def _lists(values: pa.Array, present_BK: npt.NDArray[np.bool_]) -> pa.Array:

@@ -56,8 +56,8 @@ def write_scores(
         table_BK["score"][row, : len(order)] = values[order]
     buffer = io.BytesIO()
     np.save(buffer, table_BK, allow_pickle=False)
-    stem = join(folder, part_name(split, part))
-    write_atomic(f"{stem}.npy", lambda stream: stream.write(buffer.getbuffer()))
+    name = part_name(split, part)
+    write_atomic(join(folder, f"{name}.npy"), lambda stream: stream.write(buffer.getbuffer()))
     counts = [len(p) for p in passages]
     rows = pa.table(
         {
@@ -66,7 +66,7 @@ def write_scores(
             "score": pa.array(np.concatenate([*scores, np.empty(0, np.float32)]), pa.float32()),
         }
     )
-    write_atomic(f"{stem}.parquet", lambda stream: pq.write_table(rows, stream, compression="zstd"))
+    write_atomic(join(folder, f"{name}.parquet"), lambda stream: pq.write_table(rows, stream, compression="zstd"))
 
 
 class CrossScores:

@@ -9,7 +9,18 @@ from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
 from ckd_ray.model.exchange.card import Facts, model_card
-from ckd_ray.store.files import exists, filesystem_of, is_local, join, local_copy, new_folder, read_json, write_atomic
+from ckd_ray.store.files import (
+    beside,
+    exists,
+    filesystem_of,
+    is_local,
+    join,
+    last_part,
+    local_copy,
+    new_folder,
+    read_json,
+    write_atomic,
+)
 
 ROLES = ("student", "teacher")
 
@@ -37,9 +48,10 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
     checkpoint = run if single else join(run, role)
     if not single:
         _check_finished(run, checkpoint, role)
-    target = out or (f"{run}-{fmt}" if single else join(run, "exports", fmt if role == "student" else f"teacher-{fmt}"))
+    own = join(run, "exports", fmt if role == "student" else f"teacher-{fmt}")
+    target = out or (beside(run, f"-{fmt}") if single else own)
     _check_target(target)
-    facts = Facts(name=_last_part(run)) if single else run_facts(run, role)
+    facts = Facts(name=last_part(run)) if single else run_facts(run, role)
     with local_copy(checkpoint) as folder:
         model = ColBERT.from_pretrained(folder)
     with new_folder(target) as folder:
@@ -89,7 +101,7 @@ def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
         per_query = join(run, "evaluation", f"{role}.{split}.per_query.json")
         if exists(per_query):
             queries[split] = max((len(values) for values in read_json(per_query).values()), default=0)
-    name = str(config.get("run", {}).get("name") or _last_part(run))
+    name = str(config.get("run", {}).get("name") or last_part(run))
     return Facts(name=name, role=role, config=config, measures=measures, queries=queries)
 
 
@@ -98,7 +110,3 @@ def write_student_card(run: str) -> None:
     settings = ColBERTSettings.from_dict(read_json(join(run, "student", "colbert.json")))
     text = model_card(settings, run_facts(run, "student", evaluating=True))
     write_atomic(join(run, "student", "README.md"), lambda stream: stream.write(text.encode()))
-
-
-def _last_part(uri: str) -> str:
-    return uri.rstrip("/").rpartition("/")[2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import exists, filesystem_of, join, list_folders, read_json
+from ckd_ray.store.files import exists, filesystem_of, join, last_part, list_folders, parent, read_json
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class FinishedRun:
     @property
     def name(self) -> str:
         """The folder's name; for a variant with the run's in front."""
-        own = self.folder.rstrip("/").rpartition("/")[2]
-        return own if self.folder == self.base else f"{self.base.rpartition('/')[2]}/{own}"
+        own = last_part(self.folder)
+        return own if self.folder == self.base else f"{last_part(self.base)}/{own}"
 
     def path(self, *parts: str) -> str:
         """A path below the run (of a variant: its own part)."""
@@ -46,8 +46,9 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
     for folder in tried:
         if exists(join(folder, "run.json")):
             record = read_json(join(folder, "run.json"))
-            variant = record.get("variant")
-            base = folder.removesuffix(f"/{variant}") if variant else folder
+            base = folder
+            for _ in filter(None, (record.get("variant") or "").split("/")):
+                base = parent(base)
             return FinishedRun(folder, base, record)
     found = "nothing" if not exists(tried[0]) else f"folders {', '.join(list_folders(tried[0])[:8]) or 'none'}"
     raise UserError(

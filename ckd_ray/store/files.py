@@ -28,6 +28,8 @@ from ckd_ray.errors import JobError, UserError
 
 # Stands in the name of everything that is still being written.
 _ASIDE = ".tmp-"
+# With pauses that double up to 20 s, so many attempts outlast three quarters of a minute without the object store (S3).
+_ATTEMPTS = 8
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,7 +38,7 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
     try:
-        return pafs.FileSystem.from_uri(uri)
+        return _patient(*pafs.FileSystem.from_uri(uri))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(
             "this storage cannot be opened",
@@ -44,6 +46,14 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
             expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
             found=str(error).splitlines()[0],
         ) from error
+
+
+def _patient(fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem, str]:
+    """The same; on S3 with more attempts a request than the three of a URI, which are over in two seconds."""
+    if not isinstance(fs, pafs.S3FileSystem):
+        return fs, path
+    (options,) = fs.__reduce__()[1]
+    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)), path
 
 
 def is_local(uri: str) -> bool:
@@ -61,6 +71,17 @@ def parent(uri: str) -> str:
     """The folder that holds `uri`."""
     path, options = _split_options(uri)
     return path.rstrip("/").rpartition("/")[0] + options
+
+
+def last_part(uri: str) -> str:
+    """The name of the file or folder itself, without the options of a URI."""
+    return _split_options(uri)[0].rstrip("/").rpartition("/")[2]
+
+
+def beside(uri: str, ending: str) -> str:
+    """`uri` with `ending` at the end of its name."""
+    path, options = _split_options(uri)
+    return path.rstrip("/") + ending + options
 
 
 def _split_options(uri: str) -> tuple[str, str]:

@@ -190,6 +190,6 @@ def test_what_others_print_does_not_reach_standard_output(
     with session(None, [], None, True):
         print("(raylet) WARNING: 8 PYTHON worker processes have been started")
         put({"done": True})
-    put({"after": 1})
+    put({"after": "s3://key:secret@bucket/runs"})
     out, err = capsys.readouterr()
-    assert out == '{"done": true}\n{"after": 1}\n' and err.count("(raylet)") == 2
+    assert out == '{"done": true}\n{"after": "s3://***@bucket/runs"}\n' and err.count("(raylet)") == 2

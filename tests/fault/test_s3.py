@@ -12,17 +12,23 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 
+from ckd_ray.collective import Expansions
+from ckd_ray.collective.labels import ExpansionReader, write_labels
 from ckd_ray.config import load_config
+from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
 from ckd_ray.store.codec import Float16
 from ckd_ray.store.files import (
+    beside,
     delete,
     exists,
     filesystem_of,
     join,
+    last_part,
     list_files,
     list_folders,
     local_copy,
@@ -105,6 +111,28 @@ def test_files_and_folders(bucket: str, tmp_path: Path) -> None:
         assert (Path(copy) / "deep" / "y").read_bytes() == b"abc"
     delete(join(bucket, "f"))
     assert not exists(join(bucket, "f")) and list_files(join(bucket, "nowhere")) == []
+
+
+def test_names_below_a_uri_that_has_options(bucket: str) -> None:
+    """What is put behind a name goes in front of the options, for labels and scores; so a variant finds its run."""
+    folder = join(bucket, "labels")
+    one = Expansions(torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 1]))
+    ids = ["a", "b"]
+    write_labels(folder, "train", 0, query_ids=ids, feedback_ids=[["p"], []], expansions=one, clusters=3)
+    embeddings, weights = ExpansionReader(folder, "train", 2).select(np.array([1]), 2, beta=0.5)
+    assert embeddings.shape == (1, 2, 4) and weights.tolist() == [[0.5, 0.5]]
+    scores = [np.array([2.0, 1.0], np.float32), np.empty(0, np.float32)]
+    passages = [np.array([7, 3]), np.empty(0, np.int64)]
+    write_scores(folder, "dev", 0, query_ids=ids, passages=passages, scores=scores, passage_ids=["x", "y"])
+    assert [v.tolist() for v in CrossScores(folder, "dev", 2).of_query(0)] == [[3, 7], [1.0, 2.0]]
+    assert {"dev-000000.npy", "dev-000000.parquet", "train-000000.npy", "train-000000.parquet"} == set(names(folder))
+
+    run = join(bucket, "runs", "mine")
+    write_json_atomic(join(run, "run.json"), {"config": {}})
+    write_json_atomic(join(run, "tune", "best", "run.json"), {"config": {}, "variant": "tune/best"})
+    found = open_finished(join(run, "tune", "best"))
+    assert (found.base, found.name, open_finished(run).name) == (run, "mine/best", "mine")
+    assert last_part(beside(run, "-pylate")) == "mine-pylate" and "scheme=http" in beside(run, "-pylate")
 
 
 def write_store(uri: str) -> list[torch.Tensor]:

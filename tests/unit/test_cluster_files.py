@@ -1,0 +1,145 @@
+"""The cluster files that we ship: valid to Ray, closed, priced by what they say, and in step with the package."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ckd_ray.cluster.aws import check_filled_in
+from ckd_ray.config import load_config
+from ckd_ray.errors import UserError
+from ckd_ray.store.codec import bytes_per_token
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster"
+LAUNCHED = sorted(p for p in FOLDER.glob("*.yaml") if p.name != "kuberay.yaml")
+MSMARCO_TOKENS = 600_000_000
+GB = 10**9
+
+
+def read(name: str) -> dict[str, Any]:
+    value: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
+    return value
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda p: p.name)
+def test_a_launcher_s_file_is_valid_and_asks_for_the_token(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load(path.read_text())
+    validate_config(prepare_config(config))
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert any("chmod 600 ~/.ray/auth_token" in command for command in config["setup_commands"])
+    starts = {kind: " ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker")}
+    assert all("RAY_AUTH_MODE=token" in command for command in starts.values())
+    assert "--dashboard-host=127.0.0.1" in starts["head"] and "0.0.0.0" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_machines_in_a_cloud(name: str) -> None:
+    """Eight spot GPUs, a head without any that takes no tasks, all that the package needs, and a pinned Ray."""
+    config = read(name)
+    types = config["available_node_types"]
+    assert config["provider"]["cache_stopped_nodes"] is False
+    assert types[config["head_node_type"]]["resources"] == {"CPU": 0} and types["gpu"]["min_workers"] == 2
+    assert "--num-cpus=0" in " ".join(config["head_start_ray_commands"])
+    installed = next(c for c in config["setup_commands"] if "pip install" in c)
+    assert "--constraint ~/ckd-ray/constraints.txt" in installed
+    assert (ROOT / config["file_mounts"]["~/ckd-ray/constraints.txt"]).is_file()
+    wanted = re.search(r"^dependencies = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert wanted is not None
+    for needed in re.findall(r'"([A-Za-z0-9_-]+)', wanted[1]):
+        assert re.search(rf'[ "]{needed}[\s\[]', installed, re.I), needed
+
+
+def test_aws_is_spot_closed_and_has_room_for_ms_marco() -> None:
+    config = read("aws.yaml")
+    head, gpu = (config["available_node_types"][name]["node_config"] for name in ("head", "gpu"))
+    assert gpu["InstanceMarketOptions"] == {"MarketType": "spot"} and "InstanceMarketOptions" not in head
+    (rule,) = config["provider"]["security_group"]["IpPermissions"]
+    assert (rule["FromPort"], rule["ToPort"], [r["CidrIp"][-3:] for r in rule["IpRanges"]]) == (22, 22, ["/32"])
+    codec = load_config(str(ROOT / "configs/msmarco.yaml")).embed.codec
+    stores = 2 * MSMARCO_TOKENS * (bytes_per_token(codec, 128) + 4)  # and the token ids
+    cache = re.search(r"CKD_RAY_CACHE_GIB=(\d+)", " ".join(config["worker_start_ray_commands"]))
+    assert cache is not None and stores < int(cache[1]) * 2**30
+    image_and_python = 85 * GB
+    disk = gpu["BlockDeviceMappings"][0]["Ebs"]
+    assert image_and_python + int(cache[1]) * 2**30 + 50 * GB < disk["VolumeSize"] * 2**30
+    assert disk["Encrypted"] and disk["DeleteOnTermination"]
+    with pytest.raises(UserError, match=r"gpu\.node_config\.ImageId; provider\.security_group(.|\n)*checkip"):
+        check_filled_in(config, "aws.yaml")
+    for kind in (head, gpu):
+        kind["ImageId"] = "ami-12c6146b"
+    rule["IpRanges"] = [{"CidrIp": "198.18.0.7/32"}]
+    check_filled_in(config, "aws.yaml")
+
+
+# ray.io/v1 (KubeRay's API reference); what is not here would be refused, or ignored, by the operator.
+_CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+_HEAD = {"serviceType", "enableIngress", "rayStartParams", "template"}
+_WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+_CONTAINER = {"name", "image", "env", "envFrom", "resources", "volumeMounts"}
+
+
+def test_kuberay_has_fields_of_the_crd_a_token_and_no_open_service() -> None:
+    documents = list(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))
+    assert [(d["apiVersion"], d["kind"]) for d in documents] == [
+        ("networking.k8s.io/v1", "NetworkPolicy"),
+        ("ray.io/v1", "RayCluster"),
+    ]
+    policy, cluster = (d["spec"] for d in documents)
+    mine = {"matchLabels": {"ray.io/cluster": documents[1]["metadata"]["name"]}}
+    assert policy == {"podSelector": mine, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": mine}]}]}
+    assert cluster.keys() == _CLUSTER and cluster["authOptions"] == {"mode": "token", "secretName": "ckd-ray-token"}
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert head.keys() == _HEAD and workers.keys() == _WORKERS
+    assert head["serviceType"] == "ClusterIP" and head["enableIngress"] is False
+    assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    assert all(isinstance(value, str) for value in head["rayStartParams"].values()), "a map of strings in the CRD"
+    pods = [part["template"]["spec"] for part in (head, workers)]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert container.keys() <= _CONTAINER and container["resources"]["requests"] == container["resources"]["limits"]
+        volumes = {v["name"] for v in pod["volumes"]}
+        assert {m["name"] for m in container["volumeMounts"]} == volumes
+        assert all(isinstance(e["value"], str) for e in container.get("env", []))
+    assert workers["replicas"] * int(pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) == 8
+    pinned = dict(re.findall(r"^([A-Za-z-]+)==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    assert cluster["rayVersion"] == pinned["ray"]
+
+
+def test_the_recipe_for_ms_marco_is_the_published_one() -> None:
+    config = load_config(str(ROOT / "configs" / "msmarco.yaml"))
+    assert config.run.storage.startswith("s3://") and config.model.backbone == "bert-base-uncased"
+    model = config.model
+    assert (model.dim, model.query_maxlen, model.doc_maxlen, model.mask_punctuation) == (128, 32, 180, True)
+    for section in (config.teacher, config.distill):
+        assert (section.batch_size, section.learning_rate, section.negatives) == (36, 3.0e-6, 1)
+        assert isinstance(section.workers, int) and section.batch_size % section.workers == 0
+    label, distill = config.label, config.distill
+    assert (label.feedback_passages, label.clusters, label.voters, label.token_vote) == (3, 24, 10, "collection")
+    assert (distill.objective, distill.temperature, distill.beta, distill.expansion_size) == (
+        "collective",
+        0.25,
+        1.0,
+        10,
+    )
+    assert (config.retrieve.nprobe, config.retrieve.candidates, config.retrieve.depth) == (32, 1024, 100)
+    assert config.distill.steps * 36 >= 10 * 502_939
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ir_datasets is only asked for its registry")
+def test_the_collection_of_the_recipe_has_the_labelled_queries() -> None:
+    ir_datasets = pytest.importorskip("ir_datasets")
+    c = load_config(str(ROOT / "configs" / "msmarco.yaml")).collection
+    counts = {
+        split: ir_datasets.load(f"{c.path}/{getattr(c, split)}").metadata()["queries"]["count"]
+        for split in ("train", "dev", "test")
+    }
+    assert counts == {"train": 502_939, "dev": 6_980, "test": 43}
+    assert ir_datasets.load(c.path).metadata()["docs"]["count"] == 8_841_823
