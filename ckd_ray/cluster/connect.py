@@ -6,10 +6,10 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
+from ckd_ray.cluster.token import keep_private, use_token
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 
@@ -36,31 +36,10 @@ def connected(target: str | None) -> Iterator[None]:
     _start(target)
     try:
         _quiet_data()
-        _keep_token_private()
+        keep_private()
         yield
     finally:
         ray.shutdown()
-
-
-def use_token() -> None:
-    """Switch token authentication on where there is a token; to be called before Ray is first imported.
-
-    Joining does not switch it on by itself, while a head that finds a token demands it; a head without authentication
-    does not mind.
-    """
-    if _token_file().exists() or os.environ.get("RAY_AUTH_TOKEN"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-def _keep_token_private() -> None:
-    """Ray writes the token so that everybody on the machine can read it."""
-    with suppress(OSError):
-        if _token_file().stat().st_mode & 0o077:
-            _token_file().chmod(0o600)
 
 
 def _start(target: str | None) -> None:
@@ -68,16 +47,6 @@ def _start(target: str | None) -> None:
     from ray._private.utils import read_ray_address
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if (target is not None and target.startswith(("http://", "https://"))) or (target or "").endswith(
-        (".yaml", ".yml")
-    ):
-        raise UserError(
-            "jobs cannot be sent to another machine yet",
-            where="--cluster",
-            expected="local, a Ray address (HOST:PORT), or nothing",
-            found=str(target),
-            fix="start the command on the head node, or pass its Ray address",
-        )
     if target is None and not os.environ.get("RAY_ADDRESS"):
         try:
             _reach(read_ray_address() or "")
