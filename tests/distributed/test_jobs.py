@@ -1,4 +1,4 @@
-"""Jobs on a real head with a dashboard and a token: sent, followed, broken off, left, stopped. Run as a user runs them."""
+"""Jobs on a real head with a dashboard and a token, run as a user runs them: followed, broken off, left, stopped."""
 
 from __future__ import annotations
 
@@ -177,9 +177,7 @@ def test_a_job_s_own_status_and_message_come_home(head: Head, tmp_path: Path, ti
     (tmp_path / "collection.tsv").write_text("no tab\n")
     for name in ("queries", "qrels"):
         (tmp_path / f"{name}.train.tsv").write_text("")
-    done = head.call(
-        "train", *sets(overrides(tmp_path, tiny_backbone, str(tmp_path))), "--cluster", head.url, "--json"
-    )
+    done = head.call("train", *sets(overrides(tmp_path, tiny_backbone, str(tmp_path))), "--cluster", head.url, "--json")
     assert done.returncode == 2, done.stderr
     assert "collection.tsv:1: a line without a tab" in done.stderr and done.stdout == ""
 
@@ -212,11 +210,23 @@ def test_a_job_is_left_found_again_and_stopped(
     assert {j["job"]: j["status"] for j in status["jobs"]}[job] == "STOPPED"
 
 
-@pytest.mark.parametrize("token", ["wrong" * 8, None])
-def test_a_wrong_token_gives_one_clear_message(head: Head, token: str | None) -> None:
-    more = {"HOME": str(head.home), "RAY_AUTH_TOKEN": token or ""}
-    for target in (head.url, head.address):
-        done = head.call("embed", "--cluster", target, "--set", "run.storage=/tmp/nowhere", **more)
-        assert done.returncode == 2, done.stderr
-        assert "token" in done.stderr and "Traceback" not in done.stderr
-        assert len(done.stderr.splitlines()) <= 5, done.stderr
+def test_a_wrong_token_gives_one_clear_message(head: Head) -> None:
+    """By the dashboard and by the address; with a wrong token, with none, and with the right one in a file."""
+    with_none = {k: v for k, v in head.environment.items() if k not in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")}
+    for environment, problem in (
+        (with_none | {"RAY_AUTH_TOKEN": "wrong" * 8}, "asks for a token, and refuses ours"),
+        (with_none, "asks for a token"),
+    ):
+        for target in (head.url, head.address):
+            other = Head(head.dashboard, head.address, environment, head.home)
+            done = other.call("embed", "--cluster", target, "--set", "run.storage=/tmp/nowhere")
+            assert done.returncode == 2 and problem in done.stderr, done.stderr
+            assert len(done.stderr.splitlines()) <= 5 and "Traceback" not in done.stderr, done.stderr
+    (head.home / ".ray").mkdir(exist_ok=True)
+    (head.home / ".ray" / "auth_token").write_text(head.environment["RAY_AUTH_TOKEN"])
+    right = Head(head.dashboard, head.address, with_none, head.home)
+    done = right.call("status", head.url, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["nodes"], done.stderr
+    done = right.call("status", head.address, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["nodes"][0]["head"], done.stderr
+    assert (head.home / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
