@@ -59,7 +59,7 @@ class JobRequest:
         # The launcher sets OMP_NUM_THREADS to 1 for all that it starts, and Ray for what has no CPU of its own.
         return (
             f'job="$PWD"; mkdir -p {HOME} && cd {HOME} && unset OMP_NUM_THREADS && echo {BEGIN}'
-            f' && exec python -m ckd_ray {words} --config "$job/{CONFIG_NAME}"'
+            f' && exec "$(command -v python || command -v python3)" -m ckd_ray {words} --config "$job/{CONFIG_NAME}"'
         )
 
     def environment(self) -> dict[str, str]:

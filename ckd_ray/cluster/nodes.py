@@ -38,6 +38,8 @@ def wait_for_nodes() -> None:
     what there is: spot machines may be out of stock.
     """
     wanted = int(os.environ.get(NODES_VARIABLE) or 1)
+    if wanted == 1:
+        return
     started = told = time.monotonic()
     while (have := len(_alive())) < wanted:
         now = time.monotonic()
@@ -154,7 +156,7 @@ def _ask(nodes: list[dict[str, Any]], paths: list[str], probe: str | None) -> di
 
     task = ray.remote(num_cpus=0, max_retries=0)(_answer)
     asked = {
-        f"{node['NodeName']} ({node['NodeManagerAddress']})": task.options(
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(paths, probe)
         for node in nodes

@@ -209,6 +209,9 @@ def _submitted(jobs: Jobs, request: JobRequest, target: Target, options: Cluster
             if attempt == 4:
                 raise JobError(f"the job could not be sent: {error}") from error
             time.sleep(2**attempt)
+        except KeyboardInterrupt:
+            say(f"the job may have been sent already: {again}")
+            raise
     say(f"job {job} on {target.text}; {again} follows it from anywhere")
     if options.detach:
         if "--json" in request.options:

@@ -88,7 +88,9 @@ class Hosts:
         self.addresses = {name: f"{_NETWORK}.{11 + i}" for i, name in enumerate(self.names)}
         self.key = folder / "id"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._profile = f"export PATH={path}:$PATH HF_HUB_OFFLINE=1 RAY_worker_niceness=0\n"
+        self._profile = (
+            f"export PATH={path}:$PATH HF_HUB_OFFLINE=1 RAY_worker_niceness=0 RAY_raylet_start_wait_time_s=300\n"
+        )
 
     def __enter__(self) -> Hosts:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,12 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield made
 
 
+def clean_environment() -> dict[str, str]:
+    """Nothing of another cluster's; and patience, on a busy machine."""
+    others = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    return {k: v for k, v in os.environ.items() if k not in others} | {"RAY_raylet_start_wait_time_s": "300"}
+
+
 def launcher_file(folder: Path, hosts: Hosts) -> Path:
     """cluster/local.yaml with what its comments say to change: addresses, user, key; nothing is installed."""
     values: dict[str, Any] = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
@@ -59,10 +65,10 @@ def launcher_file(folder: Path, hosts: Hosts) -> Path:
     return path
 
 
-def settings(storage: Path, backbone: str, collection: str, *more: str) -> list[str]:
+def settings(storage: Path | str, backbone: str, collection: str, *more: str) -> list[str]:
     values = overrides(
-        storage, backbone, collection, "embed.passages_per_shard=2", "distill.batch_size=12", "distill.steps=1500",
-        "distill.checkpoint_every=50", "distill.learning_rate=0.0003", *more,
+        storage, backbone, collection, "embed.passages_per_shard=2", "distill.batch_size=12", "distill.steps=600",
+        "distill.checkpoint_every=25", "distill.learning_rate=0.0003", *more,
     )  # fmt: skip
     return [part for value in values for part in ("--set", value)]
 
@@ -78,15 +84,65 @@ def files_of(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(str(path)) for path in folder.glob("*.arrow")}
 
 
+def latest_step(run: Path) -> int:
+    """The step of the student's last checkpoint."""
+    return max((int(p.name.rpartition("-")[2]) for p in run.glob("checkpoints/distill-*/step-*")), default=0)
+
+
 def places(hosts: Hosts, name: str) -> int:
     """Training workers that run on the host."""
     listed = subprocess.run(hosts.ssh(name, "ps ax -o args"), capture_output=True, text=True).stdout
     return listed.count("RayTrainWorker")
 
 
+def test_what_only_the_head_sees_is_refused_before_the_first_stage(
+    hosts: Hosts, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    """`/root` is each host's own. The cluster stays up between commands, is looked at, and taken down."""
+    cluster = str(launcher_file(tmp_path, hosts))
+    head, *workers = hosts.names
+    (tmp_path / "launcher").mkdir()
+    environment = {**clean_environment(), "RAY_TMPDIR": str(tmp_path / "launcher")}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*COMMAND, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=900)
+        print(f"{time.strftime('%H:%M:%S')} {arguments[0]} -> {done.returncode}\n{done.stderr}", flush=True)
+        return done
+
+    for path in (tiny_collection, tmp_path / "shared"):
+        assert not str(path).startswith("/root")
+    done = call("embed", *settings("runs", tiny_backbone, tiny_collection), "--cluster", cluster, "-y")
+    assert done.returncode == 2 and "run.storage: not every node sees this folder" in done.stderr
+    assert all(f"{name} ({hosts.addresses[name]})" in done.stderr for name in workers)
+    assert "THE CLUSTER IS STILL UP" in done.stderr and "collection: starting" not in done.stderr
+    copy = f"mkdir -p /root/data && cp {tiny_collection}/* /root/data/"
+    subprocess.run(hosts.ssh(head, copy), check=True, capture_output=True)
+    arguments = settings(tmp_path / "shared", tiny_backbone, "/root/data")
+    done = call("embed", *arguments, "--cluster", cluster)
+    assert done.returncode == 2 and "collection.path /root/data: not every node sees this path" in done.stderr
+    assert all(name in done.stderr for name in workers) and head not in done.stderr.rpartition("found:")[2]
+    for name in workers:
+        subprocess.run(hosts.ssh(name, f"{copy}; echo >> /root/data/queries.dev.tsv"), check=True, capture_output=True)
+    done = call("embed", *arguments, "--cluster", cluster)
+    assert done.returncode == 2 and "there are other contents on" in done.stderr
+    for name in workers:
+        subprocess.run(hosts.ssh(name, copy), check=True, capture_output=True)
+    done = call("embed", *arguments, "--cluster", cluster, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["stages"][-1]["name"] == "embed"
+    found = json.loads(call("status", cluster, "--json").stdout)
+    assert [n["state"] for n in found["nodes"]] == ["ALIVE"] * 3 and found["nodes"][0]["head"]
+    assert [j["exit_status"] for j in found["jobs"]] == [2, 2, 2, 0]
+    again = call("attach", cluster, found["jobs"][-1]["job"])
+    assert again.returncode == 0 and "embed: 60 passages" in again.stderr
+    assert call("down", cluster, "-y").returncode == 0
+    assert json.loads(call("status", cluster, "--json").stdout)["up"] is False
+    assert call("attach", cluster).returncode == 2
+
+
 def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_backbone: str) -> None:
-    collection = str(write_collection(tmp_path / "collection", passages=600))
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE")}
+    collection = str(write_collection(tmp_path / "collection", passages=300))
+    environment = clean_environment()
     plain = [*COMMAND, "train", *settings(tmp_path / "plain", tiny_backbone, collection, "distill.workers=1")]
     done = subprocess.run([*plain, "--cluster", "local"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -113,12 +169,13 @@ def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_
     hosts.switch_off(first)
     before = files_of_names(run / "embeddings" / "passages")
     print(f"{time.strftime('%H:%M:%S')} {first} has lost its power with {len(before)} shards", flush=True)
-    assert 30 <= len(before) < 290
-    wait_for(lambda: len(list(run.glob("checkpoints/distill-*/step-*"))) >= 1, process, said)
-    wait_for(lambda: list(run.glob("checkpoints/distill-*/step-*1*0*")), process, said)
+    assert 30 <= len(before) < 140
+    wait_for(lambda: latest_step(run) >= 100, process, said)
     workers = {name: places(hosts, name) for name in (hosts.names[0], second)}
     hosts.switch_off(second)
-    print(f"{time.strftime('%H:%M:%S')} {second} has lost its power; workers were at {workers}", flush=True)
+    cut_at = latest_step(run)
+    print(f"{time.strftime('%H:%M:%S')} {second} has lost its power at step {cut_at}; workers: {workers}", flush=True)
+    assert cut_at < 550
     out, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, "".join(said[-60:])
     told = json.loads(out)
@@ -128,7 +185,7 @@ def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_
     assert (tmp_path / "auth_token").stat().st_mode & 0o077 == 0
 
     plain_run = tmp_path / "plain" / "tiny"
-    assert len(before) < 300 and files_of(run / "embeddings/passages") == files_of(plain_run / "embeddings/passages")
+    assert files_of(run / "embeddings/passages") == files_of(plain_run / "embeddings/passages")
     mine, theirs = (ColBERT.from_pretrained(folder / "student") for folder in (run, plain_run))
     teacher = ColBERT.from_pretrained(run / "teacher")
     pairs = list(zip(mine.parameters(), theirs.parameters(), teacher.parameters(), strict=True))

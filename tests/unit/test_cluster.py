@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ckd_ray.cluster import nodes
 from ckd_ray.cluster.bundle import CONFIG_NAME, check_for_job, holds_secret, input_paths, write_bundle
 from ckd_ray.cluster.confirm import confirmed
 from ckd_ray.cluster.follow import Printer
@@ -282,7 +283,7 @@ def test_a_job_s_command_and_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     request = JobRequest("label", ["--suggest", "a b; rm", "--json"], config("run.storage=s3://b/r"), 3)
     assert request.run == "s3://b/r/quickstart"
     line = request.entrypoint()
-    assert "python -m ckd_ray label --suggest 'a b; rm' --json --config \"$job/job.yaml\"" in line
+    assert "-m ckd_ray label --suggest 'a b; rm' --json --config \"$job/job.yaml\"" in line
     assert "topsecret" not in str(request.environment())
     assert request.environment()["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert request.environment()["CKD_RAY_WAIT_FOR_NODES"] == "3"
@@ -364,6 +365,24 @@ def test_what_a_node_sees(tmp_path: Path) -> None:
     assert look_at(str(tmp_path / "a")) != seen
     assert look_at(str(tmp_path / "nowhere")) is None
     assert set(look_at(str(tmp_path / "a" / "x")) or {}) == {""}
+
+
+def test_a_node_that_does_not_share_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "_SEEN_WITHIN_S", 0.0)
+    with nodes._probe(str(tmp_path / "runs")) as probe:
+        assert probe is not None
+        here = look_at(str(tmp_path))
+        assert nodes._answer([str(tmp_path), str(tmp_path / "nowhere")], probe) == ([here, None], True)
+        assert nodes._answer([], f"{probe}-elsewhere") == ([], False)
+    assert list((tmp_path / "runs").iterdir()) == []
+    with nodes._probe(None) as nothing:
+        assert nodes._answer([], nothing) == ([], True)
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"run\.storage: this folder cannot be written to"),
+        nodes._probe(str(tmp_path / "file" / "x")),
+    ):
+        pass
 
 
 def test_results_do_not_cover_a_run_of_this_machine(tmp_path: Path) -> None:
