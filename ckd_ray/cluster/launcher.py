@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -16,6 +17,8 @@ from ckd_ray.cluster.launcher_file import LauncherFile
 from ckd_ray.cluster.token import ensure_token
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
+
+_SHOWN_LINES = 25
 
 
 def use_launcher_s_token(launcher: LauncherFile) -> None:
@@ -118,23 +121,59 @@ def _bootstrapped(launcher: LauncherFile) -> dict[str, Any]:
 
 @contextmanager
 def _spoken(launcher: LauncherFile) -> Iterator[None]:
-    """The launcher's own failures become ours; its many ways to end the process do not end this one."""
+    """What the launcher and its children print, pages of it, goes to a log, whose end is shown when it fails. Its own
+    failures become ours; its many ways to end the process do not end this one."""
     import click
 
     if launcher.own_machines:  # under the second autoscaler Ray never starts the workers of such a cluster
         os.environ["RAY_UP_enable_autoscaler_v2"] = "0"  # noqa: SIM112  (Ray spells it so)
     try:
-        yield
-    except (UserError, JobError, KeyboardInterrupt):
+        with _printing_to(log_file(launcher)):
+            yield
+    except (UserError, JobError, KeyboardInterrupt, RuntimeError, FileNotFoundError) as error:
+        if isinstance(error, click.ClickException):
+            raise _failed(launcher, error.format_message()) from error
         raise
     except click.ClickException as error:
-        raise JobError(f"the launcher failed: {error.format_message()}") from error
+        raise _failed(launcher, error.format_message()) from error
     except SystemExit as error:
-        raise JobError(f"the launcher gave up (status {error.code}); its last lines above say why") from error
-    except RuntimeError:
-        raise
-    except Exception as error:  # botocore's, googleapiclient's, the file system's: each cloud has its own
-        raise JobError(f"the launcher failed: {type(error).__name__}: {str(error).strip()[:500]}") from error
+        raise _failed(launcher, f"it gave up with status {error.code}") from error
+    except Exception as error:  # botocore's, googleapiclient's: each cloud has its own
+        raise _failed(launcher, f"{type(error).__name__}: {str(error).strip()[:500]}") from error
+
+
+def _failed(launcher: LauncherFile, reason: str) -> JobError:
+    path = log_file(launcher)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
+    for line in lines:
+        say(f"  | {line}")
+    return JobError(f"the launcher failed: {reason.strip()}\n  (all that it said: {path})")
+
+
+def log_file(launcher: LauncherFile) -> Path:
+    """What the launcher has said in this process."""
+    return Path(tempfile.gettempdir()) / f"ckd-ray-{launcher.prepared['cluster_name']}-{os.getpid()}.log"
+
+
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Both standard outputs, of this process and its children, are added to the file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    # Not followed if somebody has put a link there: the folder is everybody's.
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    try:
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        with open(file, "w", encoding="utf-8", closefd=False) as text, redirect_stdout(text):
+            yield
+    finally:
+        sys.stderr.flush()
+        for number, before in enumerate(kept, 1):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(file)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
 
     def work() -> Outcome:
         if head is None:
-            say("starting the cluster")
+            say(f"starting the cluster, which takes minutes (log: {ray_launcher.log_file(launcher)})")
             ray_launcher.bring_up(launcher)
         with through_ssh(launcher) as jobs:
             outcome = _submitted(jobs, request, target, options, objects)
