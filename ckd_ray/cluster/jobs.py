@@ -118,7 +118,7 @@ class Jobs:
         try:
             return self._asked(lambda: client.get_job_info(job))
         except JobError as error:
-            if "404" not in str(error):
+            if "status code 404" not in str(error):
                 raise
         known = ", ".join(d.submission_id for d in self.all()[-5:])
         raise UserError("this cluster knows no such job", where=job, expected=known or "none has been submitted")
@@ -194,7 +194,13 @@ def _client(address: str) -> Any:
     use_token()
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would win over the address that is given
         os.environ.pop(variable, None)
-    from ray.job_submission import JobSubmissionClient
+    try:
+        import aiohttp  # noqa: F401  (Ray's client finds out later, and says less)
+        from ray.job_submission import JobSubmissionClient
+    except ImportError as error:
+        raise UserError(
+            "jobs need Ray's extra `default`", where="--cluster", fix="pip install 'ckd-ray[cluster]'"
+        ) from error
 
     for module in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)

@@ -130,9 +130,7 @@ def _spoken(launcher: LauncherFile) -> Iterator[None]:
     try:
         with _printing_to(log_file(launcher)):
             yield
-    except (UserError, JobError, KeyboardInterrupt, RuntimeError, FileNotFoundError) as error:
-        if isinstance(error, click.ClickException):
-            raise _failed(launcher, error.format_message()) from error
+    except (UserError, RuntimeError):  # JobError is one; another says that there is no head
         raise
     except click.ClickException as error:
         raise _failed(launcher, error.format_message()) from error
