@@ -67,14 +67,14 @@ def launcher_file(folder: Path, hosts: Hosts) -> Path:
 
 def settings(storage: Path | str, backbone: str, collection: str, *more: str) -> list[str]:
     values = overrides(
-        storage, backbone, collection, "embed.passages_per_shard=2", "distill.batch_size=12", "distill.steps=600",
-        "distill.checkpoint_every=25", "distill.learning_rate=0.0003", *more,
+        storage, backbone, collection, "embed.passages_per_shard=2", "distill.batch_size=12", "distill.steps=240",
+        "distill.checkpoint_every=10", "distill.learning_rate=0.0003", *more,
     )  # fmt: skip
     return [part for value in values for part in ("--set", value)]
 
 
 def wait_for(found: Callable[[], object], process: subprocess.Popen[str], said: list[str]) -> None:
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + 2400
     while not found():
         assert process.poll() is None and time.monotonic() < deadline, "".join(said[-60:])
         time.sleep(0.02)
@@ -141,20 +141,16 @@ def test_what_only_the_head_sees_is_refused_before_the_first_stage(
 
 
 def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_backbone: str) -> None:
-    collection = str(write_collection(tmp_path / "collection", passages=300))
+    collection = str(write_collection(tmp_path / "collection", passages=160))
     environment = clean_environment()
-    plain = [*COMMAND, "train", *settings(tmp_path / "plain", tiny_backbone, collection, "distill.workers=1")]
-    done = subprocess.run([*plain, "--cluster", "local"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-
     first, second = hosts.names[1:]
-    environment |= {"RAY_TMPDIR": str(tmp_path / "launcher")}
+    there = environment | {"RAY_TMPDIR": str(tmp_path / "launcher")}
     (tmp_path / "launcher").mkdir()
     arguments = settings(tmp_path / "shared", tiny_backbone, collection, "distill.workers=1-2")
     cluster = launcher_file(tmp_path, hosts)
     command = [*COMMAND, "train", *arguments, "--cluster", str(cluster), "-y", "--down", "--json"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=there, cwd=tmp_path
     )
     said: list[str] = []
 
@@ -165,18 +161,18 @@ def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_
 
     threading.Thread(target=listen, daemon=True).start()
     run = tmp_path / "shared" / "tiny"
-    wait_for(lambda: len(files_of_names(run / "embeddings" / "passages")) >= 30, process, said)
+    wait_for(lambda: len(files_of_names(run / "embeddings" / "passages")) >= 15, process, said)
     hosts.switch_off(first)
     before = files_of_names(run / "embeddings" / "passages")
     print(f"{time.strftime('%H:%M:%S')} {first} has lost its power with {len(before)} shards", flush=True)
-    assert 30 <= len(before) < 140
-    wait_for(lambda: latest_step(run) >= 100, process, said)
+    assert 15 <= len(before) < 75
+    wait_for(lambda: latest_step(run) >= 50, process, said)
     workers = {name: places(hosts, name) for name in (hosts.names[0], second)}
     hosts.switch_off(second)
     cut_at = latest_step(run)
     print(f"{time.strftime('%H:%M:%S')} {second} has lost its power at step {cut_at}; workers: {workers}", flush=True)
-    assert cut_at < 550
-    out, _ = process.communicate(timeout=1200)
+    assert cut_at < 220
+    out, _ = process.communicate(timeout=2400)
     assert process.returncode == 0, "".join(said[-60:])
     told = json.loads(out)
     assert set(workers.values()) == {1}, workers
@@ -184,6 +180,9 @@ def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_
     assert "the cluster is down" in "".join(said)
     assert (tmp_path / "auth_token").stat().st_mode & 0o077 == 0
 
+    plain = [*COMMAND, "train", *settings(tmp_path / "plain", tiny_backbone, collection, "distill.workers=1")]
+    done = subprocess.run([*plain, "--cluster", "local"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     plain_run = tmp_path / "plain" / "tiny"
     assert files_of(run / "embeddings/passages") == files_of(plain_run / "embeddings/passages")
     mine, theirs = (ColBERT.from_pretrained(folder / "student") for folder in (run, plain_run))
@@ -192,7 +191,7 @@ def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_
     moved = max(float((a - c).abs().max()) for a, _, c in pairs)
     apart = max(float((a - b).abs().max()) for a, b, _ in pairs)
     print(f"the student moved by {moved:.3g}, and is {apart:.3g} from the undisturbed one", flush=True)
-    assert moved > 0.01 and apart < moved / 50
+    assert moved > 0.005 and apart < moved / 50
     runs = [read_trec_run(str(folder / "evaluation/student.dev.run")) for folder in (run, plain_run)]
     tops = [r.sort_values(["query_id", "rank"]).groupby("query_id").head(5)["doc_id"].tolist() for r in runs]
     assert tops[0] == tops[1]
