@@ -13,6 +13,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from ckd_ray.cli.jobs import ClusterOption, job_command
 from ckd_ray.errors import JobError, UserError
 
 app = typer.Typer(
@@ -31,10 +32,6 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Set one key: --set distill.temperature=0.3 (may be repeated)."),
-]
-ClusterOption = Annotated[
-    str | None,
-    typer.Option("--cluster", help="`local`, or a Ray address. Default: a running Ray, else local."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
@@ -56,6 +53,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def call(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except typer.Exit:  # the command has chosen its status itself
+            raise
         except KeyboardInterrupt:
             code = _fail("interrupted; the same command goes on where this one stopped", 130)
         except UserError as error:
@@ -97,10 +96,15 @@ _object_stream: TextIO | None = None
 
 
 def put(value: Any) -> None:
-    """Print the one object of `--json`, on the standard output that the command was started with; no keys of URIs."""
+    """Print the one object of `--json`, on the standard output that the command was started with; no keys of URIs.
+
+    A job's output comes home with all that it says to people: there the object's line begins with a mark.
+    """
     from ckd_ray.progress import without_secrets
 
-    typer.echo(without_secrets(json.dumps(value)), file=_object_stream or sys.stdout)
+    mark = os.environ.get("CKD_RAY_OBJECT_MARK", "")
+    start = f"\n{mark}" if mark else ""
+    typer.echo(start + without_secrets(json.dumps(value)), file=_object_stream or sys.stdout)
 
 
 @contextmanager
@@ -124,9 +128,12 @@ def session(config: str | None, overrides: list[str] | None, cluster: str | None
     set_quiet(quiet)
     loaded = load_config(config, overrides or [])
     from ckd_ray.cluster.connect import connected
+    from ckd_ray.cluster.nodes import check_nodes_see, wait_for_nodes
 
     with _nothing_else_on_stdout(), connected(cluster):
         signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler in place, which exits without a word
+        wait_for_nodes()
+        check_nodes_see(loaded)
         yield loaded
 
 
@@ -142,8 +149,15 @@ def version_option(
         raise typer.Exit()
 
 
+def _check_stages(start: str | None, until: str, **_: Any) -> None:
+    from ckd_ray.pipeline.stages import check_stage_names
+
+    check_stage_names(start, until)
+
+
 @app.command()
 @guarded
+@job_command("train", _check_stages)
 def train(
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -155,9 +169,6 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Run the whole job: collection, teacher, embed, retrieve, label, distill, evaluate. Run again, it goes on."""
-    from ckd_ray.pipeline.stages import check_stage_names
-
-    check_stage_names(start, until)
     with session(config, set_, cluster, quiet) as loaded:
         _stages(loaded, json_, until=until, start=start, fresh=fresh)
 
@@ -176,6 +187,7 @@ def _stages(config: Any, json_: bool, **options: Any) -> None:
 
 def _stage_command(name: str, text: str) -> None:
     @guarded
+    @job_command(name)
     def command(
         config: ConfigOption = None,
         set_: SetOption = None,
@@ -193,8 +205,15 @@ _stage_command("embed", "Embed the corpus and the queries with the teacher.")
 _stage_command("retrieve", "Rank the corpus for every training query.")
 
 
+def _check_suggestions(suggest_top: int, suggest_min: float, **_: Any) -> None:
+    from ckd_ray.report.suggest import SuggestSettings
+
+    SuggestSettings(suggest_top, suggest_min).check()
+
+
 @app.command()
 @guarded
+@job_command("label", _check_suggestions)
 def label(
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -211,18 +230,14 @@ def label(
     quiet: QuietOption = False,
 ) -> None:
     """Write collective relevance labels for every training query. Stages before it that are missing are run first."""
-    from ckd_ray.report.suggest import SuggestSettings
-
-    wanted = SuggestSettings(suggest_top, suggest_min)
-    wanted.check()
     with session(config, set_, cluster, quiet) as loaded:
         _stages(loaded, json_, until="label")
         if suggest is not None:
             from ckd_ray.pipeline.context import RunContext
             from ckd_ray.progress import say
-            from ckd_ray.report.suggest import suggest as write
+            from ckd_ray.report.suggest import SuggestSettings, suggest as write
 
-            count = write(RunContext.of(loaded).run, suggest, wanted)
+            count = write(RunContext.of(loaded).run, suggest, SuggestSettings(suggest_top, suggest_min))
             say(f"suggest: {count:,} unlabelled passages -> {suggest}")
 
 
@@ -267,5 +282,5 @@ def export(
         put(written)
 
 
-# evaluate, compare, tune, search, report, plan and doctor put themselves on `app`
-from ckd_ray.cli import evidence, machine, plan  # noqa: E402, F401
+# These put their commands on `app`.
+from ckd_ray.cli import clusters, evidence, machine, plan  # noqa: E402, F401

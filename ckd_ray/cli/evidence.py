@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ckd_ray.cli import ClusterOption, ConfigOption, JsonOption, QuietOption, SetOption, app, guarded, put, session
+from ckd_ray.cli import ConfigOption, JsonOption, QuietOption, SetOption, app, guarded, put, session
+from ckd_ray.cli.jobs import ClusterOption, job_command
 from ckd_ray.errors import UserError
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
@@ -21,8 +22,14 @@ def _check_system(option: str, value: str) -> None:
         raise UserError("unknown system", where=option, expected="student or teacher", found=value)
 
 
+def _check_systems(system: str, against_system: str, **_: Any) -> None:
+    _check_system("--system", system)
+    _check_system("--against-system", against_system)
+
+
 @app.command()
 @guarded
+@job_command("evaluate", _check_systems)
 def evaluate(
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -41,8 +48,6 @@ def evaluate(
     from ckd_ray.pipeline.finished import open_finished
     from ckd_ray.progress import say
 
-    _check_system("--system", system)
-    _check_system("--against-system", against_system)
     other = Side.of(open_finished(against, "--against"), against_system) if against else None
     with session(config, set_, cluster, quiet) as loaded:
         from ckd_ray.pipeline.context import RunContext
@@ -134,6 +139,7 @@ def _prompt(searcher: Any, top: int) -> None:
 
 @app.command()
 @guarded
+@job_command("compare")
 def compare(
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -155,6 +161,7 @@ def compare(
 
 @app.command()
 @guarded
+@job_command("tune")
 def tune(
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -6,10 +6,10 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
+from ckd_ray.cluster.token import has_token, keep_private, use_token
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 
@@ -36,31 +36,10 @@ def connected(target: str | None) -> Iterator[None]:
     _start(target)
     try:
         _quiet_data()
-        _keep_token_private()
+        keep_private()
         yield
     finally:
         ray.shutdown()
-
-
-def use_token() -> None:
-    """Switch token authentication on where there is a token; to be called before Ray is first imported.
-
-    Joining does not switch it on by itself, while a head that finds a token demands it; a head without authentication
-    does not mind.
-    """
-    if _token_file().exists() or os.environ.get("RAY_AUTH_TOKEN"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-def _keep_token_private() -> None:
-    """Ray writes the token so that everybody on the machine can read it."""
-    with suppress(OSError):
-        if _token_file().stat().st_mode & 0o077:
-            _token_file().chmod(0o600)
 
 
 def _start(target: str | None) -> None:
@@ -68,19 +47,9 @@ def _start(target: str | None) -> None:
     from ray._private.utils import read_ray_address
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if (target is not None and target.startswith(("http://", "https://"))) or (target or "").endswith(
-        (".yaml", ".yml")
-    ):
-        raise UserError(
-            "jobs cannot be sent to another machine yet",
-            where="--cluster",
-            expected="local, a Ray address (HOST:PORT), or nothing",
-            found=str(target),
-            fix="start the command on the head node, or pass its Ray address",
-        )
     if target is None and not os.environ.get("RAY_ADDRESS"):
         try:
-            _reach(read_ray_address() or "")
+            _reach(read_ray_address() or "", "this machine's Ray")
             ray.init(address="auto", **quiet)
             say(f"joined the running Ray ({_size()})")
             return
@@ -98,8 +67,10 @@ def _start(target: str | None) -> None:
         return
     address = target or os.environ["RAY_ADDRESS"]
     try:
-        _reach(address)
+        _reach(address, "--cluster" if target else "RAY_ADDRESS")
         ray.init(address=address, **quiet)
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # OSError holds ConnectionError and TimeoutError
         raise UserError(
             "this Ray cannot be joined",
@@ -111,11 +82,45 @@ def _start(target: str | None) -> None:
     say(f"joined Ray at {address} ({_size()})")
 
 
-def _reach(address: str) -> None:
-    """Knock first: Ray itself waits for minutes where nobody answers. `auto` and ray:// addresses are left to Ray."""
+def _reach(address: str, where: str) -> None:
+    """Knock first: Ray itself waits for minutes where nobody answers, and says nothing of the token where it is not let
+    in. `auto` and ray:// addresses are left to Ray.
+
+    Raises:
+        UserError: the head refuses our token.
+    """
     host, colon, port = address.rpartition(":")
-    if colon and port.isdecimal() and "://" not in address:
-        socket.create_connection((host, int(port)), timeout=5).close()
+    if not colon or not port.isdecimal() or "://" in address:
+        return
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    if _refused(address):
+        raise UserError(
+            "this Ray asks for a token, and refuses ours" if has_token() else "this Ray asks for a token",
+            where=where,
+            expected="the token that its head was started with",
+            found=address,
+            fix="put it into ~/.ray/auth_token (mode 0600) or RAY_AUTH_TOKEN",
+        )
+
+
+def _refused(address: str) -> bool:
+    """Asks the head a question that anybody with the token may ask, as Ray's own first one."""
+    try:
+        import grpc
+        from ray._private.grpc_utils import init_grpc_channel
+    except ImportError:  # Ray without its extra `default`: ray.init finds out, more slowly
+        return False
+    from ray.exceptions import AuthenticationError
+
+    try:
+        channel = init_grpc_channel(address)
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=5)
+    except AuthenticationError:
+        return True
+    except grpc.RpcError as error:
+        return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    channel.close()
+    return False
 
 
 def _size() -> str:

@@ -37,7 +37,7 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 False False"
-    for command in ("train", "embed", "retrieve", "label", "distill", "evaluate"):
+    for command in ("train", "embed", "retrieve", "label", "distill", "evaluate", "attach", "status", "down"):
         assert command in done.stdout
 
 
@@ -50,7 +50,10 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--bogus"], "--bogus"),
         (["trian"], "trian"),
-        (["train", "--cluster", "cluster.yaml"], "cannot be sent to another machine yet"),
+        (["train", "--cluster", "cluster.yaml"], "this file does not exist"),
+        (["train", "--cluster", "http://127.0.0.1:1"], "no dashboard answers here"),
+        (["embed", "--down"], "--down, --keep"),
+        (["down", "http://127.0.0.1:1", "-y"], "can be taken down"),
         (["train", "--cluster", "127.0.0.1:1"], "this Ray cannot be joined"),
     ],
 )
@@ -179,6 +182,7 @@ def test_what_others_print_does_not_reach_standard_output(
     from contextlib import contextmanager
 
     import ckd_ray.cluster.connect
+    import ckd_ray.cluster.nodes
     from ckd_ray.cli import put, session
 
     @contextmanager
@@ -187,6 +191,7 @@ def test_what_others_print_does_not_reach_standard_output(
         yield
 
     monkeypatch.setattr(ckd_ray.cluster.connect, "connected", noisy)
+    monkeypatch.setattr(ckd_ray.cluster.nodes, "check_nodes_see", lambda config: None)
     with session(None, [], None, True):
         print("(raylet) WARNING: 8 PYTHON worker processes have been started")
         put({"done": True})

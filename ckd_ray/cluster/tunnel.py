@@ -1,0 +1,125 @@
+"""The way to a dashboard: straight, or through SSH, whose tunnel is opened again when it breaks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol
+
+from ckd_ray.errors import JobError
+
+DASHBOARD_PORT = 8265
+_OPEN_WITHIN_S = 30.0
+
+
+class Way(Protocol):
+    """A dashboard's address, which `ensure` makes reachable if it can."""
+
+    address: str
+
+    def ensure(self) -> None:
+        """Raises ConnectionError when it cannot be reached now; to be asked again a little later."""
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+
+class Direct:
+    """A dashboard that is reachable as it is; whoever asks it finds out."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def ensure(self) -> None:
+        """There is nothing to do."""
+
+    def close(self) -> None:
+        """There is nothing to do."""
+
+
+class Tunnel:
+    """`ssh -N -L` in a process group of its own, so that Ctrl-C at the terminal does not reach it; a context manager.
+
+    Args:
+        ssh: the ssh command with its options and the host, as the launcher would call it.
+        port: of the dashboard on the head, on its loopback.
+    """
+
+    def __init__(self, ssh: Sequence[str], port: int = DASHBOARD_PORT) -> None:
+        self._local = _free_port()  # kept over reconnections: the address stays what it was
+        self.address = f"http://127.0.0.1:{self._local}"
+        forward = f"127.0.0.1:{self._local}:127.0.0.1:{port}"
+        self._command = [ssh[0], "-N", "-T", "-o", "BatchMode=yes", "-L", forward, *ssh[1:]]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
+
+    def __enter__(self) -> Tunnel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def ensure(self) -> None:
+        """Open it where it is not open.
+
+        Raises:
+            ConnectionError: ssh cannot connect now.
+            JobError: there is no ssh on this machine.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self._errors.seek(0)
+        self._errors.truncate()
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise JobError("ssh is not installed on this machine; a cluster is reached through it") from error
+        deadline = time.monotonic() + _OPEN_WITHIN_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise ConnectionError(f"ssh: {self._last_words()}")
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """End ssh."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(3)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self._local), timeout=2):
+            return True
+        return False
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in lines if "Permanently added" not in line]
+        return lines[-1].strip() if lines else "no connection"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
