@@ -79,9 +79,9 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    from ckd_ray.progress import without_secrets
+    from ckd_ray.progress import printable
 
-    print(f"ckd-ray: {without_secrets(message)}", file=sys.stderr, flush=True)
+    print(f"ckd-ray: {printable(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -97,8 +97,11 @@ _object_stream: TextIO | None = None
 
 
 def put(value: Any) -> None:
-    """Print the one object of `--json`, on the standard output that the command was started with."""
-    typer.echo(json.dumps(value), file=_object_stream or sys.stdout)
+    """Print the one object of `--json`, on the standard output that the command was started with. Keys in URIs are
+    hidden: what a program reads is logged as well."""
+    from ckd_ray.progress import without_keys
+
+    typer.echo(json.dumps(without_keys(value)), file=_object_stream or sys.stdout)
 
 
 @contextmanager
@@ -233,10 +236,11 @@ def inspect(
     json_: JsonOption = False,
 ) -> None:
     """Why a query has its labels: feedback, expansion, and one-hot against teacher against collective labels."""
+    from ckd_ray.progress import printable
     from ckd_ray.report.inspect import inspect_query, render
 
     found = inspect_query(run, query_id, top)
-    put(found) if json_ else typer.echo(render(found), err=True)
+    put(found) if json_ else typer.echo(printable(render(found)), err=True)
 
 
 _stage_command("distill", "Distil the student.")

@@ -29,7 +29,7 @@ from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.pipeline.stages import STAGES, needed, skips_own_passage
-from ckd_ray.progress import say
+from ckd_ray.progress import say, without_keys
 from ckd_ray.store.files import delete, join, read_json, write_atomic, write_json_atomic
 
 FOLDER = "compare"
@@ -67,7 +67,7 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         systems += [_objective(context, name, planned, splits) for name in objectives(config)]
         table = build_table(systems, len(collection.queries("train").ids))
         table |= {"budget": _budget(config), "run": context.run}
-        write_json_atomic(context.path(FOLDER, "table.json"), table)
+        write_json_atomic(context.path(FOLDER, "table.json"), without_keys(table))
         text = render_markdown(table).encode()
         write_atomic(context.path(FOLDER, "table.md"), lambda stream: stream.write(text))
     return table

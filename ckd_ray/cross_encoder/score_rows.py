@@ -59,7 +59,7 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
         file = pq.ParquetFile(path, filesystem=fs)
     except FileNotFoundError:
         raise UserError("this file does not exist", where=uri) from None
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a type of Ray's with strange contents
         raise unreadable(uri, error) from None
     missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
     if missing:

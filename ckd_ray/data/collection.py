@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from ckd_ray.errors import JobError
-from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_json
+from ckd_ray.data.sources import SPLITS
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_object
 
 Int64Array = npt.NDArray[np.int64]
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
@@ -54,12 +55,19 @@ class Collection:
         """The collection of a run directory.
 
         Raises:
-            JobError: it has not been built.
+            JobError: it has not been built. UserError: its manifest is damaged.
         """
         path = join(run, "corpus", "manifest.json")
         if not exists(path):
             raise JobError(f"{run}: no collection here; run ckd-ray train --until collection")
-        return cls(run, read_json(path))
+        manifest = read_object(path)
+        rows, splits = manifest.get("rows"), manifest.get("splits")
+        # Splits become names of files, so none may be a path.
+        if not isinstance(rows, int) or not isinstance(splits, dict) or not set(splits) <= set(SPLITS):
+            found = f"rows {rows!r}, splits {splits!r}"[:200]
+            fix = "delete it, and ckd-ray train builds the collection again"
+            raise UserError("not a collection's manifest", where=path, found=found, fix=fix)
+        return cls(run, manifest)
 
     @cached_property
     def _files(self) -> list[pq.ParquetFile]:

@@ -9,6 +9,7 @@ from typing import Any
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.compare import compare_values, render, same_queries
 from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.progress import without_keys
 from ckd_ray.store.files import exists, join, list_files, read_json, write_json_atomic
 
 # Settings of the evaluation under which values mean something else, and those that only may.
@@ -94,7 +95,7 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
     # The digest tells runs of the same name apart.
     digest = hashlib.sha256(f"{mine.system} {other.run.folder} {other.system}".encode()).hexdigest()[:8]
     file = mine.run.path("evaluation", f"against-{other.run.name.replace('/', '-')}-{digest}.json")
-    write_json_atomic(file, found)
+    write_json_atomic(file, without_keys(found))
     return {**found, "written": file}
 
 

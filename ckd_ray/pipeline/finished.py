@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import exists, filesystem_of, join, list_folders, read_json
+from ckd_ray.store.files import exists, filesystem_of, join, list_folders, read_object
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
         tried.append(filesystem_of(join("runs", run))[1])
     for folder in tried:
         if exists(join(folder, "run.json")):
-            record = read_json(join(folder, "run.json"))
+            record = read_object(join(folder, "run.json"))
+            if not isinstance(record.get("config", {}), dict):
+                raise UserError("not the record of a run", where=join(folder, "run.json"), expected="a section config")
             variant = record.get("variant")
             base = folder.removesuffix(f"/{variant}") if variant else folder
             return FinishedRun(folder, base, record)

@@ -8,6 +8,7 @@ from html import escape
 from importlib import resources
 
 from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.progress import without_secrets
 from ckd_ray.report import sections, trials
 from ckd_ray.report.facts import Facts, gather
 from ckd_ray.store.files import write_atomic
@@ -52,7 +53,8 @@ def render_page(facts: Facts) -> str:
     page = parts[0]
     for part in parts[1:]:
         name, _, rest = part.partition("}}")
-        page += values[name] + rest
+        # A page is passed on: keys in URIs are hidden wherever they came from.
+        page += (values[name] if name in ("script", "style", "script_hash") else without_secrets(values[name])) + rest
     return page
 
 

@@ -260,7 +260,7 @@ def _wins_of(found: SplitWins) -> str:
 def _example(example: Example, group: str, kind: str) -> str:
     direction = "up" if example.gain > 0 else "down"
     labelled = "".join(
-        f"<li><span class='tag good'>labelled{f', grade {grade}' if grade != 1 else ''}</span>"
+        f"<li><span class='tag good'>labelled{f', grade {int(grade)}' if grade != 1 else ''}</span>"
         f"<span class=tag>rank {_rank(before)} → {_rank(after)}</span> <span class=id>{escape(passage)}</span><br>"
         f"{escape(text) or '<i>empty passage</i>'}</li>"
         for passage, text, grade, before, after in example.labelled
@@ -297,7 +297,7 @@ def labels(facts: Facts) -> str:
             for e in found["expansion"]
         )
         rows = "".join(
-            f"<tr><td>{p['rank'] or ''}</td><td class='l wrap'>"
+            f"<tr><td>{escape(str(p['rank'] or ''))}</td><td class='l wrap'>"
             f"{_GOOD if p['labelled'] else ''}{escape(p['text'])} "
             f"<span class=id>{escape(p['passage_id'])}</span></td>"
             + "".join(
@@ -323,7 +323,7 @@ def labels(facts: Facts) -> str:
         "passages.</p>"
         + "".join(items)
         + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']:g}, beta "
-        f"{settings['beta']:g}, {settings['expansion_size']} expansion embeddings.</p>"
+        f"{settings['beta']:g}, {settings['expansion_size']:d} expansion embeddings.</p>"
     )
 
 

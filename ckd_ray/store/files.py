@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -103,6 +103,22 @@ def delete(uri: str) -> None:
         fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
+
+
+def delete_inside(folder: str, name: str) -> None:
+    """Remove the file `name` (a path in `folder`).
+
+    Raises:
+        UserError: the name, or a link on the way, leads out of the folder; then nothing is removed.
+    """
+    check_inside([name], folder)
+    uri = join(folder, name)
+    if is_local(folder):
+        base, target = (os.path.realpath(filesystem_of(u)[1]) for u in (folder, parent(uri)))
+        if os.path.commonpath([base, target]) != base:
+            fix = "delete the file yourself if it is yours, and run again"
+            raise UserError("a link leads out of its folder", where=uri, found=target, fix=fix)
+    delete(uri)
 
 
 def write_atomic(uri: str, write: Callable[[pa.NativeFile], Any]) -> int:
@@ -192,8 +208,32 @@ def read_json(uri: str) -> Any:
         data = stream.read()
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("not valid JSON", where=uri, found=str(error), fix="delete it and run again") from error
+
+
+def read_object(uri: str) -> dict[str, Any]:
+    """The JSON object in the file `uri`; UserError when the file holds anything else."""
+    value = read_json(uri)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UserError("not a JSON object", where=uri, found=f"a {kind}", fix="delete it and run again")
+    return value
+
+
+def check_inside(names: Iterable[str], where: str) -> None:
+    """Raises UserError for a name that leads out of its folder: names in a manifest, or keys of an object store, may
+    have been written by anybody."""
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        if not name or "\0" in name or ".." in parts or parts[0] == "":
+            raise UserError(
+                "a name leads out of its folder",
+                where=where,
+                expected="names of files below it",
+                found=repr(name[:80]),
+                fix="this was not written by ckd-ray: do not use it",
+            )
 
 
 def file_signature(uri: str) -> list[int]:
@@ -264,6 +304,8 @@ def local_copy(uri: str) -> Iterator[str]:
     if isinstance(fs, pafs.LocalFileSystem):
         yield path
         return
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    check_inside((info.path[len(path.rstrip("/")) + 1 :] for info in infos), uri)
     with tempfile.TemporaryDirectory() as folder:
         pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
         yield folder

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ckd_ray.config import load_config
+from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
@@ -105,6 +106,22 @@ def test_files_and_folders(bucket: str, tmp_path: Path) -> None:
         assert (Path(copy) / "deep" / "y").read_bytes() == b"abc"
     delete(join(bucket, "f"))
     assert not exists(join(bucket, "f")) and list_files(join(bucket, "nowhere")) == []
+
+
+def test_a_download_stays_in_its_folder(bucket: str, tmp_path: Path) -> None:
+    """Keys of an object store are free text; one with `..` in it would be written beside the folder."""
+    import boto3
+
+    options = dict(pair.split("=") for pair in bucket.partition("?")[2].split("&"))
+    client = boto3.client(
+        "s3", endpoint_url=f"http://{options['endpoint_override']}", aws_access_key_id="key",
+        aws_secret_access_key="secret", region_name="us-east-1",
+    )  # fmt: skip
+    client.put_object(Bucket="ckd-ray", Key="folder/student/colbert.json", Body=b"{}")
+    client.put_object(Bucket="ckd-ray", Key="folder/student/a/../../../../../../../tmp/ckd-ray-evil", Body=b"x")
+    with pytest.raises(UserError, match="a name leads out of its folder"), local_copy(join(bucket, "student")):
+        pass
+    assert not Path("/tmp/ckd-ray-evil").exists()
 
 
 def write_store(uri: str) -> list[torch.Tensor]:

@@ -94,6 +94,91 @@ def parsed(page: str) -> Elements:
     return elements
 
 
+HOSTILE = "</script></pre></title><script>alert(9)</script><img src=x onerror=alert(8)>\" onload=\"x' autofocus='"
+KNOWN = frozenset(
+    [
+        "a",
+        "b",
+        "body",
+        "br",
+        "button",
+        "circle",
+        "code",
+        "details",
+        "div",
+        "figcaption",
+        "figure",
+        "footer",
+        "g",
+        "h1",
+        "h2",
+        "h3",
+        "head",
+        "header",
+        "html",
+        "i",
+        "input",
+        "li",
+        "line",
+        "link",
+        "main",
+        "meta",
+        "nav",
+        "ol",
+        "p",
+        "polyline",
+        "pre",
+        "rect",
+        "script",
+        "section",
+        "span",
+        "style",
+        "summary",
+        "svg",
+        "table",
+        "tbody",
+        "td",
+        "text",
+        "th",
+        "thead",
+        "title",
+        "tr",
+    ]
+)
+
+
+def hostile(value: object) -> object:
+    """A JSON value in which every text is followed by markup that must stay text."""
+    if isinstance(value, dict):
+        return {key: hostile(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hostile(inner) for inner in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+
+def test_every_text_of_a_run_stays_text(run: Path, tmp_path: Path) -> None:
+    """Names, settings, causes, units, versions: whatever is read from the run's records is shown, never obeyed."""
+    folder = tmp_path / "<script>alert(7)<"
+    shutil.copytree(run, folder)
+    keep = {"corpus", "embeddings", "student_embeddings", "teacher", "student"}
+    for path in folder.rglob("*.json"):
+        if path.relative_to(folder).parts[0] not in keep:
+            path.write_text(json.dumps(hostile(json.loads(path.read_text()))))
+    summary = json.loads((folder / "tune" / "summary.json").read_text())
+    summary["trials"][0]["trial"] = summary["best"]["trial"] = HOSTILE
+    (folder / "tune" / "summary.json").write_text(json.dumps(summary))
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["run"]["storage"] = "s3://key:hidden@bucket/x"
+    (folder / "run.json").write_text(json.dumps(record))
+    page = render_page(gather(open_finished(str(folder))))
+    elements = parsed(page)
+    assert {tag for tag, _ in elements.tags} <= KNOWN
+    assert [tag for tag, _ in elements.tags].count("script") == 1 and "hidden@" not in page
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+    assert not [name for _, attributes in elements.tags for name in attributes if name in ("autofocus", "src")]
+    assert page.count(html.escape(HOSTILE)) > 20
+
+
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
     elements = parsed(page)
     assert elements.open == []
