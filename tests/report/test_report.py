@@ -95,56 +95,13 @@ def parsed(page: str) -> Elements:
 
 
 HOSTILE = "</script></pre></title><script>alert(9)</script><img src=x onerror=alert(8)>\" onload=\"x' autofocus='"
-KNOWN = frozenset(
-    [
-        "a",
-        "b",
-        "body",
-        "br",
-        "button",
-        "circle",
-        "code",
-        "details",
-        "div",
-        "figcaption",
-        "figure",
-        "footer",
-        "g",
-        "h1",
-        "h2",
-        "h3",
-        "head",
-        "header",
-        "html",
-        "i",
-        "input",
-        "li",
-        "line",
-        "link",
-        "main",
-        "meta",
-        "nav",
-        "ol",
-        "p",
-        "polyline",
-        "pre",
-        "rect",
-        "script",
-        "section",
-        "span",
-        "style",
-        "summary",
-        "svg",
-        "table",
-        "tbody",
-        "td",
-        "text",
-        "th",
-        "thead",
-        "title",
-        "tr",
-    ]
-)
+# Every element that a page is made of.
+KNOWN = {
+    "a", "b", "body", "br", "button", "circle", "code", "details", "div", "figcaption", "figure", "footer", "g", "h1",
+    "h2", "h3", "head", "header", "html", "i", "input", "li", "line", "link", "main", "meta", "nav", "ol", "p",
+    "polyline", "pre", "rect", "script", "section", "span", "style", "summary", "svg", "table", "tbody", "td", "text",
+    "th", "thead", "title", "tr",
+}  # fmt: skip
 
 
 def hostile(value: object) -> object:
