@@ -417,7 +417,8 @@ def _tell(manifest: CollectionManifest, source: Source) -> None:
             say(f"collection: {split['repeated_labels']:,} labels of {name} stand there twice; each counts once")
         if split.get("mended_queries"):
             say(
-                f"collection: {split['mended_queries']:,} {name} queries held half a surrogate pair, now a question mark"
+                f"collection: {split['mended_queries']:,} {name} queries held half a surrogate pair, now a question"
+                " mark"
             )
         if split["unlabelled"]:
             use = (

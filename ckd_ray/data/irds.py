@@ -82,12 +82,9 @@ def _texts(where: str, open_rows: Callable[[], Iterable[Any]], id_field: str, pr
 def _qrels(where: str, open_rows: Callable[[], Iterable[Any]], problems: Problems) -> Iterator[QrelRow]:
     for number, row in _rows(where, open_rows):
         grade = row.relevance
+        place = f"{where}: row {number}"
         if not isinstance(grade, int):
-            problems.add(
-                f"{where}: row {number}",
-                "the grade is not a whole number",
-                expected="an integer",
-                found=shorten(str(grade)),
-            )
-        elif grade_fits(grade, f"{where}: row {number}", problems):
+            found = shorten(str(grade))
+            problems.add(place, "the grade is not a whole number", expected="an integer", found=found)
+        elif grade_fits(grade, place, problems):
             yield QrelRow(str(row.query_id), str(row.doc_id), grade, f"{where}: row ", number)

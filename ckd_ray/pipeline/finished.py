@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from ckd_ray.errors import UserError
 from ckd_ray.store.files import exists, filesystem_of, join, list_folders, read_object
@@ -59,3 +63,21 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
         found=found,
         fix="ckd-ray train makes one",
     )
+
+
+@contextmanager
+def reading(run: str) -> Iterator[None]:
+    """While the files of a run are read, which may have come from anywhere: what is wrong with them becomes a UserError
+    that names the run, whatever the library says that has met it first."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            "a file of this run is missing, or is not what ckd-ray writes",
+            where=run,
+            found=f"{type(error).__name__}: {said}",
+            fix="ckd-ray train, with the configuration of this run, makes missing files again; --from STAGE others",
+        ) from error

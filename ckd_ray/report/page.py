@@ -7,7 +7,7 @@ import hashlib
 from html import escape
 from importlib import resources
 
-from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.pipeline.finished import FinishedRun, reading
 from ckd_ray.progress import without_secrets
 from ckd_ray.report import sections, trials
 from ckd_ray.report.facts import Facts, gather
@@ -28,7 +28,8 @@ _SECTIONS = (
 def write_report(run: FinishedRun, out: str | None = None) -> str:
     """Write the page of a run; `RUN/report.html` unless `out` says where. Returns where it is."""
     where = out or run.path("report.html")
-    page = render_page(gather(run)).encode()
+    with reading(run.folder):
+        page = render_page(gather(run)).encode()
     write_atomic(where, lambda stream: stream.write(page))
     return where
 
