@@ -74,7 +74,7 @@ def reading(run: str) -> Iterator[None]:
     except UserError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
-        said = (str(error).splitlines() or [""])[0][:200]
+        said = (str(error).splitlines() or [""])[0][:400]
         raise UserError(
             "a file of this run is missing, or is not what ckd-ray writes",
             where=run,

@@ -232,6 +232,7 @@ def embed_all(
             fingerprint=f"{made_of}/{texts}",
             token_budget=config.token_budget,
             precision=precision,
+            max_bad=config.max_bad_passages,
         )
         if texts == "passages":
             # Queries stay in fp16: they are few, and read in every comparison.
@@ -394,4 +395,5 @@ def _store_figures(store: EmbeddingStore) -> dict[str, Any]:
         "bytes": store.manifest["bytes"],
         "shards": store.num_shards,
         "precision": store.manifest.get("precision"),
+        **({"set_aside": [e["passage_id"] for e in aside]} if (aside := store.manifest.get("set_aside")) else {}),
     }

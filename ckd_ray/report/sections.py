@@ -347,7 +347,17 @@ def stages(facts: Facts) -> str:
         "<div class=scroll><table class=sortable><thead><tr><th class=l>stage<th class=l>share<th>time<th>amount"
         f"<th>rate</tr></thead><tbody>{''.join(rows)}</tbody></table></div><p class=note>"
         f"{escape(duration(total))} in all. A stage that was interrupted counts the call that finished it.</p>"
+        + _set_aside(facts)
     )
+
+
+def _set_aside(facts: Facts) -> str:
+    """Passages on which the encoder fails every time; their number is that of the whole corpus, the names a few."""
+    names = [name for stage in facts.stages for name in stage["figures"].get("set_aside", [])]
+    if not names:
+        return ""
+    shown = ", ".join(f"<span class=id>{escape(str(name))}</span>" for name in names[:20])
+    return f"<p class=note>{len(names)} passages could not be encoded and were set aside: {shown}.</p>"
 
 
 def environment(facts: Facts) -> str:
