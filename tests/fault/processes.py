@@ -15,9 +15,11 @@ ACTORS = ("ShardEncoder", "ShardServer", "RayTrainWorker", "PartScorer")
 
 @dataclass(frozen=True)
 class Process:
-    """A process: its number and its command line (of Ray's workers, the title)."""
+    """A process: its number, when it was started (in ticks since the boot: with the number, never used again), and its
+    command line (of Ray's workers, the title)."""
 
     pid: int
+    started: int
     title: str
 
     @property
@@ -31,20 +33,26 @@ class Process:
 
 def below(root: int) -> list[Process]:
     """Every process that descends from `root`, which is not among them."""
-    parents: dict[int, list[int]] = {}
+    children: dict[int, list[tuple[int, int]]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError, ValueError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                parents.setdefault(int(fields[1]), []).append(int(entry.name))
+                parent, started = _stat(int(entry.name))
+                children.setdefault(parent, []).append((int(entry.name), started))
     found, waiting = [], [root]
     while waiting:
-        for child in parents.get(waiting.pop(), []):
+        for child, started in children.get(waiting.pop(), []):
             waiting.append(child)
             with suppress(OSError):
                 title = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found.append(Process(child, title.strip()))
+                found.append(Process(child, started, title.strip()))
     return found
+
+
+def _stat(pid: int) -> tuple[int, int]:
+    """Parent, and ticks at the start."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[1]), int(fields[19])
 
 
 def choose(root: int, role: str, rng: random.Random) -> Process | None:
@@ -53,16 +61,11 @@ def choose(root: int, role: str, rng: random.Random) -> Process | None:
     return rng.choice(mine) if mine else None
 
 
-def end_all(root: int, family: dict[int, str]) -> None:
-    """Kill `root` and what it has started: `family`, by number and title, since what a dead process leaves has another
-    parent. A number that another process has by now is left alone."""
-    for pid in family:
-        with suppress(OSError):
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            same_kind = title.startswith("ray::") and family[pid].startswith("ray::")  # titles change with the task
-            if title and (title == family[pid] or same_kind):
+def end_all(family: dict[int, int]) -> None:
+    """Kill what a command has started: processes by number and start. What a dead process leaves has another parent; a
+    number that another process has by now is left alone."""
+    for pid, started in family.items():
+        with suppress(OSError, IndexError, ValueError):
+            if _stat(pid)[1] == started:
                 os.kill(pid, signal.SIGCONT)
                 os.kill(pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        os.kill(root, signal.SIGCONT)
-        os.kill(root, signal.SIGKILL)

@@ -68,7 +68,7 @@ class Command:
     began: float = 0.0
     lines: list[str] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
-    family: dict[int, str] = field(default_factory=dict)
+    family: dict[int, int] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def follow(self) -> None:
@@ -139,8 +139,11 @@ class Soak:
             code = command.process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             code = -999
-        command.family |= {p.pid: p.title for p in below(command.process.pid)}
-        end_all(command.process.pid, command.family)
+        if command.process.poll() is None:
+            command.family |= {p.pid: p.started for p in below(command.process.pid)}
+            os.kill(command.process.pid, signal.SIGKILL)
+            command.process.wait()
+        end_all(command.family)
         return code
 
     # -- what is compared ------------------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ class Soak:
             if stage_now == "over":
                 return
             kind = left[stage]
-            command.family |= {p.pid: p.title for p in below(command.process.pid)}
+            command.family |= {p.pid: p.started for p in below(command.process.pid)}
             fault = Fault(kind, stage_now or stage, number, round(time.monotonic() - began, 2))
             fault.hit = KINDS[kind](self, command, storage)
             if fault.hit:
