@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -23,12 +24,13 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from safetensors import SafetensorError
 
 from ckd_ray.errors import JobError, UserError
 
 # Stands in the name of everything that is still being written.
 _ASIDE = ".tmp-"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -166,16 +168,24 @@ def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
 
 @contextmanager
 def room_for(where: str) -> Iterator[None]:
-    """Turns a full disk (or quota, or limit on a file's size) into a JobError that names `where`."""
+    """Turns a disk that is full or read-only (or a quota, or a limit on a file's size) into a JobError that names
+    `where`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or _os_error(str(error))
+        if number not in _CANNOT_WRITE:
             raise
         raise JobError(
-            f"{where}: cannot be written: {os.strerror(error.errno)}; make room and give the same command again: what"
-            " was finished is kept"
+            f"{where}: cannot be written: {os.strerror(number)}; make room (or make it writable) and give the same"
+            " command again: what was finished is kept"
         ) from error
+
+
+def _os_error(said: str) -> int | None:
+    """safetensors tells the number of an error in its text alone."""
+    found = re.search(r"\(os error (\d+)\)|\[[Ee]rrno (\d+)\]", said)
+    return int(found[1] or found[2]) if found else None
 
 
 def remove_stale(uri: str) -> list[str]:
@@ -273,28 +283,33 @@ def new_folder(uri: str) -> Iterator[str]:
     `write_json_atomic`, so that readers never take a partial upload for a whole one.
     """
     if is_local(uri):
-        target = Path(filesystem_of(uri)[1])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{_ASIDE}", dir=target.parent))
-        try:
-            yield str(aside)
-            aside.chmod(0o755)
-            if target.exists():
-                old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-                target.rename(old)
-                aside.rename(target)
-                shutil.rmtree(old)
-            else:
-                aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with room_for(filesystem_of(uri)[1]):
+            yield from _new_local_folder(Path(filesystem_of(uri)[1]))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with room_for(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
         yield folder
         fs, path = filesystem_of(uri)
         if fs.get_file_info(path).type == pafs.FileType.Directory:
             fs.delete_dir_contents(path)
         pafs.copy_files(folder, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def _new_local_folder(target: Path) -> Iterator[str]:
+    """See `new_folder`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{_ASIDE}", dir=target.parent))
+    try:
+        yield str(aside)
+        aside.chmod(0o755)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+            target.rename(old)
+            aside.rename(target)
+            shutil.rmtree(old)
+        else:
+            aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
