@@ -48,6 +48,7 @@ class Collection:
         self.run, self.manifest = run, manifest
         self.num_passages: int = manifest["rows"]
         self.splits: list[str] = list(manifest["splits"])
+        self._query_files: dict[str, pq.ParquetFile] = {}
         self._groups: OrderedDict[tuple[int, int], list[str]] = OrderedDict()
 
     @classmethod
@@ -130,10 +131,31 @@ class Collection:
         return self._ids.take(asked).to_pylist()
 
     def queries(self, split: str) -> Queries:
-        """The queries of a split."""
+        """All queries of a split; a part of a large split is better read by `queries_between`."""
         fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
         table = pq.read_table(path, filesystem=fs)
         return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
+
+    def num_queries(self, split: str) -> int:
+        """How many queries a split has; none of them is read."""
+        return int(self._query_file(split).metadata.num_rows)
+
+    def queries_between(self, split: str, first: int, stop: int) -> Queries:
+        """The queries [first, stop) of a split; only the row groups that hold them are read."""
+        file = self._query_file(split)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        groups = [i for i in range(len(sizes)) if starts[i] < stop and first < starts[i + 1]]
+        if not groups:
+            return Queries([], [])
+        table = file.read_row_groups(groups, use_threads=False).slice(first - int(starts[groups[0]]), stop - first)
+        return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
+
+    def _query_file(self, split: str) -> pq.ParquetFile:
+        if split not in self._query_files:
+            fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
+            self._query_files[split] = pq.ParquetFile(path, filesystem=fs)
+        return self._query_files[split]
 
     def qrels(self, split: str) -> Qrels:
         """The labels of a split, as they stand in the input."""

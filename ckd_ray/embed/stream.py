@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from ckd_ray.embed.encoder import Encoded
 
 PLAN, SET_ASIDE = "plan.json", ".set-aside.json"
-# The plan lies in the driver's memory and in one JSON file: 140 million texts in shards of 16,384 are 8,545.
-_MOST_SHARDS = 200_000
+# A shard costs a file, a task and a line of the manifest, however little it holds. 140 million texts in shards of 16,384
+# are 8,545.
+_MOST_SHARDS = 50_000
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,15 @@ def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> li
     Raises:
         UserError: there would be more shards than a plan should hold.
     """
-    size = min(16384, max(256, -(-num_texts // 256))) if passages_per_shard == "auto" else passages_per_shard
+    auto = min(16384, max(256, -(-num_texts // 256)))
+    size = auto if passages_per_shard == "auto" else passages_per_shard
     if -(-num_texts // size) > _MOST_SHARDS:
         raise UserError(
             "so small shards are too many",
             where="embed.passages_per_shard",
-            expected=f"at least {-(-num_texts // _MOST_SHARDS)}, or auto",
+            expected=f"at least {-(-num_texts // _MOST_SHARDS)}, or auto, which is {auto} here",
             found=f"{size}: {-(-num_texts // size):,} shards for {num_texts:,} texts",
+            fix=f"--set embed.passages_per_shard={auto}",
         )
     return [(first, min(first + size, num_texts)) for first in range(0, num_texts, size)]
 
@@ -236,8 +239,8 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     collection = Collection.open(job.run)
     if job.texts == "passages":
         return tokenizer, collection.iter_passages
-    texts = collection.queries(job.texts.removeprefix("queries.")).texts
-    return tokenizer, lambda first, stop: texts[first:stop]
+    split = job.texts.removeprefix("queries.")
+    return tokenizer, lambda first, stop: collection.queries_between(split, first, stop).texts
 
 
 def _tokenizer_and_texts_ready(job: EmbedJob) -> None:
@@ -352,8 +355,8 @@ def _named(job: EmbedJob, causes: dict[int, str]) -> list[dict[str, Any]]:
     if job.texts == "passages":
         ids = collection.passage_ids(list(causes))
     else:
-        queries = collection.queries(job.texts.removeprefix("queries.")).ids
-        ids = [queries[i] for i in causes]
+        split = job.texts.removeprefix("queries.")
+        ids = [collection.queries_between(split, i, i + 1).ids[0] for i in causes]
     return [
         {"index": i, "passage_id": name, "cause": cause} for (i, cause), name in zip(causes.items(), ids, strict=True)
     ]

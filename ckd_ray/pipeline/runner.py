@@ -78,7 +78,21 @@ def run_stages(
                     raise
                 reports.append(_run(context, stage, print_of))
             done[stage.name] = _identity(context, stage, print_of)
+            if stage.name == "collection" and stage is not stages[-1]:
+                _check_sizes(context)
         return reports
+
+
+def _check_sizes(context: RunContext) -> None:
+    """What the size of the collection makes impossible is refused here, not after hours of training.
+
+    Raises:
+        UserError: the corpus would be cut into too many shards.
+    """
+    from ckd_ray.data import Collection
+    from ckd_ray.embed.stream import plan_shards
+
+    plan_shards(Collection.open(context.run).num_passages, context.config.embed.passages_per_shard)
 
 
 def _repaired(context: RunContext, stages: list[Any], reports: list[StageReport], done: dict[str, str]) -> bool:
