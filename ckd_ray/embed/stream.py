@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from ckd_ray.embed.encoder import Encoded
 
 PLAN, SET_ASIDE = "plan.json", ".set-aside.json"
-# A shard costs a file, a task and a line of the manifest, however little it holds. 140 million texts in shards of 16,384
-# are 8,545.
+# A shard costs a file, a task and a line of the manifest, however little it holds. 140 million texts make 8,545 shards
+# of 16,384.
 _MOST_SHARDS = 50_000
 
 

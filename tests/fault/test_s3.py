@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch
 from ckd_ray.config import load_config
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.pipeline import lock
+from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
@@ -122,6 +125,32 @@ def test_a_download_stays_in_its_folder(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a name leads out of its folder"), local_copy(join(bucket, "student")):
         pass
     assert not Path("/tmp/ckd-ray-evil").exists()
+
+
+def test_a_run_on_an_object_store_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_SETTLE_S", 0.05)
+    uri = join(bucket, "held")
+    with run_lock(uri):
+        with pytest.raises(UserError, match=rf"another ckd-ray works in this run(.|\n)*process {os.getpid()} on"):
+            with run_lock(uri):
+                pass
+        assert exists(join(uri, ".lock"))
+    assert list_files(uri) == [], "neither the lock nor a probe is left"
+    write_json_atomic(join(uri, ".lock"), {"host": "elsewhere", "pid": 7, "since": "then", "token": "x"})
+    with pytest.raises(UserError, match="process 7 on elsewhere since then"), run_lock(uri):
+        pass
+    monkeypatch.setattr(lock, "_STALE_S", -1.0)  # as if it had not been written for ten minutes
+    with run_lock(uri):
+        assert read_json(join(uri, ".lock"))["pid"] == os.getpid()
+
+    # Two that start together: the lock of the other arrives over ours before we look again.
+    def other(seconds: float) -> None:
+        write_json_atomic(join(uri, ".lock"), {"host": "elsewhere", "pid": 8, "since": "now", "token": "y"})
+
+    monkeypatch.setattr(lock.time, "sleep", other)
+    with pytest.raises(UserError, match="process 8 on elsewhere"), run_lock(uri):
+        pass
+    delete(join(uri, ".lock"))
 
 
 def write_store(uri: str) -> list[torch.Tensor]:
