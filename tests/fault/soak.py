@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fault.processes import below, choose, end_all
+from tests.fault.soak_table import table
 from tests.support import overrides, tiny_bert, write_collection
 
 STAGES = ("collection", "teacher", "embed", "retrieve", "label", "distill", "evaluate")
@@ -179,16 +180,16 @@ class Soak:
 
     # -- one run ---------------------------------------------------------------------------------------------------
 
-    def run(self, number: int, plan: dict[str, str]) -> list[Fault]:
-        """One run with a fault in each stage of `plan` (stage -> kind); what became of them."""
+    def run(self, number: int, plan: dict[str, list[str]]) -> list[Fault]:
+        """One run with the faults of `plan` (stage -> kinds); what became of them."""
         storage = self.folder / f"run-{number:03d}"
         storage.mkdir()
         if self.can_mount:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(storage)], check=True)
             self.mounted.add(storage)
-        left, mine, spent = dict(plan), list[Fault](), Counter[str]()
+        left, mine, spent = {k: list(v) for k, v in plan.items()}, list[Fault](), Counter[str]()
         trouble = ""
-        for attempt in range(3 * len(plan) + 2):
+        for attempt in range(3 * sum(map(len, plan.values())) + 2):
             command = self.start(storage)
             injector = threading.Thread(target=self._inject, args=(command, storage, left, mine, number))
             injector.start()
@@ -241,8 +242,10 @@ class Soak:
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
-    def _inject(self, command: Command, storage: Path, left: dict[str, str], mine: list[Fault], number: int) -> None:
-        """Wait for the stages of `left`, and break something at a random moment of each."""
+    def _inject(
+        self, command: Command, storage: Path, left: dict[str, list[str]], mine: list[Fault], number: int
+    ) -> None:
+        """Wait for the stages of `left`, and break something at random moments of each."""
         seen: list[str] = []
         while True:
             with command.changed:
@@ -251,21 +254,24 @@ class Soak:
             if stage == "over":
                 return
             seen.append(stage)
-            delay = self.rng.uniform(0.0, 0.9) * self.usual.get(stage, 1.0)
-            with command.changed:
-                until = max(0.0, began + delay - time.monotonic())
-                command.changed.wait_for(lambda: command.stage != seen[-1], timeout=until)
-                stage_now = command.stage
-            if stage_now == "over":
-                return
-            kind = left[stage]
-            command.family |= {p.pid: p.started for p in below(command.process.pid)}
-            fault = Fault(kind, stage_now or stage, number, round(time.monotonic() - began, 2))
-            fault.hit = KINDS[kind](self, command, storage)
-            if fault.hit:
-                left.pop(stage, None)
-                mine.append(fault)
-                print(f"  run {number}: {kind} in {fault.stage} after {fault.moment} s: {fault.hit[:80]}", flush=True)
+            moments = sorted(self.rng.uniform(0.0, 0.9) * self.usual.get(stage, 1.0) for _ in left[stage])
+            for moment, kind in zip(moments, list(left[stage]), strict=True):
+                with command.changed:
+                    until = max(0.0, began + moment - time.monotonic())
+                    command.changed.wait_for(lambda: command.stage != seen[-1], timeout=until)
+                    stage_now = command.stage
+                if stage_now == "over":
+                    return
+                command.family |= {p.pid: p.started for p in below(command.process.pid)}
+                fault = Fault(kind, stage_now or stage, number, round(time.monotonic() - began, 2))
+                fault.hit = KINDS[kind](self, command, storage)
+                if fault.hit:
+                    left[stage].remove(kind)
+                    mine.append(fault)
+                    where = f"in {fault.stage} after {fault.moment} s"
+                    print(f"  run {number}: {kind} {where}: {fault.hit[:80]}", flush=True)
+            if not left[stage]:
+                del left[stage]
 
     def _make_good(self, storage: Path) -> None:
         """What an operator would do before giving the command again: make room, make it writable."""
@@ -418,21 +424,28 @@ _NOT_IN: dict[str, set[str]] = {
     **{kind: {"collection"} for kind in _ACTORS},
     **{kind: {"collection", "teacher"} for kind in _SHARDS},
 }
+_ENDING = {"kill driver", "kill raylet", "disk full", "read-only"}
 _SELDOM = {"stop actor for a minute": 3}
 
 
-def plan(soak: Soak, kinds: list[str]) -> dict[str, str]:
-    """A kind for every stage, those that were injected least often first."""
+def plan(soak: Soak, kinds: list[str], each: int) -> dict[str, list[str]]:
+    """So many kinds for every stage, those that were injected least often first; of those that end the command at most
+    one a stage."""
     counts = Counter((f.kind, f.stage) for f in soak.faults)
     totals = Counter(f.kind for f in soak.faults)
-    chosen: dict[str, str] = {}
+    chosen: dict[str, list[str]] = {}
     for stage in STAGES:
-        able = [k for k in kinds if stage not in _NOT_IN.get(k, ()) and totals[k] < _SELDOM.get(k, 10**9)]
-        soak.rng.shuffle(able)
-        kind = min(able, key=lambda k: (counts[k, stage], totals[k]))
-        chosen[stage] = kind
-        counts[kind, stage] += 1
-        totals[kind] += 1
+        chosen[stage] = []
+        for _ in range(each):
+            ending = bool(_ENDING & {*chosen[stage]})
+            able = [k for k in kinds if stage not in _NOT_IN.get(k, ()) and totals[k] < _SELDOM.get(k, 10**9)]
+            able = [k for k in able if k not in chosen[stage] and not (ending and k in _ENDING)]
+            if able:
+                soak.rng.shuffle(able)
+                kind = min(able, key=lambda k: (counts[k, stage], totals[k]))
+                chosen[stage].append(kind)
+                counts[kind, stage] += 1
+                totals[kind] += 1
     return chosen
 
 
@@ -461,6 +474,8 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--each", type=int, default=2, help="faults a stage and run")
+    parser.add_argument("--table", help="also write the table as Markdown")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--kinds", help="only these, separated by commas")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
@@ -475,7 +490,7 @@ def main() -> None:
     soak.undisturbed()
     number = 0
     while len(soak.faults) < arguments.faults and time.monotonic() - began < 60 * arguments.minutes:
-        chosen = plan(soak, kinds)
+        chosen = plan(soak, kinds, arguments.each)
         soak.faults += soak.run(number, chosen)
         number += 1
         write(Path(arguments.out), soak, arguments, number, time.monotonic() - began)
@@ -502,6 +517,8 @@ def write(out: Path, soak: Soak, arguments: argparse.Namespace, runs: int, secon
         "faults": [asdict(f) for f in soak.faults],
     }
     out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.table:
+        Path(arguments.table).write_text(table(record))
 
 
 if __name__ == "__main__":
