@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, LostRayError, UserError
 
 app = typer.Typer(
     name="ckd-ray",
@@ -75,6 +75,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _terminate(signum: int, frame: Any) -> None:
+    from ckd_ray.cluster.watch import lost
+
+    why = lost()
+    if why is not None:
+        raise LostRayError(why)
     raise KeyboardInterrupt
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ckd_ray.cluster.watch import watched
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 
@@ -34,12 +35,13 @@ def connected(target: str | None) -> Iterator[None]:
     import ray
 
     _start(target)
-    try:
-        _quiet_data()
-        _keep_token_private()
-        yield
-    finally:
-        ray.shutdown()
+    with watched():
+        try:
+            _quiet_data()
+            _keep_token_private()
+            yield
+        finally:
+            ray.shutdown()
 
 
 def use_token() -> None:
