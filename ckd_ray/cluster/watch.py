@@ -1,8 +1,8 @@
-"""Is the Ray of this process still there? Nobody else says so: when the daemon of its own machine (raylet) is gone, a call
+"""Is the Ray of this process still there? Nobody else says so: when the daemon of its machine (raylet) is gone, a call
 that waits for Ray waits for ever.
 
-A thread looks once a second. It ends the wait by SIGTERM, whose handler (`cli`) raises what `lost` says; should that not
-end the process within a minute, the thread does.
+A thread looks once a second. It ends the wait by SIGTERM, whose handler (`cli`) raises what `lost` says; should that
+not end the process within a minute, the thread does.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class BadStorage:
             return way
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        body = _body(handler)
         way = self._way(handler.command)
         if way == "error":
             handler.send_response(500)
@@ -67,7 +67,8 @@ class BadStorage:
             handler.end_headers()
             return
         connection = http.client.HTTPConnection(*self.target, timeout=30)
-        connection.request(handler.command, handler.path, body, dict(handler.headers))
+        headers = {k: v for k, v in handler.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
+        connection.request(handler.command, handler.path, body, headers | {"Content-Length": str(len(body))})
         found = connection.getresponse()
         data = found.read()
         connection.close()
@@ -84,3 +85,16 @@ class BadStorage:
         if way == "broken off":
             handler.close_connection = True
             handler.connection.close()
+
+
+def _body(handler: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, which may come in chunks."""
+    if "chunked" not in (handler.headers.get("Transfer-Encoding") or ""):
+        return handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+    parts = []
+    while size := int(handler.rfile.readline().split(b";")[0], 16):
+        parts.append(handler.rfile.read(size))
+        handler.rfile.readline()
+    while handler.rfile.readline().strip():
+        pass
+    return b"".join(parts)
