@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+# Ray's own servants of a node, with whose end the raylet ends as well.
+_AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # Titles that Ray gives to the processes of our actors; every other worker is a task, an idle one, or Ray's own.
 ACTORS = ("ShardEncoder", "ShardServer", "RayTrainWorker", "PartScorer")
 
@@ -25,6 +27,8 @@ class Process:
     @property
     def role(self) -> str:
         """`actor`, `worker`, `raylet`, `gcs`, or `other`."""
+        if any(name in self.title for name in _AGENTS):
+            return "other"
         if self.title.startswith("ray::"):
             return "actor" if any(name in self.title for name in ACTORS) else "worker"
         program = os.path.basename(self.title.split()[0]) if self.title.split() else ""

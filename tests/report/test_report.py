@@ -9,11 +9,13 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ckd_ray.compare.table import System, build_table
 from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.report import sections
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page, write_report
 from ckd_ray.report.plots import Interval, Series, histogram, intervals, lines, number, thinned, ticks
@@ -134,6 +136,13 @@ def test_every_text_of_a_run_stays_text(run: Path, tmp_path: Path) -> None:
     assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
     assert not [name for _, attributes in elements.tags for name in attributes if name in ("autofocus", "src")]
     assert page.count(html.escape(HOSTILE)) > 20
+
+
+def test_passages_that_were_set_aside_are_named() -> None:
+    figures = {"count": 60, "unit": "passages", "set_aside": ["p17", "<p42>"]}
+    facts = SimpleNamespace(stages=[{"name": "embed", "folder": "embeddings", "seconds": 1.0, "figures": figures}])
+    page = sections.stages(facts)  # type: ignore[arg-type]
+    assert "2 passages could not be encoded and were set aside" in page and "&lt;p42&gt;" in page
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
