@@ -17,7 +17,7 @@ def table(record: dict[str, Any]) -> str:
         "# Faults injected, and what became of them",
         "",
         f"`{record['command']}` on {machine['cpus']} CPU cores ({machine['platform']}): {record['injected']} faults in"
-        f" {record['runs']} runs of the whole job on a tiny collection (400 passages, 520 training queries, shards of 16,"
+        f" {record['runs']} runs of the whole job on a tiny collection (160 passages, 300 training queries, shards of 16,"
         f" Ray started by the command), {record['failed']} of them failed. A run is well when its rankings, labels, the"
         " weights of teacher and student, its TREC runs and the values of every query are those of an undisturbed run,"
         " to the bit.",
