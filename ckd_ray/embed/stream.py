@@ -175,6 +175,9 @@ def _left_by_an_earlier_run(job: EmbedJob, stage: str) -> dict[int, ShardHeader]
     for name, why in refused.items():
         say(f"{stage}: {why}; it is computed again")
         delete(join(job.out, name))
+    for name in list_files(job.out, SET_ASIDE):  # of a shard that is computed again, and may come out whole
+        if name.removesuffix(SET_ASIDE) not in {shard_name(i) for i in intact}:
+            delete(join(job.out, name))
     if intact:
         say(f"{stage}: {job.texts}: {len(intact)} shards are there already")
     return intact

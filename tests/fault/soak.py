@@ -36,6 +36,7 @@ from tests.fault.soak_table import table
 from tests.support import overrides, tiny_bert, write_collection
 
 STAGES = ("collection", "teacher", "embed", "retrieve", "label", "distill", "evaluate")
+READ_ONLY = "read-only"
 _TIMEOUT_S = 420.0
 _STOP_S, _LONG_STOP_S = 5.0, 60.0
 
@@ -189,6 +190,9 @@ class Soak:
             self.mounted.add(storage)
         left, mine, spent = {k: list(v) for k, v in plan.items()}, list[Fault](), Counter[str]()
         trouble, unstarted, log = "", 0, list[str]()
+        if storage in self.mounted and number % 3 == 0:
+            mine.append(self._read_only(storage, number))
+            trouble = mine[0].cause if mine[0].outcome == "" else ""
         for attempt in range(8 + 3 * sum(map(len, plan.values())) + 2):
             command = self.start(storage)
             injector = threading.Thread(target=self._inject, args=(command, storage, left, mine, number))
@@ -220,6 +224,19 @@ class Soak:
         else:
             self._remove(storage)
         return mine
+
+    def _read_only(self, storage: Path, number: int) -> Fault:
+        """A command on a run directory that cannot be written. (While a command runs its lock is open for writing, and
+        the system refuses to mount the disk again without writing.)"""
+        subprocess.run(["mount", "-o", "remount,ro", str(storage)], check=True)
+        command = self.start(storage)
+        code = self.wait(command)
+        self._make_good(storage)
+        fault = Fault(READ_ONLY, "collection", number, 0.0, "the run's disk")
+        trouble = self._judge_stop(code, command.lines, [fault])
+        if code != 2 or trouble:
+            fault.outcome, fault.cause = "", trouble or f"exit status {code}"
+        return fault
 
     def _judge_stop(self, code: int, lines: list[str], mine: list[Fault]) -> str:
         """Note with the last fault that the command stopped; what was wrong with how it did."""
@@ -331,12 +348,6 @@ def _full(soak: Soak, command: Command, storage: Path) -> str:
     return "the run's disk"
 
 
-def _read_only(soak: Soak, command: Command, storage: Path) -> str:
-    done = subprocess.run(["mount", "-o", "remount,ro", str(storage)], capture_output=True, text=True)
-    # Files that are open for writing forbid it: then the moment has passed.
-    return "the run's disk" if done.returncode == 0 else ""
-
-
 def _shards(storage: Path) -> list[Path]:
     return sorted(p for p in storage.glob("tiny/*embeddings/*/*.arrow") if p.stat().st_size > 100)
 
@@ -415,14 +426,13 @@ KINDS: dict[str, Callable[[Soak, Command, Path], str]] = {
     "stop driver": _stop("driver", _STOP_S),
     "stop actor for a minute": _stop("actor", _LONG_STOP_S),
     "disk full": _full,
-    "read-only": _read_only,
     "shard: one bit": _flip,
     "shard: cut off": _truncate,
     "shard: of another run": _foreign,
     "clock jumps a day": _clock,
     "no memory for an actor": _no_memory,
 }
-_MOUNTING = {"disk full", "read-only"}
+_MOUNTING = {"disk full"}
 _ACTORS = {"kill actor", "stop actor", "stop actor for a minute", "no memory for an actor"}
 _SHARDS = {"shard: one bit", "shard: cut off", "shard: of another run"}
 # In which stages a kind can be met: actors encode, search and train; shards are there once the corpus is embedded.
@@ -430,7 +440,7 @@ _NOT_IN: dict[str, set[str]] = {
     **{kind: {"collection"} for kind in _ACTORS},
     **{kind: {"collection", "teacher"} for kind in _SHARDS},
 }
-_ENDING = {"kill driver", "kill raylet", "disk full", "read-only"}
+_ENDING = {"kill driver", "kill raylet", "disk full"}
 _SELDOM = {"stop actor for a minute": 3}
 
 
@@ -458,7 +468,7 @@ def plan(soak: Soak, kinds: list[str], each: int) -> dict[str, list[str]]:
 def summary(faults: list[Fault]) -> list[dict[str, Any]]:
     """One row a kind and stage."""
     rows = []
-    for kind in KINDS:
+    for kind in (*KINDS, READ_ONLY):
         for stage in STAGES:
             mine = [f for f in faults if (f.kind, f.stage) == (kind, stage)]
             if mine:

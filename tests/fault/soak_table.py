@@ -45,8 +45,8 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"Stopped processes (SIGSTOP) went on after {stops[0]:g} s, a few after {stops[1]:g} s. A clock jump is one of"
         " `time.time()` in the driver, by a day forth and back; no machine's clock was set. *No memory*: the address space"
-        " of an actor (RLIMIT_AS) is cut to what it has at that moment. Disk full and read-only: the run lies on a tmpfs"
-        " of 96 MiB that is filled, or mounted again without writing. A shard of another run is a whole one from a run of"
+        " of an actor (RLIMIT_AS) is cut to what it has at that moment. Disk full: the run lies on a tmpfs of 96 MiB that"
+        " is filled; read-only: that is mounted again without writing before the command starts. A shard of another run is a whole one from a run of"
         " the same settings, under the name of another shard.",
         "",
         "What the commands that stopped have said:",
