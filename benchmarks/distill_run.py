@@ -100,9 +100,7 @@ def seconds_a_step(run: DistillRun, task: TrainingTask, first: int, count: int, 
     first = max(1, first)
     model.train()
     step = TrainingStep(model, task, "fp32")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=task.learning_rate, weight_decay=task.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
     reader = InputReader(task, model.tokenizer)
     ends: list[float] = []
     stream: Iterator[Any] = reader.stream(first - 1)

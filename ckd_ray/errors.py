@@ -33,3 +33,7 @@ class UserError(ValueError):
 
 class JobError(RuntimeError):
     """The job itself failed (a lost cluster, a full disk, a diverged loss); exit status 1."""
+
+
+class LostRayError(JobError):
+    """The Ray of this process is gone, so nothing that needs it can be tried any more."""

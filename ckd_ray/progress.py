@@ -6,10 +6,19 @@ import re
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 _quiet = False
-# `key:secret` of a URI such as s3://key:secret@bucket/path.
-_SECRET = re.compile(r"""(?<=://)[^/@\s:]+:[^@\s"']+(?=@)""")
+# `key:secret` of a URI such as s3://key:secret@bucket/path (the key may be empty), and options such as &token=secret.
+_SECRET = re.compile(r"""(?<=://)[^/@\s:"'<>]*:[^@\s"'<>]+(?=@)""")
+_SECRET_OPTION = re.compile(
+    r"""([?&;][^=?&;\s"'<>]*(?:secret|token|password|passwd|credential|signature|[_-]key|\bkey|\bsig)[^=?&;\s"'<>]*=)"""
+    r"""[^&;\s"'<>]+""",
+    re.IGNORECASE,
+)
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*$")
+# What a terminal would carry out, or would show in another order than it stands; line ends and tabs are kept.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def set_quiet(quiet: bool) -> None:
@@ -20,13 +29,29 @@ def set_quiet(quiet: bool) -> None:
 
 def without_secrets(text: str) -> str:
     """`text` with the keys in its URIs hidden, for people and logs."""
-    return _SECRET.sub("***", text)
+    return _SECRET_OPTION.sub(r"\1***", _SECRET.sub("***", text))
+
+
+def without_keys(value: Any) -> Any:
+    """A JSON value whose strings that are URIs have their keys hidden, for records that are passed on; texts and ids
+    stay as they are."""
+    if isinstance(value, dict):
+        return {key: without_keys(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_keys(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) and _URI.match(value) else value
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal or a log: texts and ids come from anywhere, and a control character in one of them would be
+    carried out. It becomes a question mark; keys in URIs are hidden."""
+    return _CONTROL.sub("?", without_secrets(text))
 
 
 def say(text: str) -> None:
     """Print one line for people."""
     if not _quiet:
-        print(without_secrets(text), file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ckd_ray.cli.jobs import ClusterOption, job_command
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, LostRayError, UserError
 
 app = typer.Typer(
     name="ckd-ray",
@@ -74,13 +74,18 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _terminate(signum: int, frame: Any) -> None:
+    from ckd_ray.cluster.watch import lost
+
+    why = lost()
+    if why is not None:
+        raise LostRayError(why)
     raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:
-    from ckd_ray.progress import without_secrets
+    from ckd_ray.progress import printable
 
-    print(f"ckd-ray: {without_secrets(message)}", file=sys.stderr, flush=True)
+    print(f"ckd-ray: {printable(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -96,15 +101,16 @@ _object_stream: TextIO | None = None
 
 
 def put(value: Any) -> None:
-    """Print the one object of `--json`, on the standard output that the command was started with; no keys of URIs.
+    """Print the one object of `--json`, on the standard output that the command was started with. Keys in URIs are
+    hidden: what a program reads is logged as well.
 
     A job's output comes home with all that it says to people: there the object's line begins with a mark.
     """
-    from ckd_ray.progress import without_secrets
+    from ckd_ray.progress import without_keys
 
     mark = os.environ.get("CKD_RAY_OBJECT_MARK", "")
     start = f"\n{mark}" if mark else ""
-    typer.echo(start + without_secrets(json.dumps(value)), file=_object_stream or sys.stdout)
+    typer.echo(start + json.dumps(without_keys(value)), file=_object_stream or sys.stdout)
 
 
 @contextmanager
@@ -250,10 +256,11 @@ def inspect(
     json_: JsonOption = False,
 ) -> None:
     """Why a query has its labels: feedback, expansion, and one-hot against teacher against collective labels."""
+    from ckd_ray.progress import printable
     from ckd_ray.report.inspect import inspect_query, render
 
     found = inspect_query(run, query_id, top)
-    put(found) if json_ else typer.echo(render(found), err=True)
+    put(found) if json_ else typer.echo(printable(render(found)), err=True)
 
 
 _stage_command("distill", "Distil the student.")

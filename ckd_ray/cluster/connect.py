@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ckd_ray.cluster.token import has_token, keep_private, use_token
+from ckd_ray.cluster.watch import watched
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 
@@ -34,12 +35,13 @@ def connected(target: str | None) -> Iterator[None]:
     import ray
 
     _start(target)
-    try:
-        _quiet_data()
-        keep_private()
-        yield
-    finally:
-        ray.shutdown()
+    with watched():
+        try:
+            _quiet_data()
+            keep_private()
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _start(target: str | None) -> None:
@@ -61,7 +63,7 @@ def _start(target: str | None) -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         try:
             ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **quiet)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a start that takes too long is a plain Exception
             raise JobError(f"Ray did not start here: {error}") from error
         say(f"started Ray in place ({_size()})")
         return

@@ -48,6 +48,7 @@ _TABLE: dict[str, tuple[float, float]] = {
     "c6i.8xlarge": (1.36, 0.56),
     # AWS, GPU: g4dn T4, g5 A10G, g6 L4, g6e L40S, p4d and p4de 8 A100, p5 8 H100
     "g4dn.xlarge": (0.526, 0.2),
+    "g4dn.2xlarge": (0.752, 0.29),
     "g4dn.12xlarge": (3.912, 1.5),
     "g5.xlarge": (1.006, 0.45),
     "g5.2xlarge": (1.212, 0.55),
@@ -61,6 +62,7 @@ _TABLE: dict[str, tuple[float, float]] = {
     "g6e.xlarge": (1.861, 0.85),
     "g6e.2xlarge": (2.242, 1.0),
     "g6e.12xlarge": (10.493, 4.7),
+    "p3.2xlarge": (3.06, 1.1),
     "p4d.24xlarge": (21.96, 10.0),
     "p4de.24xlarge": (27.45, 13.0),
     "p5.48xlarge": (55.04, 25.0),

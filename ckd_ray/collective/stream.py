@@ -114,12 +114,6 @@ def _silent_ids(checkpoint: str) -> Any:
         return load_tokenizer(folder).silent_ids
 
 
-@lru_cache(maxsize=2)
-def _query_ids(run: str, split: str) -> list[str]:
-    """Read once a process, and not once a part."""
-    return collection_once(run).queries(split).ids
-
-
 def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     label_part(job, votes, part, first, stop)
@@ -143,7 +137,7 @@ def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) ->
         job.out,
         job.split,
         part,
-        query_ids=_query_ids(job.run, job.split)[first:stop],
+        query_ids=collection_once(job.run).queries_between(job.split, first, stop).ids,
         feedback_ids=nest(collection_once(job.run).passage_ids(feedback_BF[present_BF]), present_BF.sum(axis=1)),
         expansions=expansions,
         clusters=job.settings.clusters,

@@ -29,7 +29,7 @@ from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.pipeline.stages import STAGES, needed, skips_own_passage
-from ckd_ray.progress import say
+from ckd_ray.progress import say, without_keys
 from ckd_ray.store.files import delete, join, read_json, write_atomic, write_json_atomic
 
 FOLDER = "compare"
@@ -65,9 +65,9 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         systems = [_floor(context, splits)] if config.compare.bm25 else []
         systems.append(_teacher(context, splits))
         systems += [_objective(context, name, planned, splits) for name in objectives(config)]
-        table = build_table(systems, len(collection.queries("train").ids))
+        table = build_table(systems, collection.num_queries("train"))
         table |= {"budget": _budget(config), "run": context.run}
-        write_json_atomic(context.path(FOLDER, "table.json"), table)
+        write_json_atomic(context.path(FOLDER, "table.json"), without_keys(table))
         text = render_markdown(table).encode()
         write_atomic(context.path(FOLDER, "table.md"), lambda stream: stream.write(text))
     return table
@@ -128,7 +128,7 @@ def _floor(context: RunContext, splits: list[str]) -> System:
         )
         collection, found = Collection.open(context.run), {}
         for split in splits:
-            count = len(collection.queries(split).ids)
+            count = collection.num_queries(split)
             parts = RankedParts(rankings, split, count, config.evaluate.depth if skips else None)
             write_trec_run(join(folder, f"bm25.{split}.run"), parts, "bm25s")
             settings = config.evaluate

@@ -129,6 +129,8 @@ class EmbedConfig(Section):
     `passages_per_shard` is the unit of work and of loss; an actor holds the rows of one shard (16,384 passages of 70
     tokens and 128 dimensions: 290 MB) and their coded form. `codec`: two bytes a dimension, or a learned centroid and
     1, 2 or 4 bits a dimension of the rest. `precision: int8` is for CPUs, and never chosen by `auto`.
+    `max_bad_passages`: so many passages on which the encoder fails every time are set aside, and named; more end the
+    stage. 0 ends it at the first.
     """
 
     codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"
@@ -137,6 +139,7 @@ class EmbedConfig(Section):
     actors: Auto | Positive = "auto"
     gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    max_bad_passages: Annotated[int, Field(ge=0, lt=2**31)] = 10
 
 
 class RetrieveConfig(Section):

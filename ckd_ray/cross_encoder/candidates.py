@@ -33,7 +33,7 @@ class CandidateReader:
 
     def __init__(self, run: str, positive_grade: int, depth: int) -> None:
         collection = Collection.open(run)
-        self.num_queries = len(collection.queries("train").ids)
+        self.num_queries = collection.num_queries("train")
         qrels = collection.qrels("train")
         self.positives = Positives.from_qrels(
             self.num_queries, qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade

@@ -168,7 +168,7 @@ def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
     logging.disable_progress_bar()
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # broken files make transformers, tokenizers and torch raise errors of any kind
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             "the cross-encoder cannot be loaded",

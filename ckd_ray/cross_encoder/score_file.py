@@ -41,6 +41,7 @@ class Coverage:
     labelled: list[int] = field(default_factory=lambda: [0, 0])  # with a score, in all
     negatives: list[int] = field(default_factory=lambda: [0, 0])
     skipped: int = 0
+    repeated: int = 0
 
     def figures(self) -> dict[str, int | float]:
         """For the manifest: counts, and the shares of labelled passages and of hard negatives that have a score."""
@@ -50,6 +51,7 @@ class Coverage:
             "labelled_scored": round(self.labelled[0] / max(1, self.labelled[1]), 4),
             "negatives_scored": round(self.negatives[0] / max(1, self.negatives[1]), 4),
             "unknown_skipped": self.skipped,
+            "repeated": self.repeated,
         }
 
 
@@ -78,7 +80,9 @@ def import_scores(uri: str, out: str, candidates: CandidateReader, run: str) -> 
         problems.check()
         with Progress("cross_encoder", len(queries), "queries") as progress:
             for part, (first, stop) in enumerate(spans):
-                rows = _unique(uri, spills.read(part), problems, queries, collection)
+                found = spills.read(part)
+                rows = _unique(uri, found, problems, queries, collection)
+                coverage.repeated += len(found) - len(rows)
                 _count(coverage, rows, first, stop, candidates)
                 if not problems.lines:
                     _write(out, part, rows, first, queries[first:stop], collection)
@@ -252,6 +256,8 @@ def _judge(uri: str, coverage: Coverage) -> None:
         f" {100 * found['labelled_scored']:.1f} % of the labelled passages and {100 * found['negatives_scored']:.1f} %"
         " of the hard negatives; a pair without a score does not count in training"
     )
+    if coverage.repeated:
+        say(f"cross_encoder: {coverage.repeated:,} scores stand there twice; each counts once")
     if coverage.skipped:
         say(f"cross_encoder: {coverage.skipped:,} scores are of passages that collection.limit has cut off")
     if not coverage.negatives[0]:

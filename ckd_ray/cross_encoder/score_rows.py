@@ -59,7 +59,7 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
         file = pq.ParquetFile(path, filesystem=fs)
     except FileNotFoundError:
         raise UserError("this file does not exist", where=uri) from None
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a type of Ray's with strange contents
         raise unreadable(uri, error) from None
     missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
     if missing:
@@ -70,9 +70,11 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
             found=", ".join(file.schema_arrow.names[:12]),
         )
     row = 1
-    for batch in file.iter_batches(_ROWS_A_BLOCK, columns=list(_COLUMNS)):
+    for batch in _batches(uri, file):
         try:
             ids = [batch[name].cast(pa.string()) for name in _COLUMNS[:2]]
+            for column in ids:
+                column.validate(full=True)  # undecodable bytes: Arrow takes them, Python does not
             scores = batch["score"].cast(pa.float64()).to_numpy(zero_copy_only=False)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise UserError(
@@ -91,6 +93,17 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
             scores[kept], lines[kept],
         )  # fmt: skip
         row += len(batch)
+
+
+def _batches(uri: str, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Batches of a file that may be damaged in the middle."""
+    row = 1
+    try:
+        for batch in file.iter_batches(_ROWS_A_BLOCK, columns=list(_COLUMNS)):
+            yield batch
+            row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(f"{uri}: after row {row - 1}", error) from None
 
 
 def _blocks(uri: str, problems: Problems, parse: _Parser) -> Iterator[ScoreRows]:
@@ -146,7 +159,7 @@ def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str
             raise TypeError("a row is a list")
         query, *pairs = row
         return [(_id(query), _id(passage), _number(score)) for passage, score in pairs]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError, OverflowError):
         problems.add(where, "not a row of scores", expected="[query id, [passage id, score], ...]", found=shorten(text))
         return []
 
@@ -154,6 +167,7 @@ def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str
 def _id(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise TypeError("an id is a string or a whole number")
+    str(value).encode()  # half a surrogate pair has no UTF-8 form: UnicodeEncodeError is a ValueError
     return str(value)
 
 

@@ -111,22 +111,23 @@ def agreed_precision(out: str, requested: Literal["auto", "fp32", "bf16"]) -> tu
 
 
 @lru_cache(maxsize=2)
-def _tokenizer_and_candidates(job: CrossEncoderJob) -> tuple[PairTokenizer, CandidateReader, list[str]]:
+def _tokenizer_and_candidates(job: CrossEncoderJob) -> tuple[PairTokenizer, CandidateReader]:
     """Loaded once a worker process; no weights."""
     reader = CandidateReader(job.run, job.positive_grade, job.depth)
-    return PairTokenizer(job.model, job.maxlen), reader, collection_once(job.run).queries("train").texts
+    return PairTokenizer(job.model, job.maxlen), reader
 
 
 def _tokenise(batch: dict[str, Any], job: CrossEncoderJob) -> pa.Table:
     """The pairs of one part as one row: candidates and token ids, flat beside their counts."""
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
-    tokenizer, reader, queries = _tokenizer_and_candidates(job)
+    tokenizer, reader = _tokenizer_and_candidates(job)
+    queries = collection_once(job.run).queries_between("train", first, stop).texts
     wanted = reader.read(first, stop).all()
     counts = np.array([len(passages) for passages in wanted], np.int32)
     flat = np.concatenate([*wanted, np.empty(0, np.int64)]).astype(np.int64)
     unique, where = np.unique(flat, return_inverse=True)  # neighbours share candidates: each text is read once
     texts = collection_once(job.run).texts(unique)
-    asked = np.repeat(np.arange(first, stop), counts)
+    asked = np.repeat(np.arange(stop - first), counts)
     pairs = tokenizer([queries[i] for i in asked.tolist()], [texts[i] for i in where.tolist()])
     lists: dict[str, npt.NDArray[Any]] = {
         "counts": counts,
@@ -176,7 +177,7 @@ class PartScorer:
             job.out,
             "train",
             part,
-            query_ids=collection.queries("train").ids[first : first + len(counts)],
+            query_ids=collection.queries_between("train", first, first + len(counts)).ids,
             passages=np.split(passages, cuts),
             scores=np.split(scores, cuts),
             passage_ids=collection.passage_ids(passages),

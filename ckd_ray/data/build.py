@@ -42,21 +42,29 @@ class CollectionManifest:
     fingerprint: str
     empty_passages: int
     mended_passages: int = 0
+    cut_by_limit: int = 0
     limit: int | None = None
     splits: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """For the manifest of the stage and the closing table."""
-        return {"empty_passages": self.empty_passages, "splits": self.splits}
+        found = {"empty_passages": self.empty_passages, "splits": self.splits}
+        return found | ({"cut_by_limit": self.cut_by_limit} if self.limit is not None else {})
 
 
 @dataclass
 class _Split:
-    """Queries and labels of a split; labels learn their passage's dense index while the corpus streams by."""
+    """Queries and labels of a split; labels learn their passage's dense index while the corpus streams by.
+
+    What was read and is not there: labels that say the same as an earlier one (`repeated`), and, where all splits share
+    a file, queries that this split has no label of (`elsewhere`).
+    """
 
     ids: list[str]
     texts: list[str]
     labels: list[QrelRow]
+    repeated: int = 0
+    elsewhere: int = 0
 
 
 def build_collection(settings: CollectionConfig, out: str, *, progress: Advance | None = None) -> CollectionManifest:
@@ -83,7 +91,7 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
         _check_training(splits, settings, problems)
         problems.check()
         digest = writer.digest
-        manifest = CollectionManifest(writer.count, "", writer.empty, writer.mended, settings.limit)
+        manifest = CollectionManifest(writer.count, "", writer.empty, writer.mended, writer.cut, settings.limit)
         with new_folder(join(out, "queries")) as queries:
             for name, split in splits.items():
                 manifest.splits[name] = _write_split(queries, name, split, wanted, settings.positive_grade, digest)
@@ -117,9 +125,9 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
     texts: list[str] = []
     where: dict[str, str] = {}
     for row in source.queries(split, problems):
-        if not row.id.strip():
-            problems.add(row.where, "an empty query id", expected="an id", found=shorten(row.id))
-        elif row.id in where:
+        if not _is_id(row, "query", problems):
+            continue
+        if row.id in where:
             problems.add(
                 row.where,
                 "a duplicate query id",
@@ -132,6 +140,7 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
             texts.append(row.text)
     labels: list[QrelRow] = []
     seen: dict[tuple[str, str], QrelRow] = {}
+    repeated = 0
     for label in source.qrels(split, problems):
         key = (label.query_id, label.passage_id)
         if label.query_id not in where:
@@ -142,7 +151,9 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
                 found=shorten(label.query_id),
             )
         elif key in seen:
-            if seen[key].relevance != label.relevance:
+            if seen[key].relevance == label.relevance:
+                repeated += 1
+            else:
                 problems.add(
                     label.where,
                     "a second grade for the same query and passage",
@@ -152,11 +163,22 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
         else:
             seen[key] = label
             labels.append(label)
+    elsewhere = 0
     if source.shared_queries:
         labelled = {label.query_id for label in labels}
         kept = [i for i, name in enumerate(ids) if name in labelled]
+        elsewhere = len(ids) - len(kept)
         ids, texts = [ids[i] for i in kept], [texts[i] for i in kept]
-    return _Split(ids, texts, labels)
+    return _Split(ids, texts, labels, repeated, elsewhere)
+
+
+def _is_id(row: TextRow, what: str, problems: Problems) -> bool:
+    """Notes an id that is empty, or that the tools which measure rankings would cut off (they are written in C)."""
+    if row.id.strip() and "\0" not in row.id:
+        return True
+    problem = f"a NUL character in a {what} id" if row.id.strip() else f"an empty {what} id"
+    problems.add(row.where, problem, expected="an id", found=shorten(row.id))
+    return False
 
 
 class _CorpusWriter:
@@ -164,7 +186,7 @@ class _CorpusWriter:
 
     def __init__(self, folder: str, wanted: dict[str, int], limit: int | None, progress: Advance) -> None:
         self.folder, self.wanted, self.limit, self.progress = folder, wanted, limit, progress
-        self.count = self.empty = self.mended = 0
+        self.count = self.empty = self.mended = self.cut = 0
         self.digest = hashlib.sha256(f"ckd-ray collection {SCHEMA_VERSION}".encode())
         self._others = 0  # unlabelled passages kept
         self._labelled = len(wanted)
@@ -178,10 +200,10 @@ class _CorpusWriter:
         with pa.OSFile(os.path.join(self.folder, "ids.arrow"), "wb") as sink, ipc.new_file(sink, _IDS) as ids:
             block: list[TextRow] = []
             for row in rows:
-                if not row.id.strip():
-                    problems.add(row.where, "an empty passage id", expected="an id", found=shorten(row.id))
+                if not _is_id(row, "passage", problems):
                     continue
                 if not self._keeps(row.id):
+                    self.cut += 1
                     continue
                 block.append(row)
                 if len(block) == _ROWS_A_BLOCK:
@@ -325,6 +347,7 @@ def _write_split(
     folder: str, name: str, split: _Split, wanted: dict[str, int], positive_grade: int, digest: Any
 ) -> dict[str, int]:
     texts = [_storable(text) for text in split.texts]
+    mended = sum(a != b for a, b in zip(texts, split.texts, strict=True))
     queries = pa.table({"query_id": pa.array(split.ids, pa.string()), "text": pa.array(texts, pa.large_string())})
     pq.write_table(queries, os.path.join(folder, f"{name}.parquet"), compression="zstd", row_group_size=_ROWS_A_BLOCK)
     index = {query: i for i, query in enumerate(split.ids)}
@@ -344,7 +367,9 @@ def _write_split(
     for row in labels:
         digest.update(f"{len(row.query_id)}:{row.query_id}:{wanted[row.passage_id]}:{row.relevance};".encode())
     labelled = {row.query_id for row in labels if row.relevance >= positive_grade}
-    return {"queries": len(split.ids), "labels": len(labels), "unlabelled": len(split.ids) - len(labelled)}
+    found = {"queries": len(split.ids), "labels": len(labels), "unlabelled": len(split.ids) - len(labelled)}
+    also = {"repeated_labels": split.repeated, "queries_elsewhere": split.elsewhere, "mended_queries": mended}
+    return found | {what: count for what, count in also.items() if count}
 
 
 def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> None:
@@ -367,6 +392,7 @@ def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> Non
         "splits": manifest.splits,
         "empty_passages": manifest.empty_passages,
         "mended_passages": manifest.mended_passages,
+        "cut_by_limit": manifest.cut_by_limit,
         "limit": manifest.limit,
     }
     write_json_atomic(os.path.join(folder, "manifest.json"), value)
@@ -384,7 +410,16 @@ def _tell(manifest: CollectionManifest, source: Source) -> None:
         say(f"collection: {manifest.empty_passages:,} passages are empty; they are kept, though little can find them")
     if manifest.mended_passages:
         say(f"collection: {manifest.mended_passages:,} passages held half a surrogate pair, now a question mark")
+    if manifest.cut_by_limit:
+        say(f"collection: collection.limit ({manifest.limit:,}) leaves out {manifest.cut_by_limit:,} passages")
     for name, split in manifest.splits.items():
+        if split.get("repeated_labels"):
+            say(f"collection: {split['repeated_labels']:,} labels of {name} stand there twice; each counts once")
+        if split.get("mended_queries"):
+            say(
+                f"collection: {split['mended_queries']:,} {name} queries held half a surrogate pair, now a question"
+                " mark"
+            )
         if split["unlabelled"]:
             use = (
                 "not trained on"

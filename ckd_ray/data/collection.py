@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from ckd_ray.errors import JobError
-from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_json
+from ckd_ray.data.sources import SPLITS
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_object
 
 Int64Array = npt.NDArray[np.int64]
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
@@ -47,6 +48,7 @@ class Collection:
         self.run, self.manifest = run, manifest
         self.num_passages: int = manifest["rows"]
         self.splits: list[str] = list(manifest["splits"])
+        self._query_files: dict[str, pq.ParquetFile] = {}
         self._groups: OrderedDict[tuple[int, int], list[str]] = OrderedDict()
 
     @classmethod
@@ -54,12 +56,19 @@ class Collection:
         """The collection of a run directory.
 
         Raises:
-            JobError: it has not been built.
+            JobError: it has not been built. UserError: its manifest is damaged.
         """
         path = join(run, "corpus", "manifest.json")
         if not exists(path):
             raise JobError(f"{run}: no collection here; run ckd-ray train --until collection")
-        return cls(run, read_json(path))
+        manifest = read_object(path)
+        rows, splits = manifest.get("rows"), manifest.get("splits")
+        # Splits become names of files, so none may be a path.
+        if not isinstance(rows, int) or not isinstance(splits, dict) or not set(splits) <= set(SPLITS):
+            found = f"rows {rows!r}, splits {splits!r}"[:200]
+            fix = "delete it, and ckd-ray train builds the collection again"
+            raise UserError("not a collection's manifest", where=path, found=found, fix=fix)
+        return cls(run, manifest)
 
     @cached_property
     def _files(self) -> list[pq.ParquetFile]:
@@ -122,10 +131,31 @@ class Collection:
         return self._ids.take(asked).to_pylist()
 
     def queries(self, split: str) -> Queries:
-        """The queries of a split."""
+        """All queries of a split; a part of a large split is better read by `queries_between`."""
         fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
         table = pq.read_table(path, filesystem=fs)
         return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
+
+    def num_queries(self, split: str) -> int:
+        """How many queries a split has; none of them is read."""
+        return int(self._query_file(split).metadata.num_rows)
+
+    def queries_between(self, split: str, first: int, stop: int) -> Queries:
+        """The queries [first, stop) of a split; only the row groups that hold them are read."""
+        file = self._query_file(split)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        groups = [i for i in range(len(sizes)) if starts[i] < stop and first < starts[i + 1]]
+        if not groups:
+            return Queries([], [])
+        table = file.read_row_groups(groups, use_threads=False).slice(first - int(starts[groups[0]]), stop - first)
+        return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
+
+    def _query_file(self, split: str) -> pq.ParquetFile:
+        if split not in self._query_files:
+            fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
+            self._query_files[split] = pq.ParquetFile(path, filesystem=fs)
+        return self._query_files[split]
 
     def qrels(self, split: str) -> Qrels:
         """The labels of a split, as they stand in the input."""

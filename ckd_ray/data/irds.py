@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ckd_ray.config import CollectionConfig
-from ckd_ray.data.problems import Problems
+from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.sources import SPLITS, QrelRow, Source, TextRow, grade_fits
 from ckd_ray.errors import UserError
 
@@ -43,8 +43,8 @@ def ir_datasets_source(settings: CollectionConfig) -> Source:
                 "this id has no queries with labels", where="collection.train", found=wanted, fix="name another split"
             )
     return Source(
-        passages=lambda problems: _texts(base, corpus.docs_iter, "doc_id"),
-        queries=lambda split, problems: _texts(f"{base} {split}", parts[split].queries_iter, "query_id"),
+        passages=lambda problems: _texts(base, corpus.docs_iter, "doc_id", problems),
+        queries=lambda split, problems: _texts(f"{base} {split}", parts[split].queries_iter, "query_id", problems),
         qrels=lambda split, problems: _qrels(f"{base} {split}", parts[split].qrels_iter, problems),
         splits=tuple(parts),
         files=(),
@@ -62,19 +62,29 @@ def _rows(where: str, open_rows: Callable[[], Iterable[Any]]) -> Iterator[tuple[
     """Numbered rows; what ir_datasets raises (no network, a data set to be fetched by hand) becomes a UserError."""
     try:
         yield from enumerate(open_rows(), 1)
-    except (OSError, RuntimeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # its parsers raise errors of any kind
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError("ir_datasets cannot read this data set", where=where, found=said) from error
 
 
-def _texts(where: str, open_rows: Callable[[], Iterable[Any]], id_field: str) -> Iterator[TextRow]:
+def _texts(where: str, open_rows: Callable[[], Iterable[Any]], id_field: str, problems: Problems) -> Iterator[TextRow]:
     for number, row in _rows(where, open_rows):
         text = row.default_text() if hasattr(row, "default_text") else row.text
-        yield TextRow(str(getattr(row, id_field)), text, f"{where}: row ", number)
+        name, place = str(getattr(row, id_field)), f"{where}: row "
+        if isinstance(text, str):
+            yield TextRow(name, text, place, number)
+        else:
+            problems.add(f"{place}{number}", "no text", expected="a string", found=shorten(str(text)))
 
 
 def _qrels(where: str, open_rows: Callable[[], Iterable[Any]], problems: Problems) -> Iterator[QrelRow]:
     for number, row in _rows(where, open_rows):
-        grade = int(row.relevance)
-        if grade_fits(grade, f"{where}: row {number}", problems):
+        grade = row.relevance
+        place = f"{where}: row {number}"
+        if not isinstance(grade, int):
+            found = shorten(str(grade))
+            problems.add(place, "the grade is not a whole number", expected="an integer", found=found)
+        elif grade_fits(grade, place, problems):
             yield QrelRow(str(row.query_id), str(row.doc_id), grade, f"{where}: row ", number)

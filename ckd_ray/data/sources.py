@@ -259,7 +259,7 @@ def _parquet(uri: str, wanted: dict[str, _Column]) -> Iterator[tuple[int, dict[s
     fs, path = filesystem_of(uri)
     try:
         file = pq.ParquetFile(path, filesystem=fs)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a type of Ray's with strange contents
         raise UserError("not a Parquet file", where=uri, found=str(error).splitlines()[0]) from None
     with file:
         columns = {name: _column(uri, file.schema_arrow, name, column) for name, column in wanted.items()}

@@ -172,17 +172,26 @@ def _run(trainer: Any, task: TrainingTask, board: Any) -> Any:
     except SystemExit as error:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
-        cause = ray.get(board.cause.remote()) or _cause(error)
+        cause = _told(board) or _cause(error)
         raise JobError(f"{task.stage}: training failed: {cause}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-    cause = ray.get(board.cause.remote()) or (_cause(result.error) if result.error is not None else None)
-    if cause is not None:
-        raise JobError(f"{task.stage}: training failed: {cause}")
+    told = _told(board) or (_cause(result.error) if result.error is not None else None)
+    if told is not None:
+        raise JobError(f"{task.stage}: training failed: {told}")
     if result.checkpoint is None:
         raise JobError(f"{task.stage}: training ended without a checkpoint")
     return result
+
+
+def _told(board: Any) -> str | None:
+    """Why the workers have given up; nothing when they have not, or when the board itself is lost."""
+    try:
+        cause: str | None = ray.get(board.cause.remote())
+    except ray.exceptions.RayActorError:
+        return None
+    return cause
 
 
 def _cause(error: BaseException) -> str:

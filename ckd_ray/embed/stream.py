@@ -7,6 +7,9 @@ this run's fingerprint is not computed again, whether the actor, its node or the
 What bounds the memory, whatever the corpus: an actor holds its model, the activations of one batch (`token_budget`)
 and the rows of one shard (`passages_per_shard` texts) with their encoded form; the object store holds the token ids of
 a few shards an actor; the driver holds three numbers a shard.
+
+A passage on which the encoder fails every time is set aside: it has no rows; `SHARD.set-aside.json` beside the shard
+and the store's manifest name it (careful.py). More than `max_bad_passages` of them end the stage.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import ray
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
+from ckd_ray.embed.careful import TRIES, CarefulEncoder, with_gaps
 from ckd_ray.embed.pool import Pool, place_pool
 from ckd_ray.embed.survey import close, whole_shards
 from ckd_ray.embed.through_pool import through_pool
@@ -30,15 +34,25 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
-from ckd_ray.store.files import delete, exists, join, local_copy, make_folder, read_json, write_json_atomic
+from ckd_ray.store.files import (
+    delete,
+    exists,
+    join,
+    list_files,
+    local_copy,
+    make_folder,
+    read_object,
+    write_json_atomic,
+)
 from ckd_ray.store.shard import BrokenShardError, read_header
 
 if TYPE_CHECKING:
     from ckd_ray.embed.encoder import Encoded
 
-PLAN = "plan.json"
-# The plan lies in the driver's memory and in one JSON file: 140 million texts in shards of 16,384 are 12,000.
-_MOST_SHARDS = 200_000
+PLAN, SET_ASIDE = "plan.json", ".set-aside.json"
+# A shard costs a file, a task and a line of the manifest, however little it holds. 140 million texts make 11,506 shards
+# of at most 16,384.
+_MOST_SHARDS = 50_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class EmbedJob:
         out: the folder of the store.
         fingerprint: of settings and inputs; shards with another one are not ours.
         codec: how the store keeps rows; a learned one lies in `out` already, with `codec_digest`.
+        max_bad: passages that may be set aside.
     """
 
     run: str
@@ -63,6 +78,7 @@ class EmbedJob:
     precision: Literal["fp32", "bf16", "int8"]
     codec: str = "fp16"
     codec_digest: str = ""
+    max_bad: int = 0
 
 
 class Encoder(Protocol):
@@ -86,11 +102,11 @@ def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> li
     Raises:
         UserError: there would be more shards than a plan should hold.
     """
+    auto = min(16384, max(512, -(-num_texts // 256)), max(128, -(-num_texts // 8)))
     if passages_per_shard == "auto":
-        size = min(16384, max(512, -(-num_texts // 256)), max(128, -(-num_texts // 8)))
         spans, first = [], 0
         while first < num_texts:
-            stop = min(num_texts, first + min(size, max(size // 4, 4 * size * (num_texts - first) // num_texts)))
+            stop = min(num_texts, first + min(auto, max(auto // 4, 4 * auto * (num_texts - first) // num_texts)))
             spans.append((first, stop))
             first = stop
         return spans
@@ -98,8 +114,9 @@ def plan_shards(num_texts: int, passages_per_shard: int | Literal["auto"]) -> li
         raise UserError(
             "so small shards are too many",
             where="embed.passages_per_shard",
-            expected=f"at least {-(-num_texts // _MOST_SHARDS)}, or auto",
+            expected=f"at least {-(-num_texts // _MOST_SHARDS)}, or auto, which is {auto} here",
             found=f"{passages_per_shard}: {-(-num_texts // passages_per_shard):,} shards for {num_texts:,} texts",
+            fix=f"--set embed.passages_per_shard={auto}",
         )
     return [(first, min(first + passages_per_shard, num_texts)) for first in range(0, num_texts, passages_per_shard)]
 
@@ -142,17 +159,34 @@ def embed_texts(
             except JobError as error:  # an actor's, with Ray's traceback around it
                 raise getattr(error, "cause", error) from None
     for (job, _), shards in zip(jobs, spans, strict=True):
-        close(job.out, job.fingerprint, len(shards), precision=job.precision, texts=job.texts)
+        bad = set_aside(job)
+        if bad:
+            names = ", ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in bad[:20])
+            say(f"{stage}: {len(bad)} passages were set aside, on which the encoder fails every time: {names}")
+        extra = {"set_aside": bad} if bad else {}
+        close(job.out, job.fingerprint, len(shards), precision=job.precision, texts=job.texts, **extra)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]
+
+
+def set_aside(job: EmbedJob) -> list[dict[str, Any]]:
+    """The passages of a store that could not be encoded: index, passage_id, cause."""
+    found = [read_object(join(job.out, name)) for name in list_files(job.out, SET_ASIDE)]
+    mine = [entry for record in found if record["fingerprint"] == job.fingerprint for entry in record["passages"]]
+    return sorted(mine, key=lambda entry: int(entry["index"]))
 
 
 def _left_by_an_earlier_run(job: EmbedJob, stage: str) -> dict[int, ShardHeader]:
     """Whole shards of this very job; what is broken or foreign is named and removed."""
     make_folder(job.out)
+    for name in list_files(job.out, TRIES):  # a new command counts anew
+        delete(join(job.out, name))
     intact, refused = whole_shards(job.out, job.fingerprint, job.codec_digest)
     for name, why in refused.items():
         say(f"{stage}: {why}; it is computed again")
         delete(join(job.out, name))
+    for name in list_files(job.out, SET_ASIDE):  # of a shard that is computed again, and may come out whole
+        if name.removesuffix(SET_ASIDE) not in {shard_name(i) for i in intact}:
+            delete(join(job.out, name))
     if intact:
         say(f"{stage}: {job.texts}: {len(intact)} shards are there already")
     return intact
@@ -162,11 +196,33 @@ def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[in
     """A stopped run keeps its cut into shards, even when the settings would now cut otherwise."""
     plan = join(job.out, PLAN)
     if exists(plan):
-        kept = read_json(plan)
-        if kept["fingerprint"] == job.fingerprint:
-            return [tuple(span) for span in kept["spans"]]
+        kept = read_object(plan)
+        if kept.get("fingerprint") == job.fingerprint:
+            before = _spans(kept.get("spans"))
+            if _texts_of(before) == _texts_of(spans):
+                return before
+            say(f"{plan}: does not cover the texts that there are; they are cut into shards again")
     write_json_atomic(plan, {"fingerprint": job.fingerprint, "spans": spans})
     return spans
+
+
+def _spans(value: Any) -> list[tuple[int, int]]:
+    """What a plan's file holds; nothing when that is not a list of pairs."""
+    try:
+        return [(int(first), int(stop)) for first, stop in value]
+    except (TypeError, ValueError):
+        return []
+
+
+def _texts_of(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The texts that shards cover, whatever the cuts between them: runs of consecutive ones."""
+    runs: list[tuple[int, int]] = []
+    for first, stop in spans:
+        if runs and runs[-1][1] == first:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((first, stop))
+    return runs
 
 
 def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_encoder: Any) -> Iterator[Any]:
@@ -195,8 +251,8 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     collection = Collection.open(job.run)
     if job.texts == "passages":
         return tokenizer, collection.iter_passages
-    texts = collection.queries(job.texts.removeprefix("queries.")).texts
-    return tokenizer, lambda first, stop: texts[first:stop]
+    split = job.texts.removeprefix("queries.")
+    return tokenizer, lambda first, stop: collection.queries_between(split, first, stop).texts
 
 
 def _tokenizer_and_texts_ready(job: EmbedJob) -> None:
@@ -214,7 +270,7 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
     tokenizer, texts_of = _tokenizer_and_texts(job)
     texts = list(texts_of(first, stop))
     passages = job.texts == "passages"
-    tokens = tokenizer.passages(texts) if passages else []
+    tokens, failed = _tokens(tokenizer, texts) if passages else ([], {})
     flat = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
     return pa.table(
         {
@@ -224,8 +280,25 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
             "lengths": pa.array([np.array([len(t) for t in tokens], np.int32)], pa.large_list(pa.int32())),
             "token_ids": pa.array([flat], pa.large_list(pa.int32())),
             "queries": pa.array([[] if passages else texts], pa.large_list(pa.large_string())),
+            "failed": pa.array([list(failed)], pa.large_list(pa.int32())),
+            "causes": pa.array([list(failed.values())], pa.large_list(pa.large_string())),
         }
     )
+
+
+def _tokens(tokenizer: Any, texts: list[str]) -> tuple[list[Any], dict[int, str]]:
+    """The token ids of every text, and of texts on which the tokenizer fails (they have none) what it says."""
+    try:
+        return tokenizer.passages(texts), {}
+    except Exception:  # whatever a tokenizer may raise on a text; one at a time tells which
+        tokens, failed = [], {}
+        for i, text in enumerate(texts):
+            try:
+                tokens += tokenizer.passages([text])
+            except Exception as error:
+                tokens.append(np.empty(0, np.int32))
+                failed[i] = f"{type(error).__name__}: {str(error)[:200]}"
+        return tokens, failed
 
 
 class ShardEncoder:
@@ -244,7 +317,10 @@ class ShardEncoder:
         uri = join(job.out, shard_name(index))
         header = _already_there(uri, job, index)
         if header is None:
-            encoded = self._encode(job, row)
+            careful = CarefulEncoder(f"{uri}{TRIES}", *self._texts(job, row), called=uri)
+            encoded, bad = careful.run()
+            bad |= dict(zip(row["failed"][0].as_py(), row["causes"][0].as_py(), strict=True))
+            encoded = self._without(bad, encoded, job, row, uri)
             header, _ = write_shard(
                 uri,
                 fingerprint=job.fingerprint,
@@ -255,12 +331,57 @@ class ShardEncoder:
                 embeddings_TD=encoded.embeddings_TD,
                 codec=load_codec(job.codec, self.encoder.dim, job.out, job.codec_digest),
             )
+            careful.done()
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}
 
-    def _encode(self, job: EmbedJob, row: pa.Table) -> Encoded:
+    def _texts(self, job: EmbedJob, row: pa.Table) -> tuple[int, Callable[[list[int]], Encoded]]:
+        """How many texts a shard has, and the call that encodes some of them."""
         if job.texts == "passages":
-            return self.encoder.passages(_split(row))
-        return self.encoder.queries(row["queries"][0].as_py())
+            tokens = _split(row)
+            failed = set(row["failed"][0].as_py())
+            return len(tokens), lambda some: self.encoder.passages([tokens[i] for i in some if i not in failed])
+        texts = row["queries"][0].as_py()
+        return len(texts), lambda some: self.encoder.queries([texts[i] for i in some])
+
+    def _without(self, bad: dict[int, str], encoded: Encoded, job: EmbedJob, row: pa.Table, uri: str) -> Encoded:
+        """Set the bad texts aside, unless they are queries, which have their rows in any case, or too many.
+
+        Raises:
+            JobError: they may not be set aside; names them.
+        """
+        if not bad:
+            return encoded
+        first = row["first"][0].as_py()
+        entries = _named(job, {first + i: cause for i, cause in sorted(bad.items())})
+        stop = first + len(row["lengths"][0])
+        before = [entry for entry in set_aside(job) if not first <= entry["index"] < stop]
+        allowed = job.max_bad if job.texts == "passages" else 0
+        if len(before) + len(entries) > allowed:
+            raise JobError(_too_many(job, before + entries, allowed))
+        write_json_atomic(f"{uri}{SET_ASIDE}", {"fingerprint": job.fingerprint, "passages": entries})
+        return with_gaps(encoded, len(row["lengths"][0]), bad)
+
+
+def _named(job: EmbedJob, causes: dict[int, str]) -> list[dict[str, Any]]:
+    collection = Collection.open(job.run)
+    if job.texts == "passages":
+        ids = collection.passage_ids(list(causes))
+    else:
+        split = job.texts.removeprefix("queries.")
+        ids = [collection.queries_between(split, i, i + 1).ids[0] for i in causes]
+    return [
+        {"index": i, "passage_id": name, "cause": cause} for (i, cause), name in zip(causes.items(), ids, strict=True)
+    ]
+
+
+def _too_many(job: EmbedJob, entries: list[dict[str, Any]], allowed: int) -> str:
+    shown = "; ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in entries[:20])
+    if job.texts != "passages":
+        return f"the encoder fails every time on {len(entries)} of {job.texts}: {shown}; leave it out, or mend its text"
+    return (
+        f"the encoder fails every time on {len(entries)} passages, and {allowed} may be set aside"
+        f" (embed.max_bad_passages): {shown}; mend or leave out these passages, or raise embed.max_bad_passages"
+    )
 
 
 def load_encoder(job: EmbedJob, threads: int) -> Encoder:

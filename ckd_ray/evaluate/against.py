@@ -8,8 +8,9 @@ from typing import Any
 
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.compare import compare_values, render, same_queries
-from ckd_ray.pipeline.finished import FinishedRun
-from ckd_ray.store.files import exists, join, list_files, read_json, write_json_atomic
+from ckd_ray.pipeline.finished import FinishedRun, reading
+from ckd_ray.progress import without_keys
+from ckd_ray.store.files import exists, join, list_files, read_object, write_json_atomic
 
 # Settings of the evaluation under which values mean something else, and those that only may.
 _MUST_AGREE = ("relevance_threshold", "skip_same_id")
@@ -42,8 +43,15 @@ class Side:
                 expected=f"evaluation/{system}.SPLIT{ending}",
                 fix="run ckd-ray evaluate with the configuration of that run",
             )
-        values = {n.removeprefix(f"{system}.").removesuffix(ending): read_json(join(folder, n)) for n in names}
-        return cls(run, system, read_json(join(folder, "measures.json")).get("settings", {}), values)
+        with reading(run.folder):
+            values = {n.removeprefix(f"{system}.").removesuffix(ending): _values(join(folder, n)) for n in names}
+            settings = dict(read_object(join(folder, "measures.json")).get("settings", {}))
+        return cls(run, system, settings, values)
+
+
+def _values(uri: str) -> dict[str, dict[str, float]]:
+    """measure -> query id -> value."""
+    return {m: {query: float(v) for query, v in found.items()} for m, found in read_object(uri).items()}
 
 
 def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
@@ -94,7 +102,7 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
     # The digest tells runs of the same name apart.
     digest = hashlib.sha256(f"{mine.system} {other.run.folder} {other.system}".encode()).hexdigest()[:8]
     file = mine.run.path("evaluation", f"against-{other.run.name.replace('/', '-')}-{digest}.json")
-    write_json_atomic(file, found)
+    write_json_atomic(file, without_keys(found))
     return {**found, "written": file}
 
 

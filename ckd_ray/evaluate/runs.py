@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -9,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ckd_ray.errors import UserError
-from ckd_ray.store.files import filesystem_of, write_atomic
+from ckd_ray.data.lines import read_lines
+from ckd_ray.data.problems import Problems, shorten
+from ckd_ray.store.files import write_atomic
 
 # The least difference that survives the six decimals of a run file, whatever they round to.
 _LEAST_STEP = 2e-6
@@ -78,21 +80,20 @@ def read_trec_run(uri: str) -> pd.DataFrame:
     """Read a run: columns query_id, doc_id, rank, score.
 
     Raises:
-        UserError: a line has not six columns, or its rank or score is no number; with file and line.
+        InputError: lines have not six columns, or their rank or score is no finite number; with file and line.
+        UserError: the file cannot be read.
     """
-    fs, path = filesystem_of(uri)
+    problems = Problems(of="the run")
     rows = []
-    with fs.open_input_stream(path) as stream:
-        for number, line in enumerate(stream.read().decode("utf-8").splitlines(), 1):
-            columns = line.split()
+    for first, lines in read_lines(uri, problems):
+        for number, line in enumerate(lines, first):
             try:
-                query, _, passage, rank, score, _ = columns
+                query, _, passage, rank, score, _ = line.split()
+                if not math.isfinite(float(score)):
+                    raise ValueError("no finite number")
                 rows.append((query, passage, int(rank), float(score)))
             except ValueError:
-                raise UserError(
-                    "not a line of a TREC run",
-                    where=f"{uri}:{number}",
-                    expected="query Q0 passage rank score tag",
-                    found=line[:80],
-                ) from None
+                expected = "query Q0 passage rank score tag"
+                problems.add(f"{uri}:{number}", "not a line of a TREC run", expected=expected, found=shorten(line))
+    problems.check()
     return pd.DataFrame(rows, columns=["query_id", "doc_id", "rank", "score"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -79,9 +80,9 @@ class ColBERT(nn.Module):
                     expected=f"a folder with config.json, model.safetensors, {PROJECTION_FILE} and {SETTINGS_FILE}",
                     found=", ".join(sorted(p.name for p in folder.glob("*"))[:12]) or "nothing",
                 )
-        settings = ColBERTSettings.from_dict(json.loads((folder / SETTINGS_FILE).read_text()))
+        settings = read_settings(folder)
         backbone, tokenizer = load_transformers(str(folder), str(folder))
-        weight = load_file(folder / PROJECTION_FILE)["weight"]
+        weight = _read_projection(folder / PROJECTION_FILE)
         return cls.from_parts(backbone, tokenizer, settings, weight, where=str(folder / PROJECTION_FILE))
 
     @classmethod
@@ -180,11 +181,40 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / SETTINGS_FILE).is_file()
 
 
+def read_settings(folder: str | Path) -> ColBERTSettings:
+    """The settings of a checkpoint.
+
+    Raises:
+        UserError: the file is no JSON object, or a value is of another type than `ColBERTSettings` says.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"a {type(values).__name__}, not an object")
+        return ColBERTSettings.from_dict(values)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError("not the settings of a checkpoint", where=str(path), found=str(error)[:200]) from error
+
+
+def _read_projection(path: Path) -> Tensor:
+    try:
+        weight = load_file(path)["weight"]
+    except (SafetensorError, OSError, KeyError) as error:
+        found = "no tensor weight" if isinstance(error, KeyError) else str(error)[:200]
+        raise UserError(
+            "the projection cannot be read", where=str(path), expected="safetensors", found=found
+        ) from error
+    if not torch.isfinite(weight).all():
+        raise UserError("the projection holds numbers that are not finite", where=str(path))
+    return weight
+
+
 def load_tokenizer(folder: str | Path) -> ColBERTTokenizer:
     """The tokenizer of a checkpoint alone, for processes that only feed an encoder."""
     from transformers import AutoTokenizer
 
-    settings = ColBERTSettings.from_dict(json.loads((Path(folder) / SETTINGS_FILE).read_text()))
+    settings = read_settings(folder)
     return ColBERTTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True), settings)
 
 
@@ -194,10 +224,10 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     Raises:
         UserError: transformers cannot read it, or weights of the encoder are missing.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
+    _check_parts(Path(folder))
     # It would report the pooler, which is dropped below, as missing or newly initialised at every load.
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -207,7 +237,7 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
             folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # broken files make transformers and tokenizers raise errors of any kind
         raise UserError(
             "the encoder cannot be loaded",
             where=source,
@@ -228,6 +258,23 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     return backbone, tokenizer
+
+
+def _check_parts(folder: Path) -> None:
+    """An index of weights in several files names files of its own folder; another would be read from elsewhere."""
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else []:
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            strange = sorted({str(n) for n in names if Path(str(n)).name != str(n)})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError("not an index of weights", where=str(index), found=str(error)[:200]) from error
+        if strange:
+            raise UserError(
+                "an index names weights outside of its folder",
+                where=str(index),
+                expected="names of files beside it",
+                found=repr(strange[0][:80]),
+            )
 
 
 def _check_bare(backbone: Any, tokenizer: Any, source: str) -> None:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Similarity = Literal["l2", "cosine"]
+_KINDS: dict[str, type] = {
+    "dim": int,
+    "query_maxlen": int,
+    "doc_maxlen": int,
+    "mask_punctuation": bool,
+    "attend_to_mask": bool,
+    "query_expansion": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,17 @@ class ColBERTSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ColBERTSettings:
-        """Reads `to_dict`'s form; keys of later versions are ignored."""
+        """Reads `to_dict`'s form; keys of later versions are ignored. Raises ValueError for a value of another type."""
         known = {f.name for f in fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
+        for key, value in chosen.items():
+            kind = _KINDS.get(key, str)
+            if key != "skip_tokens" and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+                raise ValueError(f"{key} is {value!r:.60}, expected {kind.__name__}")
+        if chosen.get("similarity", "l2") not in get_args(Similarity):
+            raise ValueError(f"similarity is {chosen['similarity']!r:.60}, expected l2 or cosine")
+        if min((v for k, v in chosen.items() if _KINDS.get(k) is int), default=1) < 1:
+            raise ValueError("dim, query_maxlen and doc_maxlen are 1 or more")
         if chosen.get("skip_tokens") is not None:
-            chosen["skip_tokens"] = tuple(chosen["skip_tokens"])
+            chosen["skip_tokens"] = tuple(str(token) for token in chosen["skip_tokens"])
         return cls(**chosen)

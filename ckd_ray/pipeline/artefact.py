@@ -11,14 +11,17 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from ckd_ray.errors import UserError
 from ckd_ray.progress import say
 from ckd_ray.store.files import (
+    check_inside,
     delete,
+    delete_inside,
     exists,
     filesystem_of,
     join,
     make_folder,
-    read_json,
+    read_object,
     remove_stale,
     write_json_atomic,
 )
@@ -30,7 +33,7 @@ SCHEMA_VERSION = 1
 def manifest_of(uri: str) -> dict[str, Any] | None:
     """The manifest of a finished artefact, else None."""
     path = join(uri, MANIFEST)
-    return read_json(path) if exists(path) else None
+    return read_object(path) if exists(path) else None
 
 
 def is_made(uri: str, fingerprint: str) -> bool:
@@ -42,7 +45,19 @@ def is_made(uri: str, fingerprint: str) -> bool:
 def _damaged(uri: str, manifest: dict[str, Any]) -> list[str]:
     """Names of the files in the manifest that are missing or of another size; one listing, however many there are."""
     sizes = {entry["name"]: entry["bytes"] for entry in _files(uri)}
-    return [entry["name"] for entry in manifest.get("files", []) if sizes.get(entry["name"]) != entry["bytes"]]
+    return [name for name, size in _named(uri, manifest) if sizes.get(name) != size]
+
+
+def _named(uri: str, manifest: dict[str, Any]) -> list[tuple[str, int]]:
+    """Names and bytes of the files in a manifest. A damaged one is removed for good, so none may lie elsewhere."""
+    entries, where = manifest.get("files", []), join(uri, MANIFEST)
+    try:
+        named = [(str(entry["name"]), int(entry["bytes"])) for entry in entries]
+    except (TypeError, KeyError, ValueError) as error:
+        fix = "delete it, and the same command makes what is missing again"
+        raise UserError("its list of files is damaged", where=where, found=str(error), fix=fix) from error
+    check_inside((name for name, _ in named), where)
+    return named
 
 
 def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) -> bool:
@@ -79,13 +94,13 @@ def _go_on(uri: str, fingerprint: str) -> bool:
     """True when the folder's contents are of this fingerprint: half made, or finished and damaged since."""
     making = join(uri, MAKING)
     if exists(making):
-        return bool(read_json(making).get("made_of") == fingerprint)
+        return bool(read_object(making).get("made_of") == fingerprint)
     manifest = manifest_of(uri)
     if manifest is None or manifest.get("made_of") != fingerprint:
         return False
     for name in _damaged(uri, manifest):
         say(f"{join(uri, name)}: missing or of another size; it is made again")
-        delete(join(uri, name))
+        delete_inside(uri, name)
     return True
 
 

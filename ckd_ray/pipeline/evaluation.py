@@ -49,7 +49,7 @@ def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
         for split, measures in measure_system(context, system, embeddings, splits, out).items():
             found[split][system] = measures
     write_measures(context.path("evaluation"), found, context.config, collection)
-    count = sum(len(collection.queries(split).ids) for split in splits)
+    count = sum(collection.num_queries(split) for split in splits)
     return {"count": count, "unit": "queries", "splits": splits, "engine": context.config.evaluate.engine}
 
 
@@ -91,7 +91,7 @@ def measure_system(
     store = EmbeddingStore.open(join(embeddings, "passages"))
     skips = skips_own_passage(config)
     rankings = join(out, "rankings", system)
-    counts = {split: len(collection.queries(split).ids) for split in splits}
+    counts = {split: collection.num_queries(split) for split in splits}
     search = SearchSettings("exact")
     if settings.engine == "retrieve":
         search = search_settings(config, store, sum(counts.values()))

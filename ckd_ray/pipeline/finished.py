@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import exists, filesystem_of, join, last_part, list_folders, parent, read_json
+from ckd_ray.store.files import exists, filesystem_of, join, last_part, list_folders, parent, read_object
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
         tried.append(filesystem_of(join("runs", run))[1])
     for folder in tried:
         if exists(join(folder, "run.json")):
-            record = read_json(join(folder, "run.json"))
+            record = read_object(join(folder, "run.json"))
+            if not isinstance(record.get("config", {}), dict):
+                raise UserError("not the record of a run", where=join(folder, "run.json"), expected="a section config")
             base = folder
             for _ in filter(None, (record.get("variant") or "").split("/")):
                 base = parent(base)
@@ -58,3 +64,21 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
         found=found,
         fix="ckd-ray train makes one",
     )
+
+
+@contextmanager
+def reading(run: str) -> Iterator[None]:
+    """While the files of a run are read, which may have come from anywhere: what is wrong with them becomes a UserError
+    that names the run, whatever the library says that has met it first."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
+        said = (str(error).splitlines() or [""])[0][:400]
+        raise UserError(
+            "a file of this run is missing, or is not what ckd-ray writes",
+            where=run,
+            found=f"{type(error).__name__}: {said}",
+            fix="ckd-ray train, with the configuration of this run, makes missing files again; --from STAGE others",
+        ) from error

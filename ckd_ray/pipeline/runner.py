@@ -10,7 +10,7 @@ from typing import Any
 
 from ckd_ray import __version__
 from ckd_ray.config import Config
-from ckd_ray.errors import UserError
+from ckd_ray.errors import LostRayError, UserError
 from ckd_ray.pipeline.artefact import is_made, make, manifest_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
@@ -71,21 +71,42 @@ def run_stages(
                 delete(context.path(stage.folder))
             try:
                 reports.append(_run(context, stage, print_of))
-            except UserError:
+            except (UserError, LostRayError):
                 raise
             except Exception:
                 if not _repaired(context, stages, reports, done):
                     raise
                 reports.append(_run(context, stage, print_of))
             done[stage.name] = _identity(context, stage, print_of)
+            if stage.name == "collection" and stage is not stages[-1]:
+                _check_sizes(context)
         return reports
+
+
+def _check_sizes(context: RunContext) -> None:
+    """What the size of the collection makes impossible is refused here, not after hours of training.
+
+    Raises:
+        UserError: the corpus would be cut into too many shards.
+    """
+    from ckd_ray.data import Collection
+    from ckd_ray.embed.stream import plan_shards
+
+    plan_shards(Collection.open(context.run).num_passages, context.config.embed.passages_per_shard)
 
 
 def _repaired(context: RunContext, stages: list[Any], reports: list[StageReport], done: dict[str, str]) -> bool:
     """After a failure, look for broken files of a store and make these again. Returns whether there were any."""
+    import ray
+
     from ckd_ray.pipeline.repair import remove_broken_files
 
-    if "embed" not in done or not remove_broken_files(context):
+    if "embed" not in done:
+        return False
+    try:
+        if not remove_broken_files(context):
+            return False
+    except ray.exceptions.RayError:  # the failure was Ray's own, and nothing can be looked at; it is what is told
         return False
     embed = next(stage for stage in stages if stage.name == "embed")
     at = next(i for i, report in enumerate(reports) if report.name == "embed")

@@ -93,7 +93,7 @@ def retrieve(context: RunContext, made_of: str) -> dict[str, Any]:
     """Rank the corpus for every training query."""
     config = context.config.retrieve
     store = EmbeddingStore.open(context.path("embeddings", "passages"))
-    count = len(Collection.open(context.run).queries("train").ids)
+    count = Collection.open(context.run).num_queries("train")
     settings = search_settings(context.config, store, count)
     say(f"retrieve: engine {settings.engine}")
     figures: dict[str, Any] = {"count": count, "unit": "queries", "engine": settings.engine, "depth": config.depth}
@@ -132,9 +132,9 @@ def write_labels_of(context: RunContext, job: LabelJob) -> dict[str, Any]:
     """Label the queries of any split, by the votes that the training queries' number suggests."""
     config = context.config
     store = EmbeddingStore.open(job.passages)
-    queries = Collection.open(context.run).queries
-    count = len(queries(job.split).ids)
-    way = vote_way(config, store, len(queries("train").ids))
+    collection = Collection.open(context.run)
+    count = collection.num_queries(job.split)
+    way = vote_way(config, store, collection.num_queries("train"))
     say(f"label: votes by {way}")
     if way == "feedback":
         queries_per_part = label_queries(job, None, count)
@@ -221,7 +221,7 @@ def embed_all(
     precision, reason = _agreed_precision(out, checkpoint, config.precision)
     say(f"{stage}: {precision} ({reason})")
     collection = Collection.open(context.run)
-    sizes = {f"queries.{split}": len(collection.queries(split).ids) for split in splits}
+    sizes = {f"queries.{split}": collection.num_queries(split) for split in splits}
     jobs = []
     for texts, count in {"passages": collection.num_passages, **sizes}.items():
         job = EmbedJob(
@@ -232,6 +232,7 @@ def embed_all(
             fingerprint=f"{made_of}/{texts}",
             token_budget=config.token_budget,
             precision=precision,
+            max_bad=config.max_bad_passages,
         )
         if texts == "passages":
             # Queries stay in fp16: they are few, and read in every comparison.
@@ -394,4 +395,5 @@ def _store_figures(store: EmbeddingStore) -> dict[str, Any]:
         "bytes": store.manifest["bytes"],
         "shards": store.num_shards,
         "precision": store.manifest.get("precision"),
+        **({"set_aside": [e["passage_id"] for e in aside]} if (aside := store.manifest.get("set_aside")) else {}),
     }

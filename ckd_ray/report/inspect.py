@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from ckd_ray.errors import UserError
+from ckd_ray.pipeline.finished import reading
 from ckd_ray.report.labelled_run import SPLIT, LabelledRun, vocabulary
 from ckd_ray.retrieve.rankings import part_file, read_ranking_matrix
 from ckd_ray.store.files import filesystem_of, join
@@ -31,7 +32,11 @@ def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
     Raises:
         UserError: no run, no labels, or no such query (names the nearest ids).
     """
-    opened = LabelledRun.open(run)
+    with reading(run):
+        return _inspected(LabelledRun.open(run), query_id, top)
+
+
+def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
     query = _find(opened, query_id)
     ranking = read_ranking_matrix(join(opened.run, "rankings"), SPLIT)[query].astype(np.int64)
     ranking = ranking[ranking >= 0]

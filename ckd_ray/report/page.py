@@ -7,7 +7,8 @@ import hashlib
 from html import escape
 from importlib import resources
 
-from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.pipeline.finished import FinishedRun, reading
+from ckd_ray.progress import without_secrets
 from ckd_ray.report import sections, trials
 from ckd_ray.report.facts import Facts, gather
 from ckd_ray.store.files import write_atomic
@@ -27,7 +28,8 @@ _SECTIONS = (
 def write_report(run: FinishedRun, out: str | None = None) -> str:
     """Write the page of a run; `RUN/report.html` unless `out` says where. Returns where it is."""
     where = out or run.path("report.html")
-    page = render_page(gather(run)).encode()
+    with reading(run.folder):
+        page = render_page(gather(run)).encode()
     write_atomic(where, lambda stream: stream.write(page))
     return where
 
@@ -52,7 +54,8 @@ def render_page(facts: Facts) -> str:
     page = parts[0]
     for part in parts[1:]:
         name, _, rest = part.partition("}}")
-        page += values[name] + rest
+        # A page is passed on: keys in URIs are hidden wherever they came from.
+        page += (values[name] if name in ("script", "style", "script_hash") else without_secrets(values[name])) + rest
     return page
 
 

@@ -260,7 +260,7 @@ def _wins_of(found: SplitWins) -> str:
 def _example(example: Example, group: str, kind: str) -> str:
     direction = "up" if example.gain > 0 else "down"
     labelled = "".join(
-        f"<li><span class='tag good'>labelled{f', grade {grade}' if grade != 1 else ''}</span>"
+        f"<li><span class='tag good'>labelled{f', grade {int(grade)}' if grade != 1 else ''}</span>"
         f"<span class=tag>rank {_rank(before)} → {_rank(after)}</span> <span class=id>{escape(passage)}</span><br>"
         f"{escape(text) or '<i>empty passage</i>'}</li>"
         for passage, text, grade, before, after in example.labelled
@@ -297,7 +297,7 @@ def labels(facts: Facts) -> str:
             for e in found["expansion"]
         )
         rows = "".join(
-            f"<tr><td>{p['rank'] or ''}</td><td class='l wrap'>"
+            f"<tr><td>{escape(str(p['rank'] or ''))}</td><td class='l wrap'>"
             f"{_GOOD if p['labelled'] else ''}{escape(p['text'])} "
             f"<span class=id>{escape(p['passage_id'])}</span></td>"
             + "".join(
@@ -323,7 +323,7 @@ def labels(facts: Facts) -> str:
         "passages.</p>"
         + "".join(items)
         + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']:g}, beta "
-        f"{settings['beta']:g}, {settings['expansion_size']} expansion embeddings.</p>"
+        f"{settings['beta']:g}, {settings['expansion_size']:d} expansion embeddings.</p>"
     )
 
 
@@ -347,7 +347,17 @@ def stages(facts: Facts) -> str:
         "<div class=scroll><table class=sortable><thead><tr><th class=l>stage<th class=l>share<th>time<th>amount"
         f"<th>rate</tr></thead><tbody>{''.join(rows)}</tbody></table></div><p class=note>"
         f"{escape(duration(total))} in all. A stage that was interrupted counts the call that finished it.</p>"
+        + _set_aside(facts)
     )
+
+
+def _set_aside(facts: Facts) -> str:
+    """Passages on which the encoder fails every time; their number is that of the whole corpus, the names a few."""
+    names = [name for stage in facts.stages for name in stage["figures"].get("set_aside", [])]
+    if not names:
+        return ""
+    shown = ", ".join(f"<span class=id>{escape(str(name))}</span>" for name in names[:20])
+    return f"<p class=note>{len(names)} passages could not be encoded and were set aside: {shown}.</p>"
 
 
 def environment(facts: Facts) -> str:

@@ -67,7 +67,7 @@ def _trial_row(trial: dict[str, Any], keys: list[str], best: int) -> str:
     state += f": {trial['cause']}" if trial["cause"] else ""
     seconds = trial["seconds"]
     return (
-        f"<tr><td>{trial['trial']}</td>{cells}<td>{trial['steps']:,}</td><td>{value}</td>"
+        f"<tr><td>{escape(str(trial['trial']))}</td>{cells}<td>{trial['steps']:,}</td><td>{value}</td>"
         f"<td data-v={seconds:.1f}>{escape(duration(seconds))}</td><td class=l>{escape(state)}</td></tr>"
     )
 

@@ -20,6 +20,8 @@ from ckd_ray.store.files import join, list_files, make_folder
 
 _QUERIES_A_PART = 256
 _RECALL_OPERATIONS = 6e11
+# Ray Data keeps a few kilobytes a block and looks through all of them; beyond this many, parts share a block.
+_MOST_BLOCKS = 2048
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, argum
     if not missing:
         return iter(())
     items = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
         work,
         fn_kwargs=arguments,
         batch_size=1,
@@ -112,7 +114,7 @@ def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup
     write_ranking_part(
         join(job.out, part_file(job.split, part)),
         first_query=first,
-        query_ids=collection.queries(job.split).ids[first:stop],
+        query_ids=collection.queries_between(job.split, first, stop).ids,
         scores_BK=scores_BK,
         passages_BK=passages_BK,
         passage_ids=collection.passage_ids(passages_BK[passages_BK >= 0]),

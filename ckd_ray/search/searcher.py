@@ -16,7 +16,7 @@ from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
 from ckd_ray.model.tokenizer import ColBERTTokenizer
-from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.pipeline.finished import FinishedRun, reading
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import exists, join, local_copy
@@ -71,8 +71,9 @@ class Searcher:
                     expected=needed,
                     fix=f"ckd-ray {stage}, with the configuration of this run, makes it",
                 )
-        self.collection = Collection.open(run.base)
-        self.store = EmbeddingStore.open(join(folder, "passages"))
+        with reading(run.folder):
+            self.collection = Collection.open(run.base)
+            self.store = EmbeddingStore.open(join(folder, "passages"))
         with local_copy(checkpoint) as local:
             self.encoder = TextEncoder(ColBERT.from_pretrained(local))
 

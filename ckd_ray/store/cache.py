@@ -44,9 +44,12 @@ class ShardCache:
         given = os.environ.get(LIMIT_VARIABLE)
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
+            _check_owner(folder)
             mine = sum(size for _, size, _ in _copies(Path(folder)))
             half = (shutil.disk_usage(folder).free + mine) / 2 / 2**30
             gib = float(given) if given else min(_DEFAULT_GIB, half)
+        except UserError:
+            raise
         except ValueError:
             gib = 0.0
         except OSError as error:
@@ -131,6 +134,23 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 os.remove(its_path)
             total -= its_size
+
+
+def _check_owner(folder: str) -> None:
+    """In a temporary folder that all may write to, another user could have made the cache first, and put files into it.
+
+    Raises:
+        UserError: the folder is another user's, or others may write to it.
+    """
+    info = os.stat(folder)
+    if info.st_uid not in (os.getuid(), 0) or info.st_mode & 0o022:
+        raise UserError(
+            "others can write to the cache of remote files",
+            where=folder,
+            expected="a folder of yours with mode 0700",
+            found=f"user {info.st_uid}, mode {info.st_mode & 0o7777:04o}",
+            fix=f"chmod 700 it, or set {FOLDER_VARIABLE} to another folder",
+        )
 
 
 def _touch(path: Path) -> bool:

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ckd_ray.errors import JobError
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.store.cache import ShardCache
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, Codec, load_codec
-from ckd_ray.store.files import filesystem_of, is_local, is_whole, join, read_json
+from ckd_ray.store.files import filesystem_of, is_local, is_whole, join, read_object
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, shard_name
 from ckd_ray.store.writing import FREQUENCIES, LENGTHS, MANIFEST, SCHEMA_VERSION
 
@@ -80,12 +80,18 @@ class EmbeddingStore:
             JobError: there is no manifest: the stage that writes it has not finished.
         """
         try:
-            manifest = read_json(join(uri, MANIFEST))
+            manifest = read_object(join(uri, MANIFEST))
         except FileNotFoundError as error:
             raise JobError(f"{uri}: no finished embedding store here; run the embed stage") from error
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise JobError(f"{uri}: written by another version (schema {manifest.get('schema_version')})")
-        return cls(uri, manifest)
+        try:
+            return cls(uri, manifest)
+        except UserError:  # of the cache
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            fix = "delete it, and the same command takes stock of the shards again"
+            raise UserError("a damaged manifest", where=join(uri, MANIFEST), found=str(error), fix=fix) from error
 
     @property
     def codec(self) -> Codec:

@@ -13,16 +13,18 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from safetensors import SafetensorError
 
 from ckd_ray.errors import JobError, UserError
 
@@ -30,7 +32,7 @@ from ckd_ray.errors import JobError, UserError
 _ASIDE = ".tmp-"
 # With pauses that double up to 20 s, so many attempts outlast three quarters of a minute without the object store (S3).
 _ATTEMPTS = 8
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -126,6 +128,22 @@ def delete(uri: str) -> None:
         fs.delete_file(path)
 
 
+def delete_inside(folder: str, name: str) -> None:
+    """Remove the file `name` (a path in `folder`).
+
+    Raises:
+        UserError: the name, or a link on the way, leads out of the folder; then nothing is removed.
+    """
+    check_inside([name], folder)
+    uri = join(folder, name)
+    if is_local(folder):
+        base, target = (os.path.realpath(filesystem_of(u)[1]) for u in (folder, parent(uri)))
+        if os.path.commonpath([base, target]) != base:
+            fix = "delete the file yourself if it is yours, and run again"
+            raise UserError("a link leads out of its folder", where=uri, found=target, fix=fix)
+    delete(uri)
+
+
 def write_atomic(uri: str, write: Callable[[pa.NativeFile], Any]) -> int:
     """Call `write(stream)` and make the result appear under `uri` at once, or not at all. Returns its bytes.
 
@@ -171,16 +189,24 @@ def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
 
 @contextmanager
 def room_for(where: str) -> Iterator[None]:
-    """Turns a full disk (or quota, or limit on a file's size) into a JobError that names `where`."""
+    """Turns a disk that is full or read-only (or a quota, or a limit on a file's size) into a JobError that names
+    `where`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or _os_error(str(error))
+        if number not in _CANNOT_WRITE:
             raise
         raise JobError(
-            f"{where}: cannot be written: {os.strerror(error.errno)}; make room and give the same command again: what"
-            " was finished is kept"
+            f"{where}: cannot be written: {os.strerror(number)}; make room (or make it writable) and give the same"
+            " command again: what was finished is kept"
         ) from error
+
+
+def _os_error(said: str) -> int | None:
+    """safetensors tells the number of an error in its text alone."""
+    found = re.search(r"\(os error (\d+)\)|\[[Ee]rrno (\d+)\]", said)
+    return int(found[1] or found[2]) if found else None
 
 
 def remove_stale(uri: str) -> list[str]:
@@ -213,8 +239,32 @@ def read_json(uri: str) -> Any:
         data = stream.read()
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("not valid JSON", where=uri, found=str(error), fix="delete it and run again") from error
+
+
+def read_object(uri: str) -> dict[str, Any]:
+    """The JSON object in the file `uri`; UserError when the file holds anything else."""
+    value = read_json(uri)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UserError("not a JSON object", where=uri, found=f"a {kind}", fix="delete it and run again")
+    return value
+
+
+def check_inside(names: Iterable[str], where: str) -> None:
+    """Raises UserError for a name that leads out of its folder: names in a manifest, or keys of an object store, may
+    have been written by anybody."""
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        if not name or "\0" in name or ".." in parts or parts[0] == "":
+            raise UserError(
+                "a name leads out of its folder",
+                where=where,
+                expected="names of files below it",
+                found=repr(name[:80]),
+                fix="this was not written by ckd-ray: do not use it",
+            )
 
 
 def file_signature(uri: str) -> list[int]:
@@ -254,28 +304,33 @@ def new_folder(uri: str) -> Iterator[str]:
     `write_json_atomic`, so that readers never take a partial upload for a whole one.
     """
     if is_local(uri):
-        target = Path(filesystem_of(uri)[1])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{_ASIDE}", dir=target.parent))
-        try:
-            yield str(aside)
-            aside.chmod(0o755)
-            if target.exists():
-                old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-                target.rename(old)
-                aside.rename(target)
-                shutil.rmtree(old)
-            else:
-                aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with room_for(filesystem_of(uri)[1]):
+            yield from _new_local_folder(Path(filesystem_of(uri)[1]))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with room_for(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
         yield folder
         fs, path = filesystem_of(uri)
         if fs.get_file_info(path).type == pafs.FileType.Directory:
             fs.delete_dir_contents(path)
         pafs.copy_files(folder, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def _new_local_folder(target: Path) -> Iterator[str]:
+    """See `new_folder`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{_ASIDE}", dir=target.parent))
+    try:
+        yield str(aside)
+        aside.chmod(0o755)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+            target.rename(old)
+            aside.rename(target)
+            shutil.rmtree(old)
+        else:
+            aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -285,6 +340,8 @@ def local_copy(uri: str) -> Iterator[str]:
     if isinstance(fs, pafs.LocalFileSystem):
         yield path
         return
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    check_inside((info.path[len(path.rstrip("/")) + 1 :] for info in infos), uri)
     with tempfile.TemporaryDirectory() as folder:
         pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
         yield folder

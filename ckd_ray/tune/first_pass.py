@@ -57,7 +57,7 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
         }
         for config, out in zip(changed, labels, strict=True)
     ]
-    count = len(Collection.open(context.run).queries(_SPLIT).ids)
+    count = Collection.open(context.run).num_queries(_SPLIT)
     spans = query_spans(count, 64)
     arguments: dict[str, Any] = {
         "run": context.run,
@@ -86,7 +86,7 @@ def _rank_dev(context: RunContext, out: str) -> str:
     config = context.config.retrieve
     queries = context.path("embeddings", f"queries.{_SPLIT}")
     store = EmbeddingStore.open(context.path("embeddings", "passages"))
-    count = len(Collection.open(context.run).queries(_SPLIT).ids)
+    count = Collection.open(context.run).num_queries(_SPLIT)
 
     def work() -> dict[str, Any]:
         job = RetrieveJob(run=context.run, split=_SPLIT, queries=queries, out=out, depth=config.depth)
@@ -128,7 +128,7 @@ def _judge_part(
     collection = collection_once(run)
     qrels = collection.qrels(_SPLIT)
     positives = Positives.from_qrels(
-        len(collection.queries(_SPLIT).ids), qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade
+        collection.num_queries(_SPLIT), qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade
     )
     top_BN = np.asarray(read_ranking_matrix(rankings, _SPLIT)[first:stop])
     rows_BQD = queries.gather(np.arange(first, stop)).embeddings_TD.reshape(stop - first, -1, queries.dim).float()

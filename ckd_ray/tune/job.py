@@ -24,7 +24,7 @@ from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.pipeline.stages import distill_seed, needed
 from ckd_ray.pipeline.work import distill_task
-from ckd_ray.progress import say, without_secrets
+from ckd_ray.progress import say, without_keys, without_secrets
 from ckd_ray.store.files import delete, exists, join, read_json, write_atomic, write_json_atomic
 from ckd_ray.tune.first_pass import first_pass, labels_name
 from ckd_ray.tune.records import Records, Trial
@@ -91,7 +91,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "seed": seed,
     }
     with run_lock(context.run):
-        write_json_atomic(context.path(FOLDER, "summary.json"), summary)
+        write_json_atomic(context.path(FOLDER, "summary.json"), without_keys(summary))
     return summary
 
 

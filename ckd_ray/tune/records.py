@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ckd_ray.progress import without_secrets
 from ckd_ray.store.files import join, list_files, make_folder, read_json, write_json_atomic
 from ckd_ray.tune.space import Values
 
@@ -61,7 +62,7 @@ class Records:
 
     def end(self, trial: Trial, state: State, cause: str | None = None) -> None:
         """Write how it ended."""
-        trial.state, trial.cause = state, cause
+        trial.state, trial.cause = state, cause and without_secrets(cause)
         trial.ended = sum(t.ended is not None for t in self.trials.values()) if trial.ended is None else trial.ended
         self.write(trial)
 

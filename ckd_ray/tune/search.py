@@ -23,7 +23,7 @@ from ckd_ray.config import Config
 from ckd_ray.distill.placement import Placement
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.progress import duration, say
+from ckd_ray.progress import duration, say, without_secrets
 from ckd_ray.store.files import delete, filesystem_of, is_local, join
 from ckd_ray.tune.records import Records, State, Trial
 from ckd_ray.tune.space import Values
@@ -300,7 +300,7 @@ class _Ledger(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
         mine = self._of(trial)
         if mine is not None and result.get(CAUSE):
-            mine.cause = str(result[CAUSE])
+            mine.cause = without_secrets(str(result[CAUSE]))
         if mine is None or METRIC not in result or result[TIME] <= mine.steps:
             return  # a training that goes on after a loss may report a step again
         mine.seconds += float(result.get("time_this_iter_s", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ from ckd_ray.collective import Expansions
 from ckd_ray.collective.labels import ExpansionReader, write_labels
 from ckd_ray.config import load_config
 from ckd_ray.cross_encoder.scores import CrossScores, write_scores
+from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.pipeline import lock
 from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
@@ -133,6 +137,48 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     found = open_finished(join(run, "tune", "best"))
     assert (found.base, found.name, open_finished(run).name) == (run, "mine/best", "mine")
     assert last_part(beside(run, "-pylate")) == "mine-pylate" and "scheme=http" in beside(run, "-pylate")
+
+
+def test_a_download_stays_in_its_folder(bucket: str, tmp_path: Path) -> None:
+    """Keys of an object store are free text; one with `..` in it would be written beside the folder."""
+    import boto3
+
+    options = dict(pair.split("=") for pair in bucket.partition("?")[2].split("&"))
+    client = boto3.client(
+        "s3", endpoint_url=f"http://{options['endpoint_override']}", aws_access_key_id="key",
+        aws_secret_access_key="secret", region_name="us-east-1",
+    )  # fmt: skip
+    client.put_object(Bucket="ckd-ray", Key="folder/student/colbert.json", Body=b"{}")
+    client.put_object(Bucket="ckd-ray", Key="folder/student/a/../../../../../../../tmp/ckd-ray-evil", Body=b"x")
+    with pytest.raises(UserError, match="a name leads out of its folder"), local_copy(join(bucket, "student")):
+        pass
+    assert not Path("/tmp/ckd-ray-evil").exists()
+
+
+def test_a_run_on_an_object_store_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_SETTLE_S", 0.05)
+    uri = join(bucket, "held")
+    with run_lock(uri):
+        with pytest.raises(UserError, match=rf"another ckd-ray works in this run(.|\n)*process {os.getpid()} on"):
+            with run_lock(uri):
+                pass
+        assert exists(join(uri, ".lock"))
+    assert list_files(uri) == [], "neither the lock nor a probe is left"
+    write_json_atomic(join(uri, ".lock"), {"host": "elsewhere", "pid": 7, "since": "then", "token": "x"})
+    with pytest.raises(UserError, match="process 7 on elsewhere since then"), run_lock(uri):
+        pass
+    monkeypatch.setattr(lock, "_STALE_S", -1.0)  # as if it had not been written for ten minutes
+    with run_lock(uri):
+        assert read_json(join(uri, ".lock"))["pid"] == os.getpid()
+
+    # Two that start together: the lock of the other arrives over ours before we look again.
+    def other(seconds: float) -> None:
+        write_json_atomic(join(uri, ".lock"), {"host": "elsewhere", "pid": 8, "since": "now", "token": "y"})
+
+    monkeypatch.setattr(lock.time, "sleep", other)
+    with pytest.raises(UserError, match="process 8 on elsewhere"), run_lock(uri):
+        pass
+    delete(join(uri, ".lock"))
 
 
 def write_store(uri: str) -> list[torch.Tensor]:

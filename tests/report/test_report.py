@@ -9,11 +9,13 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ckd_ray.compare.table import System, build_table
 from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.report import sections
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page, write_report
 from ckd_ray.report.plots import Interval, Series, histogram, intervals, lines, number, thinned, ticks
@@ -92,6 +94,55 @@ def parsed(page: str) -> Elements:
     elements = Elements()
     elements.feed(page)
     return elements
+
+
+HOSTILE = "</script></pre></title><script>alert(9)</script><img src=x onerror=alert(8)>\" onload=\"x' autofocus='"
+# Every element that a page is made of.
+KNOWN = {
+    "a", "b", "body", "br", "button", "circle", "code", "details", "div", "figcaption", "figure", "footer", "g", "h1",
+    "h2", "h3", "head", "header", "html", "i", "input", "li", "line", "link", "main", "meta", "nav", "ol", "p",
+    "polyline", "pre", "rect", "script", "section", "span", "style", "summary", "svg", "table", "tbody", "td", "text",
+    "th", "thead", "title", "tr",
+}  # fmt: skip
+
+
+def hostile(value: object) -> object:
+    """A JSON value in which every text is followed by markup that must stay text."""
+    if isinstance(value, dict):
+        return {key: hostile(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hostile(inner) for inner in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+
+def test_every_text_of_a_run_stays_text(run: Path, tmp_path: Path) -> None:
+    """Names, settings, causes, units, versions: whatever is read from the run's records is shown, never obeyed."""
+    folder = tmp_path / "<script>alert(7)<"
+    shutil.copytree(run, folder)
+    keep = {"corpus", "embeddings", "student_embeddings", "teacher", "student"}
+    for path in folder.rglob("*.json"):
+        if path.relative_to(folder).parts[0] not in keep:
+            path.write_text(json.dumps(hostile(json.loads(path.read_text()))))
+    summary = json.loads((folder / "tune" / "summary.json").read_text())
+    summary["trials"][0]["trial"] = summary["best"]["trial"] = HOSTILE
+    (folder / "tune" / "summary.json").write_text(json.dumps(summary))
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["run"]["storage"] = "s3://key:hidden@bucket/x"
+    (folder / "run.json").write_text(json.dumps(record))
+    page = render_page(gather(open_finished(str(folder))))
+    elements = parsed(page)
+    assert {tag for tag, _ in elements.tags} <= KNOWN
+    assert [tag for tag, _ in elements.tags].count("script") == 1 and "hidden@" not in page
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+    assert not [name for _, attributes in elements.tags for name in attributes if name in ("autofocus", "src")]
+    assert page.count(html.escape(HOSTILE)) > 20
+
+
+def test_passages_that_were_set_aside_are_named() -> None:
+    figures = {"count": 60, "unit": "passages", "set_aside": ["p17", "<p42>"]}
+    facts = SimpleNamespace(stages=[{"name": "embed", "folder": "embeddings", "seconds": 1.0, "figures": figures}])
+    page = sections.stages(facts)  # type: ignore[arg-type]
+    assert "2 passages could not be encoded and were set aside" in page and "&lt;p42&gt;" in page
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:

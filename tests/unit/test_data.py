@@ -82,7 +82,24 @@ def test_formats_read_alike(tmp_path: Path, kind: str, write: object) -> None:
     assert labels.query_index.tolist() == [0, 1] and labels.passage_index.tolist() == [0, 1]
     assert labels.relevance.tolist() == [1, 0]
     assert c.manifest["empty_passages"] == 1
-    assert c.manifest["splits"]["train"] == {"queries": 2, "labels": 2, "unlabelled": 1}
+    train = {"queries": 2, "labels": 2, "unlabelled": 1}
+    # BEIR has one file of queries: those of the other splits are counted as such.
+    assert c.manifest["splits"]["train"] == (train | {"queries_elsewhere": 1} if kind == "beir" else train)
+
+
+def test_a_part_of_the_queries_is_read_alone(tmp_path: Path) -> None:
+    """Across row groups of 4,096; any cut gives what the whole gives."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "collection.tsv").write_text("p\tx\n")
+    (folder / "queries.train.tsv").write_text("".join(f"q{i}\ttext {i}\n" for i in range(9000)))
+    (folder / "qrels.train.tsv").write_text("q0\t0\tp\t1\n")
+    c = build("msmarco", folder, tmp_path / "out")
+    whole = c.queries("train")
+    assert c.num_queries("train") == len(whole.ids) == 9000
+    for first, stop in ((0, 9000), (0, 1), (4095, 4097), (4096, 8192), (8999, 9000), (5000, 5000)):
+        part = c.queries_between("train", first, stop)
+        assert (part.ids, part.texts) == (whole.ids[first:stop], whole.texts[first:stop])
 
 
 def test_contents_and_not_the_format_make_the_fingerprint(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ckd_ray.plan import estimate as e
 from ckd_ray.plan.cluster import Machines, PlannedCluster, accelerator_of, read_cluster, this_machine
 from ckd_ray.plan.job import GivenSizes, make_plan, parse_prices
 from ckd_ray.plan.layout import lay_out
-from ckd_ray.plan.prices import hourly
+from ckd_ray.cluster.prices import hourly
 from ckd_ray.plan.rates import Rates, StepRate, carried_over, for_backbone, load_rates, save_rates
 from ckd_ray.plan.search_time import Servers, search_parts, vote_parts
 from ckd_ray.plan.show import render

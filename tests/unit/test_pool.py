@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ckd_ray.config import load_config
 from ckd_ray.embed.pool import Node, place_pool, plan_pool
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.progress import duration
+from tests.support import overrides, write_collection
 
 
 def test_one_actor_a_core_leaves_room_for_the_feeders() -> None:
@@ -79,8 +83,23 @@ def test_what_other_jobs_hold_is_waited_for_and_then_refused(monkeypatch: pytest
 
 def test_more_shards_than_a_plan_holds_are_refused() -> None:
     assert len(plan_shards(140_000_000, "auto")) == 11_506
-    with pytest.raises(UserError, match=r"embed\.passages_per_shard(.|\n)*at least 700"):
+    with pytest.raises(UserError, match=r"embed\.passages_per_shard(.|\n)*at least 2800, or auto, which is 16384 here"):
         plan_shards(140_000_000, 100)
+    with pytest.raises(UserError, match=r"found: 1: 100,000 shards for 100,000 texts(.|\n)*passages_per_shard=512"):
+        plan_shards(100_000, 1)
+    assert len(plan_shards(100_000, 512)) == 196, "the advice works"
+
+
+def test_tiny_shards_are_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the collection is read, and without Ray: the teacher's training would be for nothing."""
+    write_collection(tmp_path / "in")
+    config = load_config(
+        None, overrides(tmp_path, "no-such-encoder", str(tmp_path / "in"), "embed.passages_per_shard=1")
+    )
+    monkeypatch.setattr("ckd_ray.embed.stream._MOST_SHARDS", 50)
+    with pytest.raises(UserError, match=r"found: 1: 60 shards for 60 texts"):
+        run_stages(config)
+    assert not (tmp_path / "tiny" / "teacher").exists() and (tmp_path / "tiny" / "corpus" / "manifest.json").exists()
 
 
 def test_shards_cover_the_corpus_once() -> None:

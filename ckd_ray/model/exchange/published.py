@@ -64,7 +64,7 @@ def _empty_encoder(encoder: str, file: Path) -> tuple[Any, Any]:
         folder = resolve_backbone(encoder)
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # broken files make transformers and tokenizers raise errors of any kind
         raise UserError(
             "a .dnn file holds neither tokenizer nor configuration, and these were not found",
             where=str(file),

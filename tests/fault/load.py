@@ -1,0 +1,195 @@
+"""How the product bears many small things: files of a store, and queries to label. Prints JSON, with peak memory.
+
+    python -m tests.fault.load --shards 10000 --queries 5000000 --parts 400
+
+`--shards`: a store of so many shards of ten passages is written, closed, and read at random by eight processes at once,
+each of which may have 256 files open. `--queries`: a split of so many generated queries, of which `--parts` parts (256
+queries each), spread over all of it, are labelled by one process; the memory is looked at early and at the end, and the
+time of all parts is that of these in proportion. `--tasks`: so many parts of no work go through Ray Data, to see the
+driver's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DIM, TOKENS = 16, 4
+
+
+def memory() -> tuple[float, float]:
+    """(now, most so far) of this process, in MiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(round(int(status[key].split()[0]) / 1024, 1) for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+def read_at_random(uri: str, seed: int, result: Any) -> None:
+    """One of the readers: gathers 2,000 passages at random, a few at a time."""
+    from ckd_ray.store import EmbeddingStore
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    store, rng = EmbeddingStore.open(uri), np.random.default_rng(seed)
+    for _ in range(100):
+        asked = rng.integers(0, store.num_passages, 20)
+        assert len(store.gather(asked).lengths) == 20
+    result.put(memory()[1])
+
+
+def many_shards(folder: Path, shards: int) -> dict[str, Any]:
+    """Write, close, read."""
+    import torch
+
+    from ckd_ray.store import EmbeddingStore, shard_name, write_shard
+    from ckd_ray.store.codec import Float16
+    from ckd_ray.store.writing import close_store, intact_shards, take_stock
+
+    rows = torch.nn.functional.normalize(torch.randn(10 * TOKENS, DIM), dim=1)
+    lengths, ids, codec = np.full(10, TOKENS, np.int32), np.arange(10 * TOKENS, dtype=np.int32), Float16(DIM)
+    started = time.monotonic()
+    for i in range(shards):
+        write_shard(
+            str(folder / shard_name(i)), fingerprint="f", index=i, first=10 * i, lengths=lengths, token_ids=ids,
+            embeddings_TD=rows, codec=codec,
+        )  # fmt: skip
+    written = time.monotonic()
+    good, refused = intact_shards(str(folder), "f")
+    assert len(good) == shards and not refused
+    checked = time.monotonic()
+    stocks = (take_stock(str(folder), "f", first, min(first + 64, shards)) for first in range(0, shards, 64))
+    close_store(str(folder), "f", stocks)
+    closed = time.monotonic()
+    assert EmbeddingStore.open(str(folder)).num_passages == 10 * shards
+    results: Any = multiprocessing.Queue()
+    readers = [multiprocessing.Process(target=read_at_random, args=(str(folder), n, results)) for n in range(8)]
+    for reader in readers:
+        reader.start()
+    peaks = [results.get(timeout=600) for _ in readers]
+    for reader in readers:
+        reader.join()
+        assert reader.exitcode == 0
+    return {
+        "shards": shards,
+        "write_seconds": round(written - started, 1),
+        "check_seconds": round(checked - written, 1),
+        "close_seconds": round(closed - checked, 1),
+        "read_seconds": round(time.monotonic() - closed, 1),
+        "readers": len(readers),
+        "files_a_reader": 256,
+        "reader_peak_mib": max(peaks),
+        "writer_peak_mib": memory()[1],
+    }
+
+
+def many_queries(folder: Path, queries: int, parts: int) -> dict[str, Any]:
+    """Label `parts` parts of a split of so many queries, in this process."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ckd_ray.collective.stream import LabelJob, label_part
+    from ckd_ray.config import LabelConfig
+    from ckd_ray.retrieve.rankings import part_file, write_ranking_part
+    from ckd_ray.retrieve.stream import query_spans
+    from tests.evidence import hand_made_run
+    from tests.support import tiny_bert, write_collection
+
+    run = hand_made_run(folder / "runs", tiny_bert(folder / "encoder"), write_collection(folder / "collection"))
+    path, block = run / "queries" / "train.parquet", 1 << 18
+    schema = pa.schema([("query_id", pa.string()), ("text", pa.large_string())])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for first in range(0, queries, block):
+            numbers = range(first, min(first + block, queries))
+            texts = pa.array([f"who is asked for number {i}" for i in numbers], pa.large_string())
+            writer.write_table(pa.table([pa.array([f"q{i}" for i in numbers]), texts], schema), row_group_size=4096)
+    spans, rng = query_spans(queries), np.random.default_rng(0)
+    chosen = np.unique(np.linspace(0, len(spans) - 1, parts).astype(int)).tolist()
+    job = LabelJob(
+        str(run), "train", str(run / "teacher"), str(run / "embeddings" / "passages"), str(run / "rankings"),
+        str(run / "labels"), LabelConfig(clusters=8, token_vote="feedback"),
+    )  # fmt: skip
+    (run / "labels").mkdir(exist_ok=True)
+    (run / "rankings").mkdir(exist_ok=True)
+    early, started = 0.0, time.monotonic()
+    for done, part in enumerate(chosen):
+        first, stop = spans[part]
+        top = np.stack([rng.permutation(60)[:5] for _ in range(stop - first)])
+        write_ranking_part(
+            str(run / "rankings" / part_file("train", part)), first_query=first,
+            query_ids=[f"q{i}" for i in range(first, stop)], scores_BK=np.zeros(top.shape, np.float32),
+            passages_BK=top, passage_ids=[f"p{p}" for p in top.ravel()],
+        )  # fmt: skip
+        label_part(job, None, part, first, stop)
+        if done == len(chosen) // 4:
+            early = memory()[0]
+    seconds = time.monotonic() - started
+    labelled = sum(spans[p][1] - spans[p][0] for p in chosen)
+    written = pq.read_table(run / "labels" / part_file("train", chosen[-1]))
+    first, stop = spans[chosen[-1]]
+    assert written["query_id"].to_pylist() == [f"q{i}" for i in range(first, stop)]
+    return {
+        "queries": queries,
+        "parts": len(spans),
+        "labelled_queries": labelled,
+        "queries_per_second": round(labelled / seconds, 1),
+        "all_would_take_hours": round(queries / labelled * seconds / 3600, 2),
+        "mib_after_a_quarter": early,
+        "mib_at_the_end": memory()[0],
+        "peak_mib": memory()[1],
+    }
+
+
+def many_tasks(count: int) -> dict[str, Any]:
+    """Parts of no work through Ray Data: what the driver holds."""
+    import ray
+
+    from ckd_ray.cluster.connect import _quiet_data
+    from ckd_ray.retrieve.stream import query_spans, run_parts
+
+    ray.init(address="local", num_cpus=2, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+    _quiet_data()
+    spans, before, started = query_spans(256 * count), memory()[0], time.monotonic()
+    done = sum(int(row["queries"]) for row in run_parts(list(range(count)), spans, nothing, {}))
+    assert done == 256 * count
+    found = {"parts": count, "seconds": round(time.monotonic() - started, 1), "driver_mib_before": before}
+    found |= {"driver_peak_mib": memory()[1]}
+    ray.shutdown()
+    return found
+
+
+def nothing(batch: dict[str, Any]) -> Any:
+    """The work of a part, left out."""
+    import pyarrow as pa
+
+    return pa.table({"part": [int(batch["part"][0])], "queries": [int(batch["stop"][0]) - int(batch["first"][0])]})
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=0)
+    parser.add_argument("--queries", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=400)
+    parser.add_argument("--tasks", type=int, default=0)
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.shards:
+            (Path(scratch) / "store").mkdir()
+            found["many_shards"] = many_shards(Path(scratch) / "store", arguments.shards)
+        if arguments.queries:
+            found["many_queries"] = many_queries(Path(scratch), arguments.queries, arguments.parts)
+        if arguments.tasks:
+            found["many_tasks"] = many_tasks(arguments.tasks)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Storage that answers with errors, breaks off, or gives half an object for the whole: what is read is right, or is
+refused, and what is written is whole, or not there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.store import EmbeddingStore, shard_name
+from ckd_ray.store.cache import FOLDER_VARIABLE
+from ckd_ray.store.files import join, list_files, make_folder, read_json, sha256_of, write_atomic, write_json_atomic
+from tests.fault.bad_storage import BadStorage
+from tests.fault.test_s3 import write_store
+
+moto_server = pytest.importorskip("moto.server")
+
+
+@pytest.fixture(scope="module")
+def storage() -> Iterator[tuple[BadStorage, str, str]]:
+    """The bad server, and one folder as it is seen through it and directly."""
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    bad = BadStorage(host, port)
+    uri = "s3://key:secret@ckd-bad/folder?scheme=http&allow_bucket_creation=true&endpoint_override="
+    make_folder(f"{uri}{host}:{port}")
+    yield bad, f"{uri}127.0.0.1:{bad.port}", f"{uri}{host}:{port}"
+    bad.stop()
+    server.stop()
+
+
+def test_what_is_read_is_right_or_nothing(
+    storage: tuple[BadStorage, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, through, direct = storage
+    passages = write_store(join(direct, "store"))
+    bad.share, bad.given = 0.25, Counter()
+    asked, outcomes = np.random.default_rng(0).integers(0, 40, (10, 6)), Counter[str]()
+    for i, some in enumerate(asked):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / f"cache-{i}"))  # nothing is there from before
+        try:
+            found = EmbeddingStore.open(join(through, "store")).gather(some).split()
+        except (JobError, UserError, OSError) as error:
+            outcomes["refused"] += 1
+            assert len(str(error)) > 10
+            continue
+        outcomes["right"] += 1
+        assert all(torch.equal(rows, passages[p]) for rows, p in zip(found, some.tolist(), strict=True))
+    assert outcomes["right"] and outcomes["refused"] and sum(outcomes.values()) == 10, outcomes
+    assert all(bad.given[way] for way in bad.ways), bad.given
+    bad.share = 0.0
+    found = EmbeddingStore.open(join(through, "store")).gather(asked[0]).split()
+    assert all(torch.equal(rows, passages[p]) for rows, p in zip(found, asked[0].tolist(), strict=True))
+
+
+def test_what_is_written_is_whole_or_not_there(storage: tuple[BadStorage, str, str]) -> None:
+    bad, through, direct = storage
+    bad.share, bad.ways, bad.given = 0.25, ("error",), Counter()
+    data = bytes(range(256)) * 4096
+    for i in range(4):
+        with suppress(OSError, JobError):
+            write_atomic(join(through, "written", f"{i:02d}"), lambda stream: stream.write(data))
+        with suppress(OSError, JobError):
+            write_json_atomic(join(through, "written", f"{i:02d}.json"), {"n": i})
+    bad.share = 0.0
+    assert bad.given["error"]
+    names = list_files(join(direct, "written"))
+    import hashlib
+
+    for name in names:
+        if name.endswith(".json"):
+            assert read_json(join(direct, "written", name)) == {"n": int(name[:2])}
+        else:
+            assert sha256_of(join(direct, "written", name)) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_broken_shard_is_told_from_broken_storage(storage: tuple[BadStorage, str, str]) -> None:
+    """A check of the store through storage that gives half an object for the whole calls shards broken that are not;
+    they are made again, and no worse comes of it."""
+    bad, through, direct = storage
+    write_store(join(direct, "again"))
+    bad.share, bad.ways = 1.0, ("cut short",)
+    with suppress(JobError, UserError, OSError):
+        assert set(EmbeddingStore.open(join(through, "again")).verify()) <= {shard_name(i) for i in range(4)}
+    bad.share = 0.0
+    assert EmbeddingStore.open(join(through, "again")).verify() == []

@@ -1,0 +1,97 @@
+"""A text that fails every time is found and named within a bounded number of deaths; an innocent one never is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckd_ray.embed.careful import _MOST_TRIES, CarefulEncoder, with_gaps
+from ckd_ray.embed.encoder import Encoded
+from ckd_ray.errors import JobError
+
+
+class Died(BaseException):
+    """Stands for a process that is gone: nothing after it runs, what is on the disk stays."""
+
+
+class Model:
+    """Encodes text i as one row of i; `die` and `fail` say on which calls it does not."""
+
+    def __init__(self, die: Callable[[list[int]], bool], fail: Callable[[list[int]], bool] = lambda _: False) -> None:
+        self.die, self.fail, self.calls = die, fail, list[list[int]]()
+
+    def __call__(self, some: list[int]) -> Encoded:
+        self.calls.append(some)
+        if self.die(some):
+            raise Died
+        if self.fail(some):
+            raise RuntimeError("no such token")
+        count = len(some)
+        return Encoded(np.ones(count, np.int32), np.array(some, np.int32), torch.zeros(count, 2, dtype=torch.float16))
+
+
+def until_done(path: Path, model: Model, count: int) -> tuple[Encoded, dict[int, str], int]:
+    """Start a process again and again; what comes out, and how many died."""
+    for deaths in range(10 * _MOST_TRIES):
+        careful = CarefulEncoder(str(path), count, model, "shard 7")
+        try:
+            encoded, bad = careful.run()
+        except Died:
+            assert path.exists()
+            continue
+        careful.done()
+        return encoded, bad, deaths
+    raise AssertionError("tried for ever")
+
+
+@pytest.mark.parametrize("bad", [[5], [0], [1023], [3, 4], [0, 511, 1023]])
+def test_texts_that_end_the_process_are_found(tmp_path: Path, bad: list[int]) -> None:
+    model = Model(die=lambda some: any(i in some for i in bad))
+    encoded, found, deaths = until_done(tmp_path / "tries.json", model, 1024)
+    assert list(found) == bad and set(found.values()) == {"the encoder's process dies on it"}
+    assert deaths <= 3 + len(bad) * (10 + 2)
+    # What comes out is one whole encoding of the others, as if nothing had died in between.
+    good = [i for i in range(1024) if i not in bad]
+    assert model.calls[-1] == good and encoded.token_ids.tolist() == good
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [[5], [0, 63], []])
+def test_texts_on_which_the_encoder_raises_are_found_at_once(tmp_path: Path, bad: list[int]) -> None:
+    model = Model(die=lambda _: False, fail=lambda some: any(i in some for i in bad))
+    encoded, found, deaths = until_done(tmp_path / "tries.json", model, 64)
+    assert deaths == 0 and found == dict.fromkeys(bad, "RuntimeError: no such token")
+    assert encoded.token_ids.tolist() == [i for i in range(64) if i not in bad]
+    assert len(model.calls) <= 2 + 14 * len(bad) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("deaths", [[0], [0, 1], [0, 1, 2, 3, 4, 6, 9]])
+def test_a_process_lost_by_chance_blames_no_text(tmp_path: Path, deaths: list[int]) -> None:
+    """Nodes are lost as well: a text is bad when it fails again alone, not because something died near it."""
+    model = Model(die=lambda some: len(model.calls) - 1 in deaths)
+    encoded, found, died = until_done(tmp_path / "tries.json", model, 16)
+    assert found == {} and died == len(deaths) and model.calls[-1] == list(range(16)) == encoded.token_ids.tolist()
+
+
+def test_texts_that_fail_together_only(tmp_path: Path) -> None:
+    model = Model(die=lambda _: False, fail=lambda some: len(some) > 4)
+    with pytest.raises(JobError, match=r"shard 7: the encoder fails on its 16 texts together.*embed.token_budget"):
+        until_done(tmp_path / "tries.json", model, 16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_on_which_every_process_dies_is_given_up(tmp_path: Path) -> None:
+    model = Model(die=lambda some: len(some) > 4)  # together only, as for want of memory
+    with pytest.raises(JobError, match=r"shard 7: its encoder has died \d+ times.*lower embed.token_budget"):
+        until_done(tmp_path / "tries.json", model, 16)
+    assert len(model.calls) <= 4 * _MOST_TRIES and not list(tmp_path.iterdir())
+
+
+def test_gaps() -> None:
+    encoded = Encoded(np.array([2, 3], np.int32), np.arange(5, dtype=np.int32), torch.zeros(5, 2))
+    assert with_gaps(encoded, 4, {0: "x", 2: "y"}).lengths.tolist() == [0, 2, 0, 3]
+    assert with_gaps(encoded, 2, {}) is encoded
