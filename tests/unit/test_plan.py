@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ckd_ray.cluster.prices import hourly
 from ckd_ray.config import Config, load_config
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
@@ -16,7 +17,6 @@ from ckd_ray.plan import estimate as e
 from ckd_ray.plan.cluster import Machines, PlannedCluster, accelerator_of, read_cluster, this_machine
 from ckd_ray.plan.job import GivenSizes, make_plan, parse_prices
 from ckd_ray.plan.layout import lay_out
-from ckd_ray.cluster.prices import hourly
 from ckd_ray.plan.rates import Rates, StepRate, carried_over, for_backbone, load_rates, save_rates
 from ckd_ray.plan.search_time import Servers, search_parts, vote_parts
 from ckd_ray.plan.show import render
