@@ -101,7 +101,7 @@ def _reach(address: str, where: str) -> None:
             where=where,
             expected="the token that its head was started with",
             found=address,
-            fix="put it into ~/.ray/auth_token (mode 0600) or RAY_AUTH_TOKEN",
+            fix="put it into ~/.ray/auth_token (mode 0600) or RAY_AUTH_TOKEN; --cluster local starts a Ray of your own",
         )
 
 
