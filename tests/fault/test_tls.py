@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ckd_ray.model import ColBERT, ColBERTSettings
 from tests.support import overrides
 from tests.tls import authority, signed
 
@@ -66,7 +67,7 @@ def head(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 def ckd_ray(environment: dict[str, str], port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ckd_ray", *arguments],
-        capture_output=True, text=True, timeout=200, env={**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"},
+        capture_output=True, text=True, timeout=600, env={**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"},
     )  # fmt: skip
 
 
@@ -96,7 +97,10 @@ def test_the_gcs_speaks_tls_and_asks_for_our_certificate(environment: dict[str, 
 def test_a_job_runs_there(
     environment: dict[str, str], head: int, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
-    values = overrides(tmp_path, tiny_backbone, tiny_collection)
+    settings = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
+    ColBERT.from_backbone(tiny_backbone, settings, seed=1).save(tmp_path / "given")
+    given = f"teacher.checkpoint={tmp_path / 'given'}"
+    values = overrides(tmp_path, tiny_backbone, tiny_collection, given, "embed.actors=1")
     sets = [part for value in values for part in ("--set", value)]
     done = ckd_ray(environment, head, "embed", "--json", *sets)
     assert done.returncode == 0, done.stderr[-3000:]
