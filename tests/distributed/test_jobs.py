@@ -20,7 +20,6 @@ import pytest
 
 from tests.support import overrides
 
-pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "ckd_ray"]
 
 
@@ -144,6 +143,7 @@ def wait_for(found: object, seconds: float = 150) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_job_is_followed_through_a_broken_connection(
     head: Head, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
@@ -173,6 +173,7 @@ def test_a_job_is_followed_through_a_broken_connection(
     assert (tmp_path / "tiny" / "embeddings" / "passages" / "manifest.json").exists()
 
 
+@pytest.mark.soak
 def test_a_job_s_own_status_and_message_come_home(head: Head, tmp_path: Path, tiny_backbone: str) -> None:
     (tmp_path / "collection.tsv").write_text("no tab\n")
     for name in ("queries", "qrels"):
@@ -182,6 +183,7 @@ def test_a_job_s_own_status_and_message_come_home(head: Head, tmp_path: Path, ti
     assert "collection.tsv:1: a line without a tab" in done.stderr and done.stdout == ""
 
 
+@pytest.mark.soak
 def test_a_job_is_left_found_again_and_stopped(
     head: Head, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
@@ -210,6 +212,7 @@ def test_a_job_is_left_found_again_and_stopped(
     assert {j["job"]: j["status"] for j in status["jobs"]}[job] == "STOPPED"
 
 
+@pytest.mark.slow
 def test_a_wrong_token_gives_one_clear_message(head: Head) -> None:
     """By the dashboard and by the address; with a wrong token, with none, and with the right one in a file."""
     with_none = {k: v for k, v in head.environment.items() if k not in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")}

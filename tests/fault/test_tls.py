@@ -71,7 +71,7 @@ def ckd_ray(environment: dict[str, str], port: int, *arguments: str) -> subproce
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_gcs_speaks_tls_and_asks_for_our_certificate(environment: dict[str, str], head: int) -> None:
     def connect(certificate: bool) -> str | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -93,7 +93,7 @@ def test_the_gcs_speaks_tls_and_asks_for_our_certificate(environment: dict[str, 
     assert connect(certificate=True) == "answered" and refused()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_job_runs_there(
     environment: dict[str, str], head: int, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
