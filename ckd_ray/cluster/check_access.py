@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ckd_ray.cluster.check import GIB, Check, State
+from ckd_ray.cluster.token import token_file
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.store.files import filesystem_of, is_local, join
@@ -179,11 +180,6 @@ def _date_of(endpoint: str) -> float | None:
         return email.utils.parsedate_to_datetime(date).timestamp() if date else None
     except (TypeError, ValueError):
         return None
-
-
-def token_file() -> Path:
-    """Where Ray looks for the token of this user."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def token() -> Iterator[Check]:

@@ -40,7 +40,7 @@ class Joined:
 
 def running_ray() -> Joined:
     """Join the Ray that `ckd-ray` would join (RAY_ADDRESS, or the one of this machine), look at it, and leave."""
-    from ckd_ray.cluster.connect import use_token
+    from ckd_ray.cluster.token import use_token
 
     use_token()
     from ray._private.utils import read_ray_address

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from ckd_ray.cluster.aws import check_filled_in, close_to_the_world
 from ckd_ray.cluster.launcher_file import LauncherFile
 from ckd_ray.cluster.token import ensure_token
 from ckd_ray.errors import JobError, UserError
@@ -59,12 +60,16 @@ def bring_up(launcher: LauncherFile) -> None:
     """Start what is not running; a live head is left alone.
 
     Raises:
+        UserError: a tool is missing, or a value of the file is still to be filled in.
         JobError: the launcher gave up.
     """
     from ray.autoscaler.sdk import create_or_update_cluster
 
     if shutil.which("rsync") is None or shutil.which("ssh") is None:
         raise UserError("the launcher needs ssh and rsync on this machine", where=launcher.path, fix="install them")
+    check_filled_in(launcher.prepared, launcher.path)
+    for line in close_to_the_world(launcher.prepared):
+        say(line)
     with _spoken(launcher):
         create_or_update_cluster(launcher.path, no_restart=True)
 
