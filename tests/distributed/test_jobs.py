@@ -65,6 +65,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "HOME": str(home),
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_AUTH_MODE": "token",
+        "RAY_raylet_start_wait_time_s": "300",  # on a busy machine
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
@@ -80,16 +81,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
         cwd=folder,
     )
-    deadline = time.monotonic() + 120
-    while "Ray runtime started" not in (folder / "out").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "out").read_text()
-        time.sleep(0.2)
-    yield Head(dashboard, f"127.0.0.1:{port}", environment, home)
-    os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 300
+        while "Ray runtime started" not in (folder / "out").read_text():
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "out").read_text()
+            time.sleep(0.2)
+        yield Head(dashboard, f"127.0.0.1:{port}", environment, home)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Forwarder:

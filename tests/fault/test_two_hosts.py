@@ -140,7 +140,9 @@ def test_what_only_the_head_sees_is_refused_before_the_first_stage(
     assert call("attach", cluster).returncode == 2
 
 
-def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_backbone: str) -> None:
+def test_two_of_three_hosts_lose_their_power(
+    hosts: Hosts, tmp_path: Path, tiny_backbone: str, request: pytest.FixtureRequest
+) -> None:
     collection = str(write_collection(tmp_path / "collection", passages=160))
     environment = clean_environment()
     first, second = hosts.names[1:]
@@ -160,6 +162,7 @@ def test_two_of_three_hosts_lose_their_power(hosts: Hosts, tmp_path: Path, tiny_
             print(f"{time.strftime('%H:%M:%S')} {line}", end="", flush=True)
 
     threading.Thread(target=listen, daemon=True).start()
+    request.addfinalizer(process.kill)  # nothing is left where an assertion fails
     run = tmp_path / "shared" / "tiny"
     wait_for(lambda: len(files_of_names(run / "embeddings" / "passages")) >= 15, process, said)
     hosts.switch_off(first)
