@@ -379,6 +379,12 @@ def main() -> None:
     embed_stream.place_pool = lambda *_, **__: Pool(1, 1.0, 0.0, 1, 1, 0.1)
     retrieve_stream.run_parts = label_stream.run_parts = serial_parts
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="ckd-soak-"))
+    # What every child would load anew; importing starts no threads, so the process can still be forked.
+    import ir_measures  # noqa: F401
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: F401
+
+    from ckd_ray.embed import fused  # noqa: F401
+
     soak, number = Soak(folder, arguments.seed), 0
     try:
         soak.prepare()
