@@ -257,9 +257,16 @@ class Soak:
         self.disk = folder / "disk"
         self.disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(self.disk)], check=True)
-        collection = write_collection(folder / "collection", passages=100, queries=300)
+        # At most eight shards a store: more are checked in Ray tasks.
+        collection = write_collection(folder / "collection", passages=160, queries=300)
         self.stage = multiprocessing.Value(ctypes.c_int, 0, lock=False)
-        values = overrides(self.disk, str(folder / "encoder"), str(collection), "label.token_vote=feedback")
+        values = overrides(
+            self.disk,
+            str(folder / "encoder"),
+            str(collection),
+            "label.token_vote=feedback",
+            "embed.passages_per_shard=40",
+        )
         self.config = load_config(None, values)
         self.donor: Path | None = None
 
