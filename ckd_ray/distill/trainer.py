@@ -172,8 +172,7 @@ def _run(trainer: Any, task: TrainingTask, board: Any) -> Any:
     except SystemExit as error:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
-        cause = _told(board) or _cause(error)
-        raise JobError(f"{task.stage}: training failed: {cause}") from error
+        raise JobError(f"{task.stage}: training failed: {_told(board) or _cause(error)}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)

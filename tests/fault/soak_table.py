@@ -9,6 +9,24 @@ from pathlib import Path
 from typing import Any
 
 
+def rows(faults: list[dict[str, Any]], kinds: list[str], stages: list[str]) -> list[dict[str, Any]]:
+    """One row a kind and stage."""
+    found = []
+    for kind in kinds:
+        for stage in stages:
+            mine = [f for f in faults if (f["kind"], f["stage"]) == (kind, stage)]
+            if mine:
+                well = [f for f in mine if not f["outcome"].startswith("FAILED")]
+                row = {"kind": kind, "stage": stage, "injected": len(mine)}
+                row |= {"went_on": sum(f["outcome"] == "went on" for f in well)}
+                row |= {"stopped": len(well) - row["went_on"], "failed": len(mine) - len(well)}
+                extra = sorted(f["extra"] for f in well)
+                if extra:
+                    row |= {"extra_seconds_median": extra[len(extra) // 2], "extra_seconds_most": extra[-1]}
+                found.append(row)
+    return found
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as docs/faults.md."""
     usual = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in record["undisturbed_seconds"].items())
