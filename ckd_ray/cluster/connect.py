@@ -35,13 +35,10 @@ def connected(target: str | None) -> Iterator[None]:
     import ray
 
     _start(target)
-    with watched():
-        try:
-            _quiet_data()
-            keep_private()
-            yield
-        finally:
-            ray.shutdown()
+    with watched(ray.shutdown):
+        _quiet_data()
+        keep_private()
+        yield
 
 
 def _start(target: str | None) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,35 +26,51 @@ def lost() -> str | None:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Look after the Ray that is connected, for the length of the block; in the main thread, which gets the signal."""
+def watched(close: Callable[[], None]) -> Iterator[None]:
+    """Look after the Ray that is connected, for the length of the block, and then `close` it. The signal goes to the
+    main thread; in another one there is no watch."""
     global _why
     _why = None
     if threading.current_thread() is not threading.main_thread():
-        yield
+        try:
+            yield
+        finally:
+            close()
         return
-    ended = threading.Event()
-    threading.Thread(target=_look, args=(ended,), name="ray-watch", daemon=True).start()
+    watch = _Watch()
+    threading.Thread(target=watch.look, name="ray-watch", daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
+        with watch.judging:  # a daemon that ends from here on was told to
+            watch.leaving.set()
+        try:
+            close()
+        finally:
+            watch.closed.set()
 
 
-def _look(ended: threading.Event) -> None:
-    global _why
-    since = 0.0
-    while not ended.wait(_LOOK_S):
-        since += _LOOK_S
-        why = _ended_daemon() or (_dead_node() if since % _ASK_S < _LOOK_S else None)
-        if why is None:
-            continue
-        _why = f"{why}; {_AGAIN}"
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not ended.wait(_PATIENCE_S):
-            print(f"ckd-ray: {_why}", file=sys.stderr, flush=True)
-            os._exit(1)
-        return
+class _Watch:
+    def __init__(self) -> None:
+        self.leaving, self.closed, self.judging = threading.Event(), threading.Event(), threading.Lock()
+
+    def look(self) -> None:
+        global _why
+        since = 0.0
+        while not self.leaving.wait(_LOOK_S):
+            since += _LOOK_S
+            why = _ended_daemon() or (_dead_node() if since % _ASK_S < _LOOK_S else None)
+            if why is None:
+                continue
+            with self.judging:
+                if self.leaving.is_set():
+                    return
+                _why = f"{why}; {_AGAIN}"
+                os.kill(os.getpid(), signal.SIGTERM)
+            if not self.closed.wait(_PATIENCE_S):
+                print(f"ckd-ray: {_why}", file=sys.stderr, flush=True)
+                os._exit(1)
+            return
 
 
 def _ended_daemon() -> str | None:
