@@ -146,7 +146,7 @@ def wait_for(found: object, seconds: float = 150) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_job_is_followed_through_a_broken_connection(
     head: Head, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
@@ -215,7 +215,7 @@ def test_a_job_is_left_found_again_and_stopped(
     assert {j["job"]: j["status"] for j in status["jobs"]}[job] == "STOPPED"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_wrong_token_gives_one_clear_message(head: Head) -> None:
     """By the dashboard and by the address; with a wrong token, with none, and with the right one in a file."""
     with_none = {k: v for k, v in head.environment.items() if k not in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")}

@@ -13,7 +13,7 @@ from ckd_ray.pipeline.runner import run_stages
 from tests.support import WORDS, overrides
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_one_passage_and_one_query(tmp_path: Path, tiny_backbone: str) -> None:
     folder = tmp_path / "in"

@@ -15,7 +15,7 @@ from tests.fault.processes import below, choose, end_all
 from tests.support import overrides
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_raylet_ends_the_command(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
     values = overrides(tmp_path, tiny_backbone, tiny_collection)
     command = [sys.executable, "-m", "ckd_ray", "train", "--cluster", "local"]
