@@ -186,3 +186,15 @@ def test_the_ledger_tells_finished_stopped_and_failed_apart(tmp_path: Path, caps
     assert again[0].measurements == [[10, 0.4, 2.0], [20, 0.5, 4.0]] and again[2].cause == "step 3: loss nan"
     said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("<- best") and said[1].endswith("stopped") and "failed: step 3: loss nan" in said[2]
+
+
+def test_a_report_without_the_metric_ends_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that is stopped between two measurements reports once more, without MRR@10."""
+    import os
+
+    from ckd_ray.tune.search import _quietly
+
+    monkeypatch.delenv("TUNE_DISABLE_STRICT_METRIC_CHECKING", raising=False)
+    with _quietly():
+        assert os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] == "1"
+    assert "TUNE_DISABLE_STRICT_METRIC_CHECKING" not in os.environ
