@@ -35,6 +35,7 @@ from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
 from ckd_ray.store.files import (
+    beside,
     delete,
     exists,
     join,
@@ -317,7 +318,7 @@ class ShardEncoder:
         uri = join(job.out, shard_name(index))
         header = _already_there(uri, job, index)
         if header is None:
-            careful = CarefulEncoder(f"{uri}{TRIES}", *self._texts(job, row), called=uri)
+            careful = CarefulEncoder(beside(uri, TRIES), *self._texts(job, row), called=uri)
             encoded, bad = careful.run()
             bad |= dict(zip(row["failed"][0].as_py(), row["causes"][0].as_py(), strict=True))
             encoded = self._without(bad, encoded, job, row, uri)
@@ -358,7 +359,7 @@ class ShardEncoder:
         allowed = job.max_bad if job.texts == "passages" else 0
         if len(before) + len(entries) > allowed:
             raise JobError(_too_many(job, before + entries, allowed))
-        write_json_atomic(f"{uri}{SET_ASIDE}", {"fingerprint": job.fingerprint, "passages": entries})
+        write_json_atomic(beside(uri, SET_ASIDE), {"fingerprint": job.fingerprint, "passages": entries})
         return with_gaps(encoded, len(row["lengths"][0]), bad)
 
 
