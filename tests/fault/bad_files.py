@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ckd_ray.errors import JobError, UserError
+from tests.sound import FORMATS, labels, msmarco, texts
 
 Content = str | bytes | pa.Table | None
 
@@ -66,36 +67,6 @@ def outcome(case: BadFile, given: Given) -> str:
 # -- collections ------------------------------------------------------------------------------------------------------
 
 
-def _msmarco(folder: Path) -> None:
-    (folder / "collection.tsv").write_text("p1\tone\np2\ttwo\n")
-    (folder / "queries.train.tsv").write_text("q1\ta?\nq2\tb?\n")
-    (folder / "qrels.train.tsv").write_text("q1\t0\tp1\t1\n")
-
-
-def _beir(folder: Path) -> None:
-    (folder / "qrels").mkdir()
-    (folder / "corpus.jsonl").write_text('{"_id": "p1", "title": "T", "text": "one"}\n')
-    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "a?"}\n{"_id": "q2", "text": "b?"}\n')
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp1\t1\n")
-
-
-def _parquet(folder: Path) -> None:
-    pq.write_table(_texts("passage_id", ["p1"], ["one"]), folder / "passages.parquet")
-    pq.write_table(_texts("query_id", ["q1"], ["a?"]), folder / "queries.train.parquet")
-    pq.write_table(_labels(["q1"], ["p1"], [1]), folder / "qrels.train.parquet")
-
-
-def _texts(name: str, ids: Any, values: Any) -> pa.Table:
-    return pa.table({name: ids, "text": values})
-
-
-def _labels(queries: Any, passages: Any, grades: Any) -> pa.Table:
-    return pa.table({"query_id": queries, "passage_id": passages, "relevance": grades})
-
-
-_SOUND = {"msmarco": _msmarco, "beir": _beir, "parquet": _parquet}
-
-
 def _put(path: Path, content: Content) -> None:
     if content is None:
         path.unlink()
@@ -114,7 +85,7 @@ def _collection(kind: str, name: str, content: Content, *more: str) -> Callable[
 
         folder = given.folder / "in"
         folder.mkdir()
-        _SOUND[kind](folder)
+        FORMATS[kind](folder)
         _put(folder / name, content)
         values = [f"collection.format={kind}", f"collection.path={folder}", "collection.limit=null"]
         settings = load_config(None, [*values, *(m.replace("DIR", str(folder)) for m in more)]).collection
@@ -184,12 +155,12 @@ _COLLECTIONS: list[tuple[str, str, str, Content, tuple[str, ...]]] = [
     ("parquet", "not Parquet", "passages.parquet", b"PAR1 but not really PAR1", ()),
     ("parquet", "an empty file", "passages.parquet", b"", ()),
     ("parquet", "no text column", "passages.parquet", pa.table({"passage_id": ["p1"]}), ()),
-    ("parquet", "bytes in place of strings", "passages.parquet", _texts("passage_id", ["p1"], [b"x"]), ()),
-    ("parquet", "a null text", "passages.parquet", _texts("passage_id", ["p1"], pa.array([None], pa.string())), ()),
+    ("parquet", "bytes in place of strings", "passages.parquet", texts("passage_id", ["p1"], [b"x"]), ()),
+    ("parquet", "a null text", "passages.parquet", texts("passage_id", ["p1"], pa.array([None], pa.string())), ()),
     ("parquet", "undecodable strings", "passages.parquet", pa.table([pa.array(["p1"]), _undecodable()], ["passage_id", "text"]), ()),
-    ("parquet", "fractions as ids", "passages.parquet", _texts("passage_id", [1.0], ["x"]), ()),
-    ("parquet", "fractions as grades", "qrels.train.parquet", _labels(["q1"], ["p1"], [1.0]), ()),
-    ("parquet", "a grade beyond 32 bits", "qrels.train.parquet", _labels(["q1"], ["p1"], [2**40]), ()),
+    ("parquet", "fractions as ids", "passages.parquet", texts("passage_id", [1.0], ["x"]), ()),
+    ("parquet", "fractions as grades", "qrels.train.parquet", labels(["q1"], ["p1"], [1.0]), ()),
+    ("parquet", "a grade beyond 32 bits", "qrels.train.parquet", labels(["q1"], ["p1"], [2**40]), ()),
     ("parquet", "0 rows", "passages.parquet", pa.table({"passage_id": pa.array([], pa.string()), "text": pa.array([], pa.string())}), ()),
 ]  # fmt: skip
 
@@ -216,7 +187,7 @@ def _ir_datasets(corpus: str, *more: str) -> Callable[[Given], Any]:
                 return str(self._path)
 
         name = f"bad-{given.folder.name}"
-        _msmarco(given.folder)
+        msmarco(given.folder)
         (given.folder / "collection.tsv").write_text(corpus)
         docs = TsvDocs(Local(given.folder / "collection.tsv"), namespace=name, lang="en")
         queries = TsvQueries(Local(given.folder / "queries.train.tsv"), namespace=name, lang="en")
