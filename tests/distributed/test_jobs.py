@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ray_head import started_head
 from tests.support import overrides
 
 COMMAND = [sys.executable, "-m", "ckd_ray"]
@@ -68,31 +69,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_raylet_start_wait_time_s": "300",  # on a busy machine
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--dashboard-host=127.0.0.1", "--object-store-memory=157286400", "--disable-usage-stats"]
-    log = (folder / "out").open("w")
-    process = subprocess.Popen(
-        [*command, "--min-worker-port=0", "--max-worker-port=0"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        # The package is not on the head: it comes with the jobs. (An editable install elsewhere is behind it.)
-        env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
-        cwd=folder,
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while "Ray runtime started" not in (folder / "out").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "out").read_text()
-            time.sleep(0.2)
+    # The package is not on the head: it comes with the jobs. (An editable install elsewhere is behind it.)
+    own = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    with started_head(folder, own, *ports, "--dashboard-host=127.0.0.1"):
         yield Head(dashboard, f"127.0.0.1:{port}", environment, home)
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Forwarder:

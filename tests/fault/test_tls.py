@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 
 from ckd_ray.model import ColBERT, ColBERTSettings
+from tests.ray_head import started_head
 from tests.support import overrides
 from tests.tls import authority, signed
 
@@ -43,25 +42,9 @@ def head(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    out = tmp_path_factory.mktemp("head") / "out"
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--port={port}", "--include-dashboard=false", "--object-store-memory=157286400"]
-    process = subprocess.Popen(
-        [*command, "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"],
-        stdout=out.open("w"), stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-    )  # fmt: skip
-    deadline = time.monotonic() + 180
-    try:
-        while "Ray runtime started" not in out.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, out.read_text()
-            time.sleep(0.2)
+    folder = tmp_path_factory.mktemp("head")
+    with started_head(folder, environment, f"--port={port}", "--include-dashboard=false"):
         yield port
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def ckd_ray(environment: dict[str, str], port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
