@@ -7,6 +7,7 @@ ends with numbers and is no silent hang.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,7 +71,7 @@ def through_pool(
     dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
     dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     try:
-        yield from dataset.iter_rows()
+        yield from _rows(dataset)
     except ray.exceptions.GetTimeoutError as error:
         total, free = cluster_nodes()
         raise JobError(
@@ -83,3 +84,19 @@ def through_pool(
             f"nothing was finished for {hours:g} hours by {pool}; the cluster: {describe(cluster_nodes()[0])}. "
             f"{smaller}"
         ) from error
+
+
+def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set. An error that ends it does not keep the actors alive.
+
+    Ray Data ends its actors by dropping their handles. The frames in an error's traceback hold such handles, and with
+    them the CPUs and GPUs, for as long as somebody keeps the error.
+    """
+    try:
+        yield from dataset.iter_rows()
+    except BaseException as error:
+        chain: list[BaseException] = [error]
+        for one in chain:  # grows while it is read
+            traceback.clear_frames(one.__traceback__)
+            chain += [e for e in (one.__cause__, one.__context__) if e is not None and e not in chain]
+        raise

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.embed.stream import embed_texts, plan_shards
@@ -37,6 +38,16 @@ def undisturbed(ray_session: None, run: str, tmp_path_factory: pytest.TempPathFa
     assert len(calls.started()) == len(set(calls.started())) == 12
     assert sorted(p.name for p in folder.glob("*.arrow")) == NAMES
     return folder
+
+
+def free_in_the_end(cpus: float, patience_s: float = 30) -> bool:
+    """Whether so many CPUs are free, or soon will be."""
+    deadline = time.monotonic() + patience_s
+    while ray.available_resources().get("CPU", 0) < cpus - 0.01:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_an_encoder_is_killed_in_the_middle_of_a_shard(undisturbed: Path, run: str, tmp_path: Path) -> None:
@@ -109,8 +120,10 @@ def test_a_full_disk_stops_the_stage_with_the_path_and_it_goes_on(undisturbed: P
     out, calls = tmp_path / "store", Calls(tmp_path / "calls")
     job = job_of(run, out)
     sizes = sorted(p.stat().st_size for p in undisturbed.glob("*.arrow"))
-    with pytest.raises(JobError, match=rf"{out}/shard-0000\d\d.arrow: cannot be written: File too large; make room"):
+    full = rf"{out}/shard-0000\d\d.arrow: cannot be written: File too large; make room"
+    with pytest.raises(JobError, match=full) as kept_error:
         embed_texts([(job, SPANS)], EmbedConfig(), make_encoder=make_encoder(calls.path, 0, most_bytes=sizes[6]))
+    assert free_in_the_end(2.0), f"who keeps the error keeps the actors: {kept_error.value}"
     assert {p.suffix for p in out.iterdir()} <= {".arrow", ".json"}, "nothing half-written is left"
     kept = identity(out)
     assert len(kept) < 12 and all((out / name).read_bytes() == (undisturbed / name).read_bytes() for name in kept)
