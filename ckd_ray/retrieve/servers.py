@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from ckd_ray.store import EmbeddingStore
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 Lists = tuple[Float32Array, Int64Array]
+T = TypeVar("T")
 
 _CPUS_A_SERVER = 0.5
 # What the tasks that feed the servers need at least.
@@ -59,11 +60,11 @@ class ShardServer:
 
     def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """Top `depth` of this range: scores_BK and dense passage indices passages_BK."""
-        return self.range.search(torch.from_numpy(queries_BQD.copy()), depth)
+        return self._checked(self.range.search(torch.from_numpy(queries_BQD.copy()), depth))
 
     def search_exactly(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """The same by exact search, whatever the engine."""
-        return self.range.search_exactly(torch.from_numpy(queries_BQD.copy()), depth)
+        return self._checked(self.range.search_exactly(torch.from_numpy(queries_BQD.copy()), depth))
 
     def probes(self, queries_BQD: Float32Array) -> tuple[npt.NDArray[np.int32], Float32Array]:
         """Engine `centroids`: what each query row looks at (B, Q, C)."""
@@ -71,15 +72,20 @@ class ShardServer:
 
     def candidates(self, probes: tuple[npt.NDArray[np.int32], Float32Array], limit: int) -> Lists:
         """Engine `centroids`: estimates and passages of this range's best candidates (B, N)."""
-        return self.range.candidates(*probes, limit)
+        return self._checked(self.range.candidates(*probes, limit))
 
     def score(self, queries_BQD: Float32Array, passages_BN: Int64Array, depth: int) -> Lists:
         """Top `depth` of the given passages that lie in this range."""
-        return self.range.score(torch.from_numpy(queries_BQD.copy()), passages_BN, depth)
+        return self._checked(self.range.score(torch.from_numpy(queries_BQD.copy()), passages_BN, depth))
 
     def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
         """Distances, vocabulary ids and positions of the k nearest token embeddings of this range."""
-        return self.range.nearest_token_ids(torch.from_numpy(vectors_MD.copy()), k)
+        return self._checked(self.range.nearest_token_ids(torch.from_numpy(vectors_MD.copy()), k))
+
+    def _checked(self, answer: T) -> T:
+        """The answer, if what it was computed from is still what was verified."""
+        self.range.check_unchanged()
+        return answer
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ class ShardRange:
             assert isinstance(codec, Residual), "engine centroids needs a residual codec"
             self._centroids = CentroidIndex(self.rows, codec, settings.nprobe)
 
+    def check_unchanged(self) -> None:
+        """Raises BrokenShardError when a file was changed in place under this range: its answers may be wrong."""
+        for shard in self.rows.shards:
+            shard.check_unchanged()
+
     @property
     def num_passages(self) -> int:
         """Passages of this range."""

@@ -253,10 +253,13 @@ class Shard:
 
     def __init__(self, uri: str, cache: ShardCache | None = None, digest: str = "") -> None:
         self.uri, self._cache, self._digest = uri, cache, digest
+        self._map: pa.MemoryMappedFile | None = None
         self._once_more(self._open, opened=False)
 
     def _open(self) -> None:
         source = self._bytes()
+        self._map = source if isinstance(source, pa.MemoryMappedFile) else None
+        self._written = self._last_written()
         # From here on the bytes are in reach, so that whatever goes wrong is wrong with them.
         try:
             self._parse(ipc.open_file(source))
@@ -354,6 +357,31 @@ class Shard:
             BrokenShardError: a bit differs.
         """
         self._once_more(self._verify)
+
+    def check_unchanged(self) -> None:
+        """As `verify`, but bytes are read only if the mapped file was written to since it was opened or last checked.
+
+        Another file in its place is no change: the map is that of the file that was opened.
+
+        Raises:
+            BrokenShardError: a bit differs.
+        """
+        written = self._last_written()
+        if written != self._written:
+            try:
+                self._verify()
+            except BrokenShardError:
+                if self._cache is not None:
+                    self._cache.discard(self.uri, self._digest)
+                raise
+            self._written = written
+
+    def _last_written(self) -> tuple[int, int] | None:
+        """Time of the last write and size of the mapped file."""
+        if self._map is None:
+            return None
+        status = os.fstat(self._map.fileno())
+        return status.st_mtime_ns, status.st_size
 
     def _verify(self) -> None:
         columns = (self.lengths, self.token_ids, self.codes, self.sums, self.frequency_ids, self.frequency_counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.retrieve.exact import ExactIndex
 from ckd_ray.retrieve.servers import SearchSettings, plan_servers, serving
 from ckd_ray.retrieve.stream import RetrieveJob, measured_recall
+from ckd_ray.store import BrokenShardError, shard_name
 from tests.unit.test_retrieve import clustered, passages, queries, write
 
 
@@ -51,6 +53,23 @@ def test_a_killed_server_comes_back_and_answers_the_same(ray_session: None, tmp_
         ray.get(running)
         assert ray.get(group.actors[1].placed.remote()) != pid
     assert np.array_equal(before[0], after[0]) and np.array_equal(before[1], after[1])
+
+
+def test_a_server_gives_no_answer_from_a_shard_that_was_changed_under_it(ray_session: None, tmp_path: Path) -> None:
+    store = write(tmp_path, passages(80), 4)
+    asked = queries(4).numpy()
+    with serving(store, SearchSettings("exact"), 2) as group:
+        group.search(asked, 10)
+        path, codes = tmp_path / shard_name(3), store.shard(3).codes.tobytes()
+        time.sleep(0.05)  # the clock of the file system ticks every few milliseconds
+        with open(path, "r+b") as file:
+            file.seek(path.read_bytes().index(codes) + 1)
+            file.write(bytes([codes[1] ^ 0x40]))
+        for ask in (group.search, group.search_exactly):
+            with pytest.raises(BrokenShardError, match=f"{shard_name(3)}: its bytes do not match its checksum"):
+                ask(asked, 10)
+        with pytest.raises(BrokenShardError):
+            group.nearest_tokens(asked[0], 5)
 
 
 def test_recall_is_measured_and_not_assumed(ray_session: None, tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ class Here:
         self.range = ShardRange(store, range(store.num_shards), SearchSettings("exact"), "cpu")
 
     def search(self, queries_BQD: Any, depth: int) -> Any:
-        return self.range.search(torch.from_numpy(queries_BQD), depth)
+        found = self.range.search(torch.from_numpy(queries_BQD), depth)
+        self.range.check_unchanged()  # as ShardServer does
+        return found
 
 
 class Fragile(TextEncoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,38 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
         assert shard.header == original.header, at
         assert all(np.array_equal(getattr(shard, name), values) for name, values in kept.items()), at
     assert refused > len(data) / 3
+
+
+def test_a_file_that_is_written_to_under_its_reader_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map shows what others write to the file. What is put in the file's place does not reach the map."""
+    write_store(tmp_path, [[30, 20]])
+    path = tmp_path / shard_name(0)
+    shard, data = Shard(str(path)), path.read_bytes()
+    reads, verify = [], Shard._verify
+    monkeypatch.setattr(Shard, "_verify", lambda self: (reads.append(self), verify(self)))
+    shard.check_unchanged()
+    assert not reads, "nothing is read of a file that nobody wrote to"
+
+    def write(at: int, byte: int) -> None:
+        before = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns == before:  # the clock of the file system ticks every few milliseconds
+            with open(path, "r+b") as file:
+                file.seek(at)
+                file.write(bytes([byte]))
+
+    at = data.index(shard.codes.tobytes())
+    write(at, data[at])
+    shard.check_unchanged()
+    shard.check_unchanged()
+    assert len(reads) == 1, "the same bytes are read once, and are no damage"
+    (tmp_path / "other").write_bytes(data[: len(data) // 2])
+    os.replace(tmp_path / "other", path)
+    shard.check_unchanged()
+    path.write_bytes(data)
+    shard = Shard(str(path))
+    write(at, data[at] ^ 4)
+    with pytest.raises(BrokenShardError, match="its bytes do not match its checksum"):
+        shard.check_unchanged()
 
 
 def test_a_passage_is_checked_when_it_is_read(tmp_path: Path) -> None:
