@@ -50,9 +50,9 @@ class CollectionConfig(Section):
     """The corpus, the queries and their labels.
 
     `path` is a folder (an id for ir_datasets); `passages`, `queries` and `qrels` name single files instead, the last
-    two by split. `limit` keeps the labelled passages and the first others up to that number. `positive_grade` is the
-    grade from which a label makes a passage a training positive. `packages` (docstrings only) are the distributions to
-    read.
+    two by split. A folder in the place of a file stands for the files in it. `limit` keeps the labelled passages and
+    the first others up to that number. `positive_grade` is the grade from which a label makes a passage a training
+    positive. `packages` (docstrings only) are the distributions to read.
     """
 
     format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "parquet"] = "docstrings"

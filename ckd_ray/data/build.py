@@ -21,7 +21,7 @@ from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
 from ckd_ray.progress import say
-from ckd_ray.store.files import filesystem_of, join, new_folder, sha256_of, write_json_atomic
+from ckd_ray.store.files import join, new_folder, sha256_of, signatures, write_json_atomic
 
 SCHEMA_VERSION = 1
 ROWS_A_GROUP = 256  # training reads passages at random, a row group each
@@ -112,12 +112,7 @@ def source_signature(settings: CollectionConfig) -> str:
         from ckd_ray.data.docstrings import versions
 
         return repr(sorted(versions(settings).items()))
-    parts = []
-    for uri in open_source(settings).files:
-        fs, path = filesystem_of(uri)
-        info = fs.get_file_info(path)
-        parts.append((path, info.size, info.mtime_ns))
-    return repr(parts)
+    return repr(signatures(open_source(settings).files))
 
 
 def _read_split(source: Source, split: str, problems: Problems) -> _Split:

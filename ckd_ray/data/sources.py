@@ -19,7 +19,7 @@ from ckd_ray.config.schema import Split
 from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import exists, filesystem_of, join, list_files
+from ckd_ray.store.files import exists, filesystem_of, is_folder, join, list_files
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
@@ -91,6 +91,10 @@ def open_source(settings: CollectionConfig) -> Source:
 _PASSAGES = {"msmarco": ("collection.tsv",), "beir": ("corpus.jsonl",), "parquet": ("passages.parquet",)}
 _QUERIES = {"msmarco": ("queries.{}.tsv",), "beir": ("queries.jsonl",), "parquet": ("queries.{}.parquet",)}
 _QRELS = {"msmarco": ("qrels.{}.tsv",), "beir": ("qrels/{}.tsv",), "parquet": ("qrels.{}.parquet",)}
+# How the files of a folder that stands for one file may end.
+_LINES = (".tsv", ".tsv.gz", ".txt", ".txt.gz")
+_JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_ENDINGS = {"msmarco": (_LINES, _LINES), "beir": (_JSON, _LINES), "parquet": ((".parquet",), (".parquet",))}
 
 
 def _file_source(settings: CollectionConfig) -> Source:
@@ -107,10 +111,9 @@ def _file_source(settings: CollectionConfig) -> Source:
         found_qrels = settings.qrels.get(split) or _find(settings, _QRELS[kind][0].format(name), split == "train")
         if found_queries and found_qrels:
             queries[split], qrels[split] = found_queries, found_qrels
-    files = (passages, *queries.values(), *qrels.values())
-    for file in files:
-        if not exists(file):
-            raise UserError("this file does not exist", where="collection", found=file)
+    of_texts, of_qrels = _ENDINGS[kind]
+    parts = {file: _parts(file, of_texts) for file in (passages, *queries.values())}
+    parts |= {file: _parts(file, of_qrels) for file in qrels.values()}
     readers: dict[str, tuple[Any, Any, Any]] = {
         "msmarco": (_tsv_texts, _tsv_texts, _tsv_qrels),
         "beir": (_json_texts, _json_texts, _tsv_qrels),
@@ -118,13 +121,43 @@ def _file_source(settings: CollectionConfig) -> Source:
     }
     read_passages, read_queries, read_qrels = readers[kind]
     return Source(
-        passages=lambda problems: read_passages(passages, problems),
-        queries=lambda split, problems: read_queries(queries[split], problems),
-        qrels=lambda split, problems: read_qrels(qrels[split], problems),
+        passages=lambda problems: _one_by_one(read_passages, parts[passages], problems),
+        queries=lambda split, problems: _one_by_one(read_queries, parts[queries[split]], problems),
+        qrels=lambda split, problems: _one_by_one(read_qrels, parts[qrels[split]], problems),
         splits=tuple(queries),
-        files=tuple(dict.fromkeys(files)),
+        files=tuple(dict.fromkeys(file for some in parts.values() for file in some)),
         shared_queries=kind == "beir",
     )
+
+
+def _parts(uri: str, endings: tuple[str, ...]) -> tuple[str, ...]:
+    """The file itself; of a folder, as Spark and others write it, the files in it, in the order of their names.
+
+    Names that begin with `_` or `.` are markers and checksums of whoever wrote it, and are no parts.
+
+    Raises:
+        UserError: there is no such file, or the folder holds none that can be read, or others.
+    """
+    if not is_folder(uri):
+        if not exists(uri):
+            raise UserError("this file does not exist", where="collection", found=uri)
+        return (uri,)
+    names = [name for name in list_files(uri) if not name.startswith(("_", "."))]
+    others = [name for name in names if not name.endswith(endings)]
+    if others or not names:
+        raise UserError(
+            "a folder in the place of a file holds files that cannot be read" if others else "a folder without files",
+            where=uri,
+            expected=f"files whose names end with {', '.join(endings)}",
+            found=", ".join(shorten(name) for name in others[:8]) or "none",
+            fix="move other files out of it, or let their names begin with _" if others else None,
+        )
+    return tuple(join(uri, name) for name in names)
+
+
+def _one_by_one(read: Callable[[str, Problems], Iterator[Any]], files: tuple[str, ...], problems: Problems) -> Any:
+    for file in files:
+        yield from read(file, problems)
 
 
 def _find(settings: CollectionConfig, name: str, required: bool) -> str | None:

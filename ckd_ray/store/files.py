@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,8 @@ from ckd_ray.errors import JobError, UserError
 _ASIDE = ".tmp-"
 # With pauses that double up to 20 s, so many attempts outlast three quarters of a minute without the object store (S3).
 _ATTEMPTS = 8
+# So many files of one folder are looked up by a listing of it.
+_LISTED_FROM = 16
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -96,6 +98,12 @@ def exists(uri: str) -> bool:
     """True when `uri` is a file or a folder."""
     fs, path = filesystem_of(uri)
     return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_folder(uri: str) -> bool:
+    """True when `uri` is a folder; on object stores, when there are objects below it and none of its own name."""
+    fs, path = filesystem_of(uri)
+    return fs.get_file_info(path).type == pafs.FileType.Directory
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
@@ -279,6 +287,21 @@ def file_signature(uri: str) -> list[int]:
         found = "a folder" if info.type == pafs.FileType.Directory else None
         raise UserError("this file does not exist", where=uri, found=found)
     return [int(info.size), int(info.mtime_ns or 0)]
+
+
+def signatures(uris: Sequence[str]) -> list[tuple[str, int | None, int | None]]:
+    """(path, size, time of change in ns) of each file. Many files of one folder are looked up by one listing of it:
+    ten thousand objects are not ten thousand requests."""
+    folders: dict[str, list[str]] = {}
+    for uri in uris:
+        folders.setdefault(parent(uri), []).append(last_part(uri))
+    found: dict[tuple[str, str], tuple[str, int | None, int | None]] = {}
+    for folder, names in folders.items():
+        fs, path = filesystem_of(folder)
+        paths = [f"{path.rstrip('/')}/{name}" for name in names]
+        infos = fs.get_file_info(paths if len(paths) < _LISTED_FROM else pafs.FileSelector(path))
+        found |= {(folder, info.base_name): (info.path, info.size, info.mtime_ns) for info in infos}
+    return [found[parent(uri), last_part(uri)] for uri in uris]
 
 
 def sha256_of(uri: str) -> str:

@@ -87,6 +87,70 @@ def test_formats_read_alike(tmp_path: Path, kind: str, write: object) -> None:
     assert c.manifest["splits"]["train"] == (train | {"queries_elsewhere": 1} if kind == "beir" else train)
 
 
+def split_into_parts(path: Path, pieces: list[str | pa.Table], suffix: str) -> None:
+    """Put a folder in the place of a file, with what Spark leaves in it."""
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    for name in ("_SUCCESS", f".part-00000{suffix}.crc"):
+        (path / name).write_text("")
+    for i, piece in enumerate(pieces):
+        part = path / f"part-{i:05d}{suffix}"
+        part.write_text(piece) if isinstance(piece, str) else pq.write_table(piece, part)
+
+
+def test_folders_in_the_place_of_files(tmp_path: Path) -> None:
+    """Many small files are read in the order of their names, and are the same collection as one."""
+    whole = build("msmarco", write_msmarco(tmp_path / "a"), tmp_path / "oa")
+    lines = write_msmarco(tmp_path / "b")
+    for name in ("collection.tsv", "queries.train.tsv", "qrels.train.tsv"):
+        split_into_parts(lines / name, [*(lines / name).read_text().splitlines(True), ""], ".tsv")
+    with gzip.open(lines / "collection.tsv" / "part-00003.tsv.gz", "wb") as file:
+        file.write((lines / "collection.tsv" / "part-00003.tsv").read_bytes())
+    (lines / "collection.tsv" / "part-00003.tsv").unlink()
+    columns = write_parquet(tmp_path / "c")
+    for name in ("passages.parquet", "qrels.train.parquet"):
+        table = pq.read_table(columns / name)
+        split_into_parts(columns / name, [table.slice(i, 1) for i in range(len(table))], ".parquet")
+    corpus = write_beir(tmp_path / "d")
+    split_into_parts(corpus / "corpus.jsonl", (corpus / "corpus.jsonl").read_text().splitlines(True), ".jsonl")
+    for kind, folder in (("msmarco", lines), ("parquet", columns), ("beir", corpus)):
+        c = build(kind, folder, tmp_path / f"out-{kind}")
+        assert c.passage_ids(range(4)) == list(PASSAGES)
+        if kind != "beir":  # it numbers its queries otherwise
+            assert c.manifest["fingerprint"] == whole.manifest["fingerprint"]
+    named = tmp_path / "elsewhere"
+    (lines / "collection.tsv").rename(named)
+    c = build("msmarco", lines, tmp_path / "named", f"collection.passages={named}")
+    assert c.manifest["fingerprint"] == whole.manifest["fingerprint"]
+
+
+def test_a_folder_of_other_files_is_no_collection(tmp_path: Path) -> None:
+    folder = write_msmarco(tmp_path / "in")
+    split_into_parts(folder / "collection.tsv", ["p1\tone\n", "p1 two\n"], ".tsv")
+    with pytest.raises(InputError, match=r"part-00001.tsv:1: a line without a tab"):
+        build("msmarco", folder, tmp_path / "out")
+    (folder / "collection.tsv" / "README.md").write_text("about")
+    with pytest.raises(
+        UserError, match=r"expected: files whose names end with .tsv, .tsv.gz[^\n]*\n  found: 'README.md'\n"
+    ):
+        build("msmarco", folder, tmp_path / "out")
+    for file in (folder / "collection.tsv").glob("[!_.]*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"collection\.tsv: a folder without files"):
+        build("msmarco", folder, tmp_path / "out")
+
+
+def test_many_small_files_have_one_signature(tmp_path: Path) -> None:
+    folder = write_msmarco(tmp_path / "in")
+    split_into_parts(folder / "collection.tsv", [f"p{i}\ttext {i}\n" for i in range(1, 40)], ".tsv")
+    settings = load_config(None, ["collection.format=msmarco", f"collection.path={folder}"]).collection
+    before = source_signature(settings)
+    assert before == source_signature(settings) and before.count("part-000") == 39
+    (folder / "collection.tsv" / "part-00007.tsv").write_text("p8\tchanged\n")
+    assert source_signature(settings) != before
+    assert build("msmarco", folder, tmp_path / "out").num_passages == 39
+
+
 def test_a_part_of_the_queries_is_read_alone(tmp_path: Path) -> None:
     """Across row groups of 4,096; any cut gives what the whole gives."""
     folder = tmp_path / "in"
