@@ -1,7 +1,8 @@
 """How the product bears many small things: files of a store, and queries to label. Prints JSON, with peak memory.
 
-    python -m tests.fault.load --shards 10000 --queries 5000000 --parts 400
+    python -m tests.fault.load --files 10000 --shards 10000 --queries 5000000 --parts 400
 
+`--files`: a corpus of so many Parquet files of ten passages is looked at, and built by four processes at once.
 `--shards`: a store of so many shards of ten passages is written, closed, and read at random by eight processes at once,
 each of which may have 256 files open. `--queries`: a split of so many generated queries, of which `--parts` parts (256
 queries each), spread over all of it, are labelled by one process; the memory is looked at early and at the end, and the
@@ -86,6 +87,62 @@ def many_shards(folder: Path, shards: int) -> dict[str, Any]:
         "files_a_reader": 256,
         "reader_peak_mib": max(peaks),
         "writer_peak_mib": memory()[1],
+    }
+
+
+def build_from(source: str, out: str, result: Any) -> None:
+    """One of the builders: its passages, and its most memory in MiB."""
+    from ckd_ray.config import load_config
+    from ckd_ray.data import Collection, build_collection
+    from ckd_ray.progress import set_quiet
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    set_quiet(True)
+    values = ["collection.format=parquet", f"collection.path={source}", "collection.limit=null"]
+    build_collection(load_config(None, values).collection, out)
+    result.put((Collection.open(out).num_passages, memory()[1]))
+
+
+def many_files(folder: Path, files: int) -> dict[str, Any]:
+    """Write, look at, build."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ckd_ray.config import load_config
+    from ckd_ray.data import source_signature
+
+    source = folder / "source"
+    (source / "passages.parquet").mkdir(parents=True)
+    for i in range(files):
+        rows = range(10 * i, 10 * i + 10)
+        table = pa.table({"passage_id": [f"p{n}" for n in rows], "text": [f"what is said of number {n}" for n in rows]})
+        pq.write_table(table, source / "passages.parquet" / f"part-{i:05d}.parquet")
+    pq.write_table(pa.table({"query_id": ["q"], "text": ["which"]}), source / "queries.train.parquet")
+    labels = {"query_id": ["q"], "passage_id": ["p7"], "relevance": [1]}
+    pq.write_table(pa.table(labels), source / "qrels.train.parquet")
+    values = ["collection.format=parquet", f"collection.path={source}"]
+    started = time.monotonic()
+    assert source_signature(load_config(None, values).collection).count("part-") == files
+    looked = time.monotonic()
+    results: Any = multiprocessing.Queue()
+    builders = [
+        multiprocessing.Process(target=build_from, args=(str(source), str(folder / f"out-{n}"), results))
+        for n in range(4)
+    ]
+    for builder in builders:
+        builder.start()
+    found = [results.get(timeout=1200) for _ in builders]
+    for builder in builders:
+        builder.join()
+        assert builder.exitcode == 0
+    assert {passages for passages, _ in found} == {10 * files}
+    return {
+        "files": files,
+        "signature_seconds": round(looked - started, 2),
+        "build_seconds": round(time.monotonic() - looked, 1),
+        "builders": len(builders),
+        "files_a_builder": 256,
+        "builder_peak_mib": max(peak for _, peak in found),
     }
 
 
@@ -174,6 +231,7 @@ def nothing(batch: dict[str, Any]) -> Any:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=0)
     parser.add_argument("--shards", type=int, default=0)
     parser.add_argument("--queries", type=int, default=0)
     parser.add_argument("--parts", type=int, default=400)
@@ -181,6 +239,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, Any] = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     with tempfile.TemporaryDirectory() as scratch:
+        if arguments.files:
+            found["many_files"] = many_files(Path(scratch), arguments.files)
         if arguments.shards:
             (Path(scratch) / "store").mkdir()
             found["many_shards"] = many_shards(Path(scratch) / "store", arguments.shards)
