@@ -108,7 +108,6 @@ def fit(
     name = board or f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
     remote: Any = ray.remote(num_cpus=0)(_Board)
     actor = remote.options(name=name, scheduling_strategy=_here()).remote()
-    ray.get(actor.read.remote())
     home = join(task.run, "checkpoints", f"{task.stage}-{task.fingerprint[:16]}")
     metrics = join(home, "metrics")
     config = {"task": task.to_dict(), "board": name, "metrics": metrics, "threads": threads, "stoppable": bool(board)}

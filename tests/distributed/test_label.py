@@ -78,9 +78,10 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
 
 
 def test_the_stage_labels_by_the_estimate_and_suggests(
-    ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+    ray_session: None, made: tuple[Path, Encoded], tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
-    values = overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=estimate", "teacher.steps=1")
+    given = f"teacher.checkpoint={made[0] / 'tiny' / 'teacher'}"
+    values = overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=estimate", given)
     reports = run_stages(load_config(None, values), until="label")
     assert reports[-1].figures["votes"] == "estimate"
     run = tmp_path / "tiny"

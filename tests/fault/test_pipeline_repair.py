@@ -27,7 +27,7 @@ def flip_passages(path: Path, passages: list[int]) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_on_residual_codes_heals_at_every_stage(
     tmp_path: Path, tiny_backbone: str, tiny_collection: str, capsys: pytest.CaptureFixture[str]
