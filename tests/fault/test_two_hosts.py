@@ -190,17 +190,25 @@ def test_two_of_three_hosts_lose_their_power(
     assert files_of(run / "embeddings/passages") == files_of(plain_run / "embeddings/passages")
     mine, theirs = (ColBERT.from_pretrained(folder / "student") for folder in (run, plain_run))
     teacher = ColBERT.from_pretrained(run / "teacher")
-    pairs = list(zip(mine.parameters(), theirs.parameters(), teacher.parameters(), strict=True))
-    moved = max(float((a - c).abs().max()) for a, _, c in pairs)
-    apart = max(float((a - b).abs().max()) for a, b, _ in pairs)
-    print(f"the student moved by {moved:.3g}, and is {apart:.3g} from the undisturbed one", flush=True)
-    assert moved > 0.005 and apart < moved / 50
+    a, b, c = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (mine, theirs, teacher))
+    moved, apart = float((a - c).norm()), float((a - b).norm())
+    losses = [read_metrics(folder / "student") for folder in (run, plain_run)]
+    most = max(abs(x - y) for x, y in zip(*losses, strict=True))
+    print(f"the student moved by {moved:.3g}, is {apart:.3g} from the undisturbed one; losses differ by {most:.2g}")
+    # Two workers add in another order, and Adam makes whole steps of the rounding where a gradient is next to nothing.
+    assert len(losses[0]) == 240 and most < 1e-5
+    assert moved > 0.1 and apart < moved / 50
     runs = [read_trec_run(str(folder / "evaluation/student.dev.run")) for folder in (run, plain_run)]
     tops = [r.sort_values(["query_id", "rank"]).groupby("query_id").head(5)["doc_id"].tolist() for r in runs]
     assert tops[0] == tops[1]
     home = tmp_path / "runs" / "tiny"
     assert (home / "run.json").exists() and (home / "student" / "model.safetensors").exists()
     assert torch.allclose(next(ColBERT.from_pretrained(home / "student").parameters()), next(mine.parameters()))
+
+
+def read_metrics(folder: Path) -> list[float]:
+    """The loss of every step."""
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def files_of_names(folder: Path) -> set[str]:
