@@ -25,6 +25,7 @@ from ckd_ray.distill.teacher import Rows
 from ckd_ray.embed.encoder import Precision, computing
 from ckd_ray.model import ColBERT
 from ckd_ray.model.maxsim import maxsim
+from ckd_ray.model.packed import can_pack, encode_packed
 
 Encoded = tuple[Tensor, list[Rows]]
 
@@ -38,6 +39,8 @@ class BatchEncoder(nn.Module):
 
     def forward(self, query_ids_bQ: Tensor, query_mask_bQ: Tensor, groups: list[Rows]) -> Encoded:
         """queries_bQD, and (rows_gLD, keep_gL) of every group."""
+        if can_pack(self.colbert):
+            return encode_packed(self.colbert, query_ids_bQ, query_mask_bQ, groups)
         queries_bQD = self.colbert.encode_queries(query_ids_bQ, query_mask_bQ)
         return queries_bQD, [self.colbert.encode_passages(ids, mask) for ids, mask in groups]
 
