@@ -59,6 +59,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             code = _fail("interrupted; the same command goes on where this one stopped", 130)
         except UserError as error:
             code = _fail(str(error), 2)
+        except LostRayError:  # cluster/watch.py has said why
+            code = 1
         except JobError as error:  # raised in an actor, it comes with Ray's traceback around it
             code = _fail(str(getattr(error, "cause", error)), 1)
         except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request

@@ -1,7 +1,8 @@
 """Is the Ray of this process still there? Nobody else says so: when the daemon of its machine (raylet) is gone, a call
 that waits for Ray waits for ever.
 
-A thread looks once a second. It ends the wait by SIGTERM, whose handler (`cli`) raises what `lost` says; should that
+A thread looks once a second. It says what it has found, at once: Ray ends a process without a word, status 1, when it
+misses its object store. Then it ends the wait by SIGTERM, whose handler (`cli`) raises what `lost` says; should that
 not end the process within a minute, the thread does.
 """
 
@@ -66,9 +67,9 @@ class _Watch:
                 if self.leaving.is_set():
                     return
                 _why = f"{why}; {_AGAIN}"
+                print(f"ckd-ray: {_why}", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
             if not self.closed.wait(_PATIENCE_S):
-                print(f"ckd-ray: {_why}", file=sys.stderr, flush=True)
                 os._exit(1)
             return
 

@@ -9,7 +9,19 @@ import signal
 import time
 from typing import Any
 
-_real, _offset = time.time, 0.0
+_offset = 0.0
+
+
+class _Clock:
+    """In the place of time.time(); sent to another process, it is the real one there, where no clock jumps."""
+
+    real = time.time
+
+    def __call__(self) -> float:
+        return _Clock.real() + _offset
+
+    def __reduce__(self) -> Any:
+        return getattr, (time, "time")
 
 
 def _jump(signum: int, frame: Any) -> None:
@@ -20,7 +32,7 @@ def _jump(signum: int, frame: Any) -> None:
 def main() -> None:
     """The command line, with the clock in reach."""
     signal.signal(signal.SIGUSR1, _jump)
-    time.time = lambda: _real() + _offset
+    time.time = _Clock()
     from ckd_ray.cli import main as command
 
     command()

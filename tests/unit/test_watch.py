@@ -38,7 +38,9 @@ def test_a_daemon_that_ends_while_ray_is_closed_was_told_to(caught: list[int], m
     assert caught == [] and watch.lost() is None
 
 
-def test_one_that_ends_before_is_told(caught: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_ends_before_is_told(
+    caught: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(watch, "_ended_daemon", lambda: "the raylet has ended")
     closed: list[bool] = []
     with watch.watched(lambda: closed.append(True)):
@@ -47,3 +49,6 @@ def test_one_that_ends_before_is_told(caught: list[int], monkeypatch: pytest.Mon
             time.sleep(0.01)
     assert caught == [signal.SIGTERM] and closed == [True]
     assert (watch.lost() or "").startswith("the raylet has ended; give the same command again")
+    assert capsys.readouterr().err == f"ckd-ray: {watch.lost()}\n", (
+        "said once, before anything else can end the process"
+    )
