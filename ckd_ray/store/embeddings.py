@@ -41,12 +41,19 @@ class Ragged:
         return list(torch.split(self.embeddings_TD, self.lengths.tolist()))
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (P, L, D) filled with zeros, and their bool mask (P, L)."""
+        """Rows (P, L, D) filled with zeros, and their bool mask (P, L).
+
+        In numpy: threads that read ahead call this, and torch would start a team of threads for each of them.
+        """
         longest = max(1, int(self.lengths.max(initial=0)))
-        mask_PL = torch.arange(longest)[None] < torch.from_numpy(self.lengths.astype(np.int64))[:, None]
-        rows_PLD = self.embeddings_TD.new_zeros(len(self.lengths), longest, self.embeddings_TD.shape[1])
-        rows_PLD[mask_PL] = self.embeddings_TD
-        return rows_PLD, mask_PL
+        mask_PL = np.arange(longest) < self.lengths[:, None]
+        flat_TD = self.embeddings_TD.numpy()
+        rows_PLD = np.zeros((len(self.lengths), longest, flat_TD.shape[1]), flat_TD.dtype)
+        at = 0
+        for rows_LD, length in zip(rows_PLD, self.lengths.tolist(), strict=True):
+            rows_LD[:length] = flat_TD[at : at + length]
+            at += length
+        return torch.from_numpy(rows_PLD), torch.from_numpy(mask_PL)
 
 
 class EmbeddingStore:
