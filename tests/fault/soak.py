@@ -193,6 +193,7 @@ class Soak:
             mine.append(self._read_only(storage, number))
             trouble = mine[0].cause if mine[0].outcome == "" else ""
         for attempt in range(8 + 3 * sum(map(len, plan.values())) + 2):
+            before = len(mine)
             command = self.start(storage)
             injector = threading.Thread(target=self._inject, args=(command, storage, left, mine, number))
             injector.start()
@@ -207,7 +208,7 @@ class Soak:
                 unstarted += 1  # on a machine this busy Ray gives itself up while it starts; no fault of ours was met
                 if unstarted <= 8:
                     continue
-            trouble = trouble or self._judge_stop(code, command.lines, mine)
+            trouble = trouble or self._judge_stop(code, command.lines, mine, before)
             if attempt > len(mine) + 1 + unstarted:
                 trouble = trouble or f"does not complete when run again: {command.lines[-3:]}"
                 break
@@ -232,20 +233,20 @@ class Soak:
         code = self.wait(command)
         self._make_good(storage)
         fault = Fault(READ_ONLY, "collection", number, 0.0, "the run's disk")
-        trouble = self._judge_stop(code, command.lines, [fault])
+        trouble = self._judge_stop(code, command.lines, [fault], 0)
         if code != 2 or trouble:
             fault.outcome, fault.cause = "", trouble or f"exit status {code}"
         return fault
 
-    def _judge_stop(self, code: int, lines: list[str], mine: list[Fault]) -> str:
-        """Note with the last fault that the command stopped; what was wrong with how it did."""
+    def _judge_stop(self, code: int, lines: list[str], mine: list[Fault], before: int) -> str:
+        """Note with the last fault that the command stopped; what was wrong with how it did. The faults from number
+        `before` on are this command's."""
         last = next((line for line in reversed(lines) if line.startswith("ckd-ray: ")), "")
         cause = last or (lines[-1] if lines else "")
         if mine:
             mine[-1].outcome = mine[-1].outcome or "stopped, completed when run again"
             mine[-1].cause = mine[-1].cause or re.sub(re.escape(str(self.folder)), "DIR", cause)[:300]
-        killed = bool(mine) and mine[-1].kind in ("kill driver",) and code == -signal.SIGKILL
-        if killed:
+        if code == -signal.SIGKILL and any(fault.kind == "kill driver" for fault in mine[before:]):
             mine[-1].cause = "killed"
             return ""
         if code == -999:
@@ -282,7 +283,7 @@ class Soak:
                     until = max(0.0, began + moment - time.monotonic())
                     command.changed.wait_for(lambda: command.stage != seen[-1], timeout=until)
                     stage_now = command.stage
-                if stage_now == "over":
+                if stage_now == "over" or command.process.poll() is not None:
                     return
                 command.family |= {p.pid: p.started for p in below(command.process.pid)}
                 fault = Fault(kind, stage_now or stage, number, round(time.monotonic() - began, 2))
