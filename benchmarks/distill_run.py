@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
@@ -92,28 +91,37 @@ def distill_run(args: argparse.Namespace) -> DistillRun:
 
 
 def seconds_a_step(run: DistillRun, task: TrainingTask, first: int, count: int, model: ColBERT) -> list[float]:
-    """The worker's loop over steps [first, first + count): read ahead by a thread, forward, backward, clip, AdamW.
+    """Of each of the steps [first, first + count). The step before `first` warms up and is not in the list."""
+    steps = timed_steps(task, max(1, first), model)
+    return [next(steps) for _ in range(count)]
 
-    A step lasts from the end of the one before to its own end, so that waiting for a batch counts. The step before
-    `first` warms up and is not in the list.
+
+def timed_steps(task: TrainingTask, first: int, model: ColBERT) -> Iterator[float]:
+    """The worker's loop from step `first` on: read ahead by a thread, forward, backward, clip, AdamW.
+
+    Yields the seconds of each, waiting for its batch included. The step before `first` warms up.
     """
-    first = max(1, first)
     model.train()
     step = TrainingStep(model, task, "fp32")
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
     reader = InputReader(task, model.tokenizer)
-    ends: list[float] = []
-    stream: Iterator[Any] = reader.stream(first - 1)
-    for inputs in stream:
+    stream = reader.stream(first - 1)
+
+    def one() -> float:
+        started = time.perf_counter()
+        inputs = next(stream)
         optimizer.zero_grad(set_to_none=True)
         step(inputs.to(model.device))
         torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
         optimizer.step()
-        ends.append(time.perf_counter())
-        if len(ends) == count + 1:
-            break
-    stream.close()  # type: ignore[attr-defined]
-    return [after - before for before, after in itertools.pairwise(ends)]
+        return time.perf_counter() - started
+
+    try:
+        one()
+        while True:
+            yield one()
+    finally:
+        stream.close()  # type: ignore[attr-defined]
 
 
 def median(values: list[float]) -> float:
