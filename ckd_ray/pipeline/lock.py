@@ -1,9 +1,10 @@
 """One run directory, one command at a time, on this machine and across machines that share its storage.
 
 `RUN/.lock` says who holds the run. On a file system it is also held by flock, which the kernel lets go of when its
-process ends, however that ends; so on one machine a lock without flock is stale, and is taken over. Across machines
-nobody can ask whether a process lives: the holder writes the lock anew every minute, and one that was not written for
-ten minutes, by the clock of the storage itself, is stale.
+process ends, however that ends; so on one machine a lock without flock is stale, and is taken over. On an object store
+the process is looked for by number and start. Across machines nobody can ask whether a process lives: the holder writes
+the lock anew twice a minute, and one that was not written for three minutes, by the clock of the storage itself, is
+stale.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.store.files import delete, filesystem_of, is_local, join, make_folder
 
 LOCK = ".lock"
-_BEAT_S, _STALE_S = 60.0, 600.0
+_BEAT_S, _STALE_S = 30.0, 180.0
 # On an object store: how long after writing the lock another's may still arrive over it.
 _SETTLE_S = 1.0
 
@@ -43,6 +44,8 @@ def run_lock(run: str) -> Iterator[None]:
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "kernel": _kernel(),
+        "pids": _pid_namespace(),
+        "started": _started(os.getpid()),
         "token": uuid.uuid4().hex,
     }
     with _writable(run):
@@ -74,12 +77,37 @@ def _kernel() -> str:
     return ""
 
 
-def _busy(run: str, holder: Holder, lock: str) -> UserError:
+def _pid_namespace() -> str:
+    """In which process numbers mean what they mean here."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _started(pid: Any) -> str | None:
+    """When a process was started, in ticks since the start of the machine; None when there is none, or a dead one whose
+    parent has not asked yet."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    return None
+
+
+def _is_dead(holder: Holder, me: Holder) -> bool:
+    """Whether the holder was a process of this machine that is no more."""
+    here = all(me[key] and holder.get(key) == me[key] for key in ("kernel", "pids"))
+    return here and _started(holder.get("pid")) != holder.get("started")
+
+
+def _busy(run: str, holder: Holder, lock: str, age: float | None = None) -> UserError:
+    since = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+    heard = "" if age is None else f", last heard of {max(0.0, age):.0f} s ago"
+    later = "" if age is None else f" (it is taken over {_STALE_S:.0f} s after its last sign of life)"
     return UserError(
         "another ckd-ray works in this run",
         where=run,
-        found=f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}",
-        fix=f"wait for it, or choose another run.name; if it is surely gone, delete {lock}",
+        found=since + heard,
+        fix=f"wait for it{later}, or choose another run.name; if it is surely gone, delete {lock}",
     )
 
 
@@ -100,9 +128,10 @@ def _hold_file(run: str, me: Holder) -> Callable[[], None]:
             break
         os.close(fd)  # its holder has let it go in between, and removed it
     holder = _read(fd)
-    if holder and _may_live(holder, me) and _age(path) < _STALE_S:
+    age = _age(path) if holder and _may_live(holder, me) else _STALE_S
+    if age < _STALE_S:
         os.close(fd)
-        raise _busy(run, holder, path)
+        raise _busy(run, holder, path, age)
     _write(fd, me)
     stop = _beating(lambda: os.utime(fd))
 
@@ -160,8 +189,8 @@ def _hold_object(run: str, me: Holder) -> Callable[[], None]:
     stages write is the same, and appears whole."""
     uri = join(run, LOCK)
     holder, age = _read_object(uri)
-    if holder and age < _STALE_S:
-        raise _busy(run, holder, uri)
+    if holder and age < _STALE_S and not _is_dead(holder, me):
+        raise _busy(run, holder, uri, age)
     _write_object(uri, me)
     time.sleep(_SETTLE_S)
     holder, _ = _read_object(uri)
@@ -200,7 +229,7 @@ def _write_object(uri: str, me: Holder) -> None:
 
 
 def _beating(beat: Callable[[], None]) -> Callable[[], None]:
-    """Call `beat` every minute in a thread of its own; returns the call that ends it."""
+    """Call `beat` every half minute in a thread of its own; returns the call that ends it."""
     ended = threading.Event()
 
     def follow() -> None:

@@ -167,7 +167,7 @@ def test_a_run_on_an_object_store_is_held(bucket: str, monkeypatch: pytest.Monke
     write_json_atomic(join(uri, ".lock"), {"host": "elsewhere", "pid": 7, "since": "then", "token": "x"})
     with pytest.raises(UserError, match="process 7 on elsewhere since then"), run_lock(uri):
         pass
-    monkeypatch.setattr(lock, "_STALE_S", -1.0)  # as if it had not been written for ten minutes
+    monkeypatch.setattr(lock, "_STALE_S", -1.0)  # as if it had not been written for minutes
     with run_lock(uri):
         assert read_json(join(uri, ".lock"))["pid"] == os.getpid()
 
