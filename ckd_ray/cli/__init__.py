@@ -37,6 +37,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
 
 
+# Ray Data adds to a task's error how to let it be tried again.
+_HINT_OF_RAY_DATA = "\nFailed to apply UDF transform after"
+
+
 def main() -> None:
     """Entry point: exit status 0 done, 1 the job failed, 2 the user's input is wrong, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -62,7 +66,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except LostRayError:  # cluster/watch.py has said why
             code = 1
         except JobError as error:  # raised in an actor, it comes with Ray's traceback around it
-            code = _fail(str(getattr(error, "cause", error)), 1)
+            code = _fail(str(getattr(error, "cause", error)).partition(_HINT_OF_RAY_DATA)[0], 1)
         except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request
             if os.environ.get("CKD_RAY_TRACEBACK"):
                 raise

@@ -30,7 +30,8 @@ def connected(target: str | None) -> Iterator[None]:
     Raises:
         UserError: the address cannot be reached, or refuses our token.
     """
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    # At ERROR it shows the traceback of an error that we tell in a line.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR" if os.environ.get("CKD_RAY_TRACEBACK") else "CRITICAL")
     use_token()
     import ray
 
@@ -140,8 +141,3 @@ def _quiet_data() -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.issue_detectors_config.detectors = []
-    if not os.environ.get("CKD_RAY_TRACEBACK"):
-        # It shows the traceback of an error that we tell in a line; its file in the session's logs keeps all.
-        for handler in logging.getLogger("ray.data").handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setLevel(logging.CRITICAL)

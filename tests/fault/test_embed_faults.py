@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -124,8 +123,6 @@ def test_a_full_disk_stops_the_stage_with_the_path_and_it_goes_on(undisturbed: P
     full = rf"{out}/shard-0000\d\d.arrow: cannot be written: File too large; make room"
     with pytest.raises(JobError, match=full) as kept_error:
         embed_texts([(job, SPANS)], EmbedConfig(), make_encoder=make_encoder(calls.path, 0, most_bytes=sizes[6]))
-    shown = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
-    assert shown and all(h.level == logging.CRITICAL for h in shown), "Ray Data would show the traceback of this error"
     assert free_in_the_end(2.0), f"who keeps the error keeps the actors: {kept_error.value}"
     assert {p.suffix for p in out.iterdir()} <= {".arrow", ".json"}, "nothing half-written is left"
     kept = identity(out)
