@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from ckd_ray.cli import guarded
+from ckd_ray.errors import JobError
 from tests.support import overrides
 
 COMMAND = [sys.executable, "-m", "ckd_ray"]
@@ -198,3 +201,12 @@ def test_what_others_print_does_not_reach_standard_output(
     put({"after": "s3://key:secret@bucket/runs"})
     out, err = capsys.readouterr()
     assert out == '{"done": true}\n{"after": "s3://***@bucket/runs"}\n' and err.count("(raylet)") == 2
+
+
+def test_an_error_of_a_task_is_told_without_the_hints_of_ray_data(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise JobError("the disk is full\nmake room\nFailed to apply UDF transform after 1/1 attempts.\nTo change ...")
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(command)()
+    assert ended.value.exit_code == 1 and capsys.readouterr().err == "ckd-ray: the disk is full\nmake room\n"
