@@ -21,7 +21,7 @@ from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
 from ckd_ray.progress import say
-from ckd_ray.store.files import join, new_folder, sha256_of, signatures, write_json_atomic
+from ckd_ray.store.files import join, new_folder, remove_stale, sha256_of, signatures, write_json_atomic
 
 SCHEMA_VERSION = 1
 ROWS_A_GROUP = 256  # training reads passages at random, a row group each
@@ -78,6 +78,7 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
         InputError: lists what is wrong, with file and line; up to 20 problems at once.
         UserError: a file is missing or cannot be read.
     """
+    remove_stale(join(out, "queries"))  # the stage does so for the corpus, which is its own folder
     source = open_source(settings)
     problems = Problems()
     splits = {split: _read_split(source, split, problems) for split in source.splits}

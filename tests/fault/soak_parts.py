@@ -337,6 +337,8 @@ class Soak:
                     last.cause or told.replace(str(self.folder), "DIR").splitlines()[0][:200] if told else "killed"
                 )
             died = code < 0 and last is not None and last.kind in ("kill", "no memory")
+            # The C library's own end when it has no memory for a thread's data, with a word of its own on stderr.
+            died = died or (code == 127 and last is not None and last.kind == "no memory")
             if not died and (code not in (1, 2) or not told):
                 trouble = trouble or f"exit status {code}, said {told[:100]!r}"
         if code != 0:

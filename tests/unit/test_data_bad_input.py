@@ -174,6 +174,13 @@ def test_a_failed_build_leaves_the_former_one(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["corpus", "queries"]
 
 
+def test_what_a_killed_build_has_left_beside_the_queries_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "out" / ".queries.tmp-killed"
+    left.mkdir(parents=True)
+    build("msmarco", tmp_path, {})
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["corpus", "queries"]
+
+
 def test_half_surrogates_are_mended_and_counted(tmp_path: Path) -> None:
     rows = '{"_id": "p1", "text": "a\\ud800b"}\n{"_id": "p2", "text": "\\ud83d\\ude00"}\n'
     c = build("beir", tmp_path, {"corpus.jsonl": rows})
