@@ -1,4 +1,7 @@
-"""The record of a soak as Markdown: `python -m tests.fault.soak_table docs/faults.json docs/faults.md`."""
+"""The records of both soaks as Markdown.
+
+python -m tests.fault.soak_table docs/faults.json docs/faults_parts.json docs/faults.md
+"""
 
 from __future__ import annotations
 
@@ -43,23 +46,10 @@ def table(record: dict[str, Any]) -> str:
         "*Went on*: the command ended well by itself. *Stopped*: it ended with exit status 1 or 2 and one message, without"
         " a traceback (a killed driver says nothing), and the same command, given again, completed. *More time*: seconds"
         f" that the stage took beyond an undisturbed one ({usual}), further commands with their starts included; several"
-        " faults of one stage share it, and the machine was not quiet.",
+        " faults of one stage share it, and the machine was not quiet. Where several faults hit one command, its stop is"
+        " counted with the last of them.",
         "",
-        "| kind | stage | injected | went on | stopped, then completed | failed | more time, median / most |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in record["table"]:
-        extra = (
-            ""
-            if "extra_seconds_median" not in row
-            else f"{row['extra_seconds_median']:g} / {row['extra_seconds_most']:g} s"
-        )
-        lines.append(
-            f"| {row['kind']} | {row['stage']} | {row['injected']} | {row['went_on']} | {row['stopped']} | {row['failed']} |"
-            f" {extra} |"
-        )
-    causes = Counter((f["kind"], f["cause"]) for f in record["faults"] if f["cause"] and f["cause"] != "killed")
-    lines += [
+        *_counts(record),
         "",
         f"Stopped processes (SIGSTOP) went on after {stops[0]:g} s, a few after {stops[1]:g} s. A clock jump is one of"
         " `time.time()` in the driver, by a day forth and back; no machine's clock was set. *No memory*: the address space"
@@ -69,14 +59,54 @@ def table(record: dict[str, Any]) -> str:
         "",
         "What the commands that stopped have said:",
         "",
-        "| kind | times | message |",
-        "|---|---|---|",
+        *_causes(record),
     ]
-    for (kind, cause), count in causes.most_common(40):
-        text = cause.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| {kind} | {count} | {text} |")
     return "\n".join(lines) + "\n"
 
 
+def table_of_parts(record: dict[str, Any]) -> str:
+    """The record of `soak_parts` as a section of docs/faults.md."""
+    lines = [
+        "## Without Ray",
+        "",
+        f"`{record['command']}`: {record['injected']} faults in {record['runs']} runs of the stages without Ray and without"
+        " training (collection, embed, retrieve, label and the measures, by the product's own functions in a forked"
+        f" process; undisturbed {record['undisturbed_seconds']:g} s), {record['failed']} of them failed. A run is well when"
+        " every file of it is that of an undisturbed run, byte by byte, or is a shard that was broken after its last reader"
+        " had gone. Stops last a second; *no memory* cuts the address space of the process (RLIMIT_AS) to what it has; disk"
+        " full and read-only are those of a small tmpfs, in the middle of a stage.",
+        "",
+        *_counts(record),
+        "",
+        "What the processes that stopped have said:",
+        "",
+        *_causes(record),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _counts(record: dict[str, Any]) -> list[str]:
+    lines = [
+        "| kind | stage | injected | went on | stopped, then completed | failed | more time, median / most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["table"]:
+        seconds = [row.get(f"extra_seconds_{which}") for which in ("median", "most")]
+        extra = "" if None in seconds else "{:g} / {:g} s".format(*seconds)
+        cells = [row[name] for name in ("kind", "stage", "injected", "went_on", "stopped", "failed")]
+        lines.append(f"| {' | '.join(map(str, cells))} | {extra} |")
+    return lines
+
+
+def _causes(record: dict[str, Any]) -> list[str]:
+    lines = ["| kind | times | message |", "|---|---|---|"]
+    causes = Counter((f["kind"], f["cause"]) for f in record["faults"] if f["cause"] and f["cause"] != "killed")
+    for (kind, cause), count in causes.most_common(40):
+        text = cause.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {kind} | {count} | {text} |")
+    return lines
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(table(json.loads(Path(sys.argv[1]).read_text())))
+    whole, parts = (json.loads(Path(name).read_text()) for name in sys.argv[1:3])
+    Path(sys.argv[3]).write_text(table(whole) + "\n" + table_of_parts(parts))
