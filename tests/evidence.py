@@ -75,7 +75,8 @@ def hand_made_run(folder: Path, backbone: str, collection: Path) -> Path:
     teacher = ColBERT.from_backbone(backbone, settings, seed=1)
     student = ColBERT.from_backbone(backbone, settings, seed=1)
     with torch.no_grad():
-        student.projection.weight += 0.15 * torch.randn(student.projection.weight.shape)
+        noise = torch.randn(student.projection.weight.shape, generator=torch.Generator().manual_seed(5))
+        student.projection.weight += 0.15 * noise
     found: dict[str, dict[str, Measures]] = {"dev": {}, "test": {}}
     for name, model, stores in (("teacher", teacher, "embeddings"), ("student", student, "student_embeddings")):
         model.save(run / name)
