@@ -33,7 +33,7 @@ def times(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_comparison_shares_resumes_and_tests(
     ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
