@@ -19,6 +19,7 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ def memory() -> tuple[float, float]:
     """(now, most so far) of this process, in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(round(int(status[key].split()[0]) / 1024, 1) for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+def at_once(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """What so many processes, one for each of `arguments`, put into the queue that is their last argument."""
+    results: Any = multiprocessing.Queue()
+    processes = [multiprocessing.Process(target=target, args=(*one, results)) for one in arguments]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=1200) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return found
 
 
 def read_at_random(uri: str, seed: int, result: Any) -> None:
@@ -69,21 +83,14 @@ def many_shards(folder: Path, shards: int) -> dict[str, Any]:
     close_store(str(folder), "f", stocks)
     closed = time.monotonic()
     assert EmbeddingStore.open(str(folder)).num_passages == 10 * shards
-    results: Any = multiprocessing.Queue()
-    readers = [multiprocessing.Process(target=read_at_random, args=(str(folder), n, results)) for n in range(8)]
-    for reader in readers:
-        reader.start()
-    peaks = [results.get(timeout=600) for _ in readers]
-    for reader in readers:
-        reader.join()
-        assert reader.exitcode == 0
+    peaks = at_once(read_at_random, [(str(folder), n) for n in range(8)])
     return {
         "shards": shards,
         "write_seconds": round(written - started, 1),
         "check_seconds": round(checked - written, 1),
         "close_seconds": round(closed - checked, 1),
         "read_seconds": round(time.monotonic() - closed, 1),
-        "readers": len(readers),
+        "readers": len(peaks),
         "files_a_reader": 256,
         "reader_peak_mib": max(peaks),
         "writer_peak_mib": memory()[1],
@@ -124,23 +131,13 @@ def many_files(folder: Path, files: int) -> dict[str, Any]:
     started = time.monotonic()
     assert source_signature(load_config(None, values).collection).count("part-") == files
     looked = time.monotonic()
-    results: Any = multiprocessing.Queue()
-    builders = [
-        multiprocessing.Process(target=build_from, args=(str(source), str(folder / f"out-{n}"), results))
-        for n in range(4)
-    ]
-    for builder in builders:
-        builder.start()
-    found = [results.get(timeout=1200) for _ in builders]
-    for builder in builders:
-        builder.join()
-        assert builder.exitcode == 0
+    found = at_once(build_from, [(str(source), str(folder / f"out-{n}")) for n in range(4)])
     assert {passages for passages, _ in found} == {10 * files}
     return {
         "files": files,
         "signature_seconds": round(looked - started, 2),
         "build_seconds": round(time.monotonic() - looked, 1),
-        "builders": len(builders),
+        "builders": len(found),
         "files_a_builder": 256,
         "builder_peak_mib": max(peak for _, peak in found),
     }

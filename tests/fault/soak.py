@@ -1,7 +1,7 @@
 """Runs the whole job on a tiny collection again and again, breaks something at a random moment of every stage, and
 compares what comes out with an undisturbed run.
 
-    python -m tests.fault.soak --faults 200 --seed 1 --out docs/faults.json --table docs/faults.md
+    python -m tests.fault.soak --faults 200 --seed 1 --out docs/faults.json
 
 A command that stops must say why in one message, without a traceback, and must complete when it is given again. Needs
 Linux, and root for the kinds that mount a small tmpfs (they are left out otherwise). `--minutes` ends it earlier.
@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.fault.processes import below, choose, end_all
-from tests.fault.soak_table import rows, table
+from tests.fault.soak_table import rows
 from tests.support import overrides, tiny_bert, write_collection
 
 STAGES = ("collection", "teacher", "embed", "retrieve", "label", "distill", "evaluate")
@@ -403,14 +403,19 @@ def _clock(soak: Soak, command: Command, storage: Path) -> str:
     return "time.time() of the driver, by a day"
 
 
+def cut_address_space(pid: int) -> None:
+    """Let a process have no more of it than it has now."""
+    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+
 def _no_memory(soak: Soak, command: Command, storage: Path) -> str:
     """No more address space for an actor than it has at this moment: the next large allocation fails."""
     target = choose(command.process.pid, "actor", soak.rng)
     if target is None:
         return ""
     with suppress(OSError, ProcessLookupError, ValueError):
-        size = int(Path(f"/proc/{target.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(target.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+        cut_address_space(target.pid)
         return target.title[:60]
     return ""
 
@@ -473,7 +478,6 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--each", type=int, default=2, help="faults a stage and run")
     parser.add_argument("--once", action="store_true", help="make one undisturbed run, not two that are compared")
-    parser.add_argument("--table", help="also write the table as Markdown")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--kinds", help="only these, separated by commas")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
@@ -515,8 +519,6 @@ def write(out: Path, soak: Soak, arguments: argparse.Namespace, runs: int, secon
         "faults": [asdict(f) for f in soak.faults],
     }
     out.write_text(json.dumps(record, indent=1) + "\n")
-    if arguments.table:
-        Path(arguments.table).write_text(table(record))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,15 @@ def _jump(signum: int, frame: Any) -> None:
     _offset = 86400.0 if _offset <= 0 else -86400.0
 
 
-def main() -> None:
-    """The command line, with the clock in reach."""
+def clock_in_reach() -> None:
+    """From here on SIGUSR1 lets time.time() of this process jump."""
     signal.signal(signal.SIGUSR1, _jump)
     time.time = _Clock()
+
+
+def main() -> None:
+    """The command line, with the clock in reach."""
+    clock_in_reach()
     from ckd_ray.cli import main as command
 
     command()

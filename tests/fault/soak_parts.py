@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -51,7 +50,8 @@ from ckd_ray.retrieve import stream as retrieve_stream
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import delete, join
-from tests.fault.soak import Fault, _flip, _foreign, _full, _truncate
+from tests.fault.soak import Fault, _flip, _foreign, _full, _truncate, cut_address_space
+from tests.fault.soak_command import clock_in_reach
 from tests.support import overrides, tiny_bert, write_collection
 
 STAGES = ("collection", "embed", "retrieve", "label", "evaluate")
@@ -189,13 +189,7 @@ def digests(run: Path) -> dict[str, str]:
 
 def child(job: Job, said: Path) -> None:
     """In the forked process: the job, its last words in a file, and the status that the command line would give."""
-    offset, real = [0.0], time.time
-
-    def jump(*_: Any) -> None:
-        offset[0] = 86400.0 if offset[0] <= 0 else -86400.0
-
-    signal.signal(signal.SIGUSR1, jump)
-    time.time = lambda: real() + offset[0]
+    clock_in_reach()
     code = 0
     try:
         job.all()
@@ -221,8 +215,7 @@ def _signal(number: int) -> Callable[[Any, int, Path], str]:
 
 
 def _no_memory(soak: Any, pid: int, storage: Path) -> str:
-    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    cut_address_space(pid)
     return "the process"
 
 
