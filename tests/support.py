@@ -105,3 +105,12 @@ def classifier(folder: Path, backbone: str, labels: int, **tokenizer_values: obj
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(backbone, **tokenizer_values).save_pretrained(folder)
     return str(folder)
+
+
+def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
+    """Change one bit of a file, in place."""
+    with open(path, "r+b") as file:
+        file.seek(byte)
+        (value,) = file.read(1)
+        file.seek(byte)
+        file.write(bytes([value ^ (1 << bit)]))

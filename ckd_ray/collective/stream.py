@@ -23,10 +23,10 @@ from ckd_ray.collective.labels import write_labels
 from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.progress import Progress, say
-from ckd_ray.retrieve.rankings import part_file, part_matrix, read_ranking_part
+from ckd_ray.retrieve.rankings import part_file, part_matrix, parts_present, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.retrieve.stream import collection_once, open_once, query_spans, run_parts
-from ckd_ray.store.files import exists, join, list_files, local_copy, make_folder
+from ckd_ray.store.files import exists, join, local_copy, make_folder
 
 # The cells that special tokens crowd, in the folder of the labels that they helped to make.
 CELLS = "special_cells.safetensors"
@@ -78,7 +78,7 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     """
     make_folder(job.out)
     spans = query_spans(num_queries)
-    present = set(list_files(job.out, ".parquet"))
+    present = parts_present(job.out)
     missing = [i for i in range(len(spans)) if part_file(job.split, i) not in present]
     done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
     with Progress("label", num_queries, "queries", done=done) as progress:

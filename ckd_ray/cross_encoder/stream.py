@@ -24,9 +24,9 @@ from ckd_ray.embed.encoder import Precision
 from ckd_ray.embed.pool import place_pool
 from ckd_ray.embed.through_pool import through_pool
 from ckd_ray.progress import Progress, say
-from ckd_ray.retrieve.rankings import part_file
+from ckd_ray.retrieve.rankings import part_file, part_name, parts_present
 from ckd_ray.retrieve.stream import collection_once, query_spans
-from ckd_ray.store.files import exists, join, list_files, make_folder, read_json, write_json_atomic
+from ckd_ray.store.files import exists, join, make_folder, read_json, write_json_atomic
 
 PLAN = "plan.json"
 
@@ -57,7 +57,7 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
     make_folder(job.out)
     size = queries_a_part(num_queries)
     spans = query_spans(num_queries, size)
-    present = set(list_files(job.out, ".parquet"))
+    present = parts_present(job.out)
     missing = [i for i in range(len(spans)) if part_file("train", i) not in present]
     done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
     pairs = 0
@@ -162,7 +162,7 @@ class PartScorer:
             row[name][0].values.to_numpy() for name in ("counts", "passages", "lengths", "token_ids", "token_types")
         )
         figures = {"part": part, "queries": len(counts), "pairs": len(passages)}
-        if exists(join(job.out, part_file("train", part))):
+        if all(exists(join(job.out, part_name("train", part) + ending)) for ending in (".npy", ".parquet")):
             return figures  # its first try came as far as the rename before the actor died
         scores = self.model.score(Pairs(ids, types, lengths))
         bad = np.flatnonzero(~np.isfinite(scores))

@@ -2,6 +2,10 @@
 
 While it is being made, the folder holds `making.json` with the fingerprint instead. A stopped step finds its own
 half-made folder by that and goes on in it; a folder made of other settings or inputs is removed first.
+
+The manifest names every file with its bytes and its SHA-256. Sizes are looked at by every command, contents before a
+stage reads them (`remove_altered`). The files of a store have checksums of their own (store/shard.py), looked at
+whenever a passage is read.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from ckd_ray.errors import UserError
+from ckd_ray.pipeline.digests import digests_of
 from ckd_ray.progress import say
 from ckd_ray.store.files import (
     check_inside,
@@ -40,6 +45,26 @@ def is_made(uri: str, fingerprint: str) -> bool:
     """True when the artefact is finished, of this fingerprint, and no file it names is missing or of another size."""
     manifest = manifest_of(uri)
     return manifest is not None and manifest.get("made_of") == fingerprint and not _damaged(uri, manifest)
+
+
+def remove_altered(uri: str) -> list[str]:
+    """Read the files of a finished artefact through; name, and remove, those that are not what its manifest says.
+
+    Returns:
+        their names, with those that are missing or of another size. A manifest without checksums (of a store, or
+        written by an earlier version) vouches for sizes alone.
+    """
+    manifest = manifest_of(uri)
+    if manifest is None:
+        return []
+    damaged = _damaged(uri, manifest)
+    known = {e["name"]: str(e["sha256"]) for e in manifest.get("files", []) if "sha256" in e}
+    whole = {name: size for name, size in _named(uri, manifest) if name in known and name not in damaged}
+    altered = [name for name, digest in digests_of(uri, whole).items() if digest != known[name]]
+    for name in altered:
+        say(f"{join(uri, name)}: its bytes do not match its checksum; it is made again")
+        delete_inside(uri, name)
+    return damaged + altered
 
 
 def _damaged(uri: str, manifest: dict[str, Any]) -> list[str]:
@@ -83,7 +108,7 @@ def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) 
         **own,
         **extra,
         "made_of": fingerprint,
-        "files": own.get("files") or _files(uri),
+        "files": own.get("files") or _with_digests(uri, _files(uri)),
     }
     write_json_atomic(join(uri, MANIFEST), manifest)
     delete(making)
@@ -111,3 +136,9 @@ def _files(uri: str) -> list[dict[str, Any]]:
     found = [(i.path[len(path.rstrip("/")) + 1 :], int(i.size)) for i in infos if i.type == pafs.FileType.File]
     skipped = (MANIFEST, MAKING)
     return [{"name": n, "bytes": size} for n, size in sorted(found) if n not in skipped]
+
+
+def _with_digests(uri: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    stores = tuple(e["name"].removesuffix(MANIFEST) for e in files if e["name"].endswith("/" + MANIFEST))
+    digests = digests_of(uri, {e["name"]: e["bytes"] for e in files if not e["name"].startswith(stores)})
+    return [e | {"sha256": digests[e["name"]]} if e["name"] in digests else e for e in files]

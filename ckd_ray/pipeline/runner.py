@@ -11,10 +11,10 @@ from typing import Any
 from ckd_ray import __version__
 from ckd_ray.config import Config
 from ckd_ray.errors import LostRayError, UserError
-from ckd_ray.pipeline.artefact import is_made, make, manifest_of
+from ckd_ray.pipeline.artefact import MANIFEST, is_made, make, manifest_of, remove_altered
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
-from ckd_ray.pipeline.stages import BESIDE, check_stage_names, made_of, needed
+from ckd_ray.pipeline.stages import BESIDE, READ_BY_ALL, Stage, check_stage_names, made_of, needed
 from ckd_ray.progress import duration, say, without_secrets
 from ckd_ray.store.files import delete, write_json_atomic
 
@@ -70,6 +70,8 @@ def run_stages(
             if again:
                 delete(context.path(stage.folder))
             try:
+                if not is_made(context.path(stage.folder), print_of):
+                    _read_through_inputs(context, stage, stages, reports, done)
                 reports.append(_run(context, stage, print_of))
             except (UserError, LostRayError):
                 raise
@@ -95,7 +97,25 @@ def _check_sizes(context: RunContext) -> None:
     plan_shards(Collection.open(context.run).num_passages, context.config.embed.passages_per_shard)
 
 
-def _repaired(context: RunContext, stages: list[Any], reports: list[StageReport], done: dict[str, str]) -> bool:
+def _read_through_inputs(
+    context: RunContext, stage: Stage, stages: list[Stage], reports: list[StageReport], done: dict[str, str]
+) -> None:
+    """Before a stage works: what it is going to read is what was written, or is made again."""
+    read = {*stage.inputs(context.config), *READ_BY_ALL}
+    for i, earlier in enumerate(stages[: len(reports)]):
+        if earlier.name not in read:
+            continue
+        altered = remove_altered(context.path(earlier.folder))
+        for folder in earlier.beside:
+            if remove_altered(context.path(folder)):
+                # It is written together with the artefact, which by itself would pass for whole.
+                delete(context.path(earlier.folder, MANIFEST))
+                altered = [folder]
+        if altered:
+            reports[i] = _run(context, earlier, done[earlier.name])
+
+
+def _repaired(context: RunContext, stages: list[Stage], reports: list[StageReport], done: dict[str, str]) -> bool:
     """After a failure, look for broken files of a store and make these again. Returns whether there were any."""
     import ray
 
@@ -114,7 +134,7 @@ def _repaired(context: RunContext, stages: list[Any], reports: list[StageReport]
     return True
 
 
-def _run(context: RunContext, stage: Any, print_of: str) -> StageReport:
+def _run(context: RunContext, stage: Stage, print_of: str) -> StageReport:
     folder = context.path(stage.folder)
     started = time.monotonic()
     if is_made(folder, print_of):
@@ -142,7 +162,7 @@ def _what(figures: dict[str, Any], seconds: float) -> str:
     return f"{figures['count']:,} {figures['unit']} in {duration(seconds)} ({rate:,.1f} {figures['unit']}/s)"
 
 
-def _identity(context: RunContext, stage: Any, print_of: str) -> str:
+def _identity(context: RunContext, stage: Stage, print_of: str) -> str:
     """What later stages depend on: the content for the collection (wherever it was read from), else how it was made."""
     if stage.name != "collection":
         return print_of

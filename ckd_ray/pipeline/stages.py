@@ -33,6 +33,7 @@ class Stage:
         inputs: names of the stages it reads; a function of the configuration.
         settings: the part of the configuration that changes the result.
         work: does it; returns figures for the closing line (`count`, `unit`) and the manifest.
+        beside: folders that are written together with the artefact, each with a manifest of its own.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     inputs: Callable[[Config], tuple[str, ...]]
     settings: Callable[[Config], dict[str, Any]]
     work: Callable[[RunContext, str], dict[str, Any]]
+    beside: tuple[str, ...] = ()
 
 
 def _collection(config: Config) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def _work(name: str) -> Callable[[RunContext, str], dict[str, Any]]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("collection", "corpus", lambda c: (), _collection, _work("collection")),
+    Stage("collection", "corpus", lambda c: (), _collection, _work("collection"), ("queries",)),
     Stage("teacher", "teacher", lambda c: ("collection",), _teacher, _work("teacher")),
     Stage("embed", "embeddings", lambda c: ("collection", "teacher"), _embed, _work("embed")),
     Stage("retrieve", "rankings", lambda c: ("embed",), _retrieve, _work("retrieve")),
@@ -172,6 +174,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+# Every stage reads texts, ids or the tokenizer of these, whatever its fingerprint follows from.
+READ_BY_ALL = ("collection", "teacher")
 # Folders of a run that belong to a stage without being its artefact.
 BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare", "tune")
 

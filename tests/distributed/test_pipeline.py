@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ckd_ray.model import ColBERT
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.pipeline.stages import STAGE_NAMES
 from ckd_ray.store import EmbeddingStore, shard_name
-from tests.support import classifier, overrides
+from tests.support import classifier, flip_bit, overrides
 
 
 def run(storage: Path, backbone: str, collection: str, *more: str, **options: object) -> list[StageReport]:
@@ -113,6 +114,31 @@ def test_workers_and_actors_do_not_count_as_a_change(finished: Path, tiny_backbo
         finished, tiny_backbone, tiny_collection, "embed.actors=1", "distill.workers=2", "distill.log_every=7"
     )
     assert all(r.skipped for r in reports)
+
+
+ALTERED = (
+    "corpus/part-00000.parquet", "queries/train.parquet", "teacher/projection.safetensors",
+    "rankings/train-000000.parquet", "rankings/train.npy", "labels/train-000000.npy",
+)  # fmt: skip
+
+
+def test_altered_files_are_made_again_before_they_are_read(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of a file of every artefact; each is named, and what comes out is what came out before."""
+    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    kept = [*ALTERED, "student/projection.safetensors", "student/model.safetensors", "labels/train-000000.parquet"]
+    before = {name: (tmp_path / "tiny" / name).read_bytes() for name in kept}
+    for name in ALTERED:
+        flip_bit(tmp_path / "tiny" / name, len(before[name]) // 2)
+    reports = run(tmp_path, tiny_backbone, tiny_collection, start="distill", until="distill")
+    said = capfd.readouterr().err
+    for name in ALTERED:
+        assert f"tiny/{name}: its bytes do not match its checksum" in said
+    again = [r.name for r in reports if not r.skipped]
+    assert again == ["collection", "teacher", "retrieve", "label", "distill"]
+    for name, data in before.items():
+        assert (tmp_path / "tiny" / name).read_bytes() == data, name
 
 
 def test_a_broken_shard_alone_is_made_again(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:

@@ -1,13 +1,12 @@
 """How the product bears many small things: files of a store, and queries to label. Prints JSON, with peak memory.
 
-    python -m tests.fault.load --files 10000 --shards 10000 --queries 5000000 --parts 400
+    python -m tests.fault.load --files 10000 --shards 10000 --queries 5000000
 
 `--files`: a corpus of so many Parquet files of ten passages is looked at, and built by four processes at once.
 `--shards`: a store of so many shards of ten passages is written, closed, and read at random by eight processes at once,
-each of which may have 256 files open. `--queries`: a split of so many generated queries, of which `--parts` parts (256
-queries each), spread over all of it, are labelled by one process; the memory is looked at early and at the end, and the
-time of all parts is that of these in proportion. `--tasks`: so many parts of no work go through Ray Data, to see the
-driver's memory.
+each of which may have 256 files open. `--queries`: a split of so many generated queries is labelled, all of it, by the
+stage as it is on two CPUs; meanwhile the memory of all processes is looked at, and then every part is read. `--tasks`:
+so many parts of no work go through Ray Data, to see the driver's memory.
 """
 
 from __future__ import annotations
@@ -18,12 +17,16 @@ import multiprocessing
 import os
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.fault.processes import below
 
 DIM, TOKENS = 16, 4
 
@@ -143,15 +146,73 @@ def many_files(folder: Path, files: int) -> dict[str, Any]:
     }
 
 
-def many_queries(folder: Path, queries: int, parts: int) -> dict[str, Any]:
-    """Label `parts` parts of a split of so many queries, in this process."""
+class Watch:
+    """The memory of this process (the driver), and of all that it has started together, looked at every two seconds."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(2.0):
+            started = sum(_held(process.pid) for process in below(os.getpid()))
+            self.seen.append((memory()[0], started))
+
+    def figures(self) -> dict[str, float]:
+        """The median of each tenth's end tells growth from what a start costs; and the most of all."""
+        tenth = max(1, len(self.seen) // 10)
+        found = {}
+        for column, name in enumerate(("driver", "started")):
+            values = [both[column] for both in self.seen]
+            found[f"{name}_mib_second_tenth"] = round(float(np.median(values[tenth : 2 * tenth])), 1)
+            found[f"{name}_mib_last_tenth"] = round(float(np.median(values[-tenth:])), 1)
+            found[f"{name}_mib_most"] = round(max(values), 1)
+        return found
+
+
+def _held(pid: int) -> float:
+    """Memory of a process that others do not share, in MiB; 0 when it has ended."""
+    with suppress(OSError, StopIteration):
+        pages = Path(f"/proc/{pid}/statm").read_text().split()
+        return (int(pages[1]) - int(pages[2])) * resource.getpagesize() / 2**20
+    return 0.0
+
+
+def rank_by_chance(batch: dict[str, Any], rankings: str) -> Any:
+    """A part of rankings: five passages of sixty for each query, drawn from the part's number."""
+    import pyarrow as pa
+
+    from ckd_ray.retrieve.rankings import part_file, write_ranking_part
+
+    part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
+    top = np.random.default_rng(part).random((stop - first, 60)).argsort(axis=1)[:, :5]
+    write_ranking_part(
+        f"{rankings}/{part_file('train', part)}", first_query=first, query_ids=[f"q{i}" for i in range(first, stop)],
+        scores_BK=np.zeros(top.shape, np.float32), passages_BK=top, passage_ids=[f"p{p}" for p in top.ravel()],
+    )  # fmt: skip
+    return pa.table({"part": [part], "queries": [stop - first]})
+
+
+def many_queries(folder: Path, queries: int) -> dict[str, Any]:
+    """Label a split of so many queries by the stage itself, and look at every part that it has written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import ray
 
-    from ckd_ray.collective.stream import LabelJob, label_part
+    from ckd_ray.cluster.connect import _quiet_data
+    from ckd_ray.collective.stream import CELLS, CrowdedCells, LabelJob, find_special_cells, label
     from ckd_ray.config import LabelConfig
-    from ckd_ray.retrieve.rankings import part_file, write_ranking_part
-    from ckd_ray.retrieve.stream import query_spans
+    from ckd_ray.retrieve.rankings import part_file
+    from ckd_ray.retrieve.stream import query_spans, run_parts
     from tests.evidence import hand_made_run
     from tests.support import tiny_bert, write_collection
 
@@ -163,40 +224,39 @@ def many_queries(folder: Path, queries: int, parts: int) -> dict[str, Any]:
             numbers = range(first, min(first + block, queries))
             texts = pa.array([f"who is asked for number {i}" for i in numbers], pa.large_string())
             writer.write_table(pa.table([pa.array([f"q{i}" for i in numbers]), texts], schema), row_group_size=4096)
-    spans, rng = query_spans(queries), np.random.default_rng(0)
-    chosen = np.unique(np.linspace(0, len(spans) - 1, parts).astype(int)).tolist()
+    spans, rankings, labels = query_spans(queries), run / "rankings", run / "labels"
+    rankings.mkdir()
+    labels.mkdir()
+    ray.init(address="local", num_cpus=2, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+    _quiet_data()
+    ranked = sum(
+        int(r["queries"]) for r in run_parts([*range(len(spans))], spans, rank_by_chance, {"rankings": str(rankings)})
+    )
+    assert ranked == queries
     job = LabelJob(
-        str(run), "train", str(run / "teacher"), str(run / "embeddings" / "passages"), str(run / "rankings"),
-        str(run / "labels"), LabelConfig(clusters=8, token_vote="feedback"),
+        str(run), "train", str(run / "teacher"), str(run / "embeddings" / "passages"), str(rankings), str(labels),
+        LabelConfig(clusters=8, neighbours="estimate"),
     )  # fmt: skip
-    (run / "labels").mkdir(exist_ok=True)
-    (run / "rankings").mkdir(exist_ok=True)
-    early, started = 0.0, time.monotonic()
-    for done, part in enumerate(chosen):
-        first, stop = spans[part]
-        top = np.stack([rng.permutation(60)[:5] for _ in range(stop - first)])
-        write_ranking_part(
-            str(run / "rankings" / part_file("train", part)), first_query=first,
-            query_ids=[f"q{i}" for i in range(first, stop)], scores_BK=np.zeros(top.shape, np.float32),
-            passages_BK=top, passage_ids=[f"p{p}" for p in top.ravel()],
-        )  # fmt: skip
-        label_part(job, None, part, first, stop)
-        if done == len(chosen) // 4:
-            early = memory()[0]
+    cells = find_special_cells(str(labels / CELLS), job, 17)
+    started = time.monotonic()
+    with Watch() as watch:
+        label(job, CrowdedCells(cells), queries)
     seconds = time.monotonic() - started
-    labelled = sum(spans[p][1] - spans[p][0] for p in chosen)
-    written = pq.read_table(run / "labels" / part_file("train", chosen[-1]))
-    first, stop = spans[chosen[-1]]
-    assert written["query_id"].to_pylist() == [f"q{i}" for i in range(first, stop)]
+    ray.shutdown()
+    expansions = 0
+    for part, (first, stop) in enumerate(spans):
+        table = pq.read_table(labels / part_file("train", part), columns=["query_id", "feedback_ids", "idf"])
+        assert table["query_id"].to_pylist() == [f"q{i}" for i in range(first, stop)]
+        assert all(len(ids) == 3 for ids in table["feedback_ids"].to_pylist())
+        expansions += sum(map(len, table["idf"].to_pylist()))
     return {
         "queries": queries,
         "parts": len(spans),
-        "labelled_queries": labelled,
-        "queries_per_second": round(labelled / seconds, 1),
-        "all_would_take_hours": round(queries / labelled * seconds / 3600, 2),
-        "mib_after_a_quarter": early,
-        "mib_at_the_end": memory()[0],
-        "peak_mib": memory()[1],
+        "expansion_embeddings": expansions,
+        "label_gib": round(sum(file.stat().st_size for file in labels.iterdir()) / 2**30, 2),
+        "seconds": round(seconds, 1),
+        "queries_per_second": round(queries / seconds, 1),
+        **watch.figures(),
     }
 
 
@@ -231,7 +291,6 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=0)
     parser.add_argument("--shards", type=int, default=0)
     parser.add_argument("--queries", type=int, default=0)
-    parser.add_argument("--parts", type=int, default=400)
     parser.add_argument("--tasks", type=int, default=0)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
@@ -242,7 +301,7 @@ def main() -> None:
             (Path(scratch) / "store").mkdir()
             found["many_shards"] = many_shards(Path(scratch) / "store", arguments.shards)
         if arguments.queries:
-            found["many_queries"] = many_queries(Path(scratch), arguments.queries, arguments.parts)
+            found["many_queries"] = many_queries(Path(scratch), arguments.queries)
         if arguments.tasks:
             found["many_tasks"] = many_tasks(arguments.tasks)
     print(json.dumps(found, indent=1))

@@ -1,0 +1,87 @@
+"""Artefacts: what their manifest vouches for, and what becomes of files that were altered since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from ckd_ray.pipeline import digests
+from ckd_ray.pipeline.artefact import is_made, make, manifest_of, remove_altered
+from tests.support import flip_bit
+
+
+def filled(folder: Path) -> Path:
+    """An artefact with two files, one of them in a folder, and a store."""
+
+    def work() -> None:
+        (folder / "runs").mkdir(exist_ok=True)
+        (folder / "passages").mkdir(exist_ok=True)
+        for name, text in {
+            "a": "first",
+            "runs/b": "second",
+            "passages/shard-0": "s",
+            "passages/manifest.json": "{}",
+        }.items():
+            (folder / name).write_text(text)
+
+    assert make(str(folder), "f", work)  # type: ignore[arg-type]
+    return folder
+
+
+def test_the_manifest_has_the_digest_of_every_file_outside_stores(tmp_path: Path) -> None:
+    manifest = manifest_of(str(filled(tmp_path / "artefact")))
+    assert manifest is not None
+    found = {entry["name"]: entry.get("sha256") for entry in manifest["files"]}
+    expected = {name: hashlib.sha256(text).hexdigest() for name, text in (("a", b"first"), ("runs/b", b"second"))}
+    assert found == expected | {"passages/shard-0": None, "passages/manifest.json": None}
+
+
+def test_an_altered_file_is_named_and_removed_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = filled(tmp_path / "artefact")
+    assert remove_altered(str(folder)) == []
+    flip_bit(folder / "runs" / "b", 3)
+    assert is_made(str(folder), "f"), "of the same size: only reading tells"
+    assert remove_altered(str(folder)) == ["runs/b"]
+    assert f"{folder}/runs/b: its bytes do not match its checksum" in capsys.readouterr().err
+    assert (folder / "a").exists() and not (folder / "runs" / "b").exists()
+    assert not is_made(str(folder), "f")
+    filled(folder)
+    assert (folder / "runs" / "b").read_text() == "second"
+
+
+def test_missing_files_and_those_of_another_size_are_told_too(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "artefact")
+    (folder / "a").unlink()
+    (folder / "runs" / "b").write_text("longer than it was")
+    assert remove_altered(str(folder)) == ["a", "runs/b"]
+
+
+def test_a_manifest_without_digests_vouches_for_sizes(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "artefact")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry.pop("sha256", None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    flip_bit(folder / "a", 0)
+    assert remove_altered(str(folder)) == []
+
+
+def test_many_bytes_are_read_in_tasks(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_BYTES_A_TASK", 10)
+    texts = {f"f{i}": f"text {i}".encode() for i in range(7)}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    sizes = {name: len(text) for name, text in texts.items()}
+    assert [len(group) for group in digests._groups(sizes)] == [1] * 7
+    assert digests.digests_of(str(tmp_path), sizes) == {n: hashlib.sha256(t).hexdigest() for n, t in texts.items()}
+
+
+def test_groups_hold_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_BYTES_A_TASK", 10)
+    assert digests._groups({"a": 4, "b": 6, "c": 1, "d": 30, "e": 2}) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert digests._groups({}) == []
