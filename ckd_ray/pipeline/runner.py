@@ -14,7 +14,7 @@ from ckd_ray.errors import LostRayError, UserError
 from ckd_ray.pipeline.artefact import MANIFEST, is_made, make, manifest_of, remove_altered
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
-from ckd_ray.pipeline.stages import BESIDE, READ_BY_ALL, Stage, check_stage_names, made_of, needed
+from ckd_ray.pipeline.stages import BESIDE, Stage, check_stage_names, made_of, needed
 from ckd_ray.progress import duration, say, without_secrets
 from ckd_ray.store.files import delete, write_json_atomic
 
@@ -71,7 +71,7 @@ def run_stages(
                 delete(context.path(stage.folder))
             try:
                 if not is_made(context.path(stage.folder), print_of):
-                    _read_through_inputs(context, stage, stages, reports, done)
+                    _read_through(context, stages, reports, done)
                 reports.append(_run(context, stage, print_of))
             except (UserError, LostRayError):
                 raise
@@ -97,14 +97,9 @@ def _check_sizes(context: RunContext) -> None:
     plan_shards(Collection.open(context.run).num_passages, context.config.embed.passages_per_shard)
 
 
-def _read_through_inputs(
-    context: RunContext, stage: Stage, stages: list[Stage], reports: list[StageReport], done: dict[str, str]
-) -> None:
-    """Before a stage works: what it is going to read is what was written, or is made again."""
-    read = {*stage.inputs(context.config), *READ_BY_ALL}
+def _read_through(context: RunContext, stages: list[Stage], reports: list[StageReport], done: dict[str, str]) -> None:
+    """Before a stage works: what those before it have finished is what was written, or is made again."""
     for i, earlier in enumerate(stages[: len(reports)]):
-        if earlier.name not in read:
-            continue
         altered = remove_altered(context.path(earlier.folder))
         for folder in earlier.beside:
             if remove_altered(context.path(folder)):

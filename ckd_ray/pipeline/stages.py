@@ -174,8 +174,6 @@ STAGES: tuple[Stage, ...] = (
     Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
-# Every stage reads texts, ids or the tokenizer of these, whatever its fingerprint follows from.
-READ_BY_ALL = ("collection", "teacher")
 # Folders of a run that belong to a stage without being its artefact.
 BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare", "tune")
 

@@ -32,10 +32,11 @@ from pathlib import Path
 
 from tests.fault.processes import below, choose, end_all
 from tests.fault.soak_table import rows
-from tests.support import overrides, tiny_bert, write_collection
+from tests.support import flip_bit, overrides, tiny_bert, write_collection
 
 STAGES = ("collection", "teacher", "embed", "retrieve", "label", "distill", "evaluate")
 READ_ONLY = "read-only"
+ALTERED = "file of a finished stage: one bit"
 _TIMEOUT_S = 1200.0
 _STOP_S, _LONG_STOP_S = 5.0, 60.0
 
@@ -212,6 +213,8 @@ class Soak:
             if attempt > len(mine) + 1 + unstarted:
                 trouble = trouble or f"does not complete when run again: {command.lines[-3:]}"
                 break
+            if not any(fault.kind == ALTERED for fault in mine):
+                mine += self._alter(storage, number)
         if code == 0 and not trouble:
             wrong = [k for k, v in self.digests(storage / "tiny").items() if v != self.expected[k]]
             trouble = f"differs from the undisturbed run: {', '.join(wrong)}" if wrong else ""
@@ -237,6 +240,22 @@ class Soak:
         if code != 2 or trouble:
             fault.outcome, fault.cause = "", trouble or f"exit status {code}"
         return fault
+
+    def _alter(self, storage: Path, number: int) -> list[Fault]:
+        """While no command runs: one bit of a file that a finished stage has written, outside of stores."""
+        folders = {"corpus": "collection", "queries": "collection", "teacher": "teacher", "rankings": "retrieve"}
+        folders |= {"labels": "label", "student": "distill"}
+        finished = [storage / "tiny" / f for f in folders if (storage / "tiny" / f / "manifest.json").exists()]
+        found = [
+            p for f in finished for p in f.iterdir() if p.name != "manifest.json" and p.is_file() and p.stat().st_size
+        ]
+        if not found or (storage / "tiny" / "evaluation" / "manifest.json").exists():
+            return []  # when all is done, no stage reads what those before it have written
+        path = self.rng.choice(sorted(found))
+        at = self.rng.randrange(path.stat().st_size)
+        flip_bit(path, at, self.rng.randrange(8))
+        print(f"  run {number}: {ALTERED}: {path.relative_to(storage)} byte {at}", flush=True)
+        return [Fault(ALTERED, folders[path.parent.name], number, 0.0, f"{path.relative_to(storage)} byte {at}")]
 
     def _judge_stop(self, code: int, lines: list[str], mine: list[Fault], before: int) -> str:
         """Note with the last fault that the command stopped; what was wrong with how it did. The faults from number
@@ -357,12 +376,9 @@ def _flip(soak: Soak, command: Command, storage: Path) -> str:
     if not shards:
         return ""
     path = soak.rng.choice(shards)
-    with suppress(FileNotFoundError), open(path, "r+b") as file:
+    with suppress(FileNotFoundError):
         at = soak.rng.randrange(path.stat().st_size)
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ (1 << soak.rng.randrange(8))]))
+        flip_bit(path, at, soak.rng.randrange(8))
         return f"{path.relative_to(storage)} byte {at}"
     return ""
 
@@ -515,7 +531,7 @@ def write(out: Path, soak: Soak, arguments: argparse.Namespace, runs: int, secon
         "undisturbed_seconds": {k: round(v, 1) for k, v in soak.usual.items()},
         "injected": len(soak.faults),
         "failed": sum(f.outcome.startswith("FAILED") for f in soak.faults),
-        "table": rows([asdict(f) for f in soak.faults], [*KINDS, READ_ONLY], list(STAGES)),
+        "table": rows([asdict(f) for f in soak.faults], [*KINDS, READ_ONLY, ALTERED], list(STAGES)),
         "faults": [asdict(f) for f in soak.faults],
     }
     out.write_text(json.dumps(record, indent=1) + "\n")
