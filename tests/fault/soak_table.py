@@ -55,7 +55,8 @@ def table(record: dict[str, Any]) -> str:
         " `time.time()` in the driver, by a day forth and back; no machine's clock was set. *No memory*: the address space"
         " of an actor (RLIMIT_AS) is cut to what it has at that moment. Disk full: the run lies on a tmpfs of 96 MiB that"
         " is filled; read-only: that is mounted again without writing before the command starts. A shard of another run is a whole one from a run of"
-        " the same settings, under the name of another shard.",
+        " the same settings, under the name of another shard. A bit of a file of a finished stage (corpus, queries, teacher,"
+        " rankings, labels, student) is turned between two commands.",
         "",
         "What the commands that stopped have said:",
         "",
