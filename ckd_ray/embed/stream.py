@@ -161,11 +161,13 @@ def embed_texts(
                 raise getattr(error, "cause", error) from None
     for (job, _), shards in zip(jobs, spans, strict=True):
         bad = set_aside(job)
+        if len(bad) > job.max_bad:  # several actors may each have set one aside that was still allowed
+            raise JobError(_too_many(job, bad, job.max_bad))
         if bad:
             names = ", ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in bad[:20])
             say(f"{stage}: {len(bad)} passages were set aside, on which the encoder fails every time: {names}")
         extra = {"set_aside": bad} if bad else {}
-        close(job.out, job.fingerprint, len(shards), precision=job.precision, texts=job.texts, **extra)
+        close(job.out, job.fingerprint, shards, precision=job.precision, texts=job.texts, **extra)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]
 
 

@@ -34,12 +34,12 @@ def whole_shards(uri: str, fingerprint: str, codec_digest: str) -> tuple[dict[in
     return good, refused
 
 
-def close(uri: str, fingerprint: str, num_shards: int, **extra: Any) -> None:
-    """`close_store` of `num_shards` shards, whose headers and lengths are read in Ray tasks."""
-    bounds = range(0, num_shards, _SHARDS_A_TASK)
-    parts = [(uri, fingerprint, first, min(first + _SHARDS_A_TASK, num_shards)) for first in bounds]
+def close(uri: str, fingerprint: str, spans: Sequence[tuple[int, int]], **extra: Any) -> None:
+    """`close_store` of the shards that hold these texts; their headers and lengths are read in Ray tasks."""
+    bounds = range(0, len(spans), _SHARDS_A_TASK)
+    parts = [(uri, fingerprint, first, min(first + _SHARDS_A_TASK, len(spans))) for first in bounds]
     stocks: Iterator[Stock] = _in_order(take_stock, parts)
-    close_store(uri, fingerprint, stocks, **extra)
+    close_store(uri, fingerprint, stocks, spans=spans, **extra)
 
 
 def _in_order(work: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> Iterator[Any]:

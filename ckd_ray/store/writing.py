@@ -73,15 +73,24 @@ def _add(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.i
     return total
 
 
-def close_store(uri: str, fingerprint: str, stocks: Iterable[Stock], **extra: Any) -> None:
+def close_store(
+    uri: str,
+    fingerprint: str,
+    stocks: Iterable[Stock],
+    *,
+    spans: Sequence[tuple[int, int]] | None = None,
+    **extra: Any,
+) -> None:
     """All shards are there: put lengths and document frequencies beside them, then the manifest that names all.
 
     Args:
         stocks: of all shards, in order; each is let go of before the next is asked for.
+        spans: (first, stop) of the passages that each shard must hold, with gaps in a sample; None: all passages, so
+            that each shard begins where the one before it ends.
         extra: further entries of the manifest.
 
     Raises:
-        JobError: the shards do not follow each other.
+        JobError: the shards are not those.
     """
     entries: list[dict[str, Any]] = []
     shape: tuple[int, str, str] | None = None
@@ -104,8 +113,11 @@ def close_store(uri: str, fingerprint: str, stocks: Iterable[Stock], **extra: An
     write_atomic(join(uri, FREQUENCIES), lambda stream: stream.write(counts))
     passages = 0
     for i, entry in enumerate(entries):
-        if entry["first"] != passages:
-            raise JobError(f"{join(uri, shard_name(i))}: starts at passage {entry['first']}, not at {passages}")
+        mine = entry["first"], entry["first"] + entry["passages"]
+        asked = (passages, passages + entry["passages"]) if spans is None else tuple(spans[i])
+        if mine != asked:
+            where = join(uri, shard_name(i))
+            raise JobError(f"{where}: holds the passages {mine[0]} to {mine[1]}, not {asked[0]} to {asked[1]}")
         passages += entry["passages"]
     dim, codec, codec_digest = shape or (0, "fp16", "")
     manifest = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import ckd_ray.embed.through_pool as through_pool
 from ckd_ray.config import EmbedConfig, load_config
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.embed.encoder import Encoded, TextEncoder
+from ckd_ray.embed.learn_codec import sample_spans, with_codec
 from ckd_ray.embed.pool import Pool
 from ckd_ray.embed.stream import EmbedJob, embed_texts
 from ckd_ray.errors import JobError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.store import EmbeddingStore
+from tests.support import write_collection
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,24 @@ def test_two_actors_write_the_bits_of_one_and_of_none(ray_session: None, run: st
             assert torch.equal(shard.embeddings(), expected.embeddings_TD)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_codec_is_learned_from_a_sample_with_gaps(ray_session: None, tmp_path: Path, tiny_backbone: str) -> None:
+    """Of a corpus that is larger than the sample, spans are drawn here and there."""
+    source = write_collection(tmp_path / "source", passages=400)
+    config = load_config(None, ["collection.format=msmarco", f"collection.path={source}"])
+    build_collection(config.collection, str(tmp_path))
+    ColBERT.from_backbone(tiny_backbone, ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=8)).save(
+        tmp_path / "teacher"
+    )
+    count = Collection.open(str(tmp_path)).num_passages
+    drawn = sample_spans(count, 17)
+    assert any(stop < after for (_, stop), (after, _) in itertools.pairwise(drawn))
+    job = replace(job_of(str(tmp_path), tmp_path / "embeddings"), codec="residual2")
+    job = with_codec(job, count, EmbedConfig(), seed=17)
+    assert job.codec_digest and not (tmp_path / "embeddings/passages/sample").exists()
+    store = embed_texts([(job, [(0, 100), (100, 164)])], EmbedConfig())[0]
+    assert store.manifest["codec_digest"] == job.codec_digest and store.num_passages == 164
 
 
 @pytest.mark.slow

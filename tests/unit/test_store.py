@@ -194,8 +194,10 @@ def test_a_store_is_closed_over_its_own_shards_only(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_bytes() == manifest
     with pytest.raises(BrokenShardError, match="another store"):
         take_stock(folder, "g", 0, 3)
-    with pytest.raises(JobError, match="starts at passage 2, not at 1"):
+    with pytest.raises(JobError, match="holds the passages 2 to 3, not 1 to 2"):
         close_store(folder, "f", [parts[0], parts[2]])
+    with pytest.raises(JobError, match="holds the passages 0 to 1, not 4 to 5"):
+        close_store(folder, "f", [whole], spans=[(4, 5), (1, 2), (2, 3)])
     (tmp_path / shard_name(1)).rename(tmp_path / shard_name(2))
     with pytest.raises(BrokenShardError, match="another place"):
         take_stock(folder, "f", 2, 3)
