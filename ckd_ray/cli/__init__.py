@@ -141,6 +141,9 @@ def session(config: str | None, overrides: list[str] | None, cluster: str | None
     loaded = load_config(config, overrides or [])
     from ckd_ray.cluster.connect import connected
     from ckd_ray.cluster.nodes import check_nodes_see, wait_for_nodes
+    from ckd_ray.cluster.placeholders import check_config_filled_in
+
+    check_config_filled_in(loaded)
 
     with _nothing_else_on_stdout(), connected(cluster):
         signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own handler in place, which exits without a word

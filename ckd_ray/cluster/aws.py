@@ -1,8 +1,10 @@
-"""What Ray's launcher leaves open on AWS is closed before a machine starts; and what in aws.yaml is to be filled in."""
+"""What Ray's launcher leaves open or undone on AWS is put right before a machine starts; and what in aws.yaml is to be
+filled in."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -15,31 +17,13 @@ NO_IMAGE = "ami-00000000000000000"
 _NOBODY = ("192.0.2.", "198.51.100.", "203.0.113.")
 # The launcher's own mark on what it has made.
 _MADE_BY_RAY = "ray-autoscaler"
+_PASS_ITSELF = "ckd-ray-pass-itself"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Rule = tuple[str, int, int, str]
 
 
-def check_filled_in(config: dict[str, Any], where: str) -> None:
-    """Refuse a file of which the marked values are still those that we ship.
-
-    Args:
-        config: a launcher's file; others than AWS pass.
-        where: its path, for the message.
-
-    Raises:
-        UserError: names every such key, and how to find its value.
-    """
-    found = list(_not_filled_in(config)) if config["provider"]["type"] == "aws" else []
-    if found:
-        raise UserError(
-            "values of this file are still to be filled in",
-            where=where,
-            found="; ".join(key for key, _ in found),
-            fix="; ".join(dict.fromkeys(fix for _, fix in found)),
-        )
-
-
-def _not_filled_in(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def not_filled_in(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what belongs there) of the marked values of cluster/aws.yaml that are still those that we ship."""
     for name, kind in config["available_node_types"].items():
         if (kind.get("node_config") or {}).get("ImageId") == NO_IMAGE:
             yield (
@@ -53,22 +37,24 @@ def _not_filled_in(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def close_to_the_world(config: dict[str, Any]) -> list[str]:
-    """Make the cluster's security group admit what `provider.security_group.IpPermissions` says, and nobody else.
+def prepare_account(config: dict[str, Any]) -> list[str]:
+    """Close the cluster's security group to the world, and let its head start workers that have the head's role.
 
-    Ray's launcher puts SSH from 0.0.0.0/0 beside those rules when it fills a new group, and never touches a group that
-    has rules, so an address that has changed since would stay out. To be called before every launch, with what
-    `read_launcher_file` has checked; the group, key pair and profile are then there, and no machine yet.
+    Ray's launcher puts SSH from 0.0.0.0/0 beside the rules of `provider.security_group.IpPermissions` when it fills a
+    new group, and never touches a group that has rules, so an address that has changed since would stay out. The role
+    that it makes for the head may start machines, but may not hand a role to them, so AWS would refuse workers with
+    an `IamInstanceProfile`. To be called before every launch, with what `read_launcher_file` has checked; the group,
+    key pair and profile are there afterwards, and no machine yet.
 
     Returns:
-        One line a change, for people. Nothing for other providers, for a file without such rules (the launcher's own
-        then hold), and for groups that the file names by id or that the launcher has not made.
+        One line a change, for people. Nothing for other providers. A file without rules keeps the launcher's own;
+        groups that the file names by id, and groups and roles that the launcher has not made, are left alone.
 
     Raises:
-        UserError: boto3 is not installed. JobError: AWS refuses, or cannot be reached.
+        UserError: boto3 is not installed, or the role may not be changed. JobError: AWS refuses, or cannot be reached.
     """
     wanted = _wanted(config)
-    if wanted is None or config["provider"]["type"] != "aws":
+    if config["provider"]["type"] != "aws" or (wanted is None and not _workers_with_profile(config)):
         return []
     told: list[str] = []
     with _errors_of_aws():
@@ -76,12 +62,20 @@ def close_to_the_world(config: dict[str, Any]) -> list[str]:
         from ray.autoscaler.sdk import bootstrap_config
 
         made = bootstrap_config(config, no_config_cache=True)
-        own = {kind["node_config"]["SecurityGroupIds"][0] for kind in made["available_node_types"].values()}
         credentials = config["provider"].get("aws_credentials") or {}
-        ec2 = boto3.client("ec2", region_name=config["provider"]["region"], **credentials)
-        for group in ec2.describe_security_groups(GroupIds=sorted(own))["SecurityGroups"]:
-            if any(tag["Key"] == _MADE_BY_RAY for tag in group.get("Tags", [])):
-                told += _match(ec2, group, set(_rules(wanted)))
+
+        def client(service: str) -> Any:
+            return boto3.client(service, region_name=config["provider"]["region"], **credentials)
+
+        if wanted is not None:
+            ec2 = client("ec2")
+            own = {kind["node_config"]["SecurityGroupIds"][0] for kind in made["available_node_types"].values()}
+            for group in ec2.describe_security_groups(GroupIds=sorted(own))["SecurityGroups"]:
+                if any(tag["Key"] == _MADE_BY_RAY for tag in group.get("Tags", [])):
+                    told += _match(ec2, group, set(_rules(wanted)))
+        profile = _profile_of_all(made)
+        if profile is not None:
+            told += _let_pass_itself(client("iam"), profile)
     return told
 
 
@@ -143,3 +137,62 @@ def _ports(rule: Rule) -> str:
     if protocol == "-1":
         return "everything"
     return f"{protocol} {first}" if first == last else f"{protocol} {first}-{last}"
+
+
+def _workers_with_profile(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `IamInstanceProfile` of every type of worker that has one."""
+    kinds = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
+    found = [(kind.get("node_config") or {}).get("IamInstanceProfile") for kind in kinds]
+    return [profile for profile in found if profile]
+
+
+def _profile_of_all(made: dict[str, Any]) -> str | None:
+    """The name of the profile that the launcher has chosen for the head, if workers are to have it too."""
+    arn = (made.get("head_node") or {}).get("IamInstanceProfile", {}).get("Arn")
+    if arn is None:  # the file names the head's profile: its owner has seen to its rights
+        return None
+    name = str(arn).rpartition("/")[2]
+    return name if any(p.get("Name") == name or p.get("Arn") == arn for p in _workers_with_profile(made)) else None
+
+
+def _let_pass_itself(iam: Any, profile: str) -> list[str]:
+    """Give the launcher's role the right to hand itself, and no other role, to machines. Its holder gains nothing by
+    it: what such a machine may do, the holder may do already."""
+    from botocore.exceptions import ClientError
+
+    (role,) = iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
+    name = role["RoleName"]
+    if not name.startswith(_MADE_BY_RAY):
+        return []
+    wanted = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Effect": "Allow",
+                "Action": "iam:PassRole",
+                "Resource": role["Arn"],
+                "Condition": {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}},
+            }
+        ],
+    }
+    try:
+        if iam.get_role_policy(RoleName=name, PolicyName=_PASS_ITSELF)["PolicyDocument"] == wanted:
+            return []
+    except ClientError as error:  # there is none, or we may not look: what counts is whether it can be put there
+        if error.response["Error"]["Code"] not in ("NoSuchEntity", "AccessDenied"):
+            raise
+    try:
+        iam.put_role_policy(RoleName=name, PolicyName=_PASS_ITSELF, PolicyDocument=json.dumps(wanted))
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "AccessDenied":
+            raise
+        raise UserError(
+            "the head could not start workers: its role may not be handed to machines (iam:PassRole), and you may not"
+            " change the role",
+            where=role["Arn"],
+            found=error.response["Error"].get("Message"),
+            fix=f"let somebody who may put this inline policy on the role, once, under the name {_PASS_ITSELF}:"
+            f" {json.dumps(wanted)}; or, where the role has the right already, write `IamInstanceProfile: {{Name:"
+            f" {profile}}}` in the head's node_config too",
+        ) from None
+    return [f"role {name}: may be handed to workers"]

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 import yaml
 
 from ckd_ray.cluster.launcher_file import LauncherFile
+from ckd_ray.cluster.placeholders import check_config_filled_in, texts
 from ckd_ray.config import Config
 from ckd_ray.errors import UserError
 from ckd_ray.progress import say, without_secrets
@@ -55,9 +56,10 @@ def check_for_job(config: Config, arguments: dict[str, Any], launcher: LauncherF
         launcher: the cluster's file, where there is one.
 
     Raises:
-        UserError: a URI holds a key, or a path means nothing there.
+        UserError: a value is still to be filled in, a URI holds a key, or a path means nothing there.
     """
-    for key, value in [*_texts(config.model_dump(mode="json"), ""), *arguments.items()]:
+    check_config_filled_in(config)
+    for key, value in [*texts(config.model_dump(mode="json")), *arguments.items()]:
         if isinstance(value, str) and holds_secret(value):
             raise UserError(
                 "a key in a URI would be stored on the cluster for everybody there to read",
@@ -129,14 +131,3 @@ def holds_secret(text: str) -> bool:
     if "@" in parts.netloc and (":" in parts.netloc.rpartition("@")[0] or parts.scheme in ("s3", "gs")):
         return True
     return any(_SECRET_OPTION.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
-
-
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{path}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _texts(inner, f"{path}[{i}]")
-    elif isinstance(value, str):
-        yield path, value

@@ -13,8 +13,9 @@ from typing import Any, TextIO
 
 import yaml
 
-from ckd_ray.cluster.aws import check_filled_in, close_to_the_world
+from ckd_ray.cluster.aws import prepare_account
 from ckd_ray.cluster.launcher_file import LauncherFile
+from ckd_ray.cluster.placeholders import check_launcher_filled_in
 from ckd_ray.cluster.token import ensure_token
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
@@ -56,20 +57,35 @@ def worker_addresses(launcher: LauncherFile) -> list[str]:
         return [str(ip) for ip in get_worker_node_ips(launcher.path)]
 
 
+def check_can_launch(launcher: LauncherFile) -> None:
+    """Whether this machine and the file are ready; asks nobody, starts nothing.
+
+    Raises:
+        UserError: a tool is missing, or a value of the file is still to be filled in.
+    """
+    if shutil.which("rsync") is None or shutil.which("ssh") is None:
+        raise UserError("the launcher needs ssh and rsync on this machine", where=launcher.path, fix="install them")
+    check_launcher_filled_in(launcher.prepared, launcher.path)
+
+
+def prepare_cloud(launcher: LauncherFile) -> None:
+    """What has to be right in the cloud before a machine starts; no machine is there yet.
+
+    Raises:
+        UserError, JobError: as `prepare_account` does.
+    """
+    for line in prepare_account(launcher.prepared):
+        say(line)
+
+
 def bring_up(launcher: LauncherFile) -> None:
     """Start what is not running; a live head is left alone.
 
     Raises:
-        UserError: a tool is missing, or a value of the file is still to be filled in.
         JobError: the launcher gave up.
     """
     from ray.autoscaler.sdk import create_or_update_cluster
 
-    if shutil.which("rsync") is None or shutil.which("ssh") is None:
-        raise UserError("the launcher needs ssh and rsync on this machine", where=launcher.path, fix="install them")
-    check_filled_in(launcher.prepared, launcher.path)
-    for line in close_to_the_world(launcher.prepared):
-        say(line)
     with _spoken(launcher):
         create_or_update_cluster(launcher.path, no_restart=True)
 

@@ -78,6 +78,7 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
             request = JobRequest(command.name, command.words, command.config)
             return _submitted(jobs, request, target, options, objects).status
     launcher = read_launcher_file(target.text)
+    ray_launcher.check_can_launch(launcher)
     check_for_job(command.config, command.arguments, launcher)
     request = JobRequest(command.name, command.words, command.config, launcher.least_nodes)
     for line in [*describe(launcher), *(f"warning: {text}" for text in warnings(launcher))]:
@@ -88,6 +89,8 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
         say(f"the cluster is up, head {head}")
     elif not confirmed("start this cluster?", options.yes):
         raise UserError("nothing was started")
+    else:  # not part of the work: should it fail, there is no cluster to take down or to warn of
+        ray_launcher.prepare_cloud(launcher)
 
     def work() -> Outcome:
         if head is None:

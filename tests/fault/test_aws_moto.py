@@ -32,10 +32,11 @@ import sys, yaml
 from click import ClickException
 from ray.autoscaler.sdk import bootstrap_config, create_or_update_cluster
 from ray.autoscaler._private.providers import _get_node_provider
-from ckd_ray.cluster.aws import check_filled_in, close_to_the_world
+from ckd_ray.cluster.aws import prepare_account
+from ckd_ray.cluster.placeholders import check_launcher_filled_in
 config = yaml.safe_load(open(sys.argv[1]))
-check_filled_in(config, sys.argv[1])
-print("\\n".join(close_to_the_world(config)), flush=True)
+check_launcher_filled_in(config, sys.argv[1])
+print("\\n".join(prepare_account(config)), flush=True)
 try:
     create_or_update_cluster(config, no_restart=True, no_config_cache=True)
 except (ClickException, SystemExit) as error:
@@ -48,8 +49,8 @@ provider.create_node(full["available_node_types"]["gpu"]["node_config"], tags, 1
 CLOSE = """
 import sys, yaml
 from ray.autoscaler._private.util import prepare_config
-from ckd_ray.cluster.aws import close_to_the_world
-print("\\n".join(close_to_the_world(prepare_config(yaml.safe_load(open(sys.argv[1]))))))
+from ckd_ray.cluster.aws import prepare_account
+print("\\n".join(prepare_account(prepare_config(yaml.safe_load(open(sys.argv[1]))))))
 """
 DOWN = """
 import sys, yaml
@@ -170,6 +171,8 @@ def test_the_launcher_makes_what_the_file_says_and_down_leaves_nothing(account: 
     assert all(i["IamInstanceProfile"]["Arn"] == profile["Arn"] for i in running.values())
     policies = iam.list_attached_role_policies(RoleName=profile["Roles"][0]["RoleName"])["AttachedPolicies"]
     assert {p["PolicyName"] for p in policies} == {"AmazonEC2FullAccess", "AmazonS3FullAccess"}
+    own = iam.list_role_policies(RoleName=profile["Roles"][0]["RoleName"])["PolicyNames"]
+    assert own == ["ckd-ray-pass-itself"], "without it AWS refuses the head's request for workers"
     keys = {k["KeyName"] for k in ec2.describe_key_pairs()["KeyPairs"]}
     assert {i["KeyName"] for i in running.values()} == keys and len(keys) == 1
     (pem,) = (account.folder / ".ssh").glob("*.pem")

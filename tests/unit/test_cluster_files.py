@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ckd_ray.cluster.aws import check_filled_in
+from ckd_ray.cluster.placeholders import check_launcher_filled_in
 from ckd_ray.config import load_config
 from ckd_ray.errors import UserError
 from ckd_ray.store.codec import bytes_per_token
@@ -72,11 +72,11 @@ def test_aws_is_spot_closed_and_has_room_for_ms_marco() -> None:
     assert image_and_python + int(cache[1]) * 2**30 + 50 * GB < disk["VolumeSize"] * 2**30
     assert disk["Encrypted"] and disk["DeleteOnTermination"]
     with pytest.raises(UserError, match=r"gpu\.node_config\.ImageId; provider\.security_group(.|\n)*checkip"):
-        check_filled_in(config, "aws.yaml")
+        check_launcher_filled_in(config, "aws.yaml")
     for kind in (head, gpu):
         kind["ImageId"] = "ami-12c6146b"
     rule["IpRanges"] = [{"CidrIp": "198.18.0.7/32"}]
-    check_filled_in(config, "aws.yaml")
+    check_launcher_filled_in(config, "aws.yaml")
 
 
 # ray.io/v1 (KubeRay's API reference); what is not here would be refused, or ignored, by the operator.
