@@ -72,6 +72,9 @@ class TrainingStep:
         self.shares = world > 1 and task.share_negatives
         spans = [worker_slice(task.batch_size, r, world) for r in range(world)]
         self.counts = [span.stop - span.start for span in spans]
+        # By the largest slice, so that all workers take the same path: the two enter their collectives in another order,
+        # and a worker that holds a single query has one part where others have more.
+        self.in_parts = task.accumulate > 1 and max(self.counts) > 1
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Backward pass included. Returns the loss of the whole batch, the same on every worker.
@@ -79,7 +82,7 @@ class TrainingStep:
         Raises:
             FloatingPointError: on every worker alike, before gradients are exchanged: the loss is not finite.
         """
-        if len(inputs.parts) > 1:
+        if self.in_parts:
             return self._cached(inputs)
         queries_bQD, groups = self._encode(inputs, 0, self.encoder)
         loss, total = self._agreed(lambda: self._loss(inputs, queries_bQD, groups))

@@ -9,16 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from ray.train import UserCallback
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ckd_ray.config import load_config
 from ckd_ray.data import build_collection
 from ckd_ray.distill.inputs import InputReader
-from ckd_ray.distill.step import TrainingStep
+from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.trainer import fit
 from ckd_ray.errors import JobError
@@ -215,3 +220,35 @@ def test_cached_gradients_under_dropout_are_those_of_the_same_masks(task: Traini
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter -= size * gradient
     assert before - float(step(inputs)) == pytest.approx(size * squared, rel=0.2)
+
+
+def _steps(task: TrainingTask, rank: int = 0, world: int = 1, steps: int = 3) -> list[float]:
+    """The losses of some steps of plain gradient descent on one of `world` workers."""
+    model = ColBERT.from_pretrained(task.start)
+    encoder: nn.Module = BatchEncoder(model)
+    if world > 1:
+        encoder = DistributedDataParallel(encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
+    reader = InputReader(task, model.tokenizer, rank, world)
+    step, optimizer, losses = TrainingStep(encoder, task, "fp32", world, rank), torch.optim.SGD(model.parameters()), []
+    for i in range(steps):
+        optimizer.zero_grad()
+        losses.append(float(step(reader.read(i))))
+        optimizer.step()
+    return losses
+
+
+def _worker(rank: int, values: dict[str, object], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", timeout=timedelta(seconds=30), rank=rank, world_size=2)
+    losses = _steps(TrainingTask.from_dict(values), rank, world=2)
+    Path(folder, f"losses-{rank}.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def test_workers_with_one_query_and_with_two_meet_in_the_same_collectives(task: TrainingTask, tmp_path: Path) -> None:
+    """Three queries on two workers, in two parts: the first worker has a single query, and so a single part."""
+    cut = changed(task, batch_size=3, accumulate=2)
+    mp.spawn(_worker, (cut.to_dict(), str(tmp_path)), nprocs=2)
+    expected = pytest.approx(_steps(changed(cut, accumulate=1)), abs=1e-4)
+    assert json.loads((tmp_path / "losses-0.json").read_text()) == expected
+    assert json.loads((tmp_path / "losses-1.json").read_text()) == expected
