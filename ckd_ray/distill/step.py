@@ -72,8 +72,8 @@ class TrainingStep:
         self.shares = world > 1 and task.share_negatives
         spans = [worker_slice(task.batch_size, r, world) for r in range(world)]
         self.counts = [span.stop - span.start for span in spans]
-        # By the largest slice, so that all workers take the same path: the two enter their collectives in another order,
-        # and a worker that holds a single query has one part where others have more.
+        # By the largest slice, so that all workers take the same path: a worker with a single query has one part where
+        # others have more, and the two paths enter their collectives in different orders.
         self.in_parts = task.accumulate > 1 and max(self.counts) > 1
 
     def __call__(self, inputs: StepInputs) -> Tensor:
