@@ -79,6 +79,22 @@ def test_aws_is_spot_closed_and_has_room_for_ms_marco() -> None:
     check_launcher_filled_in(config, "aws.yaml")
 
 
+def test_gcp_s_gpu_machines_get_a_disk_and_a_driver_that_they_can_use() -> None:
+    config = read("gcp.yaml")
+    (disk,) = config["available_node_types"]["gpu"]["node_config"]["disks"]
+    zone = config["provider"]["availability_zone"]
+    assert disk["initializeParams"]["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
+    driver = re.search(r"-nvidia-(\d+)$", disk["initializeParams"]["sourceImage"])
+    assert driver is not None and int(driver[1]) >= 580, "CUDA 13, which the pinned torch is built for, needs it"
+
+
+def test_the_image_for_kuberay_is_built_from_extras_that_exist() -> None:
+    wanted = re.search(r"/tmp/ckd-ray\[([a-z0-9,]+)\]", (FOLDER / "kuberay.yaml").read_text())
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([a-z0-9]+) = ", table, re.M))
+    assert wanted is not None and {"bm25", "tune", "cluster"} <= set(wanted[1].split(",")) <= extras
+
+
 # ray.io/v1 (KubeRay's API reference); what is not here would be refused, or ignored, by the operator.
 _CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
 _HEAD = {"serviceType", "enableIngress", "rayStartParams", "template"}
@@ -109,6 +125,10 @@ def test_kuberay_has_fields_of_the_crd_a_token_and_no_open_service() -> None:
         assert {m["name"] for m in container["volumeMounts"]} == volumes
         assert all(isinstance(e["value"], str) for e in container.get("env", []))
     assert workers["replicas"] * int(pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) == 8
+    (worker,) = pods[1]["containers"]
+    cache = next(e["value"] for e in worker["env"] if e["name"] == "CKD_RAY_CACHE")
+    mount = next(m["mountPath"] for m in worker["volumeMounts"] if m["name"] == "cache")
+    assert Path(mount) in Path(cache).parents, "an emptyDir itself has mode 0777, which the cache refuses"
     pinned = dict(re.findall(r"^([A-Za-z-]+)==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.M))
     assert cluster["rayVersion"] == pinned["ray"]
 
