@@ -42,7 +42,10 @@ def _compare(config: Config) -> Iterator[tuple[str, str]]:
     from ckd_ray.compare.plan import problems
 
     yield from problems(config)
-    chosen = config.compare.objectives or []
+    chosen, source = config.compare.objectives or [], config.cross_encoder
+    if "cross_encoder" in chosen and not (source.scores or source.model):
+        path = f"compare.objectives[{chosen.index('cross_encoder')}]"
+        yield path, "objective cross_encoder needs cross_encoder.scores (a file), or cross_encoder.model (a classifier)"
     for key, values in (("objectives", chosen), ("seeds", config.compare.seeds)):
         for i, value in enumerate(values):
             if value in values[:i]:
@@ -98,7 +101,7 @@ def _cross_encoder(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _measures(config: Config) -> Iterator[tuple[str, str]]:
-    from ckd_ray.evaluate.names import parse_measure
+    from ckd_ray.evaluate.names import cannot_compute, computed, parse_measure
 
     evaluate = config.evaluate
     seen: set[str] = set()
@@ -121,6 +124,8 @@ def _measures(config: Config) -> Iterator[tuple[str, str]]:
             yield path, f"{name!r} looks deeper than evaluate.depth ({evaluate.depth}) ranks; raise evaluate.depth"
         elif str(measure) in seen:
             yield path, f"{name!r} is listed twice"
+        elif reason := cannot_compute(measure):
+            yield path, f"{name!r} cannot be computed: {reason}; what can be: {', '.join(computed())}"
         seen.add(str(measure))
     for i, split in enumerate(evaluate.splits):
         if split in evaluate.splits[:i]:

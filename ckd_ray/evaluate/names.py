@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# Computed by trec_eval's own code or by ir-measures itself, whatever the ids, so they are not tried at every start.
+_USUAL = ("RR", "nDCG", "R", "P", "AP", "Success")
+
 
 def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
     """The ir-measures measure of that name.
@@ -12,7 +15,8 @@ def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
     grades.
 
     Raises:
-        ValueError: ir-measures knows no such measure.
+        ValueError: ir-measures knows no such measure. One that it knows may still be impossible to compute, see
+            `cannot_compute`.
     """
     import ir_measures
 
@@ -22,8 +26,41 @@ def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
     try:
         measure = ir_measures.parse_measure(spelled)
     except (NameError, ValueError, SyntaxError) as error:
-        known = ", ".join(sorted({"MRR"} | set(ir_measures.measures.registry)))
-        raise ValueError(f"unknown measure {name!r}; ir-measures knows {known}, with @K for a cutoff") from error
+        known = ", ".join(computed())
+        raise ValueError(f"unknown measure {name!r}; known are {known}, with @K for a cutoff") from error
     if relevance_threshold > 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
         measure = measure(rel=relevance_threshold)
     return measure
+
+
+def cannot_compute(measure: Any) -> str | None:
+    """Why a measure cannot be computed here; None where it can. Others than the usual ones are tried on one passage."""
+    import ir_measures
+
+    if measure.NAME in _USUAL and set(measure.params) <= {"cutoff", "rel"} and measure.params.get("rel", 1) >= 1:
+        return None
+    import pandas as pd
+
+    qrels = pd.DataFrame({"query_id": ["q"], "doc_id": ["p"], "relevance": [1]})
+    run = pd.DataFrame({"query_id": ["q", "q"], "doc_id": ["p", "other"], "score": [2.0, 1.0]})
+    try:
+        able = [p for p in ir_measures.DefaultPipeline.providers if p.is_available() and p.supports(measure)]
+        if not able:
+            return "nothing that is installed here does"
+        if able[0].NAME == "gdeval":  # a Perl script, whose complaints would go straight to the terminal
+            return "gdeval computes it, which fails on query ids that are not numbers"
+        list(ir_measures.iter_calc([measure], qrels, run))
+    except Exception as error:  # whatever a provider raises
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def computed() -> list[str]:
+    """The names that can be computed here, as they are or with a cutoff."""
+    import ir_measures
+
+    def works(measure: Any) -> bool:
+        return cannot_compute(measure) is None
+
+    known = ir_measures.measures.registry
+    return sorted({"MRR", *(name for name, measure in known.items() if works(measure) or works(measure @ 10))})

@@ -138,12 +138,25 @@ def test_all_problems_at_once() -> None:
         ("teacher.patience=2", "teacher.patience", "set teacher.evaluate_every"),
         ("distill.accumulate=99", "distill.accumulate", "at most distill.batch_size"),
         ("evaluate.measures=[MRR@10,magic@3]", "evaluate.measures[1]", "unknown measure 'magic@3'"),
+        ("evaluate.measures=[MRR@10,RBP@10]", "evaluate.measures[1]", "'RBP@10' cannot be computed: nothing"),
+        ("evaluate.measures=[alpha_nDCG@10]", "evaluate.measures[0]", "what can be: AP, Accuracy"),
+        ("evaluate.measures=[ERR]", "evaluate.measures[0]", "cannot be computed"),
+        ("evaluate.measures=[ERR@20]", "evaluate.measures[0]", "ids that are not numbers"),
+        ("evaluate.measures=[P_IA@5]", "evaluate.measures[0]", "cannot be computed"),
+        ("evaluate.measures=['P(rel=0)@5']", "evaluate.measures[0]", "relevance_level should be positive"),
+        ("compare.objectives=[collective,cross_encoder]", "compare.objectives[1]", "needs cross_encoder.scores"),
         ("run.name.x=1", "run.name.x", "name is 'quickstart', not a section"),
     ],
 )
 def test_each_problem_names_the_key_and_the_way_out(override: str, path: str, message: str) -> None:
     found = problems(override)
     assert path in found and message in found[path], found
+
+
+def test_measures_beside_the_usual_ones_are_taken_when_they_can_be_computed() -> None:
+    assert load_config(None, ["evaluate.measures=[infAP,Rprec,Judged@10,'P(rel=2)@5']"]).evaluate.measures[0] == "infAP"
+    scores = ["compare.objectives=[cross_encoder]", "cross_encoder.scores=scores.tsv"]
+    assert load_config(None, scores).compare.objectives == ["cross_encoder"]
 
 
 @pytest.mark.parametrize(
