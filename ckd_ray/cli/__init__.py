@@ -14,6 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ckd_ray.cli.jobs import ClusterOption, job_command
+from ckd_ray.cluster.again import remember, same_command
 from ckd_ray.errors import JobError, LostRayError, UserError
 
 app = typer.Typer(
@@ -55,18 +56,19 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(*args: Any, **kwargs: Any) -> None:
+        remember(fresh=kwargs.get("fresh", False), start=kwargs.get("start"))
         try:
             command(*args, **kwargs)
         except typer.Exit:  # the command has chosen its status itself
             raise
         except KeyboardInterrupt:
-            code = _fail("interrupted; the same command goes on where this one stopped", 130)
+            code = _fail(f"interrupted; {same_command()} goes on where this one stopped", 130)
         except UserError as error:
-            code = _fail(str(error), 2)
+            code = _fail(_told(error), 2)
         except LostRayError:  # cluster/watch.py has said why
             code = 1
-        except JobError as error:  # raised in an actor, it comes with Ray's traceback around it
-            code = _fail(str(getattr(error, "cause", error)).partition(_HINT_OF_RAY_DATA)[0], 1)
+        except JobError as error:
+            code = _fail(_told(error), 1)
         except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request
             if os.environ.get("CKD_RAY_TRACEBACK"):
                 raise
@@ -93,6 +95,11 @@ def _fail(message: str, code: int) -> int:
 
     print(f"ckd-ray: {printable(message)}", file=sys.stderr, flush=True)
     return code
+
+
+def _told(error: BaseException) -> str:
+    """The message of our own error. Raised in a task or an actor, it comes with Ray's traceback around it."""
+    return str(getattr(error, "cause", error)).partition(_HINT_OF_RAY_DATA)[0]
 
 
 def _root_cause(error: BaseException) -> str:
@@ -164,10 +171,22 @@ def version_option(
         raise typer.Exit()
 
 
-def _check_stages(start: str | None, until: str, **_: Any) -> None:
-    from ckd_ray.pipeline.stages import check_stage_names
+def _check_stages(start: str | None, until: str, config: str | None, set_: list[str] | None, **_: Any) -> None:
+    from ckd_ray.config import load_config
+    from ckd_ray.pipeline.stages import check_stage_names, needed
 
     check_stage_names(start, until)
+    if start is None:
+        return
+    names = [stage.name for stage in needed(load_config(config, set_ or []), until)]
+    if start not in names:  # it would be passed over, and nothing done again
+        raise UserError(
+            f"{until} does not need this stage, so nothing would be done again",
+            where="--from",
+            expected=", ".join(names),
+            found=start,
+            fix="leave --until out, or name one of these; what is needed depends on distill.objective too",
+        )
 
 
 @app.command()

@@ -93,7 +93,9 @@ def job_words(signature: inspect.Signature, values: dict[str, Any]) -> list[str]
     words: list[str] = []
     for parameter in signature.parameters.values():
         value = values[parameter.name]
-        if parameter.name in _NOT_OF_THE_JOB or value in (None, False) or value == parameter.default:
+        if parameter.name in _NOT_OF_THE_JOB:
+            continue
+        if value is None or value is False or value == parameter.default:  # 0 is neither None nor False
             continue
         option = parameter.annotation.__metadata__[0]  # in an Annotated, the first name stands where a default would
         name = next(word for word in (option.default, *(option.param_decls or ())) if word.startswith("--"))

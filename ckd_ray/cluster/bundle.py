@@ -76,7 +76,29 @@ def check_for_job(config: Config, arguments: dict[str, Any], launcher: LauncherF
                 expected="an absolute path that all nodes see, or a URI such as s3://bucket/folder",
                 found=value,
             )
+    _check_paths_of_options(config.run.storage, arguments, launcher)
     _check_storage(config, launcher)
+
+
+def _check_paths_of_options(storage: str, arguments: dict[str, Any], launcher: LauncherFile | None) -> None:
+    """`--suggest` is written and `--against` is read by the job, on the head."""
+    rented = launcher is not None and not launcher.own_machines
+    for option, problem in (
+        ("suggest", "the head of the cluster would write this file, and it would stay there"),
+        ("against", "the head of the cluster would look for this run, and does not have it"),
+    ):
+        value = arguments.get(option)
+        if not value or "://" in value:
+            continue
+        beside = option == "against" and not value.startswith("/") and not storage.startswith("/")
+        shared = value.startswith("/") and (not rented or storage.startswith("/"))
+        if not shared and not (beside and "://" not in storage):
+            raise UserError(
+                problem,
+                where=f"--{option}",
+                expected="a URI such as s3://bucket/folder, or an absolute path of a file system that the head shares",
+                found=value,
+            )
 
 
 def _check_storage(config: Config, launcher: LauncherFile | None) -> None:

@@ -178,7 +178,7 @@ class _Follower:
         except UserError as error:
             raise JobError(
                 f"the cluster has forgotten job {self.job}: its head was started anew; give the same command again,"
-                " what was finished in run.storage is kept"
+                " without --fresh or --from: what was finished in run.storage is kept"
             ) from error
 
     def _stop_wanted(self) -> str | None:

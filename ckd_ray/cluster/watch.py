@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ckd_ray.cluster.again import same_command
+
 _LOOK_S, _ASK_S, _PATIENCE_S = 1.0, 10.0, 60.0
-_AGAIN = "give the same command again: what was finished is kept"
 _why: str | None = None
 
 
@@ -66,7 +67,7 @@ class _Watch:
             with self.judging:
                 if self.leaving.is_set():
                     return
-                _why = f"{why}; {_AGAIN}"
+                _why = f"{why}; give {same_command()} again: what was finished is kept"
                 print(f"ckd-ray: {_why}", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
             if not self.closed.wait(_PATIENCE_S):

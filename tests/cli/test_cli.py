@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from ckd_ray.cli import guarded
-from ckd_ray.errors import JobError
+from ckd_ray.errors import JobError, UserError
 from tests.support import overrides
 
 COMMAND = [sys.executable, "-m", "ckd_ray"]
@@ -50,6 +50,8 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
         (["train", "--set", "distill.temperatur=1"], "did you mean distill.temperature?"),
         (["embed", "--set", "distill.temperatur=1"], "did you mean distill.temperature?"),
         (["train", "--until", "nowhere"], "unknown stage"),
+        (["train", "--from", "label", "--until", "embed"], "--from: embed does not need this stage"),
+        (["train", "--from", "label", "--set", "distill.objective=contrastive"], "--from: evaluate does not need this"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--bogus"], "--bogus"),
         (["trian"], "trian"),
@@ -210,3 +212,40 @@ def test_an_error_of_a_task_is_told_without_the_hints_of_ray_data(capsys: pytest
     with pytest.raises(typer.Exit) as ended:
         guarded(command)()
     assert ended.value.exit_code == 1 and capsys.readouterr().err == "ckd-ray: the disk is full\nmake room\n"
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("no", where="key", fix="so"), 2), (JobError("no"), 1)])
+def test_an_error_of_a_task_is_told_without_ray_s_traceback(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray.exceptions import RayTaskError
+
+    def command() -> None:
+        raise RayTaskError("work", "Traceback (most recent call last): ...", error).as_instanceof_cause()
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(command)()
+    assert ended.value.exit_code == status and capsys.readouterr().err == f"ckd-ray: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "the same command goes on"),
+        ({"fresh": True}, "the same command without --fresh goes on"),
+        ({"fresh": True, "start": "embed"}, "the same command without --fresh and --from goes on"),
+    ],
+)
+def test_what_goes_on_after_ctrl_c_does_not_begin_anew(
+    options: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ckd_ray.cluster.again import same_command
+
+    def command(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit):
+        guarded(command)(**options)
+    assert said in capsys.readouterr().err and said.startswith(same_command()), "cluster/watch.py says the same"
+    guarded(lambda: None)()
+    assert same_command() == "the same command"

@@ -241,6 +241,30 @@ def test_what_cannot_work_elsewhere_is_refused_before_anything_starts(
         check_for_job(config(), {}, launcher)
 
 
+def test_files_of_options_that_the_head_cannot_reach_are_refused(tmp_path: Path) -> None:
+    rented, own = read_launcher_file(aws(tmp_path)), read_launcher_file(str(LOCAL))
+    s3, shared, heads = (config(f"run.storage={storage}") for storage in ("s3://b/runs", "/mnt/runs", "runs"))
+    for given, option, value, launcher in (
+        (s3, "suggest", "out.tsv", None),
+        (s3, "suggest", "out.tsv", own),
+        (heads, "suggest", "out.tsv", own),
+        (s3, "suggest", "/home/me/out.tsv", rented),
+        (s3, "against", "other", None),
+        (shared, "against", "runs/other", own),
+        (s3, "against", "/home/me/runs/other", rented),
+    ):
+        with pytest.raises(UserError, match=f"^--{option}: the head of the cluster would"):
+            check_for_job(given, {option: value}, launcher)
+    for given, option, value, launcher in (
+        (s3, "suggest", "s3://b/out.tsv", rented),
+        (shared, "suggest", "/mnt/out.tsv", rented),
+        (s3, "suggest", "/mnt/out.tsv", own),
+        (heads, "against", "other", own),  # both are below ~/ckd-ray of the head
+        (s3, "against", "s3://b/runs/other", rented),
+    ):
+        check_for_job(given, {option: value}, launcher)
+
+
 def test_input_paths() -> None:
     given = config(
         "collection.format=msmarco", "collection.passages=/d/p", "collection.queries={train: /d/q}",
@@ -304,6 +328,7 @@ def test_options_travel_and_where_it_runs_does_not() -> None:
     given = {"start": "embed", "fresh": True, "json_": True, "cluster": "c.yaml", "yes": True, "set_": ["a=1"]}
     assert words(train, **given, config="x.yaml", down=True) == ["--from", "embed", "--fresh", "--json"]
     assert words(label, suggest="out", suggest_top=5) == ["--suggest", "out", "--suggest-top", "5"]
+    assert words(label, suggest_min=0.0) == ["--suggest-min", "0.0"]
     assert words(evidence.evaluate, against="r", quiet=True) == ["--against", "r", "--quiet"]
 
 
