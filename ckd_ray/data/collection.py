@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,12 @@ import pyarrow.parquet as pq
 
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_object
+from ckd_ray.store.cache import ShardCache
+from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_object, sha256_of
 
 Int64Array = npt.NDArray[np.int64]
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
+_REMOTE_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Collection:
         self.num_passages: int = manifest["rows"]
         self.splits: list[str] = list(manifest["splits"])
         self._query_files: dict[str, pq.ParquetFile] = {}
-        self._groups: OrderedDict[tuple[int, int], list[str]] = OrderedDict()
+        self._groups: OrderedDict[int, list[str]] = OrderedDict()
 
     @classmethod
     def open(cls, run: str) -> Collection:
@@ -73,11 +77,18 @@ class Collection:
     @cached_property
     def _files(self) -> list[pq.ParquetFile]:
         folder = join(self.run, "corpus")
+        local = is_local(folder)
         found = []
         for name in list_files(folder, ".parquet"):
             fs, path = filesystem_of(join(folder, name))
-            found.append(pq.ParquetFile(path, filesystem=fs, memory_map=is_local(folder)))
+            # With pre_buffer the requests of one read go out together.
+            found.append(pq.ParquetFile(path, filesystem=fs, memory_map=local, pre_buffer=not local))
         return found
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor | None:
+        """Requests to an object store wait for the network, so they go out together."""
+        return None if is_local(self.run) else ThreadPoolExecutor(_REMOTE_READERS, "texts")
 
     @cached_property
     def _bounds(self) -> tuple[Int64Array, list[tuple[int, int]]]:
@@ -90,23 +101,48 @@ class Collection:
                 row += file.metadata.row_group(group).num_rows
         return np.array(firsts, np.int64), which
 
-    def _group(self, key: tuple[int, int]) -> list[str]:
-        if key in self._groups:
-            self._groups.move_to_end(key)
-            return self._groups[key]
-        file, group = key
-        texts = self._files[file].read_row_group(group, columns=["text"], use_threads=False)["text"].to_pylist()
-        self._groups[key] = texts
-        if len(self._groups) > _CACHED_GROUPS:
-            self._groups.popitem(last=False)
-        return texts
-
     def texts(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
         """Texts of the passages asked for, in that order; reads only the row groups that hold them."""
-        asked = np.asarray(passages, np.int64)
-        firsts, which = self._bounds
+        asked, back = np.unique(np.asarray(passages, np.int64), return_inverse=True)
+        firsts = self._bounds[0]
         at = np.searchsorted(firsts, asked, side="right") - 1
-        return [self._group(which[g])[p - int(firsts[g])] for g, p in zip(at.tolist(), asked.tolist(), strict=True)]
+        # So many groups at a time that memory does not grow with what is asked for.
+        batch = np.unique(at, return_inverse=True)[1] // _CACHED_GROUPS
+        texts: list[str] = []
+        for some in np.split(np.arange(len(asked)), np.flatnonzero(np.diff(batch)) + 1):
+            groups = self._row_groups(np.unique(at[some]).tolist())
+            rows = asked[some] - firsts[at[some]]
+            texts += [groups[g][row] for g, row in zip(at[some].tolist(), rows.tolist(), strict=True)]
+        return [texts[i] for i in back.tolist()]
+
+    def _row_groups(self, wanted: list[int]) -> dict[int, list[str]]:
+        """Texts of row groups, by their number in the corpus; those that were read lately are not read again."""
+        found = {g: self._groups[g] for g in wanted if g in self._groups}
+        missing: dict[int, list[int]] = {}  # of each file
+        for g in wanted:
+            if g not in found:
+                missing.setdefault(self._bounds[1][g][0], []).append(g)
+        read = map if self._readers is None else self._readers.map
+        for texts in read(self._read, missing.items()):
+            found |= texts
+        for g in wanted:
+            self._groups[g] = found[g]
+            self._groups.move_to_end(g)
+        while len(self._groups) > _CACHED_GROUPS:
+            self._groups.popitem(last=False)
+        return found
+
+    def _read(self, job: tuple[int, list[int]]) -> dict[int, list[str]]:
+        """Texts of some row groups of one file: a ParquetFile may serve one thread at a time."""
+        file, groups = job
+        in_file = [self._bounds[1][g][1] for g in groups]
+        texts = self._files[file].read_row_groups(in_file, columns=["text"], use_threads=False)["text"].to_pylist()
+        found, row = {}, 0
+        for g, group in zip(groups, in_file, strict=True):
+            rows = self._files[file].metadata.row_group(group).num_rows
+            found[g] = texts[row : row + rows]
+            row += rows
+        return found
 
     def iter_passages(self, start: int, stop: int) -> list[str]:
         """Texts of the passages [start, stop), read in order and not kept."""
@@ -120,15 +156,43 @@ class Collection:
         return texts[offset : offset + stop - start]
 
     @cached_property
-    def _ids(self) -> pa.ChunkedArray:
-        fs, path = filesystem_of(join(self.run, "corpus", "ids.arrow"))
-        source = pa.memory_map(path) if is_local(self.run) else pa.BufferReader(fs.open_input_stream(path).read())
-        return ipc.open_file(source).read_all()["passage_id"]
+    def _ids(self) -> tuple[list[pa.Array], Int64Array]:
+        """The record batches of ids.arrow, mapped into memory, and the first passage of each."""
+        reader = ipc.open_file(pa.memory_map(self._ids_path()))
+        chunks = [reader.get_batch(i).column("passage_id") for i in range(reader.num_record_batches)]
+        return chunks, np.cumsum([0, *map(len, chunks)], dtype=np.int64)[:-1]
+
+    def _ids_path(self) -> str:
+        """Where ids.arrow is on this machine: a remote one is copied once for all processes.
+
+        Raises:
+            JobError: it is not the file that the manifest names.
+        """
+        uri = join(self.run, "corpus", "ids.arrow")
+        if is_local(self.run):
+            return filesystem_of(uri)[1]
+        digest = next((str(f["sha256"]) for f in self.manifest["files"] if f["name"] == "ids.arrow"), "")
+        cache = ShardCache.of_this_machine()
+        for _ in range(2):
+            path = cache.fetch(uri, digest)
+            if sha256_of(path) == digest:
+                return path
+            cache.discard(uri, digest)  # the copy may be damaged, not the file
+        raise JobError(f"{uri}: not the file that its manifest names; run ckd-ray train --from collection")
 
     def passage_ids(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
         """Outside ids of dense passage indices, in that order."""
-        asked = pa.array(np.asarray(passages, np.int64))
-        return self._ids.take(asked).to_pylist()
+        asked = np.asarray(passages, np.int64)
+        if not len(asked):
+            return []
+        chunks, firsts = self._ids
+        at = np.searchsorted(firsts, asked, side="right") - 1
+        # Chunk by chunk: `take` on all chunks at once would first copy the whole column.
+        order = np.argsort(at, kind="stable")
+        rows = pa.array((asked - firsts[at])[order])
+        bounds = [0, *(np.flatnonzero(np.diff(at[order])) + 1).tolist(), len(asked)]
+        found = [chunks[at[order[a]]].take(rows.slice(a, b - a)) for a, b in pairwise(bounds)]
+        return pa.concat_arrays(found).take(pa.array(np.argsort(order))).to_pylist()
 
     def queries(self, split: str) -> Queries:
         """All queries of a split; a part of a large split is better read by `queries_between`."""

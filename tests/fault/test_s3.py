@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ckd_ray.collective import Expansions
 from ckd_ray.collective.labels import ExpansionReader, write_labels
 from ckd_ray.config import load_config
 from ckd_ray.cross_encoder.scores import CrossScores, write_scores
-from ckd_ray.errors import UserError
+from ckd_ray.data import Collection, build_collection
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.pipeline import lock
 from ckd_ray.pipeline.finished import open_finished
@@ -230,6 +232,41 @@ def test_a_store_is_read_through_a_bounded_cache(bucket: str, cache: Path, monke
         copy.unlink()
     with pytest.raises(BrokenShardError, match=r"shard-000002.arrow\?scheme=http"):
         EmbeddingStore.open(uri).gather(np.array([20]))
+
+
+def test_a_remote_collection(
+    bucket: str, cache: Path, tiny_collection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of several files are asked for together; the ids are mapped from one copy a machine, which is checked."""
+    monkeypatch.setattr("ckd_ray.data.build._ROWS_A_BLOCK", 20)
+    monkeypatch.setattr("ckd_ray.data.build._ROWS_A_FILE", 20)
+    run = join(bucket, "collection")
+    settings = load_config(None, ["collection.format=msmarco", f"collection.path={tiny_collection}"]).collection
+    local = str(tmp_path / "run")
+    for out in (run, local):
+        build_collection(settings, out)
+    remote, at_home = Collection.open(run), Collection.open(local)
+    together, read = threading.Barrier(3), Collection._read
+
+    def read_at_once(collection: Collection, job: tuple[int, list[int]]) -> dict[int, list[str]]:
+        together.wait(30)  # the third file's read is there before the first has ended
+        return read(collection, job)
+
+    monkeypatch.setattr(Collection, "_read", read_at_once)
+    found = remote.texts([59, 0, 30, 0])
+    monkeypatch.setattr(Collection, "_read", read)
+    assert found == at_home.texts([59, 0, 30, 0])
+
+    assert remote.passage_ids([59, 0, 30]) == ["p59", "p0", "p30"]
+    (copy,) = (path for path in cache.iterdir() if path.is_file())
+    damaged = bytearray(copy.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    copy.write_bytes(damaged)
+    assert Collection.open(run).passage_ids([59, 0, 30]) == ["p59", "p0", "p30"]
+    write_atomic(join(run, "corpus", "ids.arrow"), lambda stream: stream.write(damaged))
+    copy.unlink()
+    with pytest.raises(JobError, match="not the file that its manifest names"):
+        Collection.open(run).passage_ids([0])
 
 
 @pytest.mark.slow

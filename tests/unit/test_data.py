@@ -326,13 +326,35 @@ def test_a_large_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
         assert block[0] == lines[first - 1]
 
 
-def test_random_access_reads_any_order(tmp_path: Path) -> None:
+def test_random_access_reads_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_msmarco(tmp_path / "in")
     (folder / "collection.tsv").write_text("".join(f"p{i}\ttext {i}\n" for i in range(1, 10_001)))
     c = build("msmarco", folder, tmp_path / "out")
     asked = np.random.default_rng(0).integers(0, 10_000, 300)
     assert c.texts(asked) == [f"text {i + 1}" for i in asked]
     assert c.iter_passages(4090, 4110) == [f"text {i + 1}" for i in range(4090, 4110)]
+    monkeypatch.setattr("ckd_ray.data.collection._CACHED_GROUPS", 3)
+    assert c.texts(asked) == [f"text {i + 1}" for i in asked] and len(c._groups) == 3
+    assert c.texts([]) == [] and c.passage_ids([]) == []
+    with pytest.raises(IndexError):
+        c.texts([10_000])
+
+
+def test_ids_are_taken_without_a_copy_of_all(tmp_path: Path) -> None:
+    folder = write_msmarco(tmp_path / "in")
+    (folder / "collection.tsv").write_text("".join(f"p{i}\tx\n" for i in range(1, 20_001)))
+    c = build("msmarco", folder, tmp_path / "out")
+    asked = np.random.default_rng(0).integers(0, 20_000, 300)
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        assert c.passage_ids(asked) == [f"p{i + 1}" for i in asked]
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < (tmp_path / "out" / "corpus" / "ids.arrow").stat().st_size / 4
+    with pytest.raises(IndexError):
+        c.passage_ids([20_000])
 
 
 def test_the_signature_follows_the_files(tmp_path: Path) -> None:
