@@ -46,7 +46,8 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         check_installed()
     context = RunContext.of(config)
     if fresh:
-        delete(context.path(FOLDER))
+        with run_lock(context.run):  # another command may be at work in it
+            delete(context.path(FOLDER))
     planned = variants(config)
     for number, variant in enumerate(planned, 1):
         say(f"compare: {variant.objective}, seed {variant.seed} ({number} of {len(planned)})")

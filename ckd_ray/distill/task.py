@@ -6,6 +6,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
+def checkpoints_of(stage: str, fingerprint: str) -> str:
+    """The folder, below a run, of what a training has come to. It goes when the stage that trains is finished."""
+    return f"checkpoints/{stage}-{fingerprint[:16]}"
+
+
 @dataclass(frozen=True)
 class TrainingTask:
     """One training run, of the teacher or of a student.
@@ -71,6 +76,11 @@ class TrainingTask:
     dev_passages: int = 1000
     checkpoint_every: int = 200
     log_every: int = 10
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of this training's checkpoints, below the run."""
+        return checkpoints_of(self.stage, self.fingerprint)
 
     @property
     def needs_teacher(self) -> bool:

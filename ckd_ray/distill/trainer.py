@@ -23,7 +23,7 @@ from ckd_ray.distill.placement import Placement, plan_workers
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError
 from ckd_ray.progress import Progress
-from ckd_ray.store.files import delete, filesystem_of, is_local, join, new_folder
+from ckd_ray.store.files import filesystem_of, is_local, join, last_part, new_folder, parent
 
 # `ray.train.report` blocks for one period of the controller's polling; two seconds by default is most of a short run.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -89,7 +89,8 @@ def fit(
     threads: int | None = None,
     board: str | None = None,
 ) -> TrainingOutcome:
-    """Train, and put the resulting checkpoint at `out`. Called again after a crash, it goes on from the last one.
+    """Train, and put the resulting checkpoint at `out`. Called again after a crash, it goes on from the last one;
+    checkpoints (`task.checkpoints`) are left to the caller, who removes them when the result is safe.
 
     Args:
         workers: a number, `2-8` for elastic training, or `auto`; see `plan_workers`.
@@ -108,8 +109,7 @@ def fit(
     name = board or f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
     remote: Any = ray.remote(num_cpus=0)(_Board)
     actor = remote.options(name=name, scheduling_strategy=_here()).remote()
-    home = join(task.run, "checkpoints", f"{task.stage}-{task.fingerprint[:16]}")
-    metrics = join(home, "metrics")
+    metrics = join(task.run, task.checkpoints, "metrics")
     config = {"task": task.to_dict(), "board": name, "metrics": metrics, "threads": threads, "stoppable": bool(board)}
     trainer = _trainer(task, placement, config, max_failures, callbacks)
     try:
@@ -117,9 +117,7 @@ def fit(
             result = _run(trainer, task, actor)
     finally:
         ray.kill(actor)
-    outcome = _take(task, result, metrics, out)
-    delete(home)
-    return outcome
+    return _take(task, result, metrics, out)
 
 
 def _here() -> Any:
@@ -138,7 +136,7 @@ def _trainer(
     from ckd_ray.distill.worker import KEEP, train_worker
 
     workers: Any = placement.num_workers  # the stubs know no pairs
-    checkpoints = join(task.run, "checkpoints")
+    checkpoints = parent(join(task.run, task.checkpoints))
     fs, path = filesystem_of(checkpoints)
     # Ray never removes the latest checkpoint, which training goes on from; the best is kept beside it.
     keep = CheckpointConfig(num_to_keep=1)
@@ -152,7 +150,7 @@ def _trainer(
             num_workers=workers, use_gpu=placement.use_gpu, resources_per_worker=placement.resources
         ),
         run_config=RunConfig(
-            name=f"{task.stage}-{task.fingerprint[:16]}",
+            name=last_part(task.checkpoints),
             storage_path=path,
             storage_filesystem=None if is_local(checkpoints) else fs,
             failure_config=FailureConfig(max_failures=max_failures),

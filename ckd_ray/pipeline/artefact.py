@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.pipeline.digests import digests_of
+from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.progress import say
 from ckd_ray.store.files import (
     check_inside,
@@ -60,11 +61,13 @@ def remove_altered(uri: str) -> list[str]:
     damaged = _damaged(uri, manifest)
     known = {e["name"]: str(e["sha256"]) for e in manifest.get("files", []) if "sha256" in e}
     whole = {name: size for name, size in _named(uri, manifest) if name in known and name not in damaged}
-    altered = [name for name, digest in digests_of(uri, whole).items() if digest != known[name]]
+    altered = {name: whole[name] for name, digest in digests_of(uri, whole).items() if digest != known[name]}
+    # Once more before anything is lost: a read that went wrong is no file that is wrong.
+    altered = {name: size for name, size in altered.items() if digests_of(uri, {name: size})[name] != known[name]}
     for name in altered:
         say(f"{join(uri, name)}: its bytes do not match its checksum; it is made again")
         delete_inside(uri, name)
-    return damaged + altered
+    return [*damaged, *altered]
 
 
 def _damaged(uri: str, manifest: dict[str, Any]) -> list[str]:
@@ -85,21 +88,25 @@ def _named(uri: str, manifest: dict[str, Any]) -> list[tuple[str, int]]:
     return named
 
 
-def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) -> bool:
+def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None], *, whole: bool = False) -> bool:
     """Run `work` unless the artefact is there. Returns whether it ran. What killed writers have left is removed first.
 
-    `work` writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list of
-    files. When it writes a manifest of its own (the token store does), that one is extended.
+    Args:
+        work: writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list
+            of files. When it writes a manifest of its own (the token store does), that one is extended.
+        whole: it puts a new folder in the place of the former one, all at once. Then that one stays until it does: a
+            collection that cannot be read any more, or a training that is stopped, takes nothing away.
     """
     if is_made(uri, fingerprint):
         return False
-    making = join(uri, MAKING)
     remove_stale(uri)
-    if not _go_on(uri, fingerprint):
-        delete(uri)
-    make_folder(uri)
-    delete(join(uri, MANIFEST))
-    write_json_atomic(making, {"made_of": fingerprint})
+    kept = _go_on(uri, fingerprint)
+    if not whole:
+        if not kept:
+            delete(uri)
+        make_folder(uri)
+        write_json_atomic(join(uri, MAKING), {"made_of": fingerprint})
+        delete(join(uri, MANIFEST))
     extra = work() or {}
     own = manifest_of(uri) or {}
     manifest = {
@@ -111,19 +118,41 @@ def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None]) 
         "files": own.get("files") or _with_digests(uri, _files(uri)),
     }
     write_json_atomic(join(uri, MANIFEST), manifest)
-    delete(making)
+    delete(join(uri, MAKING))
     return True
+
+
+def reopen(uri: str) -> None:
+    """A finished artefact is to get further files: `make` then goes on in it, and keeps what is there."""
+    manifest = manifest_of(uri)
+    if manifest is not None:
+        write_json_atomic(join(uri, MAKING), {"made_of": manifest.get("made_of")})
+        delete(join(uri, MANIFEST))
+
+
+def identity_of(uri: str) -> str:
+    """What follows from a finished artefact depends on this: how it was made, and the weights that came of it. A
+    training need not give the same ones again (on a GPU, or with other versions of the libraries).
+
+    Raises:
+        JobError: it is not finished.
+    """
+    manifest = manifest_of(uri)
+    if manifest is None:
+        raise JobError(f"{uri} is not finished")
+    files = manifest.get("files", [])
+    weights = {e["name"]: e["sha256"] for e in files if e["name"].endswith(".safetensors") and "sha256" in e}
+    made_of = str(manifest["made_of"])
+    return fingerprint(made_of=made_of, weights=weights) if weights else made_of
 
 
 def _go_on(uri: str, fingerprint: str) -> bool:
     """True when the folder's contents are of this fingerprint: half made, or finished and damaged since."""
-    making = join(uri, MAKING)
-    if exists(making):
-        return bool(read_object(making).get("made_of") == fingerprint)
-    manifest = manifest_of(uri)
-    if manifest is None or manifest.get("made_of") != fingerprint:
+    making, manifest = join(uri, MAKING), manifest_of(uri)
+    known = read_object(making) if exists(making) else manifest
+    if known is None or known.get("made_of") != fingerprint:
         return False
-    for name in _damaged(uri, manifest):
+    for name in _damaged(uri, manifest) if manifest else ():
         say(f"{join(uri, name)}: missing or of another size; it is made again")
         delete_inside(uri, name)
     return True

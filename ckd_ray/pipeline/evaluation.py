@@ -14,11 +14,10 @@ import pandas as pd
 
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
-from ckd_ray.errors import JobError
 from ckd_ray.evaluate.compare import compare
 from ckd_ray.evaluate.measures import Measures, measure_parts
 from ckd_ray.evaluate.runs import falling_scores, without_own_passage, write_trec_run
-from ckd_ray.pipeline.artefact import make, manifest_of
+from ckd_ray.pipeline.artefact import MANIFEST, identity_of, make, reopen
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.stages import skips_own_passage
@@ -27,7 +26,7 @@ from ckd_ray.retrieve.rankings import part_file, read_ranking_part
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.stream import RetrieveJob, query_spans, retrieve
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import join, write_json_atomic
+from ckd_ray.store.files import exists, join, write_json_atomic
 
 Found = dict[str, dict[str, Measures]]  # split -> system -> measures
 
@@ -63,21 +62,18 @@ def embed_student(context: RunContext, splits: list[str]) -> None:
     not embed the corpus again."""
     from ckd_ray.pipeline.work import embed_all
 
-    student_of = fingerprint(student=_made_of(context, "student"), embed=_made_of(context, "embeddings"))
+    student_of = fingerprint(
+        student=identity_of(context.path("student")), embed=identity_of(context.path("embeddings"))
+    )
     checkpoint, out = context.path("student"), context.path("student_embeddings")
+    if not all(exists(join(out, f"queries.{split}", MANIFEST)) for split in splits):
+        reopen(out)  # they were made for other splits
 
     def work() -> dict[str, Any]:
         store = embed_all(context, checkpoint, out, student_of, stage="evaluate", splits=splits)
         return {"passages": store.num_passages}
 
     make(out, student_of, work)
-
-
-def _made_of(context: RunContext, folder: str) -> str:
-    manifest = manifest_of(context.path(folder))
-    if manifest is None:
-        raise JobError(f"{context.path(folder)} is not finished")
-    return str(manifest["made_of"])
 
 
 def measure_system(

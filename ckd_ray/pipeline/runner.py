@@ -10,8 +10,9 @@ from typing import Any
 
 from ckd_ray import __version__
 from ckd_ray.config import Config
+from ckd_ray.distill.task import checkpoints_of
 from ckd_ray.errors import LostRayError, UserError
-from ckd_ray.pipeline.artefact import MANIFEST, is_made, make, manifest_of, remove_altered
+from ckd_ray.pipeline.artefact import MANIFEST, identity_of, is_made, make, manifest_of, remove_altered
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.stages import BESIDE, Stage, check_stage_names, made_of, needed
@@ -56,33 +57,50 @@ def run_stages(
     source = source_signature(config.collection)
     with run_lock(context.run):
         stages = needed(config, until)
+        names = [stage.name for stage in stages]
         if fresh:
             for folder in (*(stage.folder for stage in stages), *BESIDE):
                 delete(context.path(folder))
         if variant or labels == "labels":  # run.json tells of the run's own settings
             _record(context)
-        done: dict[str, str] = {}
-        reports: list[StageReport] = []
-        again = False
-        for stage in stages:
-            print_of = made_of(stage, config, done, source)
-            again = again or stage.name == start
-            if again:
-                delete(context.path(stage.folder))
-            try:
-                if not is_made(context.path(stage.folder), print_of):
-                    _read_through(context, stages, reports, done)
-                reports.append(_run(context, stage, print_of))
-            except (UserError, LostRayError):
-                raise
-            except Exception:
-                if not _repaired(context, stages, reports, done):
-                    raise
-                reports.append(_run(context, stage, print_of))
-            done[stage.name] = _identity(context, stage, print_of)
-            if stage.name == "collection" and stage is not stages[-1]:
-                _check_sizes(context)
+        again = {stage.name for stage in stages[names.index(start) :]} if start in names else set()
+        while (reports := _brought_up(context, stages, source, again)) is None:
+            pass
         return reports
+
+
+def _brought_up(context: RunContext, stages: list[Stage], source: str, again: set[str]) -> list[StageReport] | None:
+    """One pass over the stages; None when a later one has to begin anew, since a file that was made again came out
+    differently (see `artefact.identity_of`).
+
+    Args:
+        again: names of stages that are done again even if they are there; each is struck out once that has begun.
+    """
+    prints: dict[str, str] = {}  # of each stage: of what it is made
+    done: dict[str, str] = {}  # of each stage: on what those after it depend
+    reports: list[StageReport] = []
+    for stage in stages:
+        print_of = prints[stage.name] = made_of(stage, context.config, done, source)
+        if stage.name in again:
+            again.remove(stage.name)
+            delete(context.path(stage.folder))
+            delete(_checkpoints(context, stage, print_of))
+        try:
+            if not is_made(context.path(stage.folder), print_of):
+                _read_through(context, stages, reports, prints)
+                if any(done[name] != _identity(context, earlier) for name, earlier in zip(done, stages, strict=False)):
+                    return None
+            reports.append(_run(context, stage, print_of))
+        except (UserError, LostRayError):
+            raise
+        except Exception:
+            if not _repaired(context, stages, reports, prints):
+                raise
+            reports.append(_run(context, stage, print_of))
+        done[stage.name] = _identity(context, stage)
+        if stage.name == "collection" and stage is not stages[-1]:
+            _check_sizes(context)
+    return reports
 
 
 def _check_sizes(context: RunContext) -> None:
@@ -97,26 +115,26 @@ def _check_sizes(context: RunContext) -> None:
     plan_shards(Collection.open(context.run).num_passages, context.config.embed.passages_per_shard)
 
 
-def _read_through(context: RunContext, stages: list[Stage], reports: list[StageReport], done: dict[str, str]) -> None:
+def _read_through(context: RunContext, stages: list[Stage], reports: list[StageReport], prints: dict[str, str]) -> None:
     """Before a stage works: what those before it have finished is what was written, or is made again."""
     for i, earlier in enumerate(stages[: len(reports)]):
         altered = remove_altered(context.path(earlier.folder))
         for folder in earlier.beside:
-            if remove_altered(context.path(folder)):
+            if manifest_of(context.path(folder)) is None or remove_altered(context.path(folder)):
                 # It is written together with the artefact, which by itself would pass for whole.
                 delete(context.path(earlier.folder, MANIFEST))
                 altered = [folder]
         if altered:
-            reports[i] = _run(context, earlier, done[earlier.name])
+            reports[i] = _run(context, earlier, prints[earlier.name])
 
 
-def _repaired(context: RunContext, stages: list[Stage], reports: list[StageReport], done: dict[str, str]) -> bool:
+def _repaired(context: RunContext, stages: list[Stage], reports: list[StageReport], prints: dict[str, str]) -> bool:
     """After a failure, look for broken files of a store and make these again. Returns whether there were any."""
     import ray
 
     from ckd_ray.pipeline.repair import remove_broken_files
 
-    if "embed" not in done:
+    if "embed" not in {report.name for report in reports}:
         return False
     try:
         if not remove_broken_files(context):
@@ -125,7 +143,7 @@ def _repaired(context: RunContext, stages: list[Stage], reports: list[StageRepor
         return False
     embed = next(stage for stage in stages if stage.name == "embed")
     at = next(i for i, report in enumerate(reports) if report.name == "embed")
-    reports[at] = _run(context, embed, done["embed"])
+    reports[at] = _run(context, embed, prints["embed"])
     return True
 
 
@@ -143,11 +161,16 @@ def _run(context: RunContext, stage: Stage, print_of: str) -> StageReport:
         figures = stage.work(context, print_of)
         return {"figures": figures, "seconds": round(time.monotonic() - started, 3)}
 
-    make(folder, print_of, work)
+    make(folder, print_of, work, whole=stage.whole)
+    delete(_checkpoints(context, stage, print_of))  # not before the manifest says that they are needed no more
     figures = (manifest_of(folder) or {}).get("figures", {})
     seconds = time.monotonic() - started
     say(f"{stage.name}: {_what(figures, seconds)} -> {folder}")
     return StageReport(stage.name, False, seconds, figures, folder)
+
+
+def _checkpoints(context: RunContext, stage: Stage, print_of: str) -> str:
+    return context.path(checkpoints_of(stage.name, print_of))
 
 
 def _what(figures: dict[str, Any], seconds: float) -> str:
@@ -157,10 +180,11 @@ def _what(figures: dict[str, Any], seconds: float) -> str:
     return f"{figures['count']:,} {figures['unit']} in {duration(seconds)} ({rate:,.1f} {figures['unit']}/s)"
 
 
-def _identity(context: RunContext, stage: Stage, print_of: str) -> str:
-    """What later stages depend on: the content for the collection (wherever it was read from), else how it was made."""
+def _identity(context: RunContext, stage: Stage) -> str:
+    """What later stages depend on: the content for the collection (wherever it was read from), else how it was made
+    and the weights that came of it."""
     if stage.name != "collection":
-        return print_of
+        return identity_of(context.path(stage.folder))
     return str((manifest_of(context.path("corpus")) or {})["fingerprint"])
 
 

@@ -34,6 +34,7 @@ class Stage:
         settings: the part of the configuration that changes the result.
         work: does it; returns figures for the closing line (`count`, `unit`) and the manifest.
         beside: folders that are written together with the artefact, each with a manifest of its own.
+        whole: the folder is replaced by a new one, all at once (see `artefact.make`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     work: Callable[[RunContext, str], dict[str, Any]]
     beside: tuple[str, ...] = ()
+    whole: bool = False
 
 
 def _collection(config: Config) -> dict[str, Any]:
@@ -164,13 +166,13 @@ def _work(name: str) -> Callable[[RunContext, str], dict[str, Any]]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("collection", "corpus", lambda c: (), _collection, _work("collection"), ("queries",)),
-    Stage("teacher", "teacher", lambda c: ("collection",), _teacher, _work("teacher")),
+    Stage("collection", "corpus", lambda c: (), _collection, _work("collection"), ("queries",), whole=True),
+    Stage("teacher", "teacher", lambda c: ("collection",), _teacher, _work("teacher"), whole=True),
     Stage("embed", "embeddings", lambda c: ("collection", "teacher"), _embed, _work("embed")),
     Stage("retrieve", "rankings", lambda c: ("embed",), _retrieve, _work("retrieve")),
     Stage("label", "labels", lambda c: ("retrieve",), _label, _work("label")),
     Stage("cross_encoder", "cross_scores", lambda c: ("retrieve",), _cross_encoder, _work("cross_encoder")),
-    Stage("distill", "student", _distill_inputs, _distill, _work("distill")),
+    Stage("distill", "student", _distill_inputs, _distill, _work("distill"), whole=True),
     Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -6,6 +6,7 @@ closing line, and whatever the stage found out on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from ckd_ray.cross_encoder.score_file import import_scores
 from ckd_ray.cross_encoder.stream import CrossEncoderJob, agreed_precision, score_candidates
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.distill.callbacks import load_callbacks
-from ckd_ray.distill.task import TrainingTask
+from ckd_ray.distill.task import TrainingTask, checkpoints_of
 from ckd_ray.distill.trainer import TrainingOutcome, fit
 from ckd_ray.embed.encoder import choose_precision
 from ckd_ray.embed.learn_codec import with_codec
@@ -143,7 +144,8 @@ def write_labels_of(context: RunContext, job: LabelJob) -> dict[str, Any]:
         queries_per_part = label_queries(job, CrowdedCells(cells), count)
     else:
         r = config.retrieve
-        settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed)
+        index = _kept_index(config, store) if way == "faiss" else None
+        settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed, index)
         with serving(store, settings, r.actors) as servers:
             queries_per_part = label_queries(job, ServerVotes(servers, config.label.voters), count)
     write_json_atomic(join(job.out, "manifest.json"), {"queries_per_part": queries_per_part, "split": job.split})
@@ -194,12 +196,16 @@ def distill(context: RunContext, made_of: str) -> dict[str, Any]:
     return _training_figures(task, outcome)
 
 
-def distill_task(context: RunContext, made_of: str) -> TrainingTask:
-    """The training that distils the student of this configuration."""
+def distill_task(context: RunContext, made_of: str, *, keep: str | None = None) -> TrainingTask:
+    """The training that distils the student of this configuration.
+
+    Args:
+        keep: the folder that keeps the precision chosen; that of the training's checkpoints when None.
+    """
     start = context.path("teacher")
     with local_copy(start) as folder:
         model = ColBERT.from_pretrained(folder)
-    return _task(context, "distill", made_of, start, model)
+    return _task(context, "distill", made_of, start, model, keep)
 
 
 def evaluate(context: RunContext, made_of: str) -> dict[str, Any]:
@@ -218,7 +224,12 @@ def embed_all(
 ) -> EmbeddingStore:
     """Embed the corpus into `out`/passages and the queries of `splits` into `out`/queries.SPLIT."""
     config = context.config.embed
-    precision, reason = _agreed_precision(out, checkpoint, config.precision)
+
+    def choose() -> tuple[Any, str]:
+        with local_copy(checkpoint) as folder:
+            return _precision(ColBERT.from_pretrained(folder), config.precision)
+
+    precision, reason = _agreed_precision(out, choose)
     say(f"{stage}: {precision} ({reason})")
     collection = Collection.open(context.run)
     sizes = {f"queries.{split}": collection.num_queries(split) for split in splits}
@@ -265,19 +276,19 @@ def _kept_index(config: Config, store: EmbeddingStore) -> str | None:
     name = f"{made_of[:16]}.faiss"
     make_folder(folder)
     for other in list_files(folder, ""):
-        if other != name:
+        if not other.startswith(name):  # its digest lies beside it
             delete(join(folder, other))
     return join(folder, name)
 
 
-def _agreed_precision(out: str, checkpoint: str, requested: str) -> tuple[Any, str]:
-    """The precision of a store is chosen once: a resumed run keeps it even where a new measurement would differ."""
+def _agreed_precision(out: str, choose: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
+    """(precision, reason) of a store or a training, chosen once and kept in the folder `out`: what is resumed keeps it
+    even where a new measurement would differ."""
     path = join(out, "precision.json")
     if exists(path):
         kept = read_json(path)
         return kept["precision"], kept["reason"]
-    with local_copy(checkpoint) as folder:
-        precision, reason = _precision(ColBERT.from_pretrained(folder), requested)
+    precision, reason = choose()
     write_json_atomic(path, {"precision": precision, "reason": reason})
     return precision, reason
 
@@ -329,10 +340,13 @@ def _fit(task: TrainingTask, out: str, section: TrainingConfig) -> TrainingOutco
     return fit(task, out=out, workers=section.workers, max_failures=section.max_failures, callbacks=callbacks)
 
 
-def _task(context: RunContext, stage: str, made_of: str, start: str, model: ColBERT) -> TrainingTask:
+def _task(
+    context: RunContext, stage: str, made_of: str, start: str, model: ColBERT, keep: str | None = None
+) -> TrainingTask:
     config = context.config
     section = config.teacher if stage == "teacher" else config.distill
-    precision, reason = _precision(model, section.precision)
+    home = keep or context.path(checkpoints_of(stage, made_of))
+    precision, reason = _agreed_precision(home, lambda: _precision(model, section.precision))
     say(f"{stage}: {precision} ({reason})")
     shared = {
         "steps", "batch_size", "learning_rate", "negatives", "warmup", "schedule", "weight_decay", "clip_norm",

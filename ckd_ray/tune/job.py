@@ -52,7 +52,8 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     check_installed(config.tune.search)
     context = RunContext.of(config)
     if fresh:
-        delete(context.path(FOLDER))
+        with run_lock(context.run):  # another command may be at work in it
+            delete(context.path(FOLDER))
     upstream = [stage for stage in needed(config, "distill") if stage.name != "distill"]
     run_stages(config, until=upstream[-1].name)
     splits = Collection.open(context.run).splits
@@ -155,7 +156,7 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
         seed=seed,
         trials=config.tune.trials,
     )
-    base = distill_task(context, made_of)
+    base = distill_task(context, made_of, keep=folder)
 
     def task_of(number: int, values: Values) -> Any:
         mine = with_values(config, values)

@@ -124,6 +124,7 @@ def run_trial(config: dict[str, Any]) -> None:
             threads=config["threads"],
             board=board_of(task),
         )
+        delete(join(task.run, task.checkpoints))
     except (JobError, UserError) as error:
         tune.report({CAUSE: str(error)})
     delete(config["out"])
@@ -187,7 +188,7 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
         tuner.fit()
     delete(at)
     for task in searcher.tasks.values():  # of trials that failed
-        delete(join(run, "checkpoints", f"{task.stage}-{task.fingerprint[:16]}"))
+        delete(join(run, task.checkpoints))
     if records.best() is None:
         causes = {trial.cause for trial in records.trials.values() if trial.cause}
         raise JobError(f"tune: no trial was finished: {'; '.join(sorted(causes)) or 'all were stopped'}")

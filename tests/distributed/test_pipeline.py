@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,15 @@ import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.config import load_config
+from ckd_ray.data import Collection
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.model import ColBERT
+from ckd_ray.pipeline import artefact, work
+from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.pipeline.stages import STAGE_NAMES
 from ckd_ray.store import EmbeddingStore, shard_name
@@ -139,6 +144,76 @@ def test_altered_files_are_made_again_before_they_are_read(
     assert again == ["collection", "teacher", "retrieve", "label", "distill"]
     for name, data in before.items():
         assert (tmp_path / "tiny" / name).read_bytes() == data, name
+    assert all(r.skipped for r in run(tmp_path, tiny_backbone, tiny_collection, until="distill"))
+
+
+def test_a_teacher_that_comes_out_differently_is_followed(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the same settings, other weights. What is left of the former teacher's is not mixed with them."""
+    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    flip_bit(tmp_path / "tiny/teacher/model.safetensors", 5000)
+    teacher = work.teacher
+
+    def other(context: RunContext, made_of: str) -> dict[str, Any]:
+        figures = teacher(context, made_of)
+        path = tmp_path / "tiny/teacher/projection.safetensors"
+        flip_bit(path, path.stat().st_size - 1)
+        return figures
+
+    monkeypatch.setattr(work, "teacher", other)
+    reports = run(tmp_path, tiny_backbone, tiny_collection, start="retrieve", until="retrieve")
+    assert [r.name for r in reports if not r.skipped] == ["embed", "retrieve"]  # of the pass after the teacher's
+    one, two = (EmbeddingStore.open(str(at / "tiny/embeddings/passages")) for at in (finished, tmp_path))
+    assert one.manifest["sha256"] == two.manifest["sha256"]  # as many embeddings, of the same tokens
+    assert [s["sha256"] for s in one.manifest["shards"]] != [s["sha256"] for s in two.manifest["shards"]]
+
+
+def test_a_collection_that_cannot_be_read_any_more_leaves_the_former_one(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    shutil.copytree(finished / "tiny" / "corpus", tmp_path / "tiny" / "corpus")
+    shutil.copytree(finished / "tiny" / "queries", tmp_path / "tiny" / "queries")
+    shutil.copytree(tiny_collection, tmp_path / "source")
+    with (tmp_path / "source" / "collection.tsv").open("a") as file:
+        file.write("no tab here\n")
+    with pytest.raises(UserError, match=r"collection\.tsv"):
+        run(tmp_path, tiny_backbone, str(tmp_path / "source"), until="collection")
+    assert Collection.open(str(tmp_path / "tiny")).num_passages == 60
+    assert run(tmp_path, tiny_backbone, tiny_collection, until="collection")[0].skipped
+
+
+def test_a_finished_training_is_not_lost_before_it_is_in_the_manifest(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+
+    def killed(uri: str, files: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(artefact, "_with_digests", killed)
+        run(tmp_path, tiny_backbone, tiny_collection, start="distill", until="distill")
+    (left,) = (tmp_path / "tiny" / "checkpoints").glob("distill-*")
+    steps = (tmp_path / "tiny/student/metrics.jsonl").read_bytes()
+    run(tmp_path, tiny_backbone, tiny_collection, until="distill")
+    # The losses carry the times of their steps, so equal bytes are steps that were not done again.
+    assert (tmp_path / "tiny/student/metrics.jsonl").read_bytes() == steps
+    assert not left.exists()
+
+
+def test_an_evaluated_run_takes_a_further_split(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "student_embeddings")
+    run(tmp_path, tiny_backbone, tiny_collection, "evaluate.splits=[dev]")
+    stores = tmp_path / "tiny" / "student_embeddings"
+    assert not (stores / "queries.test").exists()
+    before = {p: p.stat().st_mtime_ns for p in stores.glob("passages/*.arrow")}
+    run(tmp_path, tiny_backbone, tiny_collection)
+    assert (tmp_path / "tiny/evaluation/student.test.run").exists()
+    assert {p: p.stat().st_mtime_ns for p in stores.glob("passages/*.arrow")} == before
 
 
 def test_a_broken_shard_alone_is_made_again(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:

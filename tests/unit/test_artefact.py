@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ckd_ray.pipeline import digests
-from ckd_ray.pipeline.artefact import is_made, make, manifest_of, remove_altered
+from ckd_ray.pipeline import artefact, digests
+from ckd_ray.pipeline.artefact import identity_of, is_made, make, manifest_of, remove_altered, reopen
 from tests.support import flip_bit
 
 
@@ -69,6 +71,71 @@ def test_a_manifest_without_digests_vouches_for_sizes(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
     flip_bit(folder / "a", 0)
     assert remove_altered(str(folder)) == []
+
+
+def test_a_read_that_went_wrong_once_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, reads = filled(tmp_path / "artefact"), list[str]()
+
+    def once_wrong(uri: str, sizes: Mapping[str, int]) -> dict[str, str]:
+        reads.extend(sizes)
+        found = digests.digests_of(uri, sizes)
+        return found | ({"a": "0"} if reads.count("a") == 1 else {})
+
+    monkeypatch.setattr(artefact, "digests_of", once_wrong)
+    assert remove_altered(str(folder)) == [] and reads.count("a") == 2
+
+
+def test_a_folder_that_is_replaced_stays_until_then(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "artefact")
+    with pytest.raises(ValueError, match="cannot be read"):
+        make(str(folder), "g", failing, whole=True)
+    assert is_made(str(folder), "f")
+    with pytest.raises(ValueError, match="cannot be read"):
+        make(str(folder), "g", failing)
+    assert not is_made(str(folder), "f") and not (folder / "a").exists()
+
+
+def failing() -> dict[str, Any]:
+    raise ValueError("the input cannot be read")
+
+
+def test_a_killed_command_leaves_a_folder_to_go_on_in(tmp_path: Path) -> None:
+    """Killed between writing the one and removing the other of manifest.json and making.json, at either end."""
+    folder = filled(tmp_path / "artefact")
+    (folder / "making.json").write_text(json.dumps({"made_of": "f"}))
+    assert is_made(str(folder), "f")
+    (folder / "a").write_text("cut")
+    kept = (folder / "passages" / "shard-0").stat().st_mtime_ns
+    found: list[bool] = []
+
+    def work() -> None:
+        found.extend((folder / name).exists() for name in ("a", "runs/b", "passages/shard-0"))
+        (folder / "a").write_text("first")
+
+    assert make(str(folder), "f", work)  # type: ignore[arg-type]
+    assert found == [False, True, True] and (folder / "passages" / "shard-0").stat().st_mtime_ns == kept
+    assert not (folder / "making.json").exists()
+
+
+def test_a_reopened_artefact_gets_further_files(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "artefact")
+    reopen(str(folder))
+    assert not is_made(str(folder), "f")
+    assert make(str(folder), "f", lambda: (folder / "c").write_text("more") and None)
+    assert {"a", "c", "runs/b"} <= {entry["name"] for entry in (manifest_of(str(folder)) or {})["files"]}
+
+
+def test_other_weights_are_another_artefact(tmp_path: Path) -> None:
+    identities = []
+    for number, (weights, log) in enumerate((("w", "1"), ("w", "2"), ("v", "1"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(weights)
+        (folder / "metrics.jsonl").write_text(log)
+        make(str(folder), "f", lambda: None, whole=True)
+        identities.append(identity_of(str(folder)))
+    assert identities[0] == identities[1] != identities[2]
+    assert identity_of(str(filled(tmp_path / "without"))) == "f"
 
 
 def test_many_bytes_are_read_in_tasks(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
