@@ -145,13 +145,15 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
     t = config.tune
     plan = plan_trials(config)
     waiting = sum(trial.state in ("running", "failed") for trial in records.trials.values())
-    left = max(0, t.trials - len(records.trials)) + waiting
+    left = max(0, suggester.trials - len(records.trials)) + waiting
     if not left:
         return
+    if suggester.trials < t.trials:
+        say(f"tune: the space has {suggester.trials} combinations; each is tried once")
     table = _Table(records, suggester.default)
     steps = config.distill.steps
     every = steps_a_measurement(config)
-    searcher = _Searcher(records, suggester, task_of, t.trials, config, plan, folder)
+    searcher = _Searcher(records, suggester, task_of, config, plan, folder)
     asha = _GentleASHA(
         searcher,
         time_attr=TIME,
@@ -162,7 +164,8 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
         reduction_factor=t.reduction,
     )
     _replay(asha, records)
-    say(f"tune: {left} of {t.trials} trials, {plan.concurrent} at a time; measured every {every} of {steps} steps")
+    measured = f"measured every {every} of {steps} steps"
+    say(f"tune: {left} of {suggester.trials} trials, {plan.concurrent} at a time; {measured}")
     table.head()
     at = join(folder, "ray")
     delete(at)
@@ -221,13 +224,12 @@ class _Searcher(Searcher):
         records: Records,
         suggester: Suggester,
         task_of: TaskOf,
-        trials: int,
         config: Config,
         plan: TrialPlan,
         folder: str,
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self.records, self.suggester, self.task_of, self.trials = records, suggester, task_of, trials
+        self.records, self.suggester, self.task_of = records, suggester, task_of
         self.plan, self.folder, self.max_failures = plan, folder, config.distill.max_failures
         self.again = [t for t in records.trials.values() if t.state in ("running", "failed")]
         self.numbers: dict[str, int] = {}
@@ -239,7 +241,7 @@ class _Searcher(Searcher):
             trial.state, trial.cause = "running", None
         else:
             number = next(i for i in range(len(self.records.trials) + 1) if i not in self.records.trials)
-            if number >= self.trials:
+            if number >= self.suggester.trials:
                 return Searcher.FINISHED
             trial = Trial(number, self.suggester.values(number, self.records.ended()))
         self.records.write(trial)

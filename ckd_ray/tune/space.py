@@ -46,6 +46,7 @@ STANDARD: dict[str, dict[str, Any]] = {
     "distill.expansion_size": {"choice": [5, 10, 20]},
 }
 _KINDS = ("choice", "uniform", "loguniform", "int")
+_WITHOUT_TEACHER = ("contrastive", "label_smoothing")
 
 Values = dict[str, Any]
 
@@ -69,11 +70,16 @@ class Parameter:
             return float(random.uniform(low, high))
         return min(high, max(low, math.exp(random.uniform(math.log(low), math.log(high)))))
 
-    def all(self) -> list[Any] | None:
-        """Every value there is; None for a range of real numbers."""
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite for a range of real numbers."""
         if self.kind == "choice":
-            return list(self.values)
-        return list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else None
+            return len(self.values)
+        return self.values[1] - self.values[0] + 1 if self.kind == "int" else math.inf
+
+    def all(self) -> list[Any]:
+        """Every value there is, of which there are finitely many."""
+        return list(self.values) if self.kind == "choice" else list(range(self.values[0], self.values[1] + 1))
 
 
 def parse(spec: Mapping[str, Any]) -> Parameter:
@@ -109,9 +115,24 @@ def space_of(config: Config) -> dict[str, Parameter]:
     if given is None:
         most = config.label.clusters
         given = {**STANDARD, "distill.expansion_size": {"choice": [n for n in (5, 10, 20) if n <= most] or [most]}}
-        if config.distill.objective != "collective":
-            given = {key: spec for key, spec in given.items() if key not in OF_THE_TEACHER}
+        if config.distill.objective == "label_smoothing":
+            shares = STANDARD["distill.smoothing"]["choice"]
+            given["distill.smoothing"] = {"choice": [share for share in shares if share]}  # 0 would be contrastive
+        given = {key: spec for key, spec in given.items() if _matters(key, config.distill.objective)}
     return {key: parse(given[key]) for key in sorted(given, key=KEYS.index)}
+
+
+def _matters(key: str, objective: str) -> bool:
+    """Whether a key changes anything for an objective."""
+    if key in OF_THE_TEACHER:
+        return objective == "collective"
+    return key != "distill.temperature" or objective not in _WITHOUT_TEACHER
+
+
+def grid(space: Mapping[str, Parameter]) -> Iterator[Values]:
+    """Every combination of a finite space, in a fixed order."""
+    for values in itertools.product(*(p.all() for p in space.values())):
+        yield dict(zip(space, values, strict=True))
 
 
 def split(space: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
@@ -151,11 +172,8 @@ def candidates(config: Config, space: Mapping[str, Parameter], count: int, seed:
         return not any(True for _ in impossible_combinations(with_values(config, values)))
 
     found = [values_of(config, space)]
-    everything = [p.all() for p in space.values()]
-    size = math.prod(len(a) if a is not None else count + 1 for a in everything)
-    if size <= count:
-        grid = itertools.product(*(a for a in everything if a is not None))
-        drawn: Iterator[Values] = (dict(zip(space, one, strict=True)) for one in grid)
+    if math.prod(p.size for p in space.values()) <= count:
+        drawn = grid(space)
     else:
         random = np.random.default_rng([seed, 1])
         drawn = ({key: p.draw(random) for key, p in space.items()} for _ in range(50 * count))
@@ -181,17 +199,26 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
             yield path, str(error)
             continue
         yield from _out_of_range(config, key, parameter)
-        if key in OF_THE_TEACHER and config.distill.objective != "collective":
+        if not _matters(key, config.distill.objective):
             yield path, f"changes nothing for objective {config.distill.objective}"
 
 
 def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
+    configured = values_of(config, (key,))[key]
+    if parameter.kind in ("uniform", "loguniform") and not isinstance(configured, float):
+        # The ends may be valid, and what lies between them not.
+        whole = isinstance(configured, int) and not isinstance(configured, bool)
+        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {'int or choice' if whole else 'choice'}"
+        return
     for value in parameter.values:  # the ends of a range, which are valid only if all of it is
         try:
             changed = with_values(config, {key: value})
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             yield f"tune.space.{key}", f"{message[:1].lower()}{message[1:]}, found {value!r}"
+            return
+        if key == "distill.smoothing" and value == 0 and config.distill.objective == "label_smoothing":
+            yield f"tune.space.{key}", "objective label_smoothing needs a share above 0, found 0"
             return
         if key == "distill.negatives_depth" and changed.distill.negatives_depth > config.retrieve.depth:
             yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"

@@ -1,11 +1,13 @@
 """Which values the next trial takes: Optuna's TPE, or at random, from the seed and the trials that have ended.
 
 A suggestion depends on the trial's number and on what had ended when it began, on nothing in memory, so a search that
-was stopped suggests what it would have suggested.
+was stopped suggests what it would have suggested. In a space of few combinations each is tried once, in an order that
+the seed gives.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +16,11 @@ import numpy as np
 
 from ckd_ray.errors import UserError
 from ckd_ray.tune.records import Trial
-from ckd_ray.tune.space import Parameter, Values
+from ckd_ray.tune.space import Parameter, Values, grid
 
 _KEPT = "combination"
+# Up to so many combinations a model of them says little, and would ask for some of them again.
+_FEW = 32
 
 
 def check_installed(search: str) -> None:
@@ -41,6 +45,10 @@ class Suggester:
             when the space has none.
         space: the other keys.
         default: the configured values of all keys, which trial 0 takes.
+        trials: how many are wanted.
+
+    Attributes:
+        trials: how many there can be: fewer, when that many different ones do not exist.
     """
 
     def __init__(
@@ -57,11 +65,24 @@ class Suggester:
         self.search, self.seed = search, seed
         # TPE needs some trials to model; of a short search a third.
         self.at_random = max(2, min(10, trials // 3))
+        self.trials = trials
+        self._order: list[Values] | None = None
+        if len(self.kept) * math.prod(p.size for p in self.space.values()) <= max(_FEW, trials):
+            self._order = self._shuffled()
+            self.trials = min(trials, len(self._order))
+
+    def _shuffled(self) -> list[Values]:
+        """Every combination, the configuration itself first."""
+        found = [{**kept, **values} for kept in self.kept for values in grid(self.space)]
+        order = np.random.default_rng([self.seed, 4]).permutation(len(found))
+        return [dict(self.default), *(found[i] for i in order if found[i] != self.default)]
 
     def values(self, number: int, ended: Sequence[Trial]) -> Values:
-        """Values of all keys of the space for trial `number`."""
+        """Values of all keys of the space for trial `number`, which is below `trials`."""
         if number == 0:
             return dict(self.default)
+        if self._order is not None:
+            return dict(self._order[number])
         if self.search == "random" or len([t for t in ended if t.measurements]) < self.at_random:
             random = np.random.default_rng([self.seed, 2, number])
             kept = self.kept[int(random.integers(len(self.kept)))]

@@ -33,6 +33,9 @@ def config(*values: str) -> Config:
         ("{distill.temperature: {uniform: [0.1, 1000]}}", "distill.temperature", "less than or equal to 100"),
         ("{distill.negatives_depth: {choice: [50, 500]}}", "distill.negatives_depth", "retrieve.depth"),
         ("{label.token_vote: {choice: [nobody]}}", "label.token_vote", "collection"),
+        ("{label.clusters: {uniform: [12, 24]}}", "label.clusters", "use int or choice"),
+        ("{distill.negatives: {loguniform: [1, 8]}}", "distill.negatives", "use int or choice"),
+        ("{distill.zero_row_floor: {uniform: [0, 1]}}", "distill.zero_row_floor", "use choice"),
     ],
 )
 def test_mistakes_in_the_space_are_named(space: str, path: str, message: str) -> None:
@@ -46,6 +49,22 @@ def test_keys_of_the_labels_change_nothing_for_other_objectives() -> None:
     with pytest.raises(ConfigError, match="changes nothing for objective self_distillation"):
         config("distill.objective=self_distillation", "tune.space={distill.beta: {choice: [0.1, 1]}}")
     assert "distill.beta" not in space_of(config("distill.objective=self_distillation"))
+
+
+def test_what_an_objective_does_not_take_is_not_varied() -> None:
+    smoothed = config("distill.objective=label_smoothing", "distill.smoothing=0.1")
+    assert space_of(smoothed) == {"distill.smoothing": Parameter("choice", (0.02, 0.1))}
+    assert "distill.temperature" not in space_of(config("distill.objective=contrastive"))
+    assert {"distill.temperature", "distill.smoothing"} == space_of(
+        config("distill.objective=self_distillation")
+    ).keys()
+    with pytest.raises(ConfigError, match="changes nothing for objective contrastive"):
+        config("distill.objective=contrastive", "tune.space={distill.temperature: {uniform: [0.1, 1]}}")
+    with pytest.raises(ConfigError, match="needs a share above 0"):
+        config(
+            "distill.objective=label_smoothing", "distill.smoothing=0.1",
+            "tune.space={distill.smoothing: {choice: [0.0, 0.1]}}",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -109,6 +128,25 @@ def test_suggestions_depend_on_the_number_and_on_what_has_ended_alone(search: st
         ended.append(Trial(number, values, state, [[10, worth / 2, 1.0], [20, worth, 2.0]], ended=number))
     assert ended[0].values["distill.temperature"] == 0.25  # the configuration itself
     assert len({tuple(t.values.values()) for t in ended}) == 8
+
+
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_each_combination_of_a_small_space_is_tried_once(search: str) -> None:
+    space = {"distill.smoothing": Parameter("choice", (0.0, 0.1)), "distill.negatives": Parameter("int", (1, 3))}
+    kept = [{"distill.beta": 0.3}, {"distill.beta": 1.0}]
+
+    def suggester(trials: int, smoothing: float = 0.1) -> Suggester:
+        default = {"distill.beta": 0.3, "distill.smoothing": smoothing, "distill.negatives": 1}
+        return Suggester(kept, space, default, search=search, seed=5, trials=trials)
+
+    assert (suggester(100).trials, suggester(5).trials) == (12, 5)
+    assert suggester(100, smoothing=0.05).trials == 13  # the configuration itself is none of them
+    ended: list[Trial] = []
+    for number in range(12):
+        values = suggester(100 if number > 4 else 5).values(number, ended)  # more trials are asked for on the way
+        ended.append(Trial(number, values, "finished", [[10, 0.5, 1.0]], ended=number))
+    assert ended[0].values == suggester(5).default
+    assert len({tuple(t.values[key] for key in sorted(t.values)) for t in ended}) == 12
 
 
 def test_optuna_goes_where_it_was_good() -> None:
