@@ -19,7 +19,7 @@ from ckd_ray.config.schema import Split
 from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import exists, filesystem_of, is_folder, join, list_files
+from ckd_ray.store.files import exists, filesystem_of, is_folder, join, list_files, list_folders
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
@@ -136,7 +136,7 @@ def _parts(uri: str, endings: tuple[str, ...]) -> tuple[str, ...]:
     Names that begin with `_` or `.` are markers and checksums of whoever wrote it, and are no parts.
 
     Raises:
-        UserError: there is no such file, or the folder holds none that can be read, or others.
+        UserError: there is no such file, or the folder holds none that can be read, or others, or folders.
     """
     if not is_folder(uri):
         if not exists(uri):
@@ -144,13 +144,15 @@ def _parts(uri: str, endings: tuple[str, ...]) -> tuple[str, ...]:
         return (uri,)
     names = [name for name in list_files(uri) if not name.startswith(("_", "."))]
     others = [name for name in names if not name.endswith(endings)]
+    # Partitions (`year=2024/`): their files would be left out, and what the folder's name says is no column.
+    others += [f"{name}/" for name in list_folders(uri) if not name.startswith(("_", "."))]
     if others or not names:
         raise UserError(
-            "a folder in the place of a file holds files that cannot be read" if others else "a folder without files",
+            "a folder in the place of a file holds what cannot be read" if others else "a folder without files",
             where=uri,
-            expected=f"files whose names end with {', '.join(endings)}",
+            expected=f"files whose names end with {', '.join(endings)}, and no folders",
             found=", ".join(shorten(name) for name in others[:8]) or "none",
-            fix="move other files out of it, or let their names begin with _" if others else None,
+            fix="move the rest out of it, or let the names begin with _" if others else None,
         )
     return tuple(join(uri, name) for name in names)
 

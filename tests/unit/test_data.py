@@ -134,6 +134,12 @@ def test_a_folder_of_other_files_is_no_collection(tmp_path: Path) -> None:
         UserError, match=r"expected: files whose names end with .tsv, .tsv.gz[^\n]*\n  found: 'README.md'\n"
     ):
         build("msmarco", folder, tmp_path / "out")
+    (folder / "collection.tsv" / "README.md").unlink()
+    inner = folder / "collection.tsv" / "year=2024"
+    inner.mkdir()
+    with pytest.raises(UserError, match=r"and no folders\n  found: 'year=2024/'\n"):
+        build("msmarco", folder, tmp_path / "out")
+    inner.rename(inner.with_name("_temporary"))
     for file in (folder / "collection.tsv").glob("[!_.]*"):
         file.unlink()
     with pytest.raises(UserError, match=r"collection\.tsv: a folder without files"):
