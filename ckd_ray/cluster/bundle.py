@@ -73,7 +73,9 @@ def check_for_job(config: Config, arguments: dict[str, Any], launcher: LauncherF
             raise UserError(
                 "this path is relative, and means nothing on another machine",
                 where=key,
-                expected="an absolute path that all nodes see, or a URI such as s3://bucket/folder",
+                expected="an absolute path that all nodes see, a hub id, or package:NAME/FOLDER"
+                if key in _MODELS  # these are loaded by libraries that read no URIs
+                else "an absolute path that all nodes see, or a URI such as s3://bucket/folder",
                 found=value,
             )
     _check_paths_of_options(config.run.storage, arguments, launcher)

@@ -11,7 +11,7 @@ from ckd_ray.cluster.launcher_file import LauncherFile
 from ckd_ray.progress import say
 
 # A folder ends with a slash. Stores and checkpoints stay where they are.
-_OF_A_RUN = ("run.json", "evaluation/", "student/", "report.html")
+_OF_A_RUN = ("run.json", "evaluation/", "student/")
 RESULTS: dict[str, tuple[str, ...]] = {
     "train": _OF_A_RUN,
     "evaluate": _OF_A_RUN,
@@ -40,6 +40,9 @@ def bring_home(launcher: LauncherFile, command: str, run: str) -> Path | None:
     (local / _NOTE).write_text(json.dumps({"cluster": launcher.prepared["cluster_name"], "run": remote}) + "\n")
     fetched = [name for name in wanted if ray_launcher.fetch(launcher, f"{remote}/{name}", local / name)]
     say(f"fetched {', '.join(fetched) or 'nothing'} -> {local}")
+    missing = [name for name in wanted if name not in fetched]
+    if missing:  # of a command that ended before these were made, or --until an earlier stage
+        say(f"not there, or out of reach: {', '.join(missing)} (log: {ray_launcher.log_file(launcher)})")
     return local
 
 

@@ -124,7 +124,7 @@ def fetch(launcher: LauncherFile, source: str, target: Path) -> bool:
     folder = source.endswith("/")
     (target if folder else target.parent).mkdir(parents=True, exist_ok=True)
     try:
-        with _spoken(launcher):
+        with _spoken(launcher, show_failure=False):
             rsync(launcher.path, source=source, target=f"{target}/" if folder else str(target), down=True)
     except JobError:
         return False
@@ -141,9 +141,13 @@ def _bootstrapped(launcher: LauncherFile) -> dict[str, Any]:
 
 
 @contextmanager
-def _spoken(launcher: LauncherFile) -> Iterator[None]:
+def _spoken(launcher: LauncherFile, *, show_failure: bool = True) -> Iterator[None]:
     """What the launcher and its children print, pages of it, goes to a log, whose end is shown when it fails. Its own
     failures become ours; its many ways to end the process do not end this one."""
+
+    def failed(reason: str) -> JobError:
+        return _failed(launcher, reason, _SHOWN_LINES if show_failure else 0)
+
     import click
 
     if launcher.own_machines:  # under the second autoscaler Ray never starts the workers of such a cluster
@@ -154,17 +158,17 @@ def _spoken(launcher: LauncherFile) -> Iterator[None]:
     except (UserError, RuntimeError):  # JobError is one; another says that there is no head
         raise
     except click.ClickException as error:
-        raise _failed(launcher, error.format_message()) from error
+        raise failed(error.format_message()) from error
     except SystemExit as error:
-        raise _failed(launcher, f"it gave up with status {error.code}") from error
+        raise failed(f"it gave up with status {error.code}") from error
     except Exception as error:  # botocore's, googleapiclient's: each cloud has its own
-        raise _failed(launcher, f"{type(error).__name__}: {str(error).strip()[:500]}") from error
+        raise failed(f"{type(error).__name__}: {str(error).strip()[:500]}") from error
 
 
-def _failed(launcher: LauncherFile, reason: str) -> JobError:
+def _failed(launcher: LauncherFile, reason: str, shown: int) -> JobError:
     path = log_file(launcher)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
-    for line in lines:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines[-shown:] if shown else []:
         say(f"  | {line}")
     return JobError(f"the launcher failed: {reason.strip()}\n  (all that it said: {path})")
 

@@ -231,8 +231,9 @@ def test_what_cannot_work_elsewhere_is_refused_before_anything_starts(
             assert "topsecret" not in str(raised.value)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match=r"model\.backbone"):
+    with pytest.raises(UserError, match=r"model\.backbone") as raised:
         check_for_job(config(s3, "model.backbone=model"), {}, own)
+    assert "URI" not in str(raised.value), "no library loads a model from one"
     check_for_job(config(s3, "model.backbone=org/model"), {}, own)  # a hub id
     with pytest.raises(UserError, match=r"run\.storage"):
         check_for_job(config(), {}, rented)
