@@ -282,11 +282,13 @@ def inspect(
     query_id: Annotated[str, typer.Argument(metavar="QUERY_ID", help="The id of a training query.")],
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Passages of the ranking to compare.")] = 10,
     json_: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Why a query has its labels: feedback, expansion, and one-hot against teacher against collective labels."""
-    from ckd_ray.progress import printable
+    from ckd_ray.progress import printable, set_quiet
     from ckd_ray.report.inspect import inspect_query, render
 
+    set_quiet(quiet)
     found = inspect_query(run, query_id, top)
     put(found) if json_ else typer.echo(printable(render(found)), err=True)
 

@@ -40,29 +40,35 @@ def attach(
 
 @app.command()
 @guarded
-def status(target: TargetArgument, json_: JsonOption = False) -> None:
+def status(target: TargetArgument, json_: JsonOption = False, quiet: QuietOption = False) -> None:
     """Show whether a cluster is up, its nodes and its jobs."""
     from ckd_ray.cluster.launcher import object_stream
     from ckd_ray.cluster.manage import show_status, status as look
     from ckd_ray.cluster.target import parse_target
     from ckd_ray.cluster.token import use_token
+    from ckd_ray.progress import set_quiet
 
+    set_quiet(quiet)
     use_token()
     parsed = parse_target(target, "TARGET")
     assert parsed is not None
-    with object_stream():
+    with object_stream(quiet):
         found = look(parsed)
     put(found) if json_ else show_status(found)
 
 
 @app.command()
 @guarded
-def down(target: TargetArgument, yes: YesOption = False) -> None:
+def down(target: TargetArgument, yes: YesOption = False, json_: JsonOption = False, quiet: QuietOption = False) -> None:
     """End a cluster that was started from a YAML, with all jobs on it."""
     from ckd_ray.cluster.launcher import object_stream
     from ckd_ray.cluster.manage import down as end
     from ckd_ray.cluster.target import parse_remote
+    from ckd_ray.progress import set_quiet
 
+    set_quiet(quiet)
     parsed = parse_remote(target)
-    with object_stream():
+    with object_stream(quiet):
         end(parsed, yes)
+    if json_:
+        put({"target": target, "up": False})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ckd_ray.cli import ConfigOption, JsonOption, QuietOption, SetOption, app, guarded, put
+from ckd_ray.cli.jobs import ClusterOption
 from ckd_ray.errors import JobError
 
 
@@ -13,6 +14,7 @@ from ckd_ray.errors import JobError
 def doctor(
     config: ConfigOption = None,
     set_: SetOption = None,
+    cluster: ClusterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -20,11 +22,13 @@ def doctor(
     from ckd_ray.cli import _nothing_else_on_stdout
     from ckd_ray.cluster.check import as_json, render
     from ckd_ray.cluster.doctor import examine
+    from ckd_ray.cluster.target import parse_target
     from ckd_ray.config import load_config
 
+    target = parse_target(cluster)
     loaded = load_config(config, set_ or [])
     with _nothing_else_on_stdout():
-        checks = examine(loaded)
+        checks = examine(loaded, target)
         if json_:
             put(as_json(checks))
         elif not quiet:

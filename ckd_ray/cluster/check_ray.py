@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_ray.cluster.check import Check
+from ckd_ray.cluster.target import Target
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 _PATIENCE_S = 45
@@ -38,22 +39,27 @@ class Joined:
     check: Check
 
 
-def running_ray() -> Joined:
-    """Join the Ray that `ckd-ray` would join (RAY_ADDRESS, or the one of this machine), look at it, and leave."""
+def running_ray(target: Target | None = None) -> Joined:
+    """Join the Ray that `ckd-ray` would join (--cluster, RAY_ADDRESS, or the one of this machine), look, and leave."""
     from ckd_ray.cluster.token import use_token
 
     use_token()
     from ray._private.utils import read_ray_address
 
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if target is not None and target.kind == "local":
+        return Joined(None, 0, Check("running ray", "ok", "none is looked for; --cluster local starts Ray in place"))
+    given, source = os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS"
+    if target is not None and target.kind == "address":
+        given, source = target.text, "--cluster"
+    address = given or read_ray_address()
     if not address:
         return Joined(None, 0, Check("running ray", "ok", "none; ckd-ray starts Ray in place"))
-    fix = "start it (ray start --head), unset RAY_ADDRESS, or give both sides the same token (~/.ray/auth_token)"
+    fix = f"start it (ray start --head), leave {source} out, or give both sides the same token (~/.ray/auth_token)"
     try:
         _knock(address)
     except OSError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            return Joined(address, 0, Check("running ray", "fail", f"RAY_ADDRESS={address}: {error}", fix))
+        if given:
+            return Joined(address, 0, Check("running ray", "fail", f"{source}={address}: {error}", fix))
         return Joined(None, 0, Check("running ray", "ok", f"none; the one at {address} has gone without a word"))
     seen = _seen_from_a_child(address)
     if "error" in seen:

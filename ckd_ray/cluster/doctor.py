@@ -6,21 +6,27 @@ from collections.abc import Callable, Iterator
 
 from ckd_ray.cluster import check_access as access, check_machine as machine, check_ray as ray_checks, check_tls as tls
 from ckd_ray.cluster.check import Check
+from ckd_ray.cluster.check_target import cluster
+from ckd_ray.cluster.target import Target
 from ckd_ray.config import Config
 from ckd_ray.progress import without_secrets
 
 
-def examine(config: Config) -> list[Check]:
-    """Every check, in the order in which they are shown. Starts no Ray; joins one that runs, and leaves it again."""
+def examine(config: Config, target: Target | None = None) -> list[Check]:
+    """Every check, in the order in which they are shown. Starts no Ray; joins one that runs, and leaves it again.
+
+    Args:
+        target: what `--cluster` names. Of machines that jobs are sent to, only the way there is looked at.
+    """
     found: list[Check] = []
-    for one in _all(config):
+    for one in _all(config, target):
         found += [Check(c.name, c.state, without_secrets(c.found), c.fix) for c in one()]
     return found
 
 
-def _all(config: Config) -> Iterator[Callable[[], Iterator[Check]]]:
+def _all(config: Config, target: Target | None) -> Iterator[Callable[[], Iterator[Check]]]:
     storage = config.run.storage
-    joined = ray_checks.running_ray()
+    joined = ray_checks.running_ray(target)
     yield machine.versions
     yield lambda: machine.extras(config)
     yield machine.processor
@@ -34,4 +40,6 @@ def _all(config: Config) -> Iterator[Callable[[], Iterator[Check]]]:
     yield tls.transport_encryption
     yield lambda: ray_checks.ports(joined)
     yield lambda: iter([joined.check])
+    if target is not None and target.remote:
+        yield lambda: cluster(target)
     yield lambda: machine.hostname(several_machines=joined.nodes > 1)

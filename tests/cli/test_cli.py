@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from ckd_ray.cli import guarded
+from ckd_ray.cli import app, guarded
 from ckd_ray.errors import JobError, UserError
 from tests.support import overrides
 
@@ -42,6 +42,12 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
     assert done.stdout.splitlines()[-1] == "0 False False"
     for command in ("train", "embed", "retrieve", "label", "distill", "evaluate", "attach", "status", "down"):
         assert command in done.stdout
+
+
+def test_every_command_speaks_to_programs_and_can_be_quiet() -> None:
+    commands = typer.main.get_group(app).commands
+    options = {name: {o for p in command.params for o in p.opts} for name, command in commands.items()}
+    assert len(options) > 10 and [n for n, has in options.items() if not {"--json", "--quiet"} <= has] == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import yaml
 
 from ckd_ray.cluster import launcher as ray_launcher
 from ckd_ray.cluster.aws import prepare_account
+from ckd_ray.cluster.home import bring_home
+from ckd_ray.cluster.launcher_file import read_launcher_file
 from ckd_ray.cluster.placeholders import check_config_filled_in, check_launcher_filled_in
 from ckd_ray.cluster.remote import ClusterOptions, Command, run_remote
 from ckd_ray.cluster.target import parse_target
@@ -173,3 +175,39 @@ def test_an_account_that_cannot_be_prepared_leaves_no_cluster(
         train_on(ROOT / "cluster" / "local.yaml")
     assert launcher.asked == ["use_launcher_s_token", "head_address"]
     assert "STILL UP" not in capsys.readouterr().err
+
+
+def test_results_that_were_not_made_cost_a_line_and_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import click
+
+    def rsync(_: str, source: str, target: str, down: bool) -> None:
+        if not source.endswith("run.json"):
+            print("rsync: change_dir failed: No such file or directory (2)\n" * 30)
+            raise click.ClickException("Command failed")
+        Path(target).touch()
+
+    monkeypatch.setattr("ray.autoscaler.sdk.rsync", rsync)
+    launcher = read_launcher_file(str(ROOT / "cluster" / "local.yaml"))
+    monkeypatch.chdir(tmp_path)
+    assert bring_home(launcher, "train", "runs/r") == Path("runs/r")
+    told = capsys.readouterr().err.splitlines()
+    assert told[1] == "fetched run.json -> runs/r"
+    assert told[2].startswith("not there, or out of reach: evaluation/, student/ (log: ") and len(told) == 3
+
+
+def test_down_tells_programs_and_can_be_quiet(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from ckd_ray.cli.clusters import down
+    from ckd_ray.progress import set_quiet
+
+    launcher, file = Launcher(monkeypatch), str(ROOT / "cluster" / "local.yaml")
+    try:
+        down(target=file, yes=True, json_=True, quiet=True)
+    finally:
+        set_quiet(False)
+    out, err = capfd.readouterr()
+    assert launcher.asked == ["use_launcher_s_token", "take_down"]
+    assert json.loads(out) == {"target": file, "up": False} and err == ""

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from ckd_ray.cluster import check_access, check_machine, check_ray, check_tls
+from ckd_ray.cluster import check_access, check_machine, check_ray, check_target, check_tls
 from ckd_ray.cluster.check import Check, as_json, render
+from ckd_ray.cluster.target import parse_target
 from ckd_ray.config import load_config
 
 
@@ -257,6 +258,27 @@ def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(check_tls.transport_encryption()).state == "ok"
     os.chmod(good[1], 0o644)
     assert only(check_tls.transport_encryption()).fix == f"chmod 600 {good[1]}"
+
+
+def test_a_cluster_that_jobs_are_sent_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(text: str) -> Check:
+        target = parse_target(text)
+        assert target is not None
+        return only(check_target.cluster(target))
+
+    folder = Path(__file__).parents[2] / "cluster"
+    monkeypatch.setattr("shutil.which", lambda tool: f"/usr/bin/{tool}")
+    assert look(str(folder / "local.yaml")).state == "ok"
+    unfilled = look(str(folder / "gcp.yaml"))
+    assert unfilled.state == "fail" and "provider.project_id" in unfilled.found
+    silent = look("http://127.0.0.1:1")
+    assert silent.state == "fail" and "no dashboard answers here" in silent.found
+
+
+def test_the_ray_that_is_named_is_looked_at_and_none_for_local() -> None:
+    named = check_ray.running_ray(parse_target("127.0.0.1:1")).check
+    assert named.state == "fail" and named.found.startswith("--cluster=127.0.0.1:1: ")
+    assert check_ray.running_ray(parse_target("local")).check.state == "ok"
 
 
 def test_the_command(tmp_path: Path) -> None:
