@@ -296,6 +296,8 @@ _CONFIGS: list[tuple[str, str | bytes | None, tuple[str, ...]]] = [
     ("nested 5,000 deep", "[" * 5000, ()),
     ("--set without a value", "run: {name: x}\n", ("distill.temperature",)),
     ("a measure that nobody knows", "evaluate: {measures: [MMR@10]}\n", ()),
+    ("a measure that nothing computes", "evaluate: {measures: [RBP@10]}\n", ()),
+    ("a comparison with a cross-encoder that is not given", "compare: {objectives: [cross_encoder]}\n", ()),
     ("a measure deeper than the ranking", "evaluate: {depth: 10, measures: [R@100]}\n", ()),
 ]
 _SPACES: list[tuple[str, str]] = [
@@ -304,6 +306,7 @@ _SPACES: list[tuple[str, str]] = [
     ("an unknown kind", "{distill.temperature: {normal: [0, 1]}}"),
     ("low above high", "{distill.temperature: {uniform: [1, 0.1]}}"),
     ("a logarithm of 0", "{distill.temperature: {loguniform: [0, 1]}}"),
+    ("fractions of a whole number", "{label.clusters: {uniform: [12, 24]}}"),
     ("a value out of range", "{distill.temperature: {choice: [0.1, -1]}}"),
     ("no list", "{distill.beta: {choice: 0.1}}"),
 ]
