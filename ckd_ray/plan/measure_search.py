@@ -220,7 +220,7 @@ class _Coded:
 
     def centroid_ids(self) -> Any:
         """See `ShardRows`."""
-        return self._ids
+        yield self._ids
 
 
 def _ranking(run: str, ranked: tuple[Any, Any]) -> dict[str, float]:

@@ -66,12 +66,29 @@ class CentroidIndex:
                 f"({_MOST_ROWS:,}); raise retrieve.actors"
             )
         self.rows, self.codec, self.nprobe = rows, codec, nprobe
-        ids_T = rows.centroid_ids()
-        self.order = np.argsort(ids_T, kind="stable").astype(np.int32)
-        self.bounds = np.concatenate([[0], np.cumsum(np.bincount(ids_T, minlength=codec.num_centroids))])
-        self.passages = np.repeat(np.arange(rows.num_passages, dtype=np.int32), rows.lengths)[self.order]
+        counts = np.zeros(codec.num_centroids, np.int64)
+        for ids in rows.centroid_ids():
+            counts += np.bincount(ids, minlength=codec.num_centroids)
+        self.bounds = np.concatenate([[0], np.cumsum(counts)])
+        self.order, self.passages = self._lists()
         self._total = np.zeros(rows.num_passages, np.float32)
         self._stamp = np.zeros(rows.num_passages, np.int32)
+
+    def _lists(self) -> tuple[Int32Array, Int32Array]:
+        """Rows by centroid, in their order within each, and the passage of each; sorted shard by shard, so that no more
+        is in memory than what is kept."""
+        order, passages = np.empty(self.rows.num_rows, np.int32), np.empty(self.rows.num_rows, np.int32)
+        free, first = self.bounds[:-1].copy(), 0  # the next place in every list; the shard's first row
+        for ids in self.rows.centroid_ids():
+            by = np.argsort(ids, kind="stable")
+            counts = np.bincount(ids, minlength=len(free))
+            starts = np.cumsum(counts) - counts
+            places = (free - starts)[ids[by]] + np.arange(len(by))
+            order[places] = by + first
+            passages[places] = np.searchsorted(self.rows.offsets, by + first, side="right") - 1
+            free += counts
+            first += len(ids)
+        return order, passages
 
     def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
         """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe + 1 (or K)."""

@@ -14,13 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.progress import say
 from ckd_ray.retrieve.rows import RangeRows
+from ckd_ray.store.files import sha256_of, write_atomic
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 _TRAINING_POINTS_A_CELL = 64
 _MOST_TRAINING_POINTS = 2_000_000
+_DIGEST = ".sha256"  # of an index that is kept, in a file beside it
 _ADDED = 1 << 17  # rows added at a time
 
 
@@ -63,17 +66,13 @@ class TokenIndex:
 
         self.index: Any = None
         faiss.omp_set_num_threads(torch.get_num_threads())
-        if kept and os.path.exists(kept):
+        if kept and _is_whole(kept):
             self.index = cast(Any, faiss.read_index(kept, faiss.IO_FLAG_MMAP))
             self.cells = int(self.index.nlist)
         else:
             self._build(rows, cells, seed)
             if kept:
-                # Written aside and renamed: another server never reads half an index.
-                os.makedirs(os.path.dirname(kept), exist_ok=True)
-                aside = f"{kept}.tmp-{uuid.uuid4().hex[:8]}"
-                faiss.write_index(cast(Any, self.index), aside)
-                os.replace(aside, kept)
+                self._keep(kept)
         self.index.nprobe = min(nprobe, self.cells)
 
     def _build(self, rows: RangeRows, cells: int | str, seed: int) -> None:
@@ -93,11 +92,39 @@ class TokenIndex:
         for start in range(0, count, _ADDED):
             self.index.add(rows.take(np.arange(start, min(count, start + _ADDED))).float().numpy())
 
+    def _keep(self, kept: str) -> None:
+        """Write the index, aside and renamed so that another server never reads half of it, then its digest."""
+        import faiss
+
+        os.makedirs(os.path.dirname(kept), exist_ok=True)
+        aside = f"{kept}.tmp-{uuid.uuid4().hex[:8]}"
+        try:
+            faiss.write_index(cast(Any, self.index), aside)
+            with open(aside, "rb+") as written:
+                os.fsync(written.fileno())
+            digest = sha256_of(aside).encode()
+            os.replace(aside, kept)
+        finally:
+            if os.path.exists(aside):
+                os.remove(aside)
+        write_atomic(kept + _DIGEST, lambda stream: stream.write(digest))
+
     def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
         """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind
         the end."""
         distances, positions = self.index.search(vectors_MD.float().contiguous().numpy(), k)
         return np.where(positions < 0, np.inf, distances), positions
+
+
+def _is_whole(kept: str) -> bool:
+    """Whether an index is there with the bytes that its digest was taken of."""
+    if not (os.path.exists(kept) and os.path.exists(kept + _DIGEST)):
+        return False
+    with open(kept + _DIGEST) as file:
+        whole = file.read() == sha256_of(kept)
+    if not whole:
+        say(f"{kept}: its bytes do not match its checksum; it is built again")
+    return whole
 
 
 def candidate_passages(

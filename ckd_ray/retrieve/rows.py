@@ -6,7 +6,7 @@ system's cache. Shapes: N passages of the range, T rows asked for, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -101,6 +101,7 @@ class ShardRows(_Range):
             return opened.embeddings()[torch.from_numpy(index_T)]
         return opened.codec.decode(opened.codes[index_T])
 
-    def centroid_ids(self) -> npt.NDArray[np.int32]:
-        """(rows of all,) the centroid of every row, of a store with a residual codec."""
-        return np.concatenate([np.empty(0, np.int32), *(s.codec.centroid_ids(s.codes) for s in self.shards)])  # type: ignore[attr-defined]
+    def centroid_ids(self) -> Iterator[npt.NDArray[np.int32]]:
+        """Of a store with a residual codec: (rows,) the centroid of every row, shard after shard."""
+        for shard in self.shards:
+            yield shard.codec.centroid_ids(shard.codes)  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ Shapes: B queries, Q rows, D dimensions, K results, N candidates, C centroids lo
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -38,17 +39,23 @@ _START_SECONDS = 300.0
 
 
 class ShardServer:
-    """An actor that holds some shards of a store and answers for these."""
+    """An actor that holds some shards of a store and answers for these.
 
-    def __init__(self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int) -> None:
+    Args:
+        sharers: servers on this machine, this one included.
+    """
+
+    def __init__(
+        self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int, sharers: int = 1
+    ) -> None:
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
-        self._store, self._shards, self._settings = store, shards, settings
+        self._store, self._shards, self._settings, self._sharers = store, shards, settings, sharers
 
     @cached_property
     def range(self) -> ShardRange:
         """Loaded by the first call and not by the constructor, whose errors Ray reports without their type."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return ShardRange(EmbeddingStore.open(self._store), self._shards, self._settings, device)
+        return ShardRange(EmbeddingStore.open(self._store), self._shards, self._settings, device, self._sharers)
 
     def placed(self) -> int:
         """The process; returns as soon as there is one."""
@@ -198,7 +205,8 @@ def plan_servers(
             fix="add nodes, or take a residual codec (embed.codec) and retrieve.engine: centroids",
         )
     count = 1 if settings.engine == "faiss" else max(1, min(asked, room, shards))
-    share = min(1.0, gpus / count) if gpus >= 1 else 0.0
+    # So many servers share a GPU that all find room: a GPU has 1/2 for two servers, but not twice 2/3.
+    share = 1 / math.ceil(count / int(gpus)) if gpus >= 1 else 0.0
     return Placement(count, _CPUS_A_SERVER, share, needed // count, max(1, int(cpus) // count))
 
 
@@ -235,9 +243,11 @@ class serving:
         if plan.memory:
             options["memory"] = plan.memory
         remote = ray.remote(**options)(ShardServer)
+        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+        sharers = math.ceil(plan.servers / max(1, nodes))
         for low, high in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             shards = list(range(int(low), int(high)))
-            self._actors.append(remote.remote(self._store.uri, shards, self._settings, plan.threads))
+            self._actors.append(remote.remote(self._store.uri, shards, self._settings, plan.threads, sharers))
         try:
             self._wait_until_placed()
             task = {"faiss": "an IVF-PQ index over", "centroids": "inverted lists of"}.get(self._settings.engine, "")

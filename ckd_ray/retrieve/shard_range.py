@@ -66,14 +66,22 @@ class ShardRange:
     Args:
         shards: indices of consecutive shards.
         device: where products are computed.
+        sharers: processes of this machine that serve as many shards each, this one included.
 
     Raises:
         BrokenShardError: a shard's bytes do not match its checksum.
+        UserError: copies of remote shards have no room here (`EmbeddingStore.check_room`).
     """
 
     def __init__(
-        self, store: EmbeddingStore, shards: Sequence[int], settings: SearchSettings, device: str = "cpu"
+        self,
+        store: EmbeddingStore,
+        shards: Sequence[int],
+        settings: SearchSettings,
+        device: str = "cpu",
+        sharers: int = 1,
     ) -> None:
+        store.check_room(shards, sharers)
         opened = [store.shard(i) for i in shards]
         for shard in opened:
             shard.verify()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import resource
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.store.cache import ShardCache
+from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, Codec, load_codec
 from ckd_ray.store.files import filesystem_of, is_local, is_whole, join, read_object
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, shard_name
@@ -119,6 +119,23 @@ class EmbeddingStore:
         while len(self._open) > 1 and not self._may_stay_open():
             self._open.popitem(last=False)
         return shard
+
+    def check_room(self, shards: Sequence[int], sharers: int = 1) -> None:
+        """Before so many shards are kept open at once by each of `sharers` processes of this machine.
+
+        Raises:
+            UserError: they come from an object store, and the cache of remote files may not hold their copies.
+        """
+        wanted = sharers * sum(int(self._shards[i]["bytes"]) for i in shards)
+        if self._cache is not None and wanted > self._cache.limit:
+            raise UserError(
+                "the shards that this machine is to serve are more than its cache of remote files may hold",
+                where=LIMIT_VARIABLE,
+                expected=f"at least {wanted / 2**30:.1f} GiB",
+                found=f"{self._cache.limit / 2**30:.1f} GiB in {self._cache.folder}",
+                fix=f"set {LIMIT_VARIABLE} higher (and {FOLDER_VARIABLE} to a larger disk), add nodes, or take a"
+                " smaller embed.codec",
+            )
 
     def _may_stay_open(self) -> bool:
         """Maps of cached copies hold their space on the disk even when the cache has dropped them."""

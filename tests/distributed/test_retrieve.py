@@ -107,5 +107,8 @@ def test_placement_is_refused_with_numbers(ray_session: None) -> None:
     plan = plan_servers(SearchSettings("centroids"), "auto", resources={"CPU": 16, "GPU": 4}, **sizes)
     assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (8 * 10**9 + 8 * 10**7) // 4)
     assert plan_servers(SearchSettings("exact"), 8, resources={"CPU": 16, "GPU": 4}, **sizes).gpus == 0.5
+    for servers, gpus in ((3, 2), (5, 4), (6, 4)):
+        share = plan_servers(SearchSettings("exact"), servers, resources={"CPU": 16, "GPU": gpus}, **sizes).gpus
+        assert gpus * int(1 / share) >= servers, "each finds a GPU that has so much left"
     assert plan_servers(SearchSettings("faiss"), 2, resources={"CPU": 2}, **sizes).servers == 1
     assert plan_servers(SearchSettings("exact"), "auto", resources={"CPU": 2}, **{**sizes, "shards": 1}).servers == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ckd_ray.errors import UserError
 from ckd_ray.retrieve import exact
+from ckd_ray.retrieve.centroids import CentroidIndex
 from ckd_ray.retrieve.exact import ExactIndex, Scorer, nearest_rows, rerank, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
+from ckd_ray.store.cache import ShardCache
 from ckd_ray.store.codec import Float16, load_codec, save_codec
 from ckd_ray.store.codec_training import train_codec
+from tests.support import flip_bit
 
 DIM, QUERY_ROWS = 16, 5
 EXACT = SearchSettings("exact")
@@ -192,6 +197,52 @@ def test_faiss_finds_nearly_all_of_the_exact_top(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(TokenIndex, "_build", lambda *_: pytest.fail("built again"))
     kept = ShardRange(store, [0, 1], settings).search(asked, 20)
     assert np.array_equal(kept[1], found) and np.array_equal(kept[0], values)
+
+
+@pytest.mark.parametrize("damage", ["one bit", "cut off", "no digest"])
+def test_a_damaged_index_is_built_again(tmp_path: Path, damage: str) -> None:
+    documents, asked = clustered(600, 20)
+    store, path = write(tmp_path, documents, 2), tmp_path / "kept" / "index.faiss"
+    settings = SearchSettings("faiss", candidates=512, nprobe=16, index=str(path))
+    values, found = ShardRange(store, [0, 1], settings).search(asked, 20)
+    whole = path.read_bytes()
+    if damage == "one bit":
+        flip_bit(path, len(whole) // 2)
+    elif damage == "cut off":
+        path.write_bytes(whole[:-1000])
+    else:
+        path.with_name("index.faiss.sha256").unlink()
+    again = ShardRange(store, [0, 1], settings).search(asked, 20)
+    assert np.array_equal(again[1], found) and np.array_equal(again[0], values)
+    assert path.read_bytes() == whole and not list(path.parent.glob("*.tmp-*"))
+
+
+def test_shards_that_the_cache_may_not_hold_are_refused(tmp_path: Path) -> None:
+    """The maps of open shards keep their copies on the disk, whatever the cache drops."""
+    store = write(tmp_path / "store", clustered(60, 20)[0], 2)
+    ShardRange(store, [0, 1], EXACT, sharers=4)  # local shards are not copied
+    size = sum((tmp_path / "store" / shard_name(i)).stat().st_size for i in (0, 1))
+    store._cache = ShardCache(str(tmp_path / "cache"), 2 * size)
+    store.check_room([0, 1], 2)
+    with pytest.raises(UserError, match=r"CKD_RAY_CACHE_GIB(.|\n)*set CKD_RAY_CACHE_GIB higher"):
+        ShardRange(store, [0, 1], EXACT, sharers=3)
+
+
+def test_inverted_lists_are_those_of_one_sort(tmp_path: Path) -> None:
+    """Made shard by shard; with empty passages, empty shards and centroids that no row has."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(0, 5, rng.integers(1, 40))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        ids = rng.integers(0, 6, offsets[-1]).astype(np.int32)
+        cuts = [0, *sorted(offsets[rng.integers(0, len(offsets), 3)].tolist()), len(ids)]
+        rows, codec = FlatRows(torch.zeros(len(ids), 1), lengths), SimpleNamespace(num_centroids=9)
+        rows.centroid_ids = lambda cuts=cuts, ids=ids: (ids[a:b] for a, b in pairwise(cuts))  # type: ignore[attr-defined]
+        index = CentroidIndex(rows, codec, 4)  # type: ignore[arg-type]
+        order = np.argsort(ids, kind="stable")
+        assert np.array_equal(index.order, order)
+        assert np.array_equal(index.passages, np.repeat(np.arange(len(lengths)), lengths)[order])
+        assert index.bounds.tolist() == [int((ids < c).sum()) for c in range(10)]
 
 
 def recall(truth: np.ndarray, found: np.ndarray) -> float:
