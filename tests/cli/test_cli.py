@@ -201,6 +201,7 @@ def test_what_others_print_does_not_reach_standard_output(
         print("(raylet) WARNING: starting")
         yield
 
+    monkeypatch.setattr("ckd_ray.progress._quiet", False)  # put back afterwards: the session below is a quiet one
     monkeypatch.setattr(ckd_ray.cluster.connect, "connected", noisy)
     monkeypatch.setattr(ckd_ray.cluster.nodes, "check_nodes_see", lambda config: None)
     with session(None, [], None, True):

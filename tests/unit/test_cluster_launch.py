@@ -201,13 +201,10 @@ def test_down_tells_programs_and_can_be_quiet(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from ckd_ray.cli.clusters import down
-    from ckd_ray.progress import set_quiet
 
+    monkeypatch.setattr("ckd_ray.progress._quiet", False)  # put back afterwards
     launcher, file = Launcher(monkeypatch), str(ROOT / "cluster" / "local.yaml")
-    try:
-        down(target=file, yes=True, json_=True, quiet=True)
-    finally:
-        set_quiet(False)
+    down(target=file, yes=True, json_=True, quiet=True)
     out, err = capfd.readouterr()
     assert launcher.asked == ["use_launcher_s_token", "take_down"]
     assert json.loads(out) == {"target": file, "up": False} and err == ""
