@@ -186,13 +186,13 @@ class Collection:
         if not len(asked):
             return []
         chunks, firsts = self._ids
-        at = np.searchsorted(firsts, asked, side="right") - 1
+        unique, where = np.unique(asked, return_inverse=True)
         # Chunk by chunk: `take` on all chunks at once would first copy the whole column.
-        order = np.argsort(at, kind="stable")
-        rows = pa.array((asked - firsts[at])[order])
-        bounds = [0, *(np.flatnonzero(np.diff(at[order])) + 1).tolist(), len(asked)]
-        found = [chunks[at[order[a]]].take(rows.slice(a, b - a)) for a, b in pairwise(bounds)]
-        return pa.concat_arrays(found).take(pa.array(np.argsort(order))).to_pylist()
+        at = np.searchsorted(firsts, unique, side="right") - 1
+        rows = pa.array(unique - firsts[at])
+        bounds = [0, *(np.flatnonzero(np.diff(at)) + 1).tolist(), len(unique)]
+        found = [chunks[at[a]].take(rows.slice(a, b - a)) for a, b in pairwise(bounds)]
+        return pa.concat_arrays(found).take(pa.array(where)).to_pylist()
 
     def queries(self, split: str) -> Queries:
         """All queries of a split; a part of a large split is better read by `queries_between`."""
