@@ -296,6 +296,7 @@ static int none_above(const float *score, float limit) {
 /* position (B, K, V): rows of the V points nearest to each centroid, nearest first, the first of equals; -1 for none. */
 int ckd_ray_nearest(const float *points, const uint8_t *mask, const float *centroids, long B, long T, long K, long D,
                     long V, int64_t *position) {
+    if (V < 1) return 0;
     Work w;
     int ready = begin(&w, T, K, D);
     long stride = (T + LANES - 1) / LANES * LANES;

@@ -83,8 +83,10 @@ def expand(
         dim: D, for a batch in which no query has feedback; else read from the feedback.
 
     Raises:
-        ValueError: an argument is missing, or an embedding is not finite.
+        ValueError: an argument is missing or below 1, or an embedding is not finite.
     """
+    if clusters < 1 or voters < 1:
+        raise ValueError(f"clusters and voters are 1 or more, not {clusters} and {voters}")
     if token_vote == "feedback" and tokens is None:
         raise ValueError("token_vote 'feedback' needs the feedback's token ids (tokens)")
     if token_vote == "collection" and neighbours is None:

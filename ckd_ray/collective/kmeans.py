@@ -111,7 +111,7 @@ def kmeans(
             there. Such a cluster gets no point and keeps its start.
 
     Raises:
-        ValueError: shapes do not fit, a query has no point or no cluster, or one of its points is not finite.
+        ValueError: shapes do not fit, a query has no point or no cluster, or a point or a start is not finite.
     """
     if there_BK is None:
         there_BK = torch.ones(start_BKD.shape[:2], dtype=torch.bool, device=start_BKD.device)
@@ -119,7 +119,7 @@ def kmeans(
     B, T, _ = points_BTD.shape
     K = start_BKD.shape[1]
     out = Clusters(
-        start_BKD.clone(),
+        start_BKD.clone(memory_format=torch.contiguous_format),  # C fills it row by row
         torch.full((B, T), -1, dtype=torch.int64, device=points_BTD.device),
         torch.zeros((B, K), dtype=torch.int64, device=points_BTD.device),
         torch.zeros(B, dtype=torch.int64, device=points_BTD.device),
@@ -130,6 +130,8 @@ def kmeans(
     if not bool(torch.isfinite(threshold_B).all()):
         bad = int((~torch.isfinite(threshold_B)).nonzero()[0])
         raise ValueError(f"points_BTD: expected finite numbers, got NaN, infinity or overflow in query {bad}")
+    if not bool(torch.isfinite(start_BKD).all()):
+        raise ValueError("start_BKD: expected finite numbers, got NaN or infinity")
     if native.available(points_BTD):
         native.kmeans(points_BTD, mask_BT, there_BK, threshold_B, max_iterations, *vars(out).values())
         return out

@@ -60,8 +60,10 @@ class ColBERTSettings:
                 raise ValueError(f"{key} is {value!r:.60}, expected {kind.__name__}")
         if chosen.get("similarity", "l2") not in get_args(Similarity):
             raise ValueError(f"similarity is {chosen['similarity']!r:.60}, expected l2 or cosine")
-        if min((v for k, v in chosen.items() if _KINDS.get(k) is int), default=1) < 1:
-            raise ValueError("dim, query_maxlen and doc_maxlen are 1 or more")
+        if chosen.get("dim", 1) < 1 or min(chosen.get("query_maxlen", 3), chosen.get("doc_maxlen", 3)) < 3:
+            raise ValueError(
+                "dim is 1 or more; query_maxlen and doc_maxlen are 3 or more, for [CLS], a marker and [SEP]"
+            )
         if chosen.get("skip_tokens") is not None:
             chosen["skip_tokens"] = tuple(str(token) for token in chosen["skip_tokens"])
         return cls(**chosen)

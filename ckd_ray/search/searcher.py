@@ -118,17 +118,18 @@ def token_spans(tokenizer: ColBERTTokenizer, text: str, token_ids: npt.NDArray[n
 
     Where the text does not give the stored tokens (the corpus was changed behind the store's back), all are (0, 0).
     """
+    head = [tokenizer.cls_id, *([] if tokenizer.doc_marker_id is None else [tokenizer.doc_marker_id])]
     encoded = tokenizer.hf(
         text,
         add_special_tokens=False,
         truncation=True,
-        max_length=tokenizer.settings.doc_maxlen - 3,
+        max_length=tokenizer.settings.doc_maxlen - len(head) - 1,
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
     )
-    ids = np.array([tokenizer.cls_id, tokenizer.doc_marker_id, *encoded["input_ids"], tokenizer.sep_id], np.int32)
-    spans = [(0, 0), (0, 0), *((int(a), int(b)) for a, b in encoded["offset_mapping"]), (0, 0)]
+    ids = np.array([*head, *encoded["input_ids"], tokenizer.sep_id], np.int32)
+    spans = [*((0, 0) for _ in head), *((int(a), int(b)) for a, b in encoded["offset_mapping"]), (0, 0)]
     kept = tokenizer.keeps(ids)
     if not np.array_equal(ids[kept], token_ids):
         return [(0, 0)] * len(token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from ckd_ray.errors import UserError
+from ckd_ray.model.tokenizer import ColBERTTokenizer
 from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.search import scan as scanning
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.search.searcher import Hit, Match, Searcher, token_spans
 from ckd_ray.search.show import effort, marked_spans, render_hit, window
 from tests.evidence import evil_collection, hand_made_run
+from tests.support import WORDS
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,16 @@ def test_the_winning_tokens_are_those_of_the_text(searcher: Searcher) -> None:
         if match.end:
             assert text[match.start : match.end].lower() == match.passage_token
     assert token_spans(searcher.encoder.model.tokenizer, "another text", np.array([1, 2])) == [(0, 0), (0, 0)]
+
+
+def test_words_of_a_model_without_markers(searcher: Searcher, tmp_path: Path) -> None:
+    """As sentence-transformers and PyLate may have them."""
+    model = searcher.encoder.model
+    plain = ColBERTTokenizer(model.tokenizer.hf, replace(model.settings, query_marker="", doc_marker="", doc_maxlen=12))
+    text = " ".join(WORDS[:20])
+    (token_ids,) = plain.passages([text])
+    spans = token_spans(plain, text, token_ids)
+    assert [text[a:b] for a, b in spans] == ["", *WORDS[:10], ""]
 
 
 def test_winners_of_nothing_and_of_ties() -> None:

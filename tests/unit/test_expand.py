@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,13 @@ def test_what_is_refused() -> None:
         run([passages(10)], token_vote="feedback")
     with pytest.raises(ValueError, match="neighbours"):
         expand([passages(10)], document_frequencies=DF, num_passages=PASSAGES)
+
+
+@pytest.mark.parametrize("wrong", [{"voters": 0}, {"clusters": 0}])
+def test_no_voters_or_no_clusters_are_refused(wrong: dict[str, int]) -> None:
+    values: dict[str, Any] = {"document_frequencies": np.ones(5), "num_passages": 2, "token_vote": "feedback"}
+    with pytest.raises(ValueError, match="1 or more"):
+        expand([[torch.randn(3, 4)]], tokens=[[np.arange(3)]], **values, **wrong)
 
 
 def test_crowded_centroids_are_dropped() -> None:

@@ -114,6 +114,18 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
         kmeans(points, mask, points[:, :2].nan_to_num(0.0, 0.0, 0.0))
 
 
+def test_a_start_of_any_layout_and_none_that_is_not_finite() -> None:
+    points_BTD, mask_BT = torch.randn(2, 9, 3), torch.ones(2, 9, dtype=torch.bool)
+    start_BKD = points_BTD[:, :4].clone()
+    permuted = start_BKD.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # the same numbers, laid out otherwise
+    assert not permuted.is_contiguous()
+    one, two = (kmeans(points_BTD, mask_BT, start) for start in (start_BKD, permuted))
+    assert torch.equal(one.centroids_BKD, two.centroids_BKD) and torch.equal(one.labels_BT, two.labels_BT)
+    start_BKD[1, 2, 0] = torch.nan
+    with pytest.raises(ValueError, match="start_BKD"):
+        kmeans(points_BTD, mask_BT, start_BKD)
+
+
 def test_wrong_arguments() -> None:
     points, mask = batch([6, 6], 8, 4, seed=5)
     with pytest.raises(ValueError, match="start_BKD"):

@@ -92,7 +92,9 @@ def _measures(facts: Facts) -> str:
     source = collection.get("path") or collection.get("passages") or collection.get("format", "")
     # The name of a collection, not where it lay: a card is published, and folders of a machine tell nothing.
     name = str(source).rstrip("/").rpartition("/")[2]
-    return f"## Measures\n\nExact search over the collection `{name}`.\n\n" + "\n".join(rows)
+    exact = facts.config.get("evaluate", {}).get("engine", "exact") == "exact"
+    kind = "Exact search" if exact else "Approximate search, with exact scores of the candidates,"
+    return f"## Measures\n\n{kind} over the collection `{name}`.\n\n" + "\n".join(rows)
 
 
 def _training(facts: Facts) -> str:
@@ -133,9 +135,11 @@ def _scores(settings: ColBERTSettings, fmt: str | None, notes: list[str]) -> str
     if fmt is None:
         return ""
     text = "## Scores\n\nScores are sums over the query's rows of the greatest inner product with a row of the passage."
-    if settings.similarity == "l2":
+    if settings.similarity == "l2" and settings.query_expansion:
         text += (
             f" It was trained with minus squared distances: on unit rows that score is "
             f"2 s - 2 · {settings.query_maxlen} for the score s given here, so both rank alike."
         )
+    elif settings.similarity == "l2":  # a query's rows differ in number then, and the constant with them
+        text += " It was trained with minus squared distances, which on unit rows rank alike."
     return text + "".join(f"\n\nWhat differs from ckd-ray: {note}." for note in notes)
