@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ckd_ray.config import EmbedConfig, load_config
 from ckd_ray.data import build_collection
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.progress import set_quiet
+from ckd_ray.store import EmbeddingStore, shard_name
 
 WORDS = ["".join(parts) for parts in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
 
@@ -50,7 +52,7 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
             store = embed_texts([(job, plan_shards(count, "auto"))], EmbedConfig())[0]
             seconds = time.perf_counter() - started
         assert store.num_passages == count
-        first, last = tenths(job.out)
+        first, last = tenths(committed(store))
         settings["growth"] = {
             "passages": count,
             "tokens": store.num_tokens,
@@ -58,7 +60,7 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
             "passages_per_second": round(count / seconds),
             "processes": memory.processes,
         }
-        note(f"{settings['growth']}; shards a second: first tenth {first:.2f}, last {last:.2f}")
+        note(f"{settings['growth']}; passages a second: first tenth {first:,.0f}, last {last:,.0f}")
         return {
             "embed_last_tenth_rate": figure(last / first, 0.9, "higher"),
             "embed_peak_gib": figure(memory.all_gib, 6, "lower"),
@@ -106,12 +108,21 @@ def write_tiny_model(folder: str) -> None:
     ColBERT(BertModel(config, add_pooling_layer=False), fast, settings).save(folder)
 
 
-def tenths(out: str) -> tuple[float, float]:
-    """Shards a second of the first and of the last tenth of them, by the times at which they were committed.
+def committed(store: EmbeddingStore) -> list[tuple[float, int]]:
+    """(time at which it was committed, passages) of every shard."""
+    shards = store.manifest["shards"]
+    return [(os.stat(f"{store.uri}/{shard_name(i)}").st_mtime, shard["passages"]) for i, shard in enumerate(shards)]
+
+
+def tenths(shards: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Passages a second over the first and over the last tenth of them; the shards, (time, passages), differ in size.
 
     The clock starts with the first shard: what the actors take to start is no growth.
     """
-    times = np.sort([entry.stat().st_mtime for entry in os.scandir(out) if entry.name.endswith(".arrow")])
-    tenth = max(1, len(times) // 10)
-    # All shards but the last hold the same number of passages.
-    return tenth / float(times[tenth] - times[0]), tenth / float(times[-1] - times[-1 - tenth])
+    times, sizes = np.array(sorted(shards)).T
+    done = np.cumsum(sizes)
+    tenth = done[-1] / 10
+    # Where a tenth ends within a shard, that shard's passages count as evenly spread over its time.
+    (first,) = np.interp([done[0] + tenth], done, times) - times[0]
+    (last,) = times[-1] - np.interp([done[-1] - tenth], done, times)
+    return float(tenth / first), float(tenth / last)

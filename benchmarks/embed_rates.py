@@ -2,8 +2,9 @@
 
 The padded loop goes through the file in its order, 32 passages a batch, as the usual libraries do. The ideal loop sorts
 by length, fills batches to the same token budget as the stage, and writes nothing. Loops run on an even sample of the
-corpus (their rate does not depend on its size) with all cores in one process; the stage runs on all of it, and the time
-its actors take to start counts. Loop, stage and loop alternate, so that other load falls on all.
+corpus (their rate does not depend on its size) with all cores in one process, or on one GPU, with the device and the
+precision that the stage takes; the stage runs on all of it, and the time its actors take to start counts. Loop, stage
+and loop alternate, so that other load falls on all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from embed_source import Source, source
 
 from ckd_ray.cluster.connect import connected
 from ckd_ray.config import EmbedConfig
-from ckd_ray.embed.encoder import TextEncoder, choose_precision
+from ckd_ray.embed.encoder import Precision, TextEncoder, choose_precision, computing
 from ckd_ray.embed.stream import embed_texts, plan_shards
 from ckd_ray.model import ColBERT
 
@@ -39,15 +40,17 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
     texts = collection.texts(range(0, count, max(1, count // wanted)))
     torch.set_num_threads(os.cpu_count() or 1)
     model, plain = (ColBERT.from_pretrained(f"{at.folder}/teacher").eval() for _ in range(2))
-    precision, reason = choose_precision(model, "auto", threads=1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the stage's actors choose
+    precision, reason = choose_precision(model, "auto", device, threads=1)
+    plain.to(device)
     job = at.job("", precision=precision)
-    encoder = TextEncoder(model, token_budget=job.token_budget, precision=job.precision)
+    encoder = TextEncoder(model, device=device, token_budget=job.token_budget, precision=job.precision)
     loops: dict[str, Callable[[], Any]] = {
-        "padded": lambda: padded_loop(plain, texts),
+        "padded": lambda: padded_loop(plain, texts, device, precision),
         "ideal": lambda: encoder.passages(model.tokenizer.passages(texts)),
     }
     encoder.passages(model.tokenizer.passages(texts[:PEERS_BATCH]))  # warm
-    padded_loop(plain, texts[:PEERS_BATCH])
+    padded_loop(plain, texts[:PEERS_BATCH], device, precision)
     seconds = dict.fromkeys(loops, 0.0)
     cpu = dict.fromkeys(loops, 0.0)
     stage_seconds = 0.0
@@ -61,7 +64,8 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
             seconds[name] += time.perf_counter() - started
             cpu[name] += time.process_time() - before
     rates = {name: 2 * len(texts) / value for name, value in seconds.items()} | {"stage": count / stage_seconds}
-    settings["rates"] = {"passages": count, "sample": len(texts), "precision": f"{precision} ({reason})"}
+    settings["rates"] = {"passages": count, "sample": len(texts), "device": device.type}
+    settings["rates"] |= {"precision": f"{precision} ({reason})"}
     settings["rates"] |= {f"{name}_passages_per_second": round(rate, 2) for name, rate in rates.items()}
     # Where other jobs share the cores, processor time says more than the clock.
     spent = {name: value / 2 / len(texts) for name, value in cpu.items()} | {"stage": settings.pop("stage_cpu") / count}
@@ -75,18 +79,22 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
 
 
 @torch.inference_mode()
-def padded_loop(model: ColBERT, texts: list[str]) -> list[torch.Tensor]:
-    """Batches of 32 in the order of the file, each padded to its longest passage, by the model as it was loaded."""
+def padded_loop(
+    model: ColBERT, texts: list[str], device: torch.device, precision: Precision = "fp32"
+) -> list[torch.Tensor]:
+    """Float16 rows of every batch, on the CPU. Batches of 32 in the order of the file, each padded to its longest
+    passage, by the model as it was loaded, which is on `device`."""
     found = []
     tokenizer = model.tokenizer
     for start in range(0, len(texts), PEERS_BATCH):
         ids_NL, mask_NL = tokenizer.pad(tokenizer.passages(texts[start : start + PEERS_BATCH]))
-        rows_NLD, keep_NL = model.encode_passages(ids_NL, mask_NL)
-        found.append(rows_NLD[keep_NL].to(torch.float16))
+        with computing(device, precision):
+            rows_NLD, keep_NL = model.encode_passages(ids_NL.to(device), mask_NL.to(device))
+        found.append(rows_NLD[keep_NL].to("cpu", torch.float16))
     return found
 
 
-def stage(at: Source, count: int, precision: str, settings: dict[str, Any]) -> float:
+def stage(at: Source, count: int, precision: Precision, settings: dict[str, Any]) -> float:
     """Seconds of the stage on a fresh store, from the call to the closed store. Ray itself is up before."""
     out = tempfile.mkdtemp(prefix="ckd-ray-embed-")
     job = at.job(f"{out}/passages", precision=precision)

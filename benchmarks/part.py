@@ -50,7 +50,8 @@ def cut(source: Path, out: Path, most: dict[str, int | None], passages: int = 0)
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    text = path.read_text(encoding="utf-8").removesuffix("\n")  # which the last line need not have
+    return text.split("\n") if text else []
 
 
 def _write(path: Path, lines: list[str]) -> None:
