@@ -8,7 +8,8 @@ E expansion embeddings, Q and L rows, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ from ckd_ray.tune.space import Values, with_values
 _SPLIT = "dev"
 
 
-def first_pass(context: RunContext, folder: str, combinations: Sequence[Values]) -> list[float]:
-    """MRR@10 on dev of the teacher with each combination. Resumable: what `folder` holds of an earlier try stays.
+def first_pass(context: RunContext, folder: str, combinations: Sequence[Values]) -> tuple[list[float], float]:
+    """(MRR@10 on dev of the teacher with each combination, seconds that all of it took).
+
+    Resumable: what `folder` holds of an earlier try stays, and its seconds count.
 
     Raises:
         UserError: no dev query has a labelled passage.
@@ -57,6 +60,8 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
         }
         for config, out in zip(changed, labels, strict=True)
     ]
+    seconds = sum(seconds_of(made) for made in (rankings, *set(labels)))
+    started = time.monotonic()
     count = Collection.open(context.run).num_queries(_SPLIT)
     spans = query_spans(count, 64)
     arguments: dict[str, Any] = {
@@ -74,7 +79,12 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
             progress.advance(int(row["queries"]))
     if not queries:
         raise UserError("no dev query has a labelled passage", where="tune", expected="labels for the dev split")
-    return [float(total) / queries for total in sums]
+    return [float(total) / queries for total in sums], round(seconds + time.monotonic() - started, 3)
+
+
+def seconds_of(folder: str) -> float:
+    """How long the artefact in this folder took to make; 0 where its manifest does not tell."""
+    return float((manifest_of(folder) or {}).get("seconds", 0.0))
 
 
 def labels_name(config: Config) -> str:
@@ -95,7 +105,7 @@ def _rank_dev(context: RunContext, out: str) -> str:
         return {}
 
     embeddings = (manifest_of(context.path("embeddings")) or {})["made_of"]
-    make(out, fingerprint(dev=embeddings, retrieve=config.model_dump(mode="json", exclude={"actors"})), work)
+    make(out, fingerprint(dev=embeddings, retrieve=config.model_dump(mode="json", exclude={"actors"})), _timed(work))
     return out
 
 
@@ -115,7 +125,17 @@ def _label_dev(context: RunContext, rankings: str, out: str) -> None:
 
     ranked = (manifest_of(rankings) or {})["made_of"]
     settings = context.config.label.model_dump(mode="json")
-    make(out, fingerprint(label=settings, rankings=ranked, seed=context.config.run.seed), work)
+    make(out, fingerprint(label=settings, rankings=ranked, seed=context.config.run.seed), _timed(work))
+
+
+def _timed(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """`work`, which also returns the seconds that it took."""
+
+    def timed() -> dict[str, Any]:
+        started = time.monotonic()
+        return {**work(), "seconds": round(time.monotonic() - started, 3)}
+
+    return timed
 
 
 def _judge_part(

@@ -26,7 +26,7 @@ from ckd_ray.pipeline.stages import distill_seed, needed
 from ckd_ray.pipeline.work import distill_task
 from ckd_ray.progress import say, without_keys, without_secrets
 from ckd_ray.store.files import delete, exists, join, read_json, write_atomic, write_json_atomic
-from ckd_ray.tune.first_pass import first_pass, labels_name
+from ckd_ray.tune.first_pass import first_pass, labels_name, seconds_of
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import search, shown, trial_task
 from ckd_ray.tune.space import Values, candidates, space_of, split, values_of, with_values
@@ -69,7 +69,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     made_of = _search_fingerprint(config, context, upstream, seed)
     folder = context.path(FOLDER, f"search-{made_of[:12]}")
     with run_lock(context.run):
-        kept, passed = _first(context, config, folder, seed)
+        kept, passed, first_seconds = _first(context, config, folder, seed)
     for combination in kept:
         _label(config, combination)
     with run_lock(context.run):
@@ -87,7 +87,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "first_pass": passed,
         "agreement": _agreement(passed, records),
         "importance": importance(records.ended()),
-        "saved": _saved(config, records, upstream, context),
+        "saved": _saved(config, records, upstream, context, kept, first_seconds),
         "comparison": _retrained(config, found, best) if config.tune.retrain else None,
         "seed": seed,
     }
@@ -109,27 +109,34 @@ def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any]
     )
 
 
-def _first(context: RunContext, config: Config, folder: str, seed: int) -> tuple[list[Values], list[dict[str, Any]]]:
-    """(combinations that go on to trials, what the first pass found). The configuration's own always go on."""
+def _first(
+    context: RunContext, config: Config, folder: str, seed: int
+) -> tuple[list[Values], list[dict[str, Any]], float]:
+    """(combinations that go on to trials, what the first pass found, its seconds). The configuration's own always go
+    on."""
     first, _ = split(space_of(config))
     if not first:
-        return [{}], []
+        return [{}], [], 0.0
     path = join(folder, "first_pass.json")
     if exists(path):
-        found: list[dict[str, Any]] = read_json(path)
+        kept_file = read_json(path)
+        if isinstance(kept_file, list):  # an earlier version kept no time
+            kept_file = {"seconds": 0.0, "found": kept_file}
+        found: list[dict[str, Any]] = kept_file["found"]
+        seconds = float(kept_file["seconds"])
     else:
         combinations = candidates(config, first, config.tune.label_candidates, seed)
         say(f"tune: first pass, {len(combinations)} combinations of {', '.join(first)}, without training")
-        scores = first_pass(context, join(folder, "first"), combinations)
+        scores, seconds = first_pass(context, join(folder, "first"), combinations)
         found = [{"values": v, "mrr@10": score} for v, score in zip(combinations, scores, strict=True)]
-        write_json_atomic(path, found)
+        write_json_atomic(path, {"seconds": seconds, "found": found})
     others = sorted(found[1:], key=lambda entry: -entry["mrr@10"])
     kept = [found[0], *others[: config.tune.label_kept - 1]]
     for entry in kept:
         values = ", ".join(f"{key.partition('.')[2]} {shown(v)}" for key, v in entry["values"].items())
         own = " (as configured)" if entry is found[0] else ""
         say(f"  teacher's MRR@10 on dev {entry['mrr@10']:.4f}: {values}{own}")
-    return [entry["values"] for entry in kept], found
+    return [entry["values"] for entry in kept], found, seconds
 
 
 def _labels_folder(config: Config, values: Values) -> str:
@@ -215,14 +222,25 @@ def _agreement(passed: list[dict[str, Any]], records: Records) -> dict[str, Any]
     return {"spearman": None if pd.isna(rho) else round(float(rho), 4), "combinations": len(best)}
 
 
-def _saved(config: Config, records: Records, upstream: list[Any], context: RunContext) -> dict[str, float]:
-    """What stopping and sharing saved: the time of the search against as many whole pipelines, each with everything
-    upstream and all steps at the rate of the finished trials. Evaluation counts in neither."""
-    shared = sum(float((manifest_of(context.path(s.folder)) or {}).get("seconds", 0.0)) for s in upstream)
+def _saved(
+    config: Config,
+    records: Records,
+    upstream: list[Any],
+    context: RunContext,
+    kept: list[Values],
+    first_seconds: float,
+) -> dict[str, float]:
+    """What stopping and sharing saved: the time of the search, with its first pass and the labels of all that it kept,
+    against as many whole pipelines, each with everything upstream and all steps at the rate of the finished trials.
+    Evaluation counts in neither."""
+    shared = sum(seconds_of(context.path(s.folder)) for s in upstream)
+    others = {_labels_folder(config, values) for values in kept} - {"labels"}  # those are upstream
+    labels = sum(seconds_of(context.path(name)) for name in others)
     trials = [t for t in records.trials.values() if t.measurements]
     finished = [t for t in trials if t.state == "finished"]
     whole = sum(t.seconds for t in finished) / max(1, len(finished))
-    spent, pipelines = shared + sum(t.seconds for t in trials), len(trials) * (shared + whole)
+    spent = shared + first_seconds + labels + sum(t.seconds for t in trials)
+    pipelines = len(trials) * (shared + whole)
     return {
         "search_seconds": round(spent, 1),
         "as_pipelines_seconds": round(pipelines, 1),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ckd_ray.config import Config, load_config
 from ckd_ray.config.load import ConfigError
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.tune import job
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.space import Parameter, candidates, parse, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester
@@ -178,8 +183,6 @@ def test_records_are_read_back_and_the_best_is_a_finished_one(tmp_path: Path) ->
 
 
 def test_a_search_that_goes_on_stops_weak_trials_as_it_would_have(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     from ckd_ray.tune.search import METRIC, TIME, _GentleASHA, _replay
 
     def ask(records: Records, value: float) -> list[str]:
@@ -203,8 +206,6 @@ def test_a_search_that_goes_on_stops_weak_trials_as_it_would_have(tmp_path: Path
 
 
 def test_the_ledger_tells_finished_stopped_and_failed_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from types import SimpleNamespace
-
     from ckd_ray.tune.search import _Ledger, _Table
 
     records = Records(str(tmp_path))
@@ -236,3 +237,62 @@ def test_a_report_without_the_metric_ends_no_search(monkeypatch: pytest.MonkeyPa
     with _quietly():
         assert os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] == "1"
     assert "TUNE_DISABLE_STRICT_METRIC_CHECKING" not in os.environ
+
+
+def _made(folder: Path, seconds: float) -> None:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"made_of": "hand", "seconds": seconds}))
+
+
+def test_the_time_of_a_search_has_its_first_pass_and_the_labels_of_every_kept_setting(tmp_path: Path) -> None:
+    given = config(f"run.storage={tmp_path}", "run.name=r", "distill.steps=20")
+    kept = [
+        {"label.clusters": given.label.clusters, "distill.beta": 0.3},  # labels of the run itself
+        {"label.clusters": 12, "distill.beta": 0.3},
+        {"label.clusters": 12, "distill.beta": 1.0},  # shares them
+    ]
+    _made(tmp_path / "r" / "embeddings", 100)
+    _made(tmp_path / "r" / "labels", 20)
+    _made(tmp_path / "r" / job._labels_folder(given, kept[1]), 30)
+    records = Records(str(tmp_path / "trials"))
+    for number, (state, steps, seconds) in enumerate([("finished", 20, 40.0), ("stopped", 10, 20.0), ("failed", 0, 0)]):
+        measured = [[steps, 0.5, seconds]] if steps else []
+        records.write(Trial(number, {}, state, measured, seconds))  # type: ignore[arg-type]
+    upstream = [SimpleNamespace(folder="embeddings"), SimpleNamespace(folder="labels")]
+    saved = job._saved(given, records, upstream, RunContext.of(given), kept, 7.0)
+    assert saved["search_seconds"] == 120 + 7 + 30 + 60 and saved["as_pipelines_seconds"] == 2 * (120 + 40)
+    assert saved["share"] == round(1 - 217 / 320, 4) and saved["steps_share"] == 0.75
+
+
+def test_a_search_that_goes_on_keeps_what_the_first_pass_found_and_its_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(
+        f"run.storage={tmp_path}", "tune.space={distill.beta: {choice: [0.3, 1.0, 2.0]}}", "tune.label_kept=2"
+    )
+    calls = []
+
+    def judged(context: Any, folder: str, combinations: Any) -> tuple[list[float], float]:
+        calls.append(folder)
+        return [0.5, 0.4, 0.6], 12.5
+
+    monkeypatch.setattr(job, "first_pass", judged)
+    context = RunContext.of(given)
+    first = job._first(context, given, str(tmp_path / "search"), 1)
+    assert first[0] == [{"distill.beta": 0.3}, {"distill.beta": 2.0}] and first[2] == 12.5
+    assert job._first(context, given, str(tmp_path / "search"), 1) == first and len(calls) == 1
+    (tmp_path / "search" / "first_pass.json").write_text(json.dumps(first[1]))  # as earlier versions wrote it
+    assert job._first(context, given, str(tmp_path / "search"), 1) == (*first[:2], 0.0) and len(calls) == 1
+
+
+def test_the_first_pass_counts_what_an_earlier_try_has_made(tmp_path: Path) -> None:
+    from ckd_ray.pipeline.artefact import make
+    from ckd_ray.tune.first_pass import _timed, seconds_of
+
+    out = str(tmp_path / "rankings")
+    assert seconds_of(out) == 0
+    assert make(out, "a", _timed(lambda: {"count": 3}))
+    manifest = json.loads((tmp_path / "rankings" / "manifest.json").read_text())
+    assert manifest["count"] == 3 and manifest["seconds"] == seconds_of(out) >= 0
+    (tmp_path / "rankings" / "manifest.json").write_text(json.dumps({**manifest, "seconds": 9.0}))
+    assert not make(out, "a", _timed(lambda: {"count": 3})) and seconds_of(out) == 9.0
