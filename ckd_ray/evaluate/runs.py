@@ -63,11 +63,16 @@ def write_trec_run(uri: str, parts: Iterable[pd.DataFrame], tag: str) -> None:
     write_atomic(uri, write)
 
 
+def without_space(text: str) -> str:
+    """The id with the UTF-8 bytes of its white space percent-encoded: it is one column of a run or of qrels."""
+    return re.sub(r"\s", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+
+
 def _without_space(ids: pd.Series) -> pd.Series:
     ids = ids.astype(str)
     if not ids.str.contains(r"\s", regex=True).any():
         return ids
-    return ids.map(lambda text: re.sub(r"\s", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text))
+    return ids.map(without_space)
 
 
 def _lines(rows: pd.DataFrame, tag: str) -> Iterable[str]:

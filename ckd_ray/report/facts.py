@@ -121,13 +121,15 @@ def _wins(run: FinishedRun, measures: dict[str, Any]) -> list[SplitWins]:
             continue
         values = {name: one[measure] for name, one in per_query.items()}
         won, lost = extremes(values["teacher"], values["student"], _EXAMPLES)
+        settings = measures.get("settings", {})
         shown = examples(
             collection,
             split,
             won + lost,
             values,
             {name: join(folder, "rankings", name) for name, folder in files.items()},
-            skip_same_id=bool(measures.get("settings", {}).get("skip_same_id")),
+            skip_same_id=bool(settings.get("skip_same_id")),
+            relevance_threshold=int(settings.get("relevance_threshold", 1)),
         )
         gains = [values["student"][q] - values["teacher"][q] for q in values["student"] if q in values["teacher"]]
         found.append(SplitWins(split, measure, gains, shown[: len(won)], shown[len(won) :]))

@@ -31,7 +31,8 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     digits = max(0, 3 - math.floor(math.log10(abs(value))))
     text = f"{value:.{min(digits, 8)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -164,7 +165,9 @@ def histogram(values: Sequence[float], *, caption: str, x: str, bins: int = 21) 
     good = [v for v in values if math.isfinite(v)]
     if not good:
         return ""
-    reach = max(max(abs(v) for v in good), 1e-9)
+    reach = max(abs(v) for v in good)
+    if reach < 1e-6:  # all equal, up to rounding: an axis as narrow as that has no readable ends
+        reach = 1.0
     counts = [0] * bins
     for v in good:
         counts[min(bins - 1, int((v + reach) / (2 * reach) * bins))] += 1

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate.runs import without_space
 from ckd_ray.report.labelled_run import SPLIT, LabelledRun
 from ckd_ray.retrieve.rankings import part_file, part_matrix, read_ranking_part
 from ckd_ray.store.files import join, write_atomic
@@ -81,12 +82,8 @@ def merge(parts: Iterable[pa.Table], top: int) -> pa.Table:
 
 def write_suggestions(uri: str, table: pa.Table) -> None:
     """Write lines `query 0 passage score`, atomically. White space in ids is percent-encoded, as in runs."""
-
-    def field(text: str) -> str:
-        return "".join(f"%{ord(c):02X}" if c.isspace() else c for c in text)
-
     columns = (table[name].to_pylist() for name in ("query_id", "id", "score"))
-    lines = [f"{field(q)} 0 {field(p)} {score:.6f}\n" for q, p, score in zip(*columns, strict=True)]
+    lines = [f"{without_space(q)} 0 {without_space(p)} {score:.6f}\n" for q, p, score in zip(*columns, strict=True)]
     write_atomic(uri, lambda stream: stream.write("".join(lines).encode()))
 
 

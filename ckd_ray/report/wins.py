@@ -22,7 +22,8 @@ class Example:
     """A query with its values and results under both systems.
 
     Attributes:
-        labelled: (passage id, text, grade, rank of the teacher, rank of the student); None: not within the depth.
+        labelled: the relevant passages of highest grade: (passage id, text, grade, rank of the teacher, rank of the
+            student); None: not within the depth.
         tops: system -> the first few (rank, passage id, text, labelled).
     """
 
@@ -55,12 +56,14 @@ def examples(
     rankings: dict[str, str],
     *,
     skip_same_id: bool,
+    relevance_threshold: int = 1,
     length: int = 360,
 ) -> list[Example]:
     """The chosen queries with texts; only what is shown is read.
 
     Args:
         values: system -> query id -> value; rankings: system -> folder of its rankings.
+        relevance_threshold: the grade from which a passage counts as labelled, as in the measures.
         length: characters of a passage.
     """
     queries = collection.queries(split)
@@ -71,13 +74,14 @@ def examples(
     for query, passage, index, grade in zip(
         qrels.query_ids, qrels.passage_ids, qrels.passage_index.tolist(), qrels.relevance.tolist(), strict=True
     ):
-        if query in wanted:
+        if query in wanted and grade >= relevance_threshold:
             labels.setdefault(query, []).append((passage, index, grade))
     ranked = {system: _rankings(folder, split, wanted, skip_same_id) for system, folder in rankings.items()}
     found = []
     for query in chosen:
         example = Example(query, text_of[query], values["teacher"][query], values["student"][query])
-        positive = {passage for passage, _, grade in labels.get(query, []) if grade > 0}
+        relevant = sorted(labels.get(query, []), key=lambda label: -label[2])
+        positive = {passage for passage, _, _ in relevant}
         for system, by_query in ranked.items():
             rows = by_query.get(query)
             top = rows[rows["rank"] <= SHOWN] if rows is not None else None
@@ -88,7 +92,7 @@ def examples(
                 (int(rank), str(passage), text, passage in positive)
                 for rank, passage, text in zip(top["rank"], top["doc_id"], texts, strict=True)
             ]
-        shown = labels.get(query, [])[:SHOWN]
+        shown = relevant[:SHOWN]
         texts = _texts(collection, [index for _, index, _ in shown], length)
         for (passage, _, grade), text in zip(shown, texts, strict=True):
             ranks = [_rank_of(ranked.get(system, {}).get(query), passage) for system in ("teacher", "student")]

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.collective.stream import LabelJob, label_part
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate.runs import write_trec_run
 from ckd_ray.report.inspect import inspect_query, nearest_ids, render
 from ckd_ray.report.labelled_run import LabelledRun
 from ckd_ray.report.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
@@ -170,6 +173,15 @@ def test_suggestions_merge_to_the_same_in_any_order(run: Path) -> None:
     parts = [whole.take(rows[i : i + 5]) for i in range(0, len(rows), 5)]
     assert whole.num_rows > 60
     assert merge(parts, 10).equals(merge(parts[::-1], 10)) and merge(parts, 10).equals(best(whole, 10))
+
+
+def test_white_space_in_suggested_ids_is_encoded_as_in_runs(tmp_path: Path) -> None:
+    ids = {"query_id": ["q 1"], "id": ["p\u3000\u00a02"]}
+    write_suggestions(str(tmp_path / "found"), pa.table({**ids, "score": [0.5]}))
+    assert (tmp_path / "found").read_text() == "q%201 0 p%E3%80%80%C2%A02 0.500000\n"
+    run = pd.DataFrame({"query_id": ids["query_id"], "doc_id": ids["id"], "rank": [1], "score": [0.5]})
+    write_trec_run(str(tmp_path / "run"), [run], "tag")
+    assert (tmp_path / "run").read_text() == "q%201 Q0 p%E3%80%80%C2%A02 1 0.500000 tag\n"
 
 
 def test_suggest_settings_that_make_no_sense() -> None:

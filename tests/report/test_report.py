@@ -11,22 +11,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ckd_ray.compare.table import System, build_table
+from ckd_ray.config import load_config
+from ckd_ray.data import Collection, build_collection
 from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.report import sections
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page, write_report
 from ckd_ray.report.plots import Interval, Series, histogram, intervals, lines, number, thinned, ticks
-from ckd_ray.report.wins import extremes
+from ckd_ray.report.wins import examples, extremes
+from ckd_ray.retrieve.rankings import write_ranking_part
 from tests.evidence import EVIL_ID, evil_collection, hand_made_run
+from tests.support import write_collection
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str) -> Path:
-    import numpy as np
-
     collection = evil_collection(tmp_path_factory.mktemp("collection"))
     made = hand_made_run(tmp_path_factory.mktemp("runs"), tiny_backbone, collection)
     rng = np.random.default_rng(0)
@@ -207,6 +210,46 @@ def test_extremes_take_the_largest_of_both_directions() -> None:
     assert extremes(teacher, student, 9) == (["a", "d"], ["c", "e"])
 
 
+def test_passages_below_the_threshold_are_not_shown_as_labelled(tmp_path: Path) -> None:
+    folder = write_collection(tmp_path / "data")
+    grades = {"p1": 0, "p2": 1, "p3": 2, "p4": -1, "p5": 3, "p6": 2, "p7": 2}
+    (folder / "qrels.dev.tsv").write_text("".join(f"q24\t0\t{p}\t{grade}\n" for p, grade in grades.items()))
+    config = load_config(None, ["collection.format=msmarco", f"collection.path={folder}"])
+    build_collection(config.collection, str(tmp_path / "run"))
+    collection = Collection.open(str(tmp_path / "run"))
+    write_ranking_part(
+        str(tmp_path / "dev-000000.parquet"),
+        first_query=0,
+        query_ids=["q24"],
+        scores_BK=np.array([[3.0, 2.0, 1.0]], np.float32),
+        passages_BK=np.array([[4, 2, 5]]),
+        passage_ids=["p4", "p2", "p5"],
+    )
+    values = {"teacher": {"q24": 0.0}, "student": {"q24": 1.0}}
+    rankings = dict.fromkeys(values, str(tmp_path))
+
+    def shown(threshold: int) -> tuple[list[tuple[str, int, int | None]], list[bool]]:
+        (found,) = examples(
+            collection, "dev", ["q24"], values, rankings, skip_same_id=False, relevance_threshold=threshold
+        )
+        assert [passage for _, passage, _, _ in found.tops["student"]] == ["p4", "p2", "p5"]
+        return [(p, grade, rank) for p, _, grade, _, rank in found.labelled], [top[3] for top in found.tops["student"]]
+
+    assert shown(1) == ([("p5", 3, 3), ("p3", 2, None), ("p6", 2, None)], [False, True, True])
+    assert shown(3) == ([("p5", 3, 3)], [False, False, True])
+
+
+def test_the_threshold_is_that_of_the_measures(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "evaluation" / "measures.json"
+    measures = json.loads(path.read_text())
+    assert measures["settings"]["relevance_threshold"] == 1
+    measures["settings"]["relevance_threshold"] = 2  # above every grade that there is
+    path.write_text(json.dumps(measures))
+    found = gather(open_finished(str(tmp_path / "run"))).wins
+    assert any(w.won or w.lost for w in found) and not any(e.labelled for w in found for e in w.won + w.lost)
+
+
 def test_plots_by_hand() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and ticks(-0.013, 0.021, 3) == [0.0, 0.02]
     assert ticks(3, 3) == [3]
@@ -222,6 +265,11 @@ def test_plots_by_hand() -> None:
     bars = histogram([0.0, 0.0, 1.0, -0.5], caption="c", x="m")
     assert bars.count("bar win") + bars.count("bar loss") + bars.count("bar same") == 21
     assert "2 queries from -0.048 to +0.048" in bars and "1 queries from +0.905 to +1.000" in bars
+    for none in ([0.0, 0.0], [0.0, 1e-16]):  # no differences, but for rounding
+        bars = histogram(none, caption="c", x="m")
+        assert re.findall(r'class="tick"[^>]*>([^<]+)<', bars) == ["2", "-1", "0", "1"]
+        assert "2 queries from -0.048 to +0.048" in bars
+    assert number(-1e-12) == "0"
     assert lines([], x="", y="") == "" and histogram([], caption="", x="") == ""
 
 
