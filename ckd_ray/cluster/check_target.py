@@ -9,7 +9,7 @@ from ckd_ray.cluster.check import Check
 from ckd_ray.cluster.launcher_file import read_launcher_file, warnings
 from ckd_ray.cluster.remote import dashboard
 from ckd_ray.cluster.target import Target
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
 
 _NAME = "cluster"
 
@@ -21,6 +21,8 @@ def cluster(target: Target) -> Iterator[Check]:
     except UserError as error:
         found = ": ".join(part for part in (error.where, error.problem, error.found) if part)
         yield Check(_NAME, "fail", found, error.fix or error.expected or f"correct {target.text}")
+    except (JobError, ConnectionError) as error:  # something answers there, but not as a dashboard does
+        yield Check(_NAME, "fail", (str(error).splitlines() or [""])[0], f"look what runs at {target.text}")
 
 
 def _launcher(target: Target) -> Iterator[Check]:

@@ -26,7 +26,7 @@ from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.rankings import part_file, part_matrix, parts_present, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.retrieve.stream import collection_once, open_once, query_spans, run_parts
-from ckd_ray.store.files import exists, join, local_copy, make_folder
+from ckd_ray.store.files import exists, file_signature, join, local_copy, make_folder
 
 # The cells that special tokens crowd, in the folder of the labels that they helped to make.
 CELLS = "special_cells.safetensors"
@@ -64,7 +64,7 @@ class CrowdedCells:
 
     def crowded(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
         """See `SpecialCells.crowded`."""
-        return _cells_once(self.uri).crowded(vectors_MD)
+        return _cells_once(self.uri, *file_signature(self.uri)).crowded(vectors_MD)
 
 
 Votes = ServerVotes | CrowdedCells | None
@@ -102,7 +102,7 @@ def _find_special_cells(uri: str, job: LabelJob, seed: int) -> None:
 
 
 @lru_cache(maxsize=2)
-def _cells_once(uri: str) -> SpecialCells:
+def _cells_once(uri: str, size: int, changed: int) -> SpecialCells:
     return SpecialCells.load(uri)
 
 

@@ -34,6 +34,8 @@ from ckd_ray.store.files import (
 
 MANIFEST, MAKING = "manifest.json", "making.json"
 SCHEMA_VERSION = 1
+# Beside the weights of a training: no stage reads them, so a bit of theirs is no reason to train again.
+_FOR_PEOPLE = ("metrics.jsonl", "training.json", "tensorboard/", "last/")
 
 
 def manifest_of(uri: str) -> dict[str, Any] | None:
@@ -169,5 +171,5 @@ def _files(uri: str) -> list[dict[str, Any]]:
 
 def _with_digests(uri: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     stores = tuple(e["name"].removesuffix(MANIFEST) for e in files if e["name"].endswith("/" + MANIFEST))
-    digests = digests_of(uri, {e["name"]: e["bytes"] for e in files if not e["name"].startswith(stores)})
+    digests = digests_of(uri, {e["name"]: e["bytes"] for e in files if not e["name"].startswith(stores + _FOR_PEOPLE)})
     return [e | {"sha256": digests[e["name"]]} if e["name"] in digests else e for e in files]

@@ -85,12 +85,23 @@ def _check_target(target: str) -> None:
     )
 
 
+def role_section(role: str) -> str:
+    """The section of the configuration by which a model was trained."""
+    return "distill" if role == "student" else "teacher"
+
+
 def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
     """What run.json and evaluation/ say about a run's model; what is not there is left out.
 
     `evaluating`: this is the end of the evaluation itself, whose manifest is still to be written.
     """
     config = read_json(join(run, "run.json")).get("config", {}) if exists(join(run, "run.json")) else {}
+    trained = join(run, role, "training.json")
+    if exists(trained) and role_section(role) in config:
+        # run.json is of the last command, which may be training another student when this one is looked at.
+        section = config[role_section(role)]
+        used = {key: value for key, value in read_json(trained).get("settings", {}).items() if key in section}
+        config = {**config, role_section(role): {**section, **used}}
     path = join(run, "evaluation", "measures.json")
     # Measures count once the evaluation is finished: an older student's may lie there while a new one is measured.
     done = (evaluating or exists(join(run, "evaluation", "manifest.json"))) and exists(path)

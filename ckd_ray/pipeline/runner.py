@@ -64,42 +64,49 @@ def run_stages(
         if variant or labels == "labels":  # run.json tells of the run's own settings
             _record(context)
         again = {stage.name for stage in stages[names.index(start) :]} if start in names else set()
-        while (reports := _brought_up(context, stages, source, again)) is None:
+        worked: dict[str, StageReport] = {}
+        while (reports := _brought_up(context, stages, source, again, worked)) is None:
             pass
-        return reports
+        return [worked.get(report.name, report) for report in reports]
 
 
-def _brought_up(context: RunContext, stages: list[Stage], source: str, again: set[str]) -> list[StageReport] | None:
-    """One pass over the stages; None when a later one has to begin anew, since a file that was made again came out
-    differently (see `artefact.identity_of`).
+def _brought_up(
+    context: RunContext, stages: list[Stage], source: str, again: set[str], worked: dict[str, StageReport]
+) -> list[StageReport] | None:
+    """One pass over the stages; None when another one has to begin anew: files of a store were broken, or what was made
+    again came out differently (see `artefact.identity_of`).
 
     Args:
         again: names of stages that are done again even if they are there; each is struck out once that has begun.
+        worked: gets the reports of stages that were not just skipped, in this pass or one before it.
     """
     prints: dict[str, str] = {}  # of each stage: of what it is made
     done: dict[str, str] = {}  # of each stage: on what those after it depend
     reports: list[StageReport] = []
-    for stage in stages:
-        print_of = prints[stage.name] = made_of(stage, context.config, done, source)
-        if stage.name in again:
-            again.remove(stage.name)
-            delete(context.path(stage.folder))
-            delete(_checkpoints(context, stage, print_of))
-        try:
-            if not is_made(context.path(stage.folder), print_of):
-                _read_through(context, stages, reports, prints)
-                if any(done[name] != _identity(context, earlier) for name, earlier in zip(done, stages, strict=False)):
-                    return None
-            reports.append(_run(context, stage, print_of))
-        except (UserError, LostRayError):
-            raise
-        except Exception:
-            if not _repaired(context, stages, reports, prints):
+    try:
+        for stage in stages:
+            print_of = prints[stage.name] = made_of(stage, context.config, done, source)
+            if stage.name in again:
+                again.remove(stage.name)
+                delete(context.path(stage.folder))
+                delete(_checkpoints(context, stage, print_of))
+            try:
+                if not is_made(context.path(stage.folder), print_of):
+                    _read_through(context, stages, reports, prints)
+                    if done != {earlier.name: _identity(context, earlier) for earlier in stages[: len(reports)]}:
+                        return None
+                reports.append(_run(context, stage, print_of))
+            except (UserError, LostRayError):
                 raise
-            reports.append(_run(context, stage, print_of))
-        done[stage.name] = _identity(context, stage)
-        if stage.name == "collection" and stage is not stages[-1]:
-            _check_sizes(context)
+            except Exception:
+                if not _repaired(context, stages, reports, prints):
+                    raise
+                return None  # what was to be read before this stage may not have been looked at to the end
+            done[stage.name] = _identity(context, stage)
+            if stage.name == "collection" and stage is not stages[-1]:
+                _check_sizes(context)
+    finally:
+        worked |= {report.name: report for report in reports if not report.skipped}
     return reports
 
 
@@ -120,8 +127,9 @@ def _read_through(context: RunContext, stages: list[Stage], reports: list[StageR
     for i, earlier in enumerate(stages[: len(reports)]):
         altered = remove_altered(context.path(earlier.folder))
         for folder in earlier.beside:
-            if manifest_of(context.path(folder)) is None or remove_altered(context.path(folder)):
-                # It is written together with the artefact, which by itself would pass for whole.
+            mine, its = manifest_of(context.path(earlier.folder)) or {}, manifest_of(context.path(folder)) or {}
+            if mine.get("fingerprint") != its.get("fingerprint") or remove_altered(context.path(folder)):
+                # They are written together; a killed command may have left one of another time, whole in itself.
                 delete(context.path(earlier.folder, MANIFEST))
                 altered = [folder]
         if altered:
@@ -152,6 +160,7 @@ def _run(context: RunContext, stage: Stage, print_of: str) -> StageReport:
     started = time.monotonic()
     if is_made(folder, print_of):
         manifest = manifest_of(folder) or {}
+        delete(_checkpoints(context, stage, print_of))  # of a command that was killed before it came to that
         if context.variant is None:  # a comparison would say it again for every student
             say(f"{stage.name}: done before, nothing to do ({folder})")
         return StageReport(stage.name, True, manifest.get("seconds", 0.0), manifest.get("figures", {}), folder)

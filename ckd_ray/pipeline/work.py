@@ -37,6 +37,7 @@ from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.stages import distill_seed, scored_depth
 from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.faiss_index import DIGEST
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.shard_range import choose_engine
 from ckd_ray.retrieve.stream import RetrieveJob, measured_recall, retrieve as retrieve_queries
@@ -276,7 +277,7 @@ def _kept_index(config: Config, store: EmbeddingStore) -> str | None:
     name = f"{made_of[:16]}.faiss"
     make_folder(folder)
     for other in list_files(folder, ""):
-        if not other.startswith(name):  # its digest lies beside it
+        if other not in (name, name + DIGEST):
             delete(join(folder, other))
     return join(folder, name)
 

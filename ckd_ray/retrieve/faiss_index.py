@@ -23,7 +23,7 @@ Float32Array = npt.NDArray[np.float32]
 
 _TRAINING_POINTS_A_CELL = 64
 _MOST_TRAINING_POINTS = 2_000_000
-_DIGEST = ".sha256"  # of an index that is kept, in a file beside it
+DIGEST = ".sha256"  # of an index that is kept, in a file beside it
 _ADDED = 1 << 17  # rows added at a time
 
 
@@ -107,7 +107,7 @@ class TokenIndex:
         finally:
             if os.path.exists(aside):
                 os.remove(aside)
-        write_atomic(kept + _DIGEST, lambda stream: stream.write(digest))
+        write_atomic(kept + DIGEST, lambda stream: stream.write(digest))
 
     def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
         """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind
@@ -118,9 +118,9 @@ class TokenIndex:
 
 def _is_whole(kept: str) -> bool:
     """Whether an index is there with the bytes that its digest was taken of."""
-    if not (os.path.exists(kept) and os.path.exists(kept + _DIGEST)):
+    if not (os.path.exists(kept) and os.path.exists(kept + DIGEST)):
         return False
-    with open(kept + _DIGEST) as file:
+    with open(kept + DIGEST) as file:
         whole = file.read() == sha256_of(kept)
     if not whole:
         say(f"{kept}: its bytes do not match its checksum; it is built again")

@@ -16,7 +16,7 @@ from ckd_ray.progress import Progress
 from ckd_ray.retrieve.rankings import part_file, read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import join, list_files, make_folder
+from ckd_ray.store.files import file_signature, join, list_files, make_folder
 
 _QUERIES_A_PART = 256
 _RECALL_OPERATIONS = 6e11
@@ -93,15 +93,23 @@ def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, argum
     return dataset.iter_rows()
 
 
-@lru_cache(maxsize=8)
 def open_once(uri: str) -> EmbeddingStore:
-    """A store, opened once a process."""
+    """A store, opened once a process, and once more when it was written anew since."""
+    return _store(uri, *file_signature(join(uri, "manifest.json")))
+
+
+@lru_cache(maxsize=8)
+def _store(uri: str, size: int, changed: int) -> EmbeddingStore:
     return EmbeddingStore.open(uri)
 
 
-@lru_cache(maxsize=2)
 def collection_once(run: str) -> Collection:
-    """The collection, opened once a process."""
+    """The collection, opened as a store is."""
+    return _collection(run, *file_signature(join(run, "corpus", "manifest.json")))
+
+
+@lru_cache(maxsize=2)
+def _collection(run: str, size: int, changed: int) -> Collection:
     return Collection.open(run)
 
 

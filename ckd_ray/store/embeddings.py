@@ -126,7 +126,7 @@ class EmbeddingStore:
         Raises:
             UserError: they come from an object store, and the cache of remote files may not hold their copies.
         """
-        wanted = sharers * sum(int(self._shards[i]["bytes"]) for i in shards)
+        wanted = min(sharers * sum(int(self._shards[i]["bytes"]) for i in shards), int(self.manifest["bytes"]))
         if self._cache is not None and wanted > self._cache.limit:
             raise UserError(
                 "the shards that this machine is to serve are more than its cache of remote files may hold",

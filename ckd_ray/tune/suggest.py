@@ -67,7 +67,8 @@ class Suggester:
         self.at_random = max(2, min(10, trials // 3))
         self.trials = trials
         self._order: list[Values] | None = None
-        if len(self.kept) * math.prod(p.size for p in self.space.values()) <= max(_FEW, trials):
+        # Whatever `trials`, which may grow later.
+        if len(self.kept) * math.prod(p.size for p in self.space.values()) <= _FEW:
             self._order = self._shuffled()
             self.trials = min(trials, len(self._order))
 

@@ -16,7 +16,7 @@ import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.config import load_config
-from ckd_ray.data import Collection
+from ckd_ray.data import Collection, build
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
@@ -163,7 +163,7 @@ def test_a_teacher_that_comes_out_differently_is_followed(
 
     monkeypatch.setattr(work, "teacher", other)
     reports = run(tmp_path, tiny_backbone, tiny_collection, start="retrieve", until="retrieve")
-    assert [r.name for r in reports if not r.skipped] == ["embed", "retrieve"]  # of the pass after the teacher's
+    assert [r.name for r in reports if not r.skipped] == ["teacher", "embed", "retrieve"]
     one, two = (EmbeddingStore.open(str(at / "tiny/embeddings/passages")) for at in (finished, tmp_path))
     assert one.manifest["sha256"] == two.manifest["sha256"]  # as many embeddings, of the same tokens
     assert [s["sha256"] for s in one.manifest["shards"]] != [s["sha256"] for s in two.manifest["shards"]]
@@ -181,6 +181,29 @@ def test_a_collection_that_cannot_be_read_any_more_leaves_the_former_one(
         run(tmp_path, tiny_backbone, str(tmp_path / "source"), until="collection")
     assert Collection.open(str(tmp_path / "tiny")).num_passages == 60
     assert run(tmp_path, tiny_backbone, tiny_collection, until="collection")[0].skipped
+
+
+def test_queries_of_another_time_than_the_corpus_are_noticed(
+    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the new queries and before the new corpus: both are whole, and their numbers do not fit."""
+    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    write, calls = build._write_manifest, list[str]()
+
+    def killed(folder: str, *rest: Any) -> None:
+        calls.append(folder)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(folder, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build, "_write_manifest", killed)
+        run(tmp_path, tiny_backbone, tiny_collection, "collection.limit=30", until="collection")
+    before = (finished / "tiny/queries/manifest.json").read_bytes()
+    assert (tmp_path / "tiny/queries/manifest.json").read_bytes() != before
+    reports = run(tmp_path, tiny_backbone, tiny_collection, start="retrieve", until="retrieve")
+    assert [r.name for r in reports if not r.skipped] == ["collection", "retrieve"]
+    assert (tmp_path / "tiny/queries/manifest.json").read_bytes() == before
 
 
 def test_a_finished_training_is_not_lost_before_it_is_in_the_manifest(
