@@ -69,9 +69,10 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     for way, results in found.items():
         assert len(results[0]) == 6, way
         assert all(r == results[0] for r in results), way
-    # A part that is missing is made again, alone.
+    # A part that is missing, or its array, is made again, alone.
     out = storage / "cells-4"
     (out / "train-000001.parquet").unlink()
+    (out / "train-000002.npy").unlink()
     kept = (out / "train-000000.npy").stat().st_mtime_ns
     label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), CrowdedCells(cells), 24)
     assert files(out) == found["estimate"][0] and (out / "train-000000.npy").stat().st_mtime_ns == kept

@@ -19,6 +19,7 @@ from ckd_ray.retrieve.centroids import CentroidIndex
 from ckd_ray.retrieve.exact import ExactIndex, Scorer, nearest_rows, rerank, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
+from ckd_ray.retrieve.rankings import parts_present
 from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
@@ -226,6 +227,19 @@ def test_shards_that_the_cache_may_not_hold_are_refused(tmp_path: Path) -> None:
     store.check_room([0, 1], 2)
     with pytest.raises(UserError, match=r"CKD_RAY_CACHE_GIB(.|\n)*set CKD_RAY_CACHE_GIB higher"):
         ShardRange(store, [0, 1], EXACT, sharers=3)
+
+
+def test_a_part_is_there_with_its_array(tmp_path: Path) -> None:
+    for name in (
+        "train-000000.npy",
+        "train-000000.parquet",
+        "train-000001.parquet",
+        "train-000002.npy",
+        "manifest.json",
+    ):
+        (tmp_path / name).touch()
+    assert parts_present(str(tmp_path)) == {"train-000000.parquet"}
+    assert parts_present(str(tmp_path / "missing")) == set()
 
 
 def test_inverted_lists_are_those_of_one_sort(tmp_path: Path) -> None:
