@@ -223,10 +223,14 @@ def test_shards_that_the_cache_may_not_hold_are_refused(tmp_path: Path) -> None:
     store = write(tmp_path / "store", clustered(60, 20)[0], 2)
     ShardRange(store, [0, 1], EXACT, sharers=4)  # local shards are not copied
     size = sum((tmp_path / "store" / shard_name(i)).stat().st_size for i in (0, 1))
-    store._cache = ShardCache(str(tmp_path / "cache"), 2 * size)
-    store.check_room([0, 1], 2)
+    one = (tmp_path / "store" / shard_name(0)).stat().st_size
+    store._cache = ShardCache(str(tmp_path / "cache"), size)
+    store.check_room([0, 1], 3)  # they cannot need more than all there is
+    store._cache = ShardCache(str(tmp_path / "cache"), size - 1)
+    store.check_room([0])
+    assert 2 * one > size - 1
     with pytest.raises(UserError, match=r"CKD_RAY_CACHE_GIB(.|\n)*set CKD_RAY_CACHE_GIB higher"):
-        ShardRange(store, [0, 1], EXACT, sharers=3)
+        ShardRange(store, [0], EXACT, sharers=2)
 
 
 def test_a_part_is_there_with_its_array(tmp_path: Path) -> None:
