@@ -23,6 +23,7 @@ from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.embed.encoder import Precision
 from ckd_ray.embed.pool import place_pool
 from ckd_ray.embed.through_pool import through_pool
+from ckd_ray.processes import die_when_aborted
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.rankings import part_file, part_name, parts_present
 from ckd_ray.retrieve.stream import collection_once, query_spans
@@ -148,6 +149,7 @@ class PartScorer:
     def __init__(self, job: CrossEncoderJob, threads: int) -> None:
         import torch
 
+        die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.job = job

@@ -31,6 +31,7 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.embed.encoder import Precision
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.model import ColBERT
+from ckd_ray.processes import die_when_aborted
 from ckd_ray.store.files import local_copy
 
 # Trying again cannot mend these: bad input, a broken shard, a diverged loss.
@@ -143,6 +144,7 @@ def train_worker(config: dict[str, Any]) -> None:
     An error that would come back at every attempt is told to the driver, and workers return as if they were done: Ray
     would start them `max_failures` times more.
     """
+    die_when_aborted()
     board = Board(config["board"])
     if board.given_up():
         return

@@ -31,6 +31,7 @@ from ckd_ray.embed.pool import Pool, place_pool
 from ckd_ray.embed.survey import close, whole_shards
 from ckd_ray.embed.through_pool import through_pool
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.processes import die_when_aborted
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
@@ -308,6 +309,7 @@ class ShardEncoder:
     """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings."""
 
     def __init__(self, jobs: list[EmbedJob], threads: int, make_encoder: Callable[[EmbedJob, int], Encoder]) -> None:
+        die_when_aborted()
         self.jobs = jobs
         self.encoder = make_encoder(jobs[0], threads)
 

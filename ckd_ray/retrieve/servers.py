@@ -20,6 +20,7 @@ import ray
 import torch
 
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.processes import die_when_aborted
 from ckd_ray.progress import say
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
@@ -48,6 +49,7 @@ class ShardServer:
     def __init__(
         self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int, sharers: int = 1
     ) -> None:
+        die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
         self._store, self._shards, self._settings, self._sharers = store, shards, settings, sharers
 
