@@ -48,12 +48,8 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     if fresh:
         with run_lock(context.run):  # another command may be at work in it
             delete(context.path(FOLDER))
-    planned = variants(config)
-    for number, variant in enumerate(planned, 1):
-        say(f"compare: {variant.objective}, seed {variant.seed} ({number} of {len(planned)})")
-        run_stages(variant.config, variant=variant.folder)
-        if not config.compare.keep_stores:
-            delete(join(context.run, variant.folder, "student_embeddings"))
+    # Of the run itself: its run.json is written, and what cannot be measured is refused before anything is trained.
+    run_stages(config, until="collection")
     collection = Collection.open(context.run)
     splits = evaluation_splits(config, collection)
     if not splits:
@@ -62,6 +58,12 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             where="evaluate.splits",
             expected=f"one of {', '.join(s for s in collection.splits if s != 'train') or 'dev, test'}",
         )
+    planned = variants(config)
+    for number, variant in enumerate(planned, 1):
+        say(f"compare: {variant.objective}, seed {variant.seed} ({number} of {len(planned)})")
+        run_stages(variant.config, variant=variant.folder)
+        if not config.compare.keep_stores:
+            delete(join(context.run, variant.folder, "student_embeddings"))
     with run_lock(context.run):
         systems = [_floor(context, splits)] if config.compare.bm25 else []
         systems.append(_teacher(context, splits))

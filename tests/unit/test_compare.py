@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckd_ray.compare import bm25
+from ckd_ray.compare import bm25, job
 from ckd_ray.compare.plan import objectives, variants
 from ckd_ray.compare.table import System, build_table, render_markdown, render_text
 from ckd_ray.config import ConfigError, load_config
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.pipeline.stages import STAGES, made_of
+from tests.support import overrides, write_collection
 
 
 def test_variants_differ_in_the_distillation_alone() -> None:
@@ -56,6 +58,20 @@ def test_wrong_settings_are_named(value: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, [value])
     assert message in str(caught.value)
+
+
+def test_a_comparison_records_its_run_and_refuses_before_it_trains(tmp_path: Path, tiny_backbone: str) -> None:
+    folder = write_collection(tmp_path / "collection")
+    for kind in ("queries", "qrels"):
+        (folder / f"{kind}.dev.tsv").unlink()
+    values = overrides(tmp_path, tiny_backbone, str(folder), "compare.bm25=false")
+    config = load_config(None, [*values, "evaluate.splits=[dev]"])
+    with pytest.raises(UserError, match=r"nothing to compare on(.|\n)*one of test"):
+        job.run_compare(config)
+    assert not (tmp_path / config.run.name / "teacher").exists()
+
+    recorded = open_finished(str(tmp_path / config.run.name)).record  # by the path of the run, not of a variant
+    assert recorded["config"]["evaluate"]["splits"] == ["dev"] and "variant" not in recorded
 
 
 def test_the_own_passage_is_skipped_for_beir_and_on_request() -> None:
