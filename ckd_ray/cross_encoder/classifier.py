@@ -152,6 +152,13 @@ class PairClassifier:
         return {name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
 
 
+def absolute_folder(source: str) -> str:
+    """A folder that is here by its absolute path, for processes with another working directory; a hub id, or a folder
+    of a package, as it is."""
+    path = os.path.expanduser(source)
+    return os.path.abspath(path) if os.path.isdir(path) else source
+
+
 def _folder(source: str) -> str:
     try:
         return resolve_backbone(source)

@@ -7,7 +7,7 @@ pass the driver. A part that is there is not computed again, whatever has died i
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import ray
 
 from ckd_ray.config import CrossEncoderConfig
 from ckd_ray.cross_encoder.candidates import CandidateReader
-from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer
+from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer, absolute_folder
 from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.embed.encoder import Precision
 from ckd_ray.embed.pool import place_pool
@@ -65,6 +65,7 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
     with Progress("cross_encoder", num_queries, "queries", done=done) as progress:
         if missing:
             # Here, where errors keep their type; actors report theirs after the first pairs have been made.
+            job = replace(job, model=absolute_folder(job.model))
             PairTokenizer(job.model, job.maxlen)
             PairClassifier(job.model)
             pool = place_pool(settings.actors, settings.gpus_per_actor, limit=len(missing), key="cross_encoder")

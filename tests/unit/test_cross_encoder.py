@@ -18,7 +18,7 @@ from torch import Tensor
 from ckd_ray.config import ConfigError, load_config
 from ckd_ray.cross_encoder import score_file
 from ckd_ray.cross_encoder.candidates import CandidateReader
-from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer
+from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer, absolute_folder
 from ckd_ray.cross_encoder.score_file import Coverage, PassageIndex, import_scores
 from ckd_ray.cross_encoder.scores import CrossScores, keep_scored, write_scores
 from ckd_ray.cross_encoder.stream import queries_a_part
@@ -299,3 +299,15 @@ def test_impossible_settings(values: list[str], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, values)
     assert [problem.path for problem in caught.value.problems] == [key]
+
+
+def test_a_relative_folder_of_a_classifier_is_the_same_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert absolute_folder("models/mine") == str(tmp_path / "models" / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_folder("~/models/mine") == str(tmp_path / "models" / "mine")
+    for source in ("cross-encoder/ms-marco-MiniLM-L6-v2", "package:numpy/models"):
+        assert absolute_folder(source) == source
