@@ -30,6 +30,10 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
         fewest, _, most = str(section.workers).partition("-")
         if most and int(fewest) > int(most):
             yield f"{name}.workers", f"expected the smaller number first, {most}-{fewest}"
+        elif name == "teacher" and config.teacher.checkpoint:
+            continue  # nothing is trained
+        elif section.workers != "auto" and int(most or fewest) > section.batch_size:
+            yield f"{name}.workers", f"must be at most {name}.batch_size ({section.batch_size})"
     bits = {"residual1": 1, "residual2": 2, "residual4": 4}.get(config.embed.codec, 8)
     if config.model.dim * bits % 8:
         yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"
@@ -53,11 +57,13 @@ def _compare(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _tune(config: Config) -> Iterator[tuple[str, str]]:
-    from ckd_ray.tune.space import problems
+    from ckd_ray.tune.space import problems, steps_a_measurement
 
     yield from problems(config)
     if config.tune.grace > config.tune.measurements:
         yield "tune.grace", f"must be at most tune.measurements ({config.tune.measurements})"
+    elif config.tune.grace * steps_a_measurement(config) > config.distill.steps:
+        yield "tune.grace", f"a trial of distill.steps ({config.distill.steps}) ends before that many measurements"
     if config.tune.gpus_per_trial > 1 and config.tune.gpus_per_trial % 1:
         yield "tune.gpus_per_trial", "expected a share of one GPU, or a whole number of them"
 

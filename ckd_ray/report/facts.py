@@ -11,6 +11,7 @@ from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.finished import FinishedRun
 from ckd_ray.pipeline.stages import STAGES
+from ckd_ray.report.labelled_run import labels_of
 from ckd_ray.report.wins import Example, examples, extremes
 from ckd_ray.store.files import exists, filesystem_of, join, list_files, read_json
 
@@ -85,7 +86,7 @@ def _maybe(uri: str) -> Any:
 def _stages(run: FinishedRun) -> list[dict[str, Any]]:
     found = []
     for stage in STAGES:
-        own = run.path(stage.folder, "manifest.json")
+        own = join(labels_of(run) if stage.folder == "labels" else run.path(stage.folder), "manifest.json")
         manifest = _maybe(own if exists(own) else join(run.base, stage.folder, "manifest.json"))
         if manifest is not None and "made_of" in manifest:
             seconds, figures = manifest.get("seconds", 0.0), manifest.get("figures", {})
@@ -138,7 +139,7 @@ def _wins(run: FinishedRun, measures: dict[str, Any]) -> list[SplitWins]:
 
 def _labels(run: FinishedRun) -> list[dict[str, Any]]:
     """Some training queries as `ckd-ray inspect` shows them, evenly spaced over the split."""
-    needed = [join(run.base, *parts) for parts in (("labels", "manifest.json"), ("embeddings", "manifest.json"))]
+    needed = [join(folder, "manifest.json") for folder in (labels_of(run), join(run.base, "embeddings"))]
     if not all(map(exists, needed)) or importlib.util.find_spec("ckd_ray.report.inspect") is None:
         return []
     from ckd_ray.report.inspect import inspect_query
@@ -148,4 +149,4 @@ def _labels(run: FinishedRun) -> list[dict[str, Any]]:
     labelled = set(collection.qrels("train").query_ids)
     step = max(1, len(ids) // _LABELS)
     chosen = [next((q for q in ids[i : i + step] if q in labelled), None) for i in range(0, len(ids), step)]
-    return [inspect_query(run.base, query, 8) for query in [q for q in chosen if q is not None][:_LABELS]]
+    return [inspect_query(run.folder, query, 8) for query in [q for q in chosen if q is not None][:_LABELS]]

@@ -26,7 +26,7 @@ def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
     """What `inspect` shows of a training query, as one object: see `render`.
 
     Args:
-        run: a run directory, local or a URI.
+        run: a run, or a variant of one, as `open_finished` takes it.
         top: passages of the ranking that are compared, besides the labelled ones.
 
     Raises:
@@ -47,7 +47,7 @@ def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
     labelled_ids = set(opened.collection.passage_ids(labelled))
     settings = opened.settings
     return {
-        "run": opened.run,
+        "run": opened.folder,
         "query_id": query_id,
         "split": SPLIT,
         "text": opened.queries.texts[query],
@@ -99,7 +99,7 @@ def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -
 def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
     """The query's row of `labels/*.parquet`, without the vectors."""
     part, row = divmod(query, opened.expansions.queries_per_part)
-    fs, path = filesystem_of(join(opened.run, "labels", part_file(SPLIT, part)))
+    fs, path = filesystem_of(join(opened.labels, part_file(SPLIT, part)))
     table = pq.read_table(path, filesystem=fs, columns=["feedback_ids", "idf", "token_ids"])
     found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
     return found

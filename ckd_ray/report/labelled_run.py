@@ -21,8 +21,10 @@ from ckd_ray.data.collection import Queries
 from ckd_ray.distill.batches import Positives
 from ckd_ray.distill.objectives import soft_labels
 from ckd_ray.errors import UserError
+from ckd_ray.pipeline.finished import FinishedRun, open_finished
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import exists, filesystem_of, join, read_json
+from ckd_ray.store.files import exists, filesystem_of, join, last_part, read_json
+from ckd_ray.tune.space import labels_folder
 
 Int64Array = npt.NDArray[np.int64]
 # Only the training queries have labels.
@@ -58,10 +60,18 @@ class Distributions:
 
 
 class LabelledRun:
-    """Opened by `LabelledRun.open(run)`; what is not asked for is not read."""
+    """Opened by `LabelledRun.open(run)`; what is not asked for is not read.
 
-    def __init__(self, run: str, config: dict[str, Any], expansions: ExpansionReader) -> None:
-        self.run, self.config, self.expansions = run, config, expansions
+    Attributes:
+        folder: what was opened; run: what holds collection, teacher, embeddings and rankings, the same but for a
+            variant (see `FinishedRun`); labels: where its labels are.
+        config: that of `folder`.
+    """
+
+    def __init__(self, finished: FinishedRun, labels: str) -> None:
+        self.folder, self.run, self.labels = finished.folder, (run := finished.base), labels
+        self.config = config = finished.record["config"]
+        self.expansions = ExpansionReader.open(labels, SPLIT)
         d = config["distill"]
         self.settings = ScoreSettings(
             d["temperature"], d["beta"], d["expansion_size"], d["zero_row_floor"], d["negatives_depth"]
@@ -72,28 +82,22 @@ class LabelledRun:
 
     @classmethod
     def open(cls, run: str) -> LabelledRun:
-        """A run directory, local or a URI.
+        """A run, or a variant of one, as `open_finished` takes it.
 
         Raises:
             UserError: it is no run, or its label stage has not finished; says which command finishes it.
         """
-        run = run.rstrip("/") if "://" in run else filesystem_of(run)[1]
-        if not exists(join(run, "run.json")):
-            raise UserError(
-                "no run here",
-                where=run,
-                expected="a run directory (RUN.STORAGE/RUN.NAME), which holds run.json",
-                fix="ckd-ray train makes one",
-            )
-        if not exists(join(run, "labels", "manifest.json")):
-            name = read_json(join(run, "run.json"))["config"]["run"]["name"]
+        finished = open_finished(run)
+        labels = labels_of(finished)
+        if not exists(join(labels, "manifest.json")):
+            name = finished.record["config"]["run"]["name"]
+            command = f"ckd-ray {'label' if last_part(labels) == 'labels' else 'tune'}"
             raise UserError(
                 "this run has no labels yet",
-                where=join(run, "labels"),
-                fix=f"ckd-ray label, with the configuration of this run (--config FILE or --set; run.name={name})",
+                where=labels,
+                fix=f"{command}, with the configuration of this run (--config FILE or --set; run.name={name})",
             )
-        config = read_json(join(run, "run.json"))["config"]
-        return cls(run, config, ExpansionReader.open(join(run, "labels"), SPLIT))
+        return cls(finished, labels)
 
     @cached_property
     def queries(self) -> Queries:
@@ -144,6 +148,16 @@ class LabelledRun:
         valid_BN = (~labelled_N).repeat(len(turns), 1)
         valid_BN[torch.arange(len(turns)), turns] = True
         return soft_labels(scores_N.repeat(len(turns), 1), turns, temperature, valid_BN).mean(0)
+
+
+def labels_of(finished: FinishedRun) -> str:
+    """The folder with the labels that the student of a run is distilled from: a search keeps those of other settings
+    than the run's beside them."""
+    if finished.folder != finished.base and exists(join(finished.base, "run.json")):
+        mine = finished.record.get("config", {}).get("label")
+        if mine and mine != read_json(join(finished.base, "run.json")).get("config", {}).get("label"):
+            return join(finished.base, labels_folder(mine))
+    return join(finished.base, "labels")
 
 
 def vocabulary(run: str) -> dict[int, str]:

@@ -102,7 +102,7 @@ def suggest(run: str, file: str, settings: SuggestSettings) -> int:
     spans = query_spans(count)
 
     def parts(progress: Progress) -> Iterator[pa.Table]:
-        arguments = {"run": opened.run, "settings": settings}
+        arguments = {"run": opened.folder, "settings": settings}
         for row in run_parts(list(range(len(spans))), spans, _part, arguments):
             progress.advance(int(row["queries"]))
             with pa.ipc.open_stream(row["rows"]) as reader:

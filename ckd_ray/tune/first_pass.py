@@ -18,7 +18,6 @@ import pyarrow as pa
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.collective.scores import teacher_scores
 from ckd_ray.collective.stream import LabelJob
-from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import Positives
 from ckd_ray.distill.dev import mean_reciprocal_rank
@@ -33,7 +32,7 @@ from ckd_ray.retrieve.servers import serving
 from ckd_ray.retrieve.stream import RetrieveJob, collection_once, open_once, query_spans, retrieve, run_parts
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import join, read_json
-from ckd_ray.tune.space import Values, with_values
+from ckd_ray.tune.space import Values, labels_name, with_values
 
 _SPLIT = "dev"
 
@@ -48,7 +47,7 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
     """
     rankings = _rank_dev(context, join(folder, "rankings"))
     changed = [with_values(context.config, values) for values in combinations]
-    labels = [join(folder, labels_name(config)) for config in changed]
+    labels = [join(folder, labels_name(config.label.model_dump(mode="json"))) for config in changed]
     for config, out in {out: (config, out) for config, out in zip(changed, labels, strict=True)}.values():
         _label_dev(RunContext(config, context.run), rankings, out)
     ways = [
@@ -85,11 +84,6 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
 def seconds_of(folder: str) -> float:
     """How long the artefact in this folder took to make; 0 where its manifest does not tell."""
     return float((manifest_of(folder) or {}).get("seconds", 0.0))
-
-
-def labels_name(config: Config) -> str:
-    """The folder's name for labels of these settings, the same for all combinations that share them."""
-    return f"labels-{fingerprint(label=config.label.model_dump(mode='json'))[:12]}"
 
 
 def _rank_dev(context: RunContext, out: str) -> str:

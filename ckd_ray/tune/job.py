@@ -26,13 +26,12 @@ from ckd_ray.pipeline.stages import distill_seed, needed
 from ckd_ray.pipeline.work import distill_task
 from ckd_ray.progress import say, without_keys, without_secrets
 from ckd_ray.store.files import delete, exists, join, read_json, write_atomic, write_json_atomic
-from ckd_ray.tune.first_pass import first_pass, labels_name, seconds_of
+from ckd_ray.tune.first_pass import first_pass, seconds_of
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import search, shown, trial_task
-from ckd_ray.tune.space import Values, candidates, space_of, split, values_of, with_values
+from ckd_ray.tune.space import FOLDER, Values, candidates, labels_folder, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester, check_installed, importance
 
-FOLDER = "tune"
 WINNER = f"{FOLDER}/best"
 _OF_THE_SEARCH = ("search", "label_candidates", "label_kept", "measurements", "grace", "reduction", "dev_queries",
                   "dev_passages")  # fmt: skip
@@ -54,8 +53,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     if fresh:
         with run_lock(context.run):  # another command may be at work in it
             delete(context.path(FOLDER))
-    upstream = [stage for stage in needed(config, "distill") if stage.name != "distill"]
-    run_stages(config, until=upstream[-1].name)
+    run_stages(config, until="collection")  # what it lacks is refused before anything is trained
     splits = Collection.open(context.run).splits
     if "dev" not in splits:
         raise UserError(
@@ -64,6 +62,8 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             expected="a dev split",
             found=", ".join(splits),
         )
+    upstream = [stage for stage in needed(config, "distill") if stage.name != "distill"]
+    run_stages(config, until=upstream[-1].name)
     space = space_of(config)
     seed = config.run.seed if config.tune.seed is None else config.tune.seed
     made_of = _search_fingerprint(config, context, upstream, seed)
@@ -114,7 +114,7 @@ def _first(
 ) -> tuple[list[Values], list[dict[str, Any]], float]:
     """(combinations that go on to trials, what the first pass found, its seconds). The configuration's own always go
     on."""
-    first, _ = split(space_of(config))
+    first, _ = split(space_of(config), config.distill.objective)
     if not first:
         return [{}], [], 0.0
     path = join(folder, "first_pass.json")
@@ -142,7 +142,7 @@ def _first(
 def _labels_folder(config: Config, values: Values) -> str:
     """Where the labels of these values are, below the run."""
     mine = with_values(config, values)
-    return "labels" if mine.label == config.label else f"{FOLDER}/{labels_name(mine)}"
+    return "labels" if mine.label == config.label else labels_folder(mine.label.model_dump(mode="json"))
 
 
 def _label(config: Config, values: Values) -> None:
@@ -157,7 +157,7 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
     records = Records(join(folder, "trials"))
     suggester = Suggester(
         kept,
-        split(space)[1],
+        split(space, config.distill.objective)[1],
         values_of(config, space),
         search=config.tune.search,
         seed=seed,

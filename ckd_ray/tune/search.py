@@ -26,7 +26,7 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import duration, say, without_secrets
 from ckd_ray.store.files import delete, filesystem_of, is_local, join
 from ckd_ray.tune.records import Records, State, Trial
-from ckd_ray.tune.space import Values
+from ckd_ray.tune.space import Values, steps_a_measurement
 from ckd_ray.tune.suggest import Suggester
 
 METRIC, TIME, CAUSE = "mrr@10", "steps", "cause"
@@ -195,11 +195,6 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
     if records.best() is None:
         causes = {trial.cause for trial in records.trials.values() if trial.cause}
         raise JobError(f"tune: no trial was finished: {'; '.join(sorted(causes)) or 'all were stopped'}")
-
-
-def steps_a_measurement(config: Config) -> int:
-    """Steps between two measurements of a trial."""
-    return max(1, config.distill.steps // config.tune.measurements)
 
 
 def trial_task(base: TrainingTask, config: Config, fingerprint: str, labels: str) -> TrainingTask:

@@ -16,7 +16,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from ckd_ray.config.schema import Config
+from ckd_ray.pipeline.fingerprint import fingerprint
 
+FOLDER = "tune"  # below the run
 # Keys that the teacher's scores depend on: their worth shows without any training (`first_pass`).
 OF_THE_TEACHER = (
     "label.feedback_passages",
@@ -123,8 +125,8 @@ def space_of(config: Config) -> dict[str, Parameter]:
 
 
 def _matters(key: str, objective: str) -> bool:
-    """Whether a key changes anything for an objective."""
-    if key in OF_THE_TEACHER:
+    """Whether a key changes anything for an objective. The floor is under the student's scores too."""
+    if key in OF_THE_TEACHER and key != "distill.zero_row_floor":
         return objective == "collective"
     return key != "distill.temperature" or objective not in _WITHOUT_TEACHER
 
@@ -135,9 +137,9 @@ def grid(space: Mapping[str, Parameter]) -> Iterator[Values]:
         yield dict(zip(space, values, strict=True))
 
 
-def split(space: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
-    """(what the teacher's scores depend on, the rest)."""
-    first = {key: p for key, p in space.items() if key in OF_THE_TEACHER}
+def split(space: Mapping[str, Parameter], objective: str) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
+    """(what the labels' worth depends on, where training reads them, the rest)."""
+    first = {key: p for key, p in space.items() if key in OF_THE_TEACHER and objective == "collective"}
     return first, {key: p for key, p in space.items() if key not in first}
 
 
@@ -185,6 +187,21 @@ def candidates(config: Config, space: Mapping[str, Parameter], count: int, seed:
     return found
 
 
+def steps_a_measurement(config: Config) -> int:
+    """Steps between two measurements of a trial."""
+    return max(1, config.distill.steps // config.tune.measurements)
+
+
+def labels_name(label: Mapping[str, Any]) -> str:
+    """The folder's name for labels of these settings (a section `label`), the same for all that share them."""
+    return f"labels-{fingerprint(label=dict(label))[:12]}"
+
+
+def labels_folder(label: Mapping[str, Any]) -> str:
+    """Where a search keeps labels of other settings than the run's, below the run."""
+    return f"{FOLDER}/{labels_name(label)}"
+
+
 def problems(config: Config) -> Iterator[tuple[str, str]]:
     """What is wrong with `tune.space`: (path, sentence)."""
     for key, spec in (config.tune.space or {}).items():
@@ -222,6 +239,12 @@ def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tu
             return
         if key == "distill.negatives_depth" and changed.distill.negatives_depth > config.retrieve.depth:
             yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
+            return
+        scored = config.distill.negatives_depth if config.cross_encoder.depth == "auto" else config.cross_encoder.depth
+        by_model = config.distill.objective == "cross_encoder" and config.cross_encoder.model
+        if key == "distill.negatives_depth" and by_model and changed.distill.negatives_depth > scored:
+            more = f"only {scored} negatives a query are scored; raise cross_encoder.depth"
+            yield f"tune.space.{key}", f"{more}, found {value!r}"
             return
         if key == "label.feedback_passages" and changed.label.feedback_passages > config.retrieve.depth:
             yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,18 @@ import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.collective.stream import LabelJob, label_part
+from ckd_ray.config.schema import LabelConfig
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import write_trec_run
+from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.report.facts import gather
 from ckd_ray.report.inspect import inspect_query, nearest_ids, render
 from ckd_ray.report.labelled_run import LabelledRun
 from ckd_ray.report.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import write_json_atomic
+from ckd_ray.tune.space import labels_folder
 from tests.labelled import ranked_run
 from tests.support import write_collection
 
@@ -117,6 +122,45 @@ def test_what_cannot_be_inspected(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"config": {"run": {"name": "half"}}}')
     with pytest.raises(UserError, match="ckd-ray label"):
         inspect_query(str(tmp_path), "q0")
+
+
+def test_a_search_s_winner_has_labels_and_settings_of_its_own(run: Path, tmp_path: Path) -> None:
+    """Its run.json tells both; the labels lie beside the run's, under their settings."""
+    made = tmp_path / "tiny"
+    shutil.copytree(run, made)
+    record = json.loads((made / "run.json").read_text())
+    mine = json.loads(json.dumps(record)) | {"variant": "tune/best"}
+    mine["config"]["distill"]["temperature"] = 3.0
+    winner = made / "tune" / "best"
+    winner.mkdir(parents=True)
+    (winner / "run.json").write_text(json.dumps(mine))
+    found, plain = inspect_query(str(winner), "q0", top=3), inspect_query(str(made), "q0", top=3)
+    assert found["expansion"] == plain["expansion"] and found["run"] == str(winner)
+    assert (found["settings"]["temperature"], plain["settings"]["temperature"]) == (3.0, TEMPERATURE)
+
+    mine["config"]["label"]["feedback_passages"] = 1
+    (winner / "run.json").write_text(json.dumps(mine))
+    with pytest.raises(UserError, match=r"tune/labels-\w+: this run has no labels yet(.|\n)*ckd-ray tune"):
+        inspect_query(str(winner), "q0")
+    settings = LabelConfig.model_validate(mine["config"]["label"]).model_copy(update={"token_vote": "feedback"})
+    labels = made / labels_folder(mine["config"]["label"])
+    part = LabelJob(
+        run=str(made),
+        split="train",
+        checkpoint=str(made / "teacher"),
+        passages=str(made / "embeddings" / "passages"),
+        rankings=str(made / "rankings"),
+        out=str(labels),
+        settings=settings,
+    )
+    label_part(part, None, 0, 0, 24)
+    write_json_atomic(str(labels / "manifest.json"), {"queries_per_part": 256, "made_of": "m", "seconds": 4321.0})
+    assert len(inspect_query(str(winner), "q0")["feedback"]) == 1
+    assert len(inspect_query(str(made), "q0")["feedback"]) == 3
+    write_json_atomic(str(made / "embeddings" / "manifest.json"), {"made_of": "m"})
+    facts = gather(open_finished(str(winner)))
+    assert facts.labels and {(len(f["feedback"]), f["settings"]["temperature"]) for f in facts.labels} == {(1, 3.0)}
+    assert [stage["seconds"] for stage in facts.stages if stage["name"] == "label"] == [4321.0]
 
 
 def test_nearest_ids_of_many() -> None:

@@ -135,6 +135,9 @@ def test_all_problems_at_once() -> None:
         ("distill.objective=label_smoothing", "distill.smoothing", "needs a share above 0"),
         ("distill.workers=8-2", "distill.workers", "smaller number first"),
         ("distill.workers=0-2", "distill.workers", "auto or a number"),
+        ("distill.workers=17", "distill.workers", "at most distill.batch_size (16)"),
+        ("teacher.workers=2-99", "teacher.workers", "at most teacher.batch_size"),
+        ("tune.grace=7", "tune.grace", "at most tune.measurements (6)"),
         ("teacher.patience=2", "teacher.patience", "set teacher.evaluate_every"),
         ("distill.accumulate=99", "distill.accumulate", "at most distill.batch_size"),
         ("evaluate.measures=[MRR@10,magic@3]", "evaluate.measures[1]", "unknown measure 'magic@3'"),
@@ -151,6 +154,17 @@ def test_all_problems_at_once() -> None:
 def test_each_problem_names_the_key_and_the_way_out(override: str, path: str, message: str) -> None:
     found = problems(override)
     assert path in found and message in found[path], found
+
+
+def test_a_trial_is_long_enough_for_its_grace() -> None:
+    """Six measurements of a training of four steps are one a step, of which there are four."""
+    found = problems("distill.steps=4", "tune.measurements=6", "tune.grace=6")
+    assert found == {"tune.grace": "a trial of distill.steps (4) ends before that many measurements"}
+    load_config(None, ["distill.steps=4", "tune.measurements=6", "tune.grace=4"])
+
+
+def test_workers_of_a_teacher_that_is_given_do_not_count() -> None:
+    load_config(None, ["teacher.workers=999", "teacher.checkpoint=somewhere"])
 
 
 def test_measures_beside_the_usual_ones_are_taken_when_they_can_be_computed() -> None:

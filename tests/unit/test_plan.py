@@ -364,7 +364,7 @@ def test_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="does not fit the cluster"):  # GPUs are asked for and there are none
         make_plan(config("embed.gpus_per_actor=1"), given=given, cluster=None)
     with pytest.raises(UserError, match="training workers do not fit"):
-        make_plan(config("distill.workers=30"), given=given)
+        make_plan(config("distill.workers=30", "distill.batch_size=30"), given=given)
     for text in ("{", "[]", '{"format": 0}', json.dumps({**rates().to_dict(), "dense_ops": -1})):
         file.write_text(text)
         with pytest.raises(UserError):

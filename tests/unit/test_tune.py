@@ -12,11 +12,13 @@ import pytest
 
 from ckd_ray.config import Config, load_config
 from ckd_ray.config.load import ConfigError
+from ckd_ray.errors import UserError
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.tune import job
 from ckd_ray.tune.records import Records, Trial
-from ckd_ray.tune.space import Parameter, candidates, parse, space_of, split, values_of, with_values
+from ckd_ray.tune.space import Parameter, candidates, labels_folder, parse, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester
+from tests.support import overrides, write_collection
 
 
 def config(*values: str) -> Config:
@@ -56,6 +58,33 @@ def test_keys_of_the_labels_change_nothing_for_other_objectives() -> None:
     assert "distill.beta" not in space_of(config("distill.objective=self_distillation"))
 
 
+def test_the_floor_is_under_the_student_s_scores_too_and_varies_for_every_objective() -> None:
+    floor = "tune.space={distill.zero_row_floor: {choice: [false, true]}}"
+    plain = space_of(config("distill.objective=self_distillation", floor))
+    assert split(plain, "self_distillation") == ({}, plain)  # no labels, whose worth would show without training
+    assert split(plain, "collective") == (plain, {})
+
+
+def test_a_search_draws_no_negatives_that_the_classifier_has_not_scored() -> None:
+    space = "tune.space={distill.negatives_depth: {choice: [10, 50]}}"
+    teacher = ("distill.objective=cross_encoder", "cross_encoder.model=m", "distill.negatives_depth=20")
+    with pytest.raises(ConfigError, match=r"only 20 .* scored; raise cross_encoder\.depth, found 50"):
+        config(*teacher, space)
+    config(*teacher, "cross_encoder.depth=50", space)
+    config("distill.negatives_depth=20", space)
+
+
+def test_a_collection_without_dev_is_refused_before_anything_is_trained(tmp_path: Path, tiny_backbone: str) -> None:
+    pytest.importorskip("optuna")
+    folder = write_collection(tmp_path / "collection")
+    for kind in ("queries", "qrels"):
+        (folder / f"{kind}.dev.tsv").unlink()
+    given = load_config(None, overrides(tmp_path, tiny_backbone, str(folder)))
+    with pytest.raises(UserError, match="the search needs labelled dev queries"):
+        job.run_tune(given)
+    assert not (tmp_path / given.run.name / "teacher").exists()
+
+
 def test_what_an_objective_does_not_take_is_not_varied() -> None:
     smoothed = config("distill.objective=label_smoothing", "distill.smoothing=0.1")
     assert space_of(smoothed) == {"distill.smoothing": Parameter("choice", (0.02, 0.1))}
@@ -90,7 +119,7 @@ def test_ranges_are_drawn_from_within_and_wholly(spec: dict, low: float, high: f
 
 def test_a_small_grid_is_taken_whole_after_the_configuration_and_impossible_ones_are_left_out() -> None:
     given = config("tune.space={label.clusters: {choice: [6, 24]}, distill.expansion_size: {choice: [5, 10]}}")
-    found = candidates(given, split(space_of(given))[0], 10, seed=1)
+    found = candidates(given, split(space_of(given), "collective")[0], 10, seed=1)
     assert found[0] == {"label.clusters": 24, "distill.expansion_size": 10}
     # ten of six clusters cannot be
     assert [tuple(v.values()) for v in found[1:]] == [(6, 5), (24, 5)]
@@ -253,6 +282,8 @@ def test_the_time_of_a_search_has_its_first_pass_and_the_labels_of_every_kept_se
     ]
     _made(tmp_path / "r" / "embeddings", 100)
     _made(tmp_path / "r" / "labels", 20)
+    other = with_values(given, kept[1]).label
+    assert job._labels_folder(given, kept[1]) == labels_folder(other.model_dump(mode="json"))
     _made(tmp_path / "r" / job._labels_folder(given, kept[1]), 30)
     records = Records(str(tmp_path / "trials"))
     for number, (state, steps, seconds) in enumerate([("finished", 20, 40.0), ("stopped", 10, 20.0), ("failed", 0, 0)]):
