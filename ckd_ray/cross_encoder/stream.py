@@ -23,7 +23,7 @@ from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.embed.encoder import Precision
 from ckd_ray.embed.pool import place_pool
 from ckd_ray.embed.through_pool import through_pool
-from ckd_ray.processes import die_when_aborted
+from ckd_ray.processes import actor_device, die_when_aborted
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.rankings import part_file, part_name, parts_present
 from ckd_ray.retrieve.stream import collection_once, query_spans
@@ -152,9 +152,10 @@ class PartScorer:
 
         die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.job = job
-        self.model = PairClassifier(job.model, device=device, token_budget=job.token_budget, precision=job.precision)
+        self.model = PairClassifier(
+            job.model, device=actor_device(), token_budget=job.token_budget, precision=job.precision
+        )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._score(table.slice(i, 1)) for i in range(table.num_rows)])

@@ -196,7 +196,8 @@ def _cause(error: BaseException) -> str:
     if failures:
         error = next(iter(failures.values()))
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    told = [line for line in lines if "CUDA error" in line] or lines[-1:]  # advice on debugging follows the former
+    return told[0] if told else type(error).__name__
 
 
 class _followed:

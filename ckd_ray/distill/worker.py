@@ -34,8 +34,8 @@ from ckd_ray.model import ColBERT
 from ckd_ray.processes import die_when_aborted
 from ckd_ray.store.files import local_copy
 
-# Trying again cannot mend these: bad input, a broken shard, a diverged loss.
-FINAL_ERRORS = (UserError, JobError, FloatingPointError)
+# Trying again cannot mend these: bad input, a broken shard, a diverged loss, a batch that a GPU has no room for.
+FINAL_ERRORS = (UserError, JobError, FloatingPointError, torch.OutOfMemoryError)
 # The metric by which Ray keeps a checkpoint besides the last: the measure where it is a new best, else this.
 KEEP, NOT_BEST = "keep", -1.0
 
@@ -151,7 +151,9 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         _Loop(TrainingTask.from_dict(config["task"]), board, config).run()
     except FINAL_ERRORS as error:
-        board.give_up(str(error))
+        stage = config["task"]["stage"]
+        advice = f"raise {stage}.accumulate, or lower {stage}.batch_size: "
+        board.give_up((advice if isinstance(error, torch.OutOfMemoryError) else "") + str(error))
         if not isinstance(error, FloatingPointError):
             raise  # the other workers may not know, and wait for this one
 

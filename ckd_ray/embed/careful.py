@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.processes import leave_a_lost_gpu
 from ckd_ray.store.files import delete, exists, read_object, write_json_atomic
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class CarefulEncoder:
             except (UserError, JobError, OSError):
                 raise
             except Exception as error:  # whatever a model may raise on a text
+                leave_a_lost_gpu()
                 self._blame(tries.ranges[0], _said(error), again=False)
             else:
                 tries.ranges.pop(0)
@@ -143,14 +145,16 @@ class CarefulEncoder:
             except (UserError, JobError, OSError):
                 raise
             except Exception as error:  # whatever a model may raise on a text
+                leave_a_lost_gpu()
                 if looked:
                     raise JobError(
                         f"{self.called}: the encoder fails on its {len(good)} texts together, though on none of them"
                         f" alone ({_said(error)}); if it is for want of memory, lower embed.token_budget or"
                         " embed.passages_per_shard"
                     ) from error
-                self.tries.looking, self.tries.ranges = True, [[0, self.count]]
-                self._look()
+            # Not in the block above, where the error keeps what its batch holds on a GPU.
+            self.tries.looking, self.tries.ranges = True, [[0, self.count]]
+            self._look()
         raise AssertionError
 
 

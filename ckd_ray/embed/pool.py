@@ -60,15 +60,15 @@ def plan_pool(
     encoders.
 
     Raises:
-        UserError: the asked number of actors cannot be placed, or `gpus_per_actor` is neither whole nor a share of one.
+        UserError: the asked number of actors cannot be placed, or `gpus_per_actor` is above 1.
     """
     if gpus_per_actor == "auto":
         gpus_per_actor = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
-    if gpus_per_actor > 1 and gpus_per_actor != int(gpus_per_actor):
+    if gpus_per_actor > 1:
         raise UserError(
-            "Ray places whole GPUs, or shares of one",
+            "a model of an actor runs on one GPU",
             where=f"{key}.gpus_per_actor",
-            expected="0, a share below 1, or a whole number",
+            expected="1, a share of it, or 0",
             found=f"{gpus_per_actor:g}",
         )
     cpus_per_actor = 1.0 - _FEEDER_SHARE

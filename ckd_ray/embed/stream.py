@@ -31,7 +31,7 @@ from ckd_ray.embed.pool import Pool, place_pool
 from ckd_ray.embed.survey import close, whole_shards
 from ckd_ray.embed.through_pool import through_pool
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.processes import die_when_aborted
+from ckd_ray.processes import actor_device, die_when_aborted
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
@@ -399,9 +399,7 @@ def load_encoder(job: EmbedJob, threads: int) -> Encoder:
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     with local_copy(job.checkpoint) as folder:
         model = ColBERT.from_pretrained(folder)
-    # An actor that was given no GPU leaves those of its node alone.
-    device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-    return TextEncoder(model, device=device, token_budget=job.token_budget, precision=job.precision)
+    return TextEncoder(model, device=actor_device(), token_budget=job.token_budget, precision=job.precision)
 
 
 def _already_there(uri: str, job: EmbedJob, index: int) -> ShardHeader | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from functools import lru_cache
 from pathlib import Path
 
 from ckd_ray.errors import UserError
+from ckd_ray.store.files import sha256_of
 
 PACKAGE_PREFIX = "package:"
 
@@ -20,7 +23,7 @@ def resolve_backbone(source: str) -> str:
         UserError: the package or the folder is not there.
     """
     if not source.startswith(PACKAGE_PREFIX):
-        return source
+        return os.path.expanduser(source)
     name, _, folder = source.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -40,8 +43,8 @@ def resolve_backbone(source: str) -> str:
 
 
 def signature(source: str) -> list[list[str | int]]:
-    """Changes when a local file or a folder's files do (name, size, time of change); empty for packages and hub ids."""
-    path = Path(source)
+    """Changes when a local file or a folder's files do (name, size, SHA-256); empty for packages and hub ids."""
+    path = Path(source).expanduser()
     if source.startswith(PACKAGE_PREFIX) or not path.exists():
         return []
     if path.is_file():
@@ -54,4 +57,10 @@ def signature(source: str) -> list[list[str | int]]:
 
 
 def _sign(file: Path, name: str) -> list[str | int]:
-    return [name, file.stat().st_size, file.stat().st_mtime_ns]
+    return [name, file.stat().st_size, _digest(str(file), file.stat().st_size, file.stat().st_mtime_ns)]
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: str, size: int, changed: int) -> str:
+    """Of the contents: a copy that has other times is the same model."""
+    return sha256_of(path)

@@ -148,6 +148,16 @@ def identity_of(uri: str) -> str:
     return fingerprint(made_of=made_of, weights=weights) if weights else made_of
 
 
+def is_of(uri: str, role: str, model: str) -> bool:
+    """Whether a finished artefact was made with the model that is at `model` now, as far as its manifest tells.
+
+    Args:
+        role: `teacher` or `student`.
+    """
+    known = ((manifest_of(uri) or {}).get("figures") or {}).get(role)
+    return known is None or (manifest_of(model) is not None and known == identity_of(model))
+
+
 def _go_on(uri: str, fingerprint: str) -> bool:
     """True when the folder's contents are of this fingerprint: half made, or finished and damaged since."""
     making, manifest = join(uri, MAKING), manifest_of(uri)

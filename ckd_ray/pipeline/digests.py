@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import ray
-
 from ckd_ray.store.files import join, sha256_of
 
 _BYTES_A_TASK = 1 << 28
@@ -17,14 +15,18 @@ def digests_of(folder: str, sizes: Mapping[str, int]) -> dict[str, str]:
     Args:
         sizes: its path in the folder -> its bytes.
     """
-    groups = list(_groups(sizes))
-    if len(groups) < 2 or not ray.is_initialized():
-        return {name: digest for group in groups for name, digest in _digests(folder, group).items()}
+    groups = _groups(sizes)
+    parts = _in_tasks(folder, groups) if len(groups) > 1 else [_digests(folder, group) for group in groups]
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _in_tasks(folder: str, groups: list[list[str]]) -> list[dict[str, str]]:
+    import ray  # slow to import, and many who look at an artefact have no need of it
+
+    if not ray.is_initialized():
+        return [_digests(folder, group) for group in groups]
     task = ray.remote(num_cpus=0.5)(_digests)
-    found: dict[str, str] = {}
-    for digests in ray.get([task.remote(folder, group) for group in groups]):
-        found |= digests
-    return found
+    return ray.get([task.remote(folder, group) for group in groups])
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:

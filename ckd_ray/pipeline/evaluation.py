@@ -49,7 +49,8 @@ def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
             found[split][system] = measures
     write_measures(context.path("evaluation"), found, context.config, collection)
     count = sum(collection.num_queries(split) for split in splits)
-    return {"count": count, "unit": "queries", "splits": splits, "engine": context.config.evaluate.engine}
+    figures = {"count": count, "unit": "queries", "splits": splits, "engine": context.config.evaluate.engine}
+    return {**figures, "student": identity_of(context.path("student"))}
 
 
 def evaluation_splits(config: Config, collection: Collection) -> list[str]:
@@ -71,7 +72,7 @@ def embed_student(context: RunContext, splits: list[str]) -> None:
 
     def work() -> dict[str, Any]:
         store = embed_all(context, checkpoint, out, student_of, stage="evaluate", splits=splits)
-        return {"passages": store.num_passages}
+        return {"passages": store.num_passages, "figures": {"student": identity_of(checkpoint)}}
 
     make(out, student_of, work)
 
@@ -86,6 +87,7 @@ def measure_system(
     settings = config.evaluate
     store = EmbeddingStore.open(join(embeddings, "passages"))
     skips = skips_own_passage(config)
+    depth = min(settings.depth, max(1, store.num_passages))
     rankings = join(out, "rankings", system)
     counts = {split: collection.num_queries(split) for split in splits}
     search = SearchSettings("exact")
@@ -94,11 +96,11 @@ def measure_system(
     with serving(store, search, config.retrieve.actors) as servers:
         for split in splits:
             queries = join(embeddings, f"queries.{split}")
-            job = RetrieveJob(context.run, split, queries, rankings, settings.depth + skips)
+            job = RetrieveJob(context.run, split, queries, rankings, depth + skips)
             retrieve(job, servers, counts[split], stage=f"evaluate {system} {split}")
     measured = {}
     for split in splits:
-        parts = RankedParts(rankings, split, counts[split], settings.depth if skips else None)
+        parts = RankedParts(rankings, split, counts[split], depth if skips else None)
         write_trec_run(join(out, f"{system}.{split}.run"), parts, f"ckd-ray-{system}")
         labels = labelled_parts(parts, collection)
         measured[split] = measure_parts(labels, settings.measures, settings.relevance_threshold)

@@ -9,6 +9,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
 from ckd_ray.model.exchange.card import Facts, model_card
+from ckd_ray.pipeline.artefact import is_of
 from ckd_ray.store.files import (
     beside,
     exists,
@@ -104,7 +105,9 @@ def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
         config = {**config, role_section(role): {**section, **used}}
     path = join(run, "evaluation", "measures.json")
     # Measures count once the evaluation is finished: an older student's may lie there while a new one is measured.
-    done = (evaluating or exists(join(run, "evaluation", "manifest.json"))) and exists(path)
+    folder = join(run, "evaluation")
+    finished = exists(join(folder, "manifest.json")) and is_of(folder, "student", join(run, "student"))
+    done = (evaluating or finished) and exists(path)
     splits = read_json(path).get("splits", {}) if done else {}
     measures = {split: systems[role] for split, systems in splits.items() if role in systems}
     queries = {}

@@ -52,15 +52,18 @@ def _collection(config: Config) -> dict[str, Any]:
 
 def _teacher(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(mode="json")
+    backbone = signature(config.model.backbone)
+    if backbone:  # contents count, not where they lie
+        del model["backbone"]
     given = config.teacher.checkpoint
     if given is not None:
-        # A .dnn file takes its tokenizer and configuration from the backbone.
-        files = signature(given) + (signature(config.model.backbone) if given.endswith(".dnn") else [])
-        return {"model": model, "checkpoint": given, "files": files}
+        # A .dnn file takes its tokenizer and configuration from the backbone. Dropout is for training alone.
+        files = signature(given) + (backbone if given.endswith(".dnn") else [])
+        return {"model": model | {"dropout": 0.0}, "checkpoint": None if files else given, "files": files}
     settings = _training(config.teacher.model_dump(mode="json"))
     return {
         "model": model,
-        "files": signature(config.model.backbone),
+        "files": backbone,
         "teacher": settings,
         "seed": config.run.seed,
         "positive_grade": config.collection.positive_grade,
@@ -87,7 +90,10 @@ def _retrieve(config: Config) -> dict[str, Any]:
 def _label(config: Config) -> dict[str, Any]:
     if config.label.token_vote == "feedback":
         return config.label.model_dump(mode="json", exclude={"neighbours"})
-    return {**config.label.model_dump(mode="json"), "seed": config.run.seed}
+    settings = {**config.label.model_dump(mode="json"), "seed": config.run.seed}
+    if config.label.neighbours == "faiss":
+        settings |= {"cells": config.retrieve.cells, "nprobe": config.retrieve.nprobe}
+    return settings
 
 
 def _cross_encoder(config: Config) -> dict[str, Any]:
@@ -109,8 +115,9 @@ def _distill(config: Config) -> dict[str, Any]:
     d = config.distill
     settings = _training(d.model_dump(mode="json"))
     settings |= {"objective": d.objective, "smoothing": d.smoothing, "negatives_depth": d.negatives_depth}
+    settings |= {"zero_row_floor": d.zero_row_floor}
     if d.objective in ("self_distillation", "cross_encoder", "collective"):
-        settings |= {"temperature": d.temperature, "zero_row_floor": d.zero_row_floor}
+        settings |= {"temperature": d.temperature}
     if d.objective in ("self_distillation", "collective"):
         settings |= {"teacher_embeddings": d.teacher_embeddings}
     if d.objective == "collective":

@@ -6,6 +6,7 @@ closing line, and whatever the stage found out on the way.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import load_any
+from ckd_ray.pipeline.artefact import identity_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.stages import distill_seed, scored_depth
@@ -45,6 +47,7 @@ from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import (
     delete,
     exists,
+    filesystem_of,
     is_local,
     join,
     list_files,
@@ -88,7 +91,7 @@ def embed(context: RunContext, made_of: str) -> dict[str, Any]:
     """Embed the corpus and all queries with the teacher."""
     checkpoint, out = context.path("teacher"), context.path("embeddings")
     store = embed_all(context, checkpoint, out, made_of, stage="embed", splits=Collection.open(context.run).splits)
-    return _store_figures(store)
+    return {**_store_figures(store), "teacher": identity_of(checkpoint)}
 
 
 def retrieve(context: RunContext, made_of: str) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def retrieve(context: RunContext, made_of: str) -> dict[str, Any]:
         split="train",
         queries=context.path("embeddings", "queries.train"),
         out=context.path("rankings"),
-        depth=config.depth,
+        depth=min(config.depth, max(1, store.num_passages)),
     )
     with serving(store, settings, config.actors) as servers:
         retrieve_queries(job, servers, count)
@@ -279,7 +282,7 @@ def _kept_index(config: Config, store: EmbeddingStore) -> str | None:
     for other in list_files(folder, ""):
         if other not in (name, name + DIGEST):
             delete(join(folder, other))
-    return join(folder, name)
+    return filesystem_of(join(folder, name))[1]  # a path: faiss knows no file://
 
 
 def _agreed_precision(out: str, choose: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
@@ -308,6 +311,7 @@ def _precision(model: ColBERT, requested: str) -> tuple[Any, str]:
 
 def _load(source: str, config: Config, *, given: bool = False) -> ColBERT:
     """Whatever is accepted as `model.backbone`, or as `teacher.checkpoint` when it is `given` as a finished teacher."""
+    source = os.path.expanduser(source)
     m = config.model
     wanted = ColBERTSettings(
         dim=m.dim,

@@ -20,7 +20,7 @@ import ray
 import torch
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.processes import die_when_aborted
+from ckd_ray.processes import actor_device, die_when_aborted
 from ckd_ray.progress import say
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
@@ -56,8 +56,8 @@ class ShardServer:
     @cached_property
     def range(self) -> ShardRange:
         """Loaded by the first call and not by the constructor, whose errors Ray reports without their type."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return ShardRange(EmbeddingStore.open(self._store), self._shards, self._settings, device, self._sharers)
+        store = EmbeddingStore.open(self._store)
+        return ShardRange(store, self._shards, self._settings, actor_device(), self._sharers)
 
     def placed(self) -> int:
         """The process; returns as soon as there is one."""

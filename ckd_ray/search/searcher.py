@@ -16,6 +16,7 @@ from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
 from ckd_ray.model.tokenizer import ColBERTTokenizer
+from ckd_ray.pipeline.artefact import is_of
 from ckd_ray.pipeline.finished import FinishedRun, reading
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.store import EmbeddingStore
@@ -71,6 +72,13 @@ class Searcher:
                     expected=needed,
                     fix=f"ckd-ray {stage}, with the configuration of this run, makes it",
                 )
+        if exists(join(checkpoint, "manifest.json")) and not is_of(folder, system, checkpoint):
+            raise UserError(
+                f"the {system} of this run was trained anew since its passages were embedded",
+                where=run.folder,
+                expected=f"embeddings of the {system} that is there now",
+                fix=f"ckd-ray {'embed' if system == 'teacher' else 'evaluate'}, with its configuration, makes them",
+            )
         with reading(run.folder):
             self.collection = Collection.open(run.base)
             self.store = EmbeddingStore.open(join(folder, "passages"))

@@ -38,9 +38,9 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system behind `uri` and the path inside it; a plain path is a local file, made absolute."""
+    """The file system behind `uri` and the path inside it; a plain path (also ~/...) is a local file, made absolute."""
     if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(uri)
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
         return _patient(*pafs.FileSystem.from_uri(uri))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:

@@ -95,7 +95,8 @@ def test_the_stage_has_the_model_s_scores_though_an_actor_dies(
     # Again, with one part missing: that one alone is made, and comes out the same.
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(job.out).glob("train-*.npy")}
     os.remove(os.path.join(job.out, "train-000001.parquet"))
-    assert score_candidates(job, CrossEncoderConfig(), QUERIES) == (2, 2 * (1 + DEPTH))
+    # With as many threads as before: on some processors their number moves the last bit of a product.
+    assert score_candidates(job, CrossEncoderConfig(actors=1), QUERIES) == (2, 2 * (1 + DEPTH))
     for name, (changed, data) in before.items():
         path = Path(job.out, name)
         assert path.read_bytes() == data

@@ -40,7 +40,11 @@ def main() -> None:
     clock_in_reach()
     from ckd_ray.cli import main as command
 
-    command()
+    try:
+        command()
+    finally:
+        # A signal on its way out, when Python takes its handlers back, would be the end of the process.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

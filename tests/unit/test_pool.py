@@ -40,15 +40,15 @@ def test_no_gpu_is_left_out_for_want_of_cpus() -> None:
 
 
 def test_an_actor_fits_one_node() -> None:
-    """Seven GPUs on three machines hold two actors of three; a share of 0.6 fits a GPU once, not 1.67 times."""
+    """A share of 0.6 fits a GPU once, not 1.67 times."""
     nodes = [Node(8, 3), Node(8, 2), Node(8, 3)]
-    assert plan_pool("auto", 3, limit=100, nodes=nodes).actors == 2
+    assert plan_pool("auto", 1, limit=100, nodes=nodes).actors == 8
     assert plan_pool("auto", 0.6, limit=100, nodes=[Node(16, 3)]).actors == 3
     assert plan_pool("auto", "auto", limit=100, nodes=[Node(0.5), Node(4), Node(0.5)]).actors == 4
     with pytest.raises(
         UserError, match=r"each within one node(.|\n)*3 nodes with 24 CPU and 8 GPU \(at most 8 CPU and 3"
     ):
-        plan_pool("auto", 4, limit=100, nodes=nodes)
+        plan_pool(9, 1, limit=100, nodes=nodes)
 
 
 def test_few_shards_need_few_actors() -> None:
@@ -65,9 +65,10 @@ def test_what_does_not_fit_is_refused_with_numbers(actors: Any, gpus: Any, node:
         plan_pool(actors, gpus, limit=100, nodes=[node])
 
 
-def test_a_gpu_and_a_half_is_refused() -> None:
-    with pytest.raises(UserError, match=r"embed\.gpus_per_actor(.|\n)*1\.5"):
-        plan_pool("auto", 1.5, limit=1, nodes=[Node(8, 4)])
+@pytest.mark.parametrize("gpus", [1.5, 2])
+def test_more_than_a_gpu_is_refused(gpus: float) -> None:
+    with pytest.raises(UserError, match=rf"embed\.gpus_per_actor(.|\n)*{gpus:g}"):
+        plan_pool("auto", gpus, limit=1, nodes=[Node(8, 4)])
 
 
 def test_what_other_jobs_hold_is_waited_for_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
