@@ -270,8 +270,8 @@ class Soak:
             return ""
         if code == -999:
             return f"hung: {lines[-3:]}"
-        if any("Traceback (most recent call last)" in line for line in lines):
-            return "a traceback: " + next(line for line in reversed(lines) if line.strip())[:200]
+        if traceback := _traceback_of_ours(lines):
+            return f"a traceback: {traceback[:200]}"
         if code not in (1, 2) or not last:
             return f"exit status {code} without a message: {lines[-2:]}"
         return ""
@@ -321,6 +321,21 @@ class Soak:
             subprocess.run(["mount", "-o", "remount,rw", str(storage)], check=True)
         for ballast in storage.glob("ballast-*"):
             ballast.unlink()
+
+
+def _traceback_of_ours(lines: list[str]) -> str:
+    """The last line of a traceback with a file of ours in it. Ray shows its own, of a worker that dies without memory."""
+    inside = mine = False
+    for line in lines:
+        if "Traceback (most recent call last)" in line:
+            inside, mine = True, False
+        elif inside and line.startswith(" "):
+            mine = mine or "/ckd_ray/" in line
+        elif inside and line.strip():
+            if mine:
+                return line
+            inside = False
+    return ""
 
 
 def _kill(role: str) -> Callable[[Soak, Command, Path], str]:

@@ -1,6 +1,7 @@
-"""The records of both soaks as Markdown.
+"""The records of both soaks as Markdown, and several records of the one with Ray as a single one.
 
 python -m tests.fault.soak_table docs/faults.json docs/faults_parts.json docs/faults.md
+python -m tests.fault.soak_table --together docs/faults.json MONDAY.json TUESDAY.json
 """
 
 from __future__ import annotations
@@ -30,6 +31,26 @@ def rows(faults: list[dict[str, Any]], kinds: list[str], stages: list[str]) -> l
     return found
 
 
+def together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several soaks. Seconds of an undisturbed run are those of the last; the machine's, too."""
+    faults, first = [], 0
+    for record in records:
+        faults += [fault | {"run": first + fault["run"]} for fault in record["faults"]]
+        first += record["runs"]
+    kinds = list(dict.fromkeys(row["kind"] for record in records for row in record["table"]))
+    stages = list(records[-1]["undisturbed_seconds"])
+    return {
+        **records[-1],
+        "command": "; ".join(record["command"] for record in records),
+        "runs": first,
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+        "injected": len(faults),
+        "failed": sum(fault["outcome"].startswith("FAILED") for fault in faults),
+        "table": rows(faults, kinds, stages),
+        "faults": faults,
+    }
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as docs/faults.md."""
     usual = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in record["undisturbed_seconds"].items())
@@ -44,7 +65,7 @@ def table(record: dict[str, Any]) -> str:
         " to the bit.",
         "",
         "*Went on*: the command ended well by itself. *Stopped*: it ended with exit status 1 or 2 and one message, without"
-        " a traceback (a killed driver says nothing), and the same command, given again, completed. *More time*: seconds"
+        " a traceback of ours (a killed driver says nothing), and the same command, given again, completed. *More time*: seconds"
         f" that the stage took beyond an undisturbed one ({usual}), further commands with their starts included; several"
         " faults of one stage share it, and the machine was not quiet. Where several faults hit one command, its stop is"
         " counted with the last of them.",
@@ -109,5 +130,9 @@ def _causes(record: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--together":
+        record = together([json.loads(Path(name).read_text()) for name in sys.argv[3:]])
+        Path(sys.argv[2]).write_text(json.dumps(record, indent=1) + "\n")
+        sys.exit()
     whole, parts = (json.loads(Path(name).read_text()) for name in sys.argv[1:3])
     Path(sys.argv[3]).write_text(table(whole) + "\n" + table_of_parts(parts))
