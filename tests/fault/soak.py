@@ -324,7 +324,7 @@ class Soak:
 
 
 def _traceback_of_ours(lines: list[str]) -> str:
-    """The last line of a traceback with a file of ours in it. Ray shows its own, of a worker that dies without memory."""
+    """The last line of a traceback with a file of ours in it; Ray shows its own, of a worker without memory."""
     inside = mine = False
     for line in lines:
         if "Traceback (most recent call last)" in line:
