@@ -37,7 +37,7 @@ def settings(storage: Path, backbone: str, collection: str, *more: str) -> list[
     return overrides(storage, backbone, collection, *CHANGES, *SMALL, *more)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_shares_what_is_upstream_and_leaves_a_configuration(
     ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
