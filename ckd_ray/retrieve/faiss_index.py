@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ckd_ray.progress import say
 from ckd_ray.retrieve.rows import RangeRows
-from ckd_ray.store.files import sha256_of, write_atomic
+from ckd_ray.store.files import is_whole, sha256_of, write_atomic
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -121,7 +121,7 @@ def _is_whole(kept: str) -> bool:
     if not (os.path.exists(kept) and os.path.exists(kept + DIGEST)):
         return False
     with open(kept + DIGEST) as file:
-        whole = file.read() == sha256_of(kept)
+        whole = is_whole(kept, file.read())
     if not whole:
         say(f"{kept}: its bytes do not match its checksum; it is built again")
     return whole
