@@ -322,8 +322,8 @@ def labels(facts: Facts) -> str:
         "(with their idf; pale ones do not count), and what one-hot, teacher and collective labels make of the same "
         "passages.</p>"
         + "".join(items)
-        + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']:g}, beta "
-        f"{settings['beta']:g}, {settings['expansion_size']:d} expansion embeddings.</p>"
+        + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']}, beta "
+        f"{settings['beta']}, {settings['expansion_size']:d} expansion embeddings.</p>"
     )
 
 
