@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ckd_ray.config.checks import impossible_combinations
 from ckd_ray.config.schema import Config
@@ -221,12 +221,22 @@ def _problem(error: Any) -> Problem:
         return Problem(path, f"unknown key{_nearest(path)}")
     if error["type"] == "model_type":
         return Problem(path, f"expected a section of keys, found {found}")
-    if any(option == "auto" for option in _options(path)):
-        others = "true or false" if _takes_bool(path) else "a number in range"
+    if any(option == "auto" for option in _options(path)) and error["type"] != "switch":
+        others = "true or false" if _takes_bool(path) else f"a number in range{_range(path)}"
         return Problem(path, f"expected auto or {others}, found {found}")
     if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
         return Problem(path, f"expected a string, found {found}; put it in quotes if it is meant as one")
     return Problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {found}")
+
+
+def _range(path: str) -> str:
+    """The bounds of a key that takes `auto` or a number, in brackets; nothing where it has none."""
+    section, _, name = path.partition(".")
+    signs = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+    schema = TypeAdapter(Config.model_fields[section].annotation.model_fields[name].annotation).core_schema  # type: ignore[union-attr]
+    bounds = next((c for c in schema.get("choices", []) if isinstance(c, dict) and signs.keys() & c.keys()), {})
+    told = [f"{signs[key]} {bounds[key]:g}" for key in signs if key in bounds and bounds[key] < 2**31]
+    return f" ({' '.join(told)})" if told else ""
 
 
 def _takes_bool(path: str) -> bool:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 # `temperature: auto` divides a query's teacher scores by this many standard deviations of its candidates' scores.
-AUTO_TEMPERATURE = 1.5
+AUTO_TEMPERATURE = 0.5
 _SMALLEST_SPREAD = 1e-3
 
 

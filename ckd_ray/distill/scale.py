@@ -18,9 +18,9 @@ from ckd_ray.distill.batches import BatchPlan, Positives, valid_mask
 from ckd_ray.embed.encoder import Precision, computing
 from ckd_ray.model import ColBERT, maxsim
 
-# Scales in standard deviations of a query's scores over random passages, before training and after it: training at such
-# a scale widens the spread by about as much.
-UNTRAINED, TRAINED = 1.25, 0.9
+# The scale in standard deviations of a query's scores over random passages: training at such a scale about doubles the
+# spread, so a trained model has the same scale with half the factor.
+UNTRAINED, TRAINED = 1.25, 0.55
 _QUERIES, _PASSAGES_A_QUERY = 32, 2
 _SMALLEST = 1e-3
 

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -243,18 +243,29 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
             yield path, f"changes nothing for objective {config.distill.objective}"
 
 
+def _kinds(key: str) -> set[Any]:
+    """The types of a key's values, those inside of unions and annotations too."""
+    section, _, name = key.partition(".")
+    inner: Any = Config.model_fields[section].annotation
+    waiting, found = [inner.model_fields[name].annotation], set()
+    while waiting:
+        kind = waiting.pop()
+        found.add(kind)
+        waiting += get_args(kind)
+    return found
+
+
 def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
-    configured = values_of(config, (key,))[key]
-    if parameter.kind in ("uniform", "loguniform") and not isinstance(configured, float):
+    kinds = _kinds(key)
+    if parameter.kind in ("uniform", "loguniform") and float not in kinds:
         # The ends may be valid, and what lies between them not.
-        whole = isinstance(configured, int) and not isinstance(configured, bool)
-        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {'int or choice' if whole else 'choice'}"
+        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {'int or choice' if int in kinds else 'choice'}"
         return
     for value in parameter.values:  # the ends of a range, which are valid only if all of it is
         try:
             changed = with_values(config, {key: value})
         except ValidationError as error:
-            message = error.errors()[0]["msg"]
+            message = error.errors()[-1]["msg"]  # a key that takes auto or a number fails for both: the number's is told
             yield f"tune.space.{key}", f"{message[:1].lower()}{message[1:]}, found {value!r}"
             return
         if mistake := _mistake(config, key, value):

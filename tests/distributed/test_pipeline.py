@@ -16,6 +16,7 @@ import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.config import load_config
+from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection, build
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
@@ -286,9 +287,11 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
     for source in ("store", "recompute"):
         task = TrainingTask(
             stage="distill", run=str(run_folder), start=str(run_folder / "teacher"), fingerprint=source, seed=17,
-            steps=4, batch_size=6, learning_rate=1e-3, objective="collective", expansion_size=4, negatives=2,
-            negatives_depth=15, hard_negatives=True, accumulate=2,
-            teacher_embeddings=source, teacher=str(run_folder / "teacher"),
+            settings=DistillConfig(
+                steps=4, batch_size=6, learning_rate=1e-3, expansion_size=4, negatives=3, negatives_depth=15,
+                accumulate=2, teacher_embeddings=source,
+            ),
+            teacher=str(run_folder / "teacher"),
         )  # fmt: skip
         model = ColBERT.from_pretrained(run_folder / "student")
         teacher = ColBERT.from_pretrained(run_folder / "teacher") if source == "recompute" else None

@@ -235,12 +235,12 @@ def divergence(target: dict[int, float], model: dict[int, float]) -> float:
 
 
 def literal_temperature(teacher: list[float], valid: list[bool], positive: int, size: int) -> float:
-    """`temperature: auto`: 1.5 standard deviations (n - 1) of the query's own valid candidates, or of all others."""
+    """`temperature: auto`: half the standard deviations (n - 1) of the query's own valid candidates, or of all others."""
     own = [teacher[n] for n in range(positive + 1, positive + size) if valid[n]]
     values = own if len(own) >= 3 else [s for n, s in enumerate(teacher) if valid[n] and n != positive]
     mean = sum(values) / len(values) if values else 0.0
     squares = sum((v - mean) ** 2 for v in values)
-    return 1.5 * max(1e-3, math.sqrt(squares / max(1, len(values) - 1)))
+    return 0.5 * max(1e-3, math.sqrt(squares / max(1, len(values) - 1)))
 
 
 def literal_loss(
