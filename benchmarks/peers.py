@@ -10,7 +10,8 @@ teacher's scores are the MaxSim of its stored rows. The budget is passages encod
 `--envs` holds an environment for each library; `tests/exchange/environments` makes those that are missing. The result
 goes to `--out` (RUN/peers by default): NAME/checkpoint, and NAME/evaluation in the form of a run, with one value a
 query and measure in `student.SPLIT.per_query.json`. Where the run has a student of its own, the paired test against it
-is in the printed object. `--graded FILE` are further labels (TSV: query, 0, passage, grade) of the dev queries.
+is in the printed object. The same call with other `--splits` measures the checkpoint that is there: choose on dev, then
+measure test once. `--graded FILE` are further labels (TSV: query, 0, passage, grade) of the dev queries.
 
 `--temperature default` takes the library's: 1 for every loss. PyLate's Distillation has no argument for it: a given
 temperature divides its scores and the teacher's, without its min-max normalisation. `--teacher-scores` are those of
@@ -84,7 +85,7 @@ def main() -> None:
     run, envs = Path(args.run).resolve(), Path(args.envs).resolve()
     out = Path(args.out).resolve() if args.out else run / "peers"
     make_environments(envs, libraries)
-    bench = Bench(run, out, args.graded)
+    bench = Bench(run, out, args.splits, args.graded)
     settings: dict[str, Any] = {
         "quick": args.quick,
         "run": run.name,
@@ -132,6 +133,7 @@ def parsed() -> argparse.Namespace:
         precision={"choices": ("bf16", "fp32"), "default": "bf16", "help": "of the training, by autocast on the CPU"},
         threads={**number, "default": 2},
         seeds={**number, "nargs": "+", "default": [1]},
+        splits={"nargs": "+", "choices": ("dev", "test"), "help": "those of the run by default"},
         graded={"metavar": "FILE", "help": "further labels of the dev queries"},
     )
     if args.temperature is not None and args.teacher_scores == "minmax" and args.library != LIBRARIES[0]:
@@ -161,6 +163,7 @@ def job(
 ) -> dict[str, Any]:
     """One training, as peers_train.py reads it."""
     from ckd_ray.model.sources import resolve_backbone
+    from ckd_ray.store.files import sha256_of
 
     model, given = bench.config["model"], args.temperature
     scores = args.teacher_scores
@@ -190,6 +193,7 @@ def job(
         "threads": args.threads,
         "seed": seed,
         "rows": str(rows),
+        "rows_sha256": sha256_of(str(rows)),
     }
 
 
@@ -229,7 +233,7 @@ class Bench:
         config: the configuration of the run.
     """
 
-    def __init__(self, run: Path, out: Path, graded: str | None) -> None:
+    def __init__(self, run: Path, out: Path, splits: list[str] | None, graded: str | None) -> None:
         from ckd_ray.data import Collection
 
         for name in ("run.json", "corpus", "embeddings", "rankings"):
@@ -237,6 +241,8 @@ class Bench:
                 raise SystemExit(f"{run}: no {name} here; run ckd-ray train first")
         self.run, self.out = run, out
         self.config: dict[str, Any] = json.loads((run / "run.json").read_text())["config"]
+        if splits:
+            self.config["evaluate"]["splits"] = splits
         self.collection = Collection.open(str(run))
         self.graded = read_labels(Path(graded)) if graded else None
 
@@ -298,8 +304,14 @@ class Bench:
         return result, figures
 
     def train(self, given: dict[str, Any], envs: Path) -> dict[str, Any]:
-        """Run the job in the library's environment; what peers_train.py says."""
+        """Run the job in the library's environment, unless that is done; what peers_train.py says."""
         folder = self.out / given["name"]
+        done_before, record = folder / "trained.json", {key: value for key, value in given.items() if key != "rows"}
+        if done_before.exists():
+            before: dict[str, Any] = json.loads(done_before.read_text())
+            if before["job"] == record:
+                note(f"trained before: {given['name']}")
+                return before["said"]
         note(f"training {given['name']}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -315,6 +327,7 @@ class Bench:
         if done.returncode:
             raise SystemExit(f"{given['name']}: training failed\n{done.stderr[-3000:]}")
         said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        done_before.write_text(json.dumps({"job": record, "said": said}))
         note(f"  {said['loss']}: {said['seconds']} s, loss {said['losses'][0]} to {said['losses'][-1]}")
         return said
 
@@ -337,7 +350,10 @@ class Bench:
         values["teacher"] = {"checkpoint": str(folder / "checkpoint")}
         config = Config.model_validate(values)
         context = RunContext.of(config)
+        for left in ("embeddings", "student", "evaluation/rankings"):
+            shutil.rmtree(folder / left, ignore_errors=True)
         for shared in ("corpus", "queries"):
+            (folder / shared).unlink(missing_ok=True)
             (folder / shared).symlink_to(self.run / shared, target_is_directory=True)
         model = config.model
         wanted = ColBERTSettings(dim=model.dim, query_maxlen=model.query_maxlen, doc_maxlen=model.doc_maxlen)
@@ -354,7 +370,7 @@ class Bench:
         for large in ("embeddings", "student"):
             shutil.rmtree(folder / large)
         per_query = {split: m.per_query for split, m in found.items()}
-        if self.graded is not None:
+        if self.graded is not None and "dev" in splits:
             per_query["graded"] = self.by_graded_labels(folder)
             (folder / "evaluation" / "student.graded.per_query.json").write_text(json.dumps(per_query["graded"]))
         return per_query
