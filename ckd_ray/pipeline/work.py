@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +75,8 @@ def teacher(context: RunContext, made_of: str) -> dict[str, Any]:
     config = context.config
     out = context.path("teacher")
     if config.teacher.checkpoint is not None:
-        model = _load(config.teacher.checkpoint, config, given=True)
+        with _local(config.teacher.checkpoint) as given:
+            model = _load(given, config, given=True)
         with new_folder(out) as folder:
             model.save(folder)
         return {"given": config.teacher.checkpoint}
@@ -339,6 +341,11 @@ def _load(source: str, config: Config, *, given: bool = False) -> ColBERT:
         if mine != asked:
             say(f"model.{key}: {mine} is taken from {source} ({asked} in the configuration)")
     return model
+
+
+def _local(source: str) -> AbstractContextManager[str]:
+    """A model's source for the libraries that load it: what lies at a URI is downloaded for the time being."""
+    return local_copy(source) if "://" in source else nullcontext(source)
 
 
 def _fit(task: TrainingTask, out: str, section: TrainingConfig) -> TrainingOutcome:

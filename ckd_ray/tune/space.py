@@ -259,13 +259,14 @@ def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tu
     kinds = _kinds(key)
     if parameter.kind in ("uniform", "loguniform") and float not in kinds:
         # The ends may be valid, and what lies between them not.
-        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {'int or choice' if int in kinds else 'choice'}"
+        instead = "int or choice" if int in kinds else "choice"
+        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {instead}"
         return
     for value in parameter.values:  # the ends of a range, which are valid only if all of it is
         try:
             changed = with_values(config, {key: value})
         except ValidationError as error:
-            message = error.errors()[-1]["msg"]  # a key that takes auto or a number fails for both: the number's is told
+            message = error.errors()[-1]["msg"]  # of a key that takes auto or a number, what the number lacks
             yield f"tune.space.{key}", f"{message[:1].lower()}{message[1:]}, found {value!r}"
             return
         if mistake := _mistake(config, key, value):
