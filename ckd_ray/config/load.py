@@ -58,7 +58,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     problems: list[Problem] = []
     tree = _read(path, source, problems)
     if path is None:
-        _without_sizes_of_the_quick_start(tree, overrides)
+        tree = _of_another_collection(tree, overrides)
     for override in overrides:
         _apply(tree, override, problems)
     config = _validate(tree, problems)
@@ -70,12 +70,12 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _without_sizes_of_the_quick_start(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Another collection on the embedded default is taken whole, and searched by an engine that suits its size: the
-    quick start's limit and engine are those of its own corpus."""
+def _of_another_collection(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The embedded default as it is, or, where the overrides name another collection, the defaults of the schema: the
+    quick start's sizes and steps are those of its own small corpus."""
     if any(o.partition("=")[0].strip() in ("collection", "collection.format", "collection.path") for o in overrides):
-        tree["collection"].pop("limit", None)
-        tree["retrieve"].pop("engine", None)
+        return {"run": tree["run"]}
+    return tree
 
 
 def quickstart_text() -> str:

@@ -101,7 +101,8 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What the teacher's and the student's training share.
+    """What the teacher's and the student's training share. The defaults are for a small pretrained encoder with a new
+    projection (docs/evidence.md); the published ones are in configs/published.yaml.
 
     `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between
     them, so the loss is that of the whole batch. `workers`: a number, `2-8` for elastic training, or `auto`: one a GPU,
@@ -118,9 +119,9 @@ class TrainingConfig(Section):
     `callbacks` names installed entry points of the group ckd_ray.callbacks, such as other loggers.
     """
 
-    steps: Positive = 2000
-    batch_size: Annotated[int, Field(ge=2)] = 36
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-6
+    steps: Positive = 150
+    batch_size: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0e-4
     warmup: Share = 0.1
     schedule: Literal["linear", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -224,6 +225,9 @@ class DistillConfig(TrainingConfig):
     `run.seed` when null.
     """
 
+    steps: Positive = 120
+    batch_size: Annotated[int, Field(ge=2)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-5
     negatives: Annotated[int, Field(ge=0, le=1000)] = 7
     objective: Objective = "collective"
     loss: Literal["kl", "margin", "mixture", "decoupled"] = "decoupled"

@@ -27,6 +27,7 @@ def test_another_collection_on_the_embedded_default_is_not_cut_to_its_size() -> 
     mine = ["collection.format=msmarco", "collection.path=/data"]
     assert load_config(None).collection.limit == 2500 and load_config(None).retrieve.engine == "exact"
     assert load_config(None, mine).collection.limit is None and load_config(None, mine).retrieve.engine == "auto"
+    assert load_config(None, mine).distill == Config().distill and load_config(None, mine).teacher == Config().teacher
     assert load_config(None, [*mine, "collection.limit=7"]).collection.limit == 7
 
 
@@ -42,7 +43,7 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
     )
     m = c.model
     assert (m.dim, m.query_maxlen, m.doc_maxlen, m.mask_punctuation, m.similarity) == (128, 32, 180, True, "l2")
-    assert (c.teacher.checkpoint, c.teacher.batch_size, c.teacher.learning_rate) == (None, 36, 3e-6)
+    assert (c.teacher.checkpoint, c.teacher.batch_size, c.teacher.learning_rate) == (None, 16, 1e-4)
     r = c.retrieve
     assert (r.engine, r.cells, r.nprobe, r.candidates, r.depth) == ("auto", "auto", 32, 1024, 100)
     assert c.label.model_dump() == {
@@ -56,9 +57,20 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
     assert (d.objective, d.loss, d.temperature, d.score_scale) == ("collective", "decoupled", "auto", "auto")
     assert (d.smoothing, d.beta, d.expansion_share, d.expansion_size) == (0.0, "auto", 0.3, 10)
     assert (d.negatives, d.sampling, d.negatives_depth) == (7, "strata", 100)
-    assert (d.batch_size, d.learning_rate) == (36, 3e-6)
+    assert (d.batch_size, d.learning_rate) == (4, 3e-5)
     assert c.evaluate.measures == ["MRR@10", "nDCG@10", "R@100", "R@1000"]
     assert (c.evaluate.depth, c.evaluate.relevance_threshold) == (1000, 1)
+
+
+def test_the_published_recipe_is_kept() -> None:
+    """docs/method.md, step by step: every setting stands in the file, whatever the defaults are."""
+    c = load_config(str(CONFIGS[0].with_name("published.yaml")))
+    d, t = c.distill, c.teacher
+    assert (d.objective, d.loss, d.temperature, d.score_scale, d.smoothing) == ("collective", "kl", 0.25, 1.0, 0.0)
+    assert (d.beta, d.expansion_size, d.negatives, d.sampling, d.negatives_depth) == (1.0, 10, 1, "uniform", 100)
+    assert (d.batch_size, d.learning_rate, d.denoise, d.zero_row_floor) == (36, 3e-6, None, False)
+    assert (t.batch_size, t.learning_rate, t.negatives, t.score_scale) == (36, 3e-6, 1, 1.0)
+    assert (c.label.feedback_passages, c.label.clusters, c.label.voters) == (3, 24, 10)
 
 
 def test_overrides_are_yaml_and_the_last_wins() -> None:
