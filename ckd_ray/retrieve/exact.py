@@ -4,12 +4,14 @@ Scores are sum_i max_j <q_i, d_j> over unit rows, whatever the similarity (l2 an
 about equal length are taken together, each filled up by repeating its last row, which no maximum notices: a group is
 one dense product, its maxima a plain reduction, and no mask is needed.
 
-A ranking is made in passes. The first scores everything: in 8 bits where the processor is fast at that (`int8.py`), else
-in float32. What the error bound of the first leaves in question is scored again: in float64 at once after float32; after
-8 bits the `depth` best in float64, whose worst is the edge for the others, and these in float32 and then in float64. Stored rows and queries are float16, so every product is a multiple of
-2^-48 and, between unit rows, every partial sum stays below 2: float64 (53 bits) adds them without rounding. Final
-scores are therefore *exact* and then rounded once, so that they do not depend on block shapes, threads, the cut into
-shards, the number of actors or the processor.
+A ranking is made in passes. The first scores everything with a bound of its error: in 8 bits where the processor is
+fast at that (`int8.py`), else in float32. The `depth` best by lower bound are then scored in float64. The least of
+these scores is the one to reach: what the first pass shows to stay below it is left out, the rest is scored in float32,
+and what is then still in question in float64.
+
+Stored rows and queries are float16, so every product is a multiple of 2^-48 and, between unit rows, every partial sum
+stays below 2: float64 (53 bits) adds them without rounding. Final scores are therefore *exact* and then rounded once:
+they do not depend on the first pass, block shapes, threads, the cut into shards, the number of actors or the processor.
 
 Shapes: B queries, Q rows a query, N passages, L rows a passage, T rows of all, P pairs of query and passage, D
 dimensions, K results, M vectors.
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.retrieve.groups import Group, groups_of
-from ckd_ray.retrieve.int8 import choose_first_pass, estimates_of, round_queries
+from ckd_ray.retrieve.int8 import FirstPass, choose_first_pass, estimates_of, round_queries
 from ckd_ray.retrieve.rows import FlatRows, RangeRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -47,10 +49,12 @@ _PASSAGES = 1 << 14
 # Vectors whose nearest rows are looked for at a time: 64 MiB of distances to 2^14 rows.
 _VECTORS = 1 << 10
 _EXACT_UNIT = 2.0**48
-# A first pass in 8 bits leaves some times `depth` to be scored again: of fewer passages that is nearly all.
-_LEAST_FOR_INT8 = 4
+# A first pass in 8 bits leaves two or three times `depth` to be scored again: it pays from so many times `depth`
+# passages. It pays from so many query rows, as rounding a passage's rows costs the same for one query as for all.
+_LEAST_PASSAGES = 8
+_LEAST_ROWS = 256
 # The share of a block that its bounds may leave in question before the block is scored in float32 instead.
-_MOST_KEPT = 0.4
+_MOST_KEPT = 0.5
 
 # Queries, passages (positions in the range), lower and upper bounds of the scores: (P,) each.
 _Candidates = tuple[Int64Array, Int64Array, Float32Array, Float32Array]
@@ -112,9 +116,7 @@ class Scorer:
         def score(part: Int64Array) -> None:
             for group in groups_of(self.source, passages[part], self.device):
                 members = torch.from_numpy(part[group.members])
-                for these, scores_Bn, errors_Bn in estimates_of(
-                    rounded, self.query_rows, group.rows_TD, group.length
-                ):
+                for these, scores_Bn, errors_Bn in estimates_of(rounded, self.query_rows, group.rows_TD, group.length):
                     out_BN[:, members[these]], bounds_BN[:, members[these]] = scores_Bn, errors_Bn
 
         self._spread(score, len(passages))
@@ -220,7 +222,7 @@ def _sum_rows(best_PQ: Tensor) -> Float32Array:
     return best_PQ.sum(1).cpu().numpy()
 
 
-def search_all(scorer: Scorer, depth: int, first_pass: str | None = None) -> tuple[Float32Array, Int64Array]:
+def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) -> tuple[Float32Array, Int64Array]:
     """The best `depth` of all passages of the range: (scores_BK, passages_BK), see `rank`.
 
     Holds (B, 2^14) scores at a time, and a running list of those that may still be among the best.
@@ -230,7 +232,7 @@ def search_all(scorer: Scorer, depth: int, first_pass: str | None = None) -> tup
     """
     count = scorer.source.num_passages
     if first_pass is None:
-        few = count < _LEAST_FOR_INT8 * depth
+        few = count < _LEAST_PASSAGES * depth or scorer.num_queries * scorer.query_rows < _LEAST_ROWS
         first_pass = "float32" if few or scorer.device.type != "cpu" else choose_first_pass()[0]
     best_BK = torch.full((scorer.num_queries, depth), -torch.inf, device=scorer.device)
     kept: list[_Candidates] = []
@@ -249,9 +251,10 @@ def search_all(scorer: Scorer, depth: int, first_pass: str | None = None) -> tup
 
 
 def _survivors(
-    scorer: Scorer, passages: Int64Array, best_BK: Tensor, first_pass: str
+    scorer: Scorer, passages: Int64Array, best_BK: Tensor, first_pass: FirstPass
 ) -> tuple[_Candidates, Tensor, float]:
-    """Of consecutive passages those that may be among the best, the lower bounds of the best K so far, and the share."""
+    """Those of consecutive passages that may be among the best; the K highest lower bounds so far (B, K); and the share
+    of pairs that is left."""
     if first_pass == "int8":
         scores_BN, errors_BN = scorer.estimate(passages)
         low_BN, high_BN = scores_BN - errors_BN, scores_BN.add_(errors_BN)
@@ -270,8 +273,8 @@ def _survivors(
 def _rank_bounded(scorer: Scorer, candidates: _Candidates, depth: int) -> tuple[Float32Array, Int64Array]:
     """The best `depth` of candidates (queries, passages, lower and upper bounds of scores): see `rank`.
 
-    The `depth` best by lower bound are scored exactly. The worst of these scores is one that others must reach: by
-    their upper bound, or they are left out; by their float32 score, or they are left out; then exactly.
+    The `depth` best by lower bound are scored exactly. Others are left out whose upper bound, or whose float32 score
+    with its error, does not reach the least of these scores.
     """
     query_P, passage_P, low_P, high_P = candidates
     order = np.lexsort((-low_P, query_P))
@@ -354,7 +357,7 @@ class ExactIndex:
         return Scorer(queries_BQD, self.source, self.device).dense(np.arange(self.source.num_passages))
 
     def search(
-        self, queries_BQD: Tensor, depth: int, first_pass: str | None = None
+        self, queries_BQD: Tensor, depth: int, first_pass: FirstPass | None = None
     ) -> tuple[Float32Array, Int64Array]:
         """The best `depth`: (scores_BK, passages_BK), highest first, ties by passage index; -inf and -1 at the end.
 
