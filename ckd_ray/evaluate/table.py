@@ -14,6 +14,7 @@ import numpy as np
 from ckd_ray.evaluate.measures import Measures
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
 
+TABLE = "table.json"  # in evaluation/
 STUDENT = "student"
 # In the order of the table, with the names that people read.
 SYSTEMS = {"encoder": "encoder as it is", "bm25": "BM25", "teacher": "teacher", STUDENT: "student"}

@@ -17,7 +17,7 @@ from ckd_ray.data import Collection
 from ckd_ray.evaluate.compare import compare
 from ckd_ray.evaluate.measures import Measures, measure_parts
 from ckd_ray.evaluate.runs import falling_scores, without_own_passage, write_trec_run
-from ckd_ray.evaluate.table import build_table
+from ckd_ray.evaluate.table import TABLE, build_table
 from ckd_ray.pipeline.artefact import MANIFEST, identity_of, make, reopen
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
@@ -29,7 +29,6 @@ from ckd_ray.retrieve.stream import RetrieveJob, query_spans, retrieve
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.files import exists, join, write_json_atomic
 
-TABLE = "table.json"
 Found = dict[str, dict[str, Measures]]  # split -> system -> measures
 
 
