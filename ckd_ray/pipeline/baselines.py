@@ -128,7 +128,7 @@ def _embed(context: RunContext, model: PooledModel, splits: list[str], out: str)
     def work() -> None:
         with new_folder(checkpoint) as folder:
             model.save(folder)
-        options: dict[str, Any] = {"stage": "encoder", "splits": splits, "precision": settings["precision"]}
+        options: dict[str, Any] = {"stage": "baseline encoder", "splits": splits, "precision": settings["precision"]}
         embed_all(context, checkpoint, out, print_of, pooled=True, **options)
 
     make(out, print_of, work)
