@@ -32,7 +32,6 @@ from ckd_ray.pipeline.stages import STAGE_NAMES
 from ckd_ray.store import EmbeddingStore, shard_name
 from tests.support import classifier, flip_bit, overrides
 
-
 BASELINES = "evaluate.baselines=[encoder,bm25]"
 
 
