@@ -81,6 +81,9 @@ def _rank(index: Any, vocabulary: dict[str, int], text: str, depth: int) -> tupl
     if known:
         found = np.asarray(index.get_scores_from_ids(known))
         positive = np.flatnonzero(found > 0)
+        if len(positive) > depth:  # sorting millions would take longer than scoring them; ties with the last one stay
+            least = np.partition(found[positive], len(positive) - depth)[len(positive) - depth]
+            positive = positive[found[positive] >= least]
         order = positive[np.lexsort((positive, -found[positive]))][:depth]
         scores[: len(order)], passages[: len(order)] = found[order], order
     return scores, passages
