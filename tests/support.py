@@ -89,6 +89,7 @@ def overrides(storage: Path | str, backbone: str, collection: str, *more: str) -
         "distill.log_every=1",
         "evaluate.depth=50",
         "evaluate.measures=[MRR@10,nDCG@10,R@50]",
+        "evaluate.baselines=[]",
         *more,
     ]
 

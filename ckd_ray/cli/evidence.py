@@ -42,7 +42,7 @@ def evaluate(
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare the teacher with the student. Stages before it that are missing are run first."""
+    """Compare the student with its teacher, the encoder as it is and BM25. Missing stages before it are run first."""
     from ckd_ray.cli.show import closing_table, summary
     from ckd_ray.evaluate.against import Side, compare_runs, render_against
     from ckd_ray.pipeline.finished import open_finished

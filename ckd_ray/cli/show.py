@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckd_ray.config import Config
+from ckd_ray.evaluate.table import TABLE, render_table
 from ckd_ray.pipeline.artefact import manifest_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.runner import StageReport
@@ -15,6 +16,8 @@ from ckd_ray.store.files import exists, join, read_json
 def summary(config: Config, reports: list[StageReport]) -> dict[str, Any]:
     """The object that `--json` prints."""
     context = RunContext.of(config)
+    evaluated = any(r.name == "evaluate" for r in reports)
+    table = _written(context, TABLE) if evaluated else None
     return {
         "run": context.run,
         "student": context.path("student") if manifest_of(context.path("student")) else None,
@@ -28,29 +31,34 @@ def summary(config: Config, reports: list[StageReport]) -> dict[str, Any]:
             }
             for r in reports
         ],
-        "comparison": _comparison(context) if any(r.name == "evaluate" for r in reports) else None,
+        "comparison": _written(context, "comparison.json") if evaluated else None,
+        "table": table,
+        "verdict": table.get("verdict") if table else None,
     }
 
 
-def _comparison(context: RunContext) -> Any:
-    path = join(context.path("evaluation"), "comparison.json")
+def _written(context: RunContext, name: str) -> Any:
+    path = join(context.path("evaluation"), name)
     return read_json(path) if exists(path) else None
 
 
 def closing_table(config: Config, reports: list[StageReport]) -> None:
-    """Seconds a stage, *teacher against student*, and where the student is; on standard error."""
+    """A student that is not worth having, seconds a stage, the table of all systems, and where the student is; on
+    standard error."""
     context = RunContext.of(config)
     width = max((len(r.name) for r in reports), default=0)
+    table = _written(context, TABLE) if any(r.name == "evaluate" for r in reports) else None
     say("")
+    if table and table["verdict"] and not table["verdict"]["better"]:
+        say(table["verdict"]["text"])
+        say("")
     for r in reports:
         state = "  (done before)" if r.skipped else ""
         say(f"  {r.name:<{width}}  {duration(r.seconds):>12}{state}")
     total = sum(r.seconds for r in reports if not r.skipped)
     say(f"  {'this call':<{width}}  {duration(total):>12}")
-    if any(r.name == "evaluate" for r in reports):
-        from ckd_ray.evaluate.compare import render
-
+    if table:
         say("")
-        say(render(_comparison(context)))
+        say(render_table(table))
         say("")
         say(f"student: {context.path('student')}")

@@ -23,7 +23,7 @@ _LIBRARIES = ("ray", "torch", "transformers", "faiss-cpu", "pyarrow")
 _STORE_SHARE = 0.3
 _LEAST_MEMORY = 6 * GIB
 _SHM = "/dev/shm"  # noqa: S108  (not a file that we make)
-_EXTRAS = {"optuna": "tune", "bm25s": "bm25", "ir_datasets": "datasets", "boto3": "aws"}
+_EXTRAS = {"optuna": "tune", "ir_datasets": "datasets", "boto3": "aws"}
 
 
 def versions() -> Iterator[Check]:

@@ -1,1 +1,1 @@
-"""`ckd-ray compare`: the objectives and BM25 on one collection, under one budget and several seeds."""
+"""`ckd-ray compare`: the objectives and the run's baselines on one collection, under one budget and several seeds."""

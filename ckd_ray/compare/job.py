@@ -1,7 +1,7 @@
 """The comparison as one resumable job: everything upstream is the run's, each student is a variant of it.
 
-What is finished stays: a variant by its manifests (as stages of any run), BM25 and the teacher by theirs. Stopped
-anywhere, the same command goes on there.
+What is finished stays: a variant by its manifests (as stages of any run), the run's baselines and the teacher by
+theirs. Stopped anywhere, the same command goes on there.
 """
 
 from __future__ import annotations
@@ -10,25 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from ckd_ray.compare.bm25 import check_installed, rank_bm25
 from ckd_ray.compare.plan import SETTINGS, Variant, objectives, variants
 from ckd_ray.compare.table import System, build_table, in_order, render_markdown, render_text
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.artefact import make, manifest_of
+from ckd_ray.pipeline.baselines import measure_baselines
 from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.evaluation import (
-    RankedParts,
-    evaluation_splits,
-    labelled_parts,
-    measure_system,
-    write_measures,
-)
+from ckd_ray.pipeline.evaluation import evaluation_splits, measure_system, write_measures
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.pipeline.stages import STAGES, needed, skips_own_passage
+from ckd_ray.pipeline.stages import STAGES, needed
 from ckd_ray.progress import say, without_keys
 from ckd_ray.store.files import delete, join, read_json, write_atomic, write_json_atomic
 
@@ -36,14 +30,12 @@ FOLDER = "compare"
 
 
 def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
-    """Train and measure every objective and seed, measure BM25 and the teacher, write `compare/table.json` and
-    `table.md`. Ray must be connected. Returns the table.
+    """Train and measure every objective and seed, measure the run's baselines and the teacher, write
+    `compare/table.json` and `table.md`. Ray must be connected. Returns the table.
 
     Args:
         fresh: do all students again (what is upstream of them stays).
     """
-    if config.compare.bm25:
-        check_installed()
     context = RunContext.of(config)
     if fresh:
         with run_lock(context.run):  # another command may be at work in it
@@ -65,11 +57,13 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         if not config.compare.keep_stores:
             delete(join(context.run, variant.folder, "student_embeddings"))
     with run_lock(context.run):
-        systems = [_floor(context, splits)] if config.compare.bm25 else []
+        names = [name for name in config.evaluate.baselines if name != "bm25" or config.compare.bm25]
+        baselines = measure_baselines(context, splits, names)
+        systems = [System(name, [], _values([folder], name, splits)) for name, folder in baselines.folders.items()]
         systems.append(_teacher(context, splits))
         systems += [_objective(context, name, planned, splits) for name in objectives(config)]
         table = build_table(systems, collection.num_queries("train"))
-        table |= {"budget": _budget(config), "run": context.run}
+        table |= {"budget": _budget(config), "run": context.run, "left_out": baselines.left_out}
         write_json_atomic(context.path(FOLDER, "table.json"), without_keys(table))
         text = render_markdown(table).encode()
         write_atomic(context.path(FOLDER, "table.md"), lambda stream: stream.write(text))
@@ -110,38 +104,6 @@ def _teacher(context: RunContext, splits: list[str]) -> System:
 
     make(folder, print_of, work)
     return System("teacher", [], _values([folder], "teacher", splits))
-
-
-def _floor(context: RunContext, splits: list[str]) -> System:
-    """BM25, in a Ray task of its own."""
-    import ray
-
-    folder, config = context.path(FOLDER, "bm25"), context.config
-    skips = skips_own_passage(config)
-
-    def work() -> dict[str, Any]:
-        from ckd_ray.evaluate.measures import measure_parts
-        from ckd_ray.evaluate.runs import write_trec_run
-
-        say("compare: bm25")
-        rankings = join(folder, "rankings", "bm25")
-        depth = config.evaluate.depth + skips
-        figures: dict[str, Any] = ray.get(
-            ray.remote(num_cpus=1)(rank_bm25).remote(context.run, splits, rankings, depth)
-        )
-        collection, found = Collection.open(context.run), {}
-        for split in splits:
-            count = collection.num_queries(split)
-            parts = RankedParts(rankings, split, count, config.evaluate.depth if skips else None)
-            write_trec_run(join(folder, f"bm25.{split}.run"), parts, "bm25s")
-            settings = config.evaluate
-            labels = labelled_parts(parts, collection)
-            found[split] = {"bm25": measure_parts(labels, settings.measures, settings.relevance_threshold)}
-        write_measures(folder, found, config, collection)
-        return {"figures": figures}
-
-    make(folder, _evaluation_of(context, bm25=1), work)
-    return System("bm25", [], _values([folder], "bm25", splits))
 
 
 def _objective(context: RunContext, name: str, planned: list[Variant], splits: list[str]) -> System:

@@ -272,6 +272,9 @@ class EvaluateConfig(Section):
 
     `engine`: exact search, or the engine of section `retrieve`. `skip_same_id` leaves a passage with the query's own id
     out of its results; `auto` does so for BEIR collections, whose queries may be passages of the corpus.
+    `baselines` are measured once a run, beside teacher and student: the `encoder` of `model.backbone` as it is (one
+    pooled vector a text, cosine), and `bm25`. BM25 holds the corpus in the memory of one process, so it is left out
+    above `bm25_passages` passages.
     """
 
     measures: Annotated[list[str], Field(min_length=1)] = Field(
@@ -282,6 +285,15 @@ class EvaluateConfig(Section):
     splits: list[Split] = Field(default_factory=_dev_and_test)
     engine: Literal["exact", "retrieve"] = "exact"
     skip_same_id: Auto | bool = "auto"
+    baselines: list[Literal["encoder", "bm25"]] = Field(default=["encoder", "bm25"])
+    bm25_passages: Positive = 10_000_000
+
+    @field_validator("baselines", mode="after")
+    @classmethod
+    def _each_baseline_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("twice", "a baseline is listed twice")
+        return value
 
 
 class CompareConfig(Section):
@@ -290,7 +302,8 @@ class CompareConfig(Section):
     `objectives`: null takes all that need no cross-encoder, and `cross_encoder` where one is configured. `smoothing`
     is for label_smoothing when `distill.smoothing` is 0. `settings` changes keys of section `distill` for an objective:
     `{self_distillation: {temperature: 1.0}}`; keys of the budget (steps, batch_size, ...) cannot be changed there.
-    `keep_stores` keeps every student's embeddings, as large each as the teacher's.
+    `keep_stores` keeps every student's embeddings, as large each as the teacher's. `bm25: false` leaves out the row of
+    BM25, which is that of `evaluate.baselines`.
     """
 
     objectives: Annotated[list[Objective], Field(min_length=1)] | None = None

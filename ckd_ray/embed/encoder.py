@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,11 @@ import torch
 
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
+from ckd_ray.model.pooled import PooledModel
 from ckd_ray.model.tokenizer import Int32Array
 
 Precision = Literal["fp32", "bf16", "int8"]
+Model = TypeVar("Model", ColBERT, PooledModel)
 # Batches whose rows are on their way from a GPU while the next ones are computed.
 _UNDER_WAY = 2
 
@@ -65,8 +67,8 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
         yield
 
 
-class TextEncoder:
-    """A ColBERT model ready to encode.
+class _Encoder(Generic[Model]):
+    """A model ready to encode.
 
     Args:
         model: moved to `device` and put into evaluation mode. On a CPU a copy is taken, whose linear layers are
@@ -77,14 +79,14 @@ class TextEncoder:
 
     def __init__(
         self,
-        model: ColBERT,
+        model: Model,
         *,
         device: torch.device | str = "cpu",
         token_budget: int | Literal["auto"] = "auto",
         precision: Precision = "fp32",
     ) -> None:
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        self.model: Model = model.to(self.device).eval()
         if self.device.type == "cpu" and precision != "bf16":
             from ckd_ray.embed.fused import fuse_linears
             from ckd_ray.embed.int8 import quantise_linears
@@ -94,6 +96,18 @@ class TextEncoder:
         self.dim = model.settings.dim
         self.token_budget = default_token_budget(self.device) if token_budget == "auto" else token_budget
         self.precision: Precision = precision
+        # Tensor cores want multiples of 8; a CPU multiplies what it is given.
+        self.multiple = 8 if self.device.type == "cuda" else 1
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device without waiting: from page-locked memory when that is a GPU."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+class TextEncoder(_Encoder[ColBERT]):
+    """A ColBERT model ready to encode: a row for every kept token."""
 
     @torch.inference_mode()
     def passages(self, tokens: Sequence[Int32Array]) -> Encoded:
@@ -107,10 +121,8 @@ class TextEncoder:
         offsets = kept_before[starts]
         kept = np.diff(offsets)
         landing = _Landing(torch.empty(int(offsets[-1]), self.dim, dtype=torch.float16), self.device)
-        # Tensor cores want multiples of 8; a CPU multiplies what it is given.
-        multiple = 8 if self.device.type == "cuda" else 1
-        for batch in token_budget_batches(sizes, self.token_budget, multiple):
-            ids_NL, mask_NL = tokenizer.pad([tokens[i] for i in batch], multiple)
+        for batch in token_budget_batches(sizes, self.token_budget, self.multiple):
+            ids_NL, mask_NL = tokenizer.pad([tokens[i] for i in batch], self.multiple)
             # Which rows stay is known here: asking the device for it would make every batch wait for its end.
             kept_T = np.flatnonzero(mask_NL.numpy().astype(bool) & tokenizer.keeps(ids_NL.numpy()))
             rows_NLD = self._rows(ids_NL, mask_NL, padded=int(sizes[batch].min()) < ids_NL.shape[1])
@@ -122,12 +134,6 @@ class TextEncoder:
         """Unit rows (N, L, D) on the device. Passages of one length need no mask, and attention is faster without."""
         with computing(self.device, self.precision):
             return self.model.rows(self._send(ids_NL), self._send(mask_NL) if padded else None)
-
-    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To the device without waiting: from page-locked memory when that is a GPU."""
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def queries(self, texts: Sequence[str]) -> Encoded:
@@ -143,6 +149,28 @@ class TextEncoder:
         empty = torch.empty(0, self.model.settings.dim, dtype=torch.float16)
         lengths = np.full(len(texts), rows, np.int32)
         return Encoded(lengths, ids_BQ.numpy().astype(np.int32).ravel(), torch.cat([empty, *parts]))
+
+
+class PooledEncoder(_Encoder[PooledModel]):
+    """An encoder as it is, ready to encode: one row a text, whose token id is that of its first token."""
+
+    @torch.inference_mode()
+    def passages(self, tokens: Sequence[Int32Array]) -> Encoded:
+        """One unit vector for every tokenised text, passage or query, in their order."""
+        sizes = np.array([len(ids) for ids in tokens], np.int32)
+        landing = _Landing(torch.empty(len(tokens), self.dim, dtype=torch.float16), self.device)
+        for batch in token_budget_batches(sizes, self.token_budget, self.multiple):
+            ids_NL, mask_NL = self.model.tokenizer.pad([tokens[i] for i in batch], self.multiple)
+            padded = int(sizes[batch].min()) < ids_NL.shape[1]
+            with computing(self.device, self.precision):
+                rows_ND = self.model.vectors(self._send(ids_NL), self._send(mask_NL), padded=padded)
+            landing.add(rows_ND.to(torch.float16), torch.from_numpy(batch.astype(np.int64)))
+        first = np.array([ids[0] for ids in tokens], np.int32)
+        return Encoded(np.ones(len(tokens), np.int32), first, landing.finish())
+
+    def queries(self, texts: Sequence[str]) -> Encoded:
+        """The same for texts that are not tokenised yet."""
+        return self.passages(self.model.tokenizer.passages(texts))
 
 
 class _Landing:
@@ -182,7 +210,7 @@ def _ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt
 
 
 def choose_precision(
-    model: ColBERT, requested: str, device: torch.device | str = "cpu", threads: int | None = None
+    model: ColBERT | PooledModel, requested: str, device: torch.device | str = "cpu", threads: int | None = None
 ) -> tuple[Precision, str]:
     """`fp32`, `bf16` or `int8` and the reason, for a log line.
 
@@ -217,7 +245,7 @@ def choose_precision(
 
 
 @torch.inference_mode()
-def _seconds_a_batch(model: ColBERT, precision: Precision) -> float:
+def _seconds_a_batch(model: ColBERT | PooledModel, precision: Precision) -> float:
     """The best of three encodings of one batch of 8 passages."""
     width = min(model.settings.doc_maxlen, 128)
     ids = torch.randint(0, model.backbone.config.vocab_size, (8, width), generator=torch.Generator().manual_seed(0))

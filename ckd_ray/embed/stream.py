@@ -64,11 +64,12 @@ class EmbedJob:
     Attributes:
         run: the run directory, which holds the collection.
         texts: `passages`, or `queries.SPLIT`.
-        checkpoint: the folder of the ColBERT model, visible to all workers.
+        checkpoint: the folder of the ColBERT model (of the encoder when `pooled`), visible to all workers.
         out: the folder of the store.
         fingerprint: of settings and inputs; shards with another one are not ours.
         codec: how the store keeps rows; a learned one lies in `out` already, with `codec_digest`.
         max_bad: passages that may be set aside.
+        pooled: one row a text, of an encoder as it is (`PooledModel.save`), instead of a row for every token.
     """
 
     run: str
@@ -81,6 +82,12 @@ class EmbedJob:
     codec: str = "fp16"
     codec_digest: str = ""
     max_bad: int = 0
+    pooled: bool = False
+
+    @property
+    def tokenised(self) -> bool:
+        """Whether texts reach the actor as token ids of many lengths. Queries of ColBERT are texts still."""
+        return self.pooled or self.texts == "passages"
 
 
 class Encoder(Protocol):
@@ -249,9 +256,10 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
 def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     """Loaded once a worker process: the tokenizer alone (no weights) and the source of the texts."""
     from ckd_ray.model.colbert import load_tokenizer
+    from ckd_ray.model.pooled import load_pooled_tokenizer
 
     with local_copy(job.checkpoint) as folder:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_pooled_tokenizer(folder) if job.pooled else load_tokenizer(folder)
     collection = Collection.open(job.run)
     if job.texts == "passages":
         return tokenizer, collection.iter_passages
@@ -266,15 +274,14 @@ def _tokenizer_and_texts_ready(job: EmbedJob) -> None:
 def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
     """Read and tokenise the texts of one shard: one row, its token ids flat beside their lengths.
 
-    Queries go on as texts: their rows have one length, and the encoder tokenises them in no time.
+    Queries of ColBERT go on as texts: their rows have one length, and the encoder tokenises them in no time.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     number, shard, first, stop = (int(batch[name][0]) for name in ("job", "shard", "first", "stop"))
     job = jobs[number]
     tokenizer, texts_of = _tokenizer_and_texts(job)
     texts = list(texts_of(first, stop))
-    passages = job.texts == "passages"
-    tokens, failed = _tokens(tokenizer, texts) if passages else ([], {})
+    tokens, failed = _tokens(tokenizer, texts) if job.tokenised else ([], {})
     flat = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
     return pa.table(
         {
@@ -283,7 +290,7 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
             "first": [first],
             "lengths": pa.array([np.array([len(t) for t in tokens], np.int32)], pa.large_list(pa.int32())),
             "token_ids": pa.array([flat], pa.large_list(pa.int32())),
-            "queries": pa.array([[] if passages else texts], pa.large_list(pa.large_string())),
+            "queries": pa.array([[] if job.tokenised else texts], pa.large_list(pa.large_string())),
             "failed": pa.array([list(failed)], pa.large_list(pa.int32())),
             "causes": pa.array([list(failed.values())], pa.large_list(pa.large_string())),
         }
@@ -341,7 +348,7 @@ class ShardEncoder:
 
     def _texts(self, job: EmbedJob, row: pa.Table) -> tuple[int, Callable[[list[int]], Encoded]]:
         """How many texts a shard has, and the call that encodes some of them."""
-        if job.texts == "passages":
+        if job.tokenised:
             tokens = _split(row)
             failed = set(row["failed"][0].as_py())
             return len(tokens), lambda some: self.encoder.passages([tokens[i] for i in some if i not in failed])
@@ -393,13 +400,16 @@ def load_encoder(job: EmbedJob, threads: int) -> Encoder:
     """The model of a job's checkpoint on the actor's device, with so many CPU threads."""
     import torch
 
-    from ckd_ray.embed.encoder import TextEncoder
+    from ckd_ray.embed.encoder import PooledEncoder, TextEncoder
     from ckd_ray.model import ColBERT
+    from ckd_ray.model.pooled import PooledModel
 
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    options: dict[str, Any] = {"device": actor_device(), "token_budget": job.token_budget, "precision": job.precision}
     with local_copy(job.checkpoint) as folder:
-        model = ColBERT.from_pretrained(folder)
-    return TextEncoder(model, device=actor_device(), token_budget=job.token_budget, precision=job.precision)
+        if job.pooled:
+            return PooledEncoder(PooledModel.from_pretrained(folder), **options)
+        return TextEncoder(ColBERT.from_pretrained(folder), **options)
 
 
 def _already_there(uri: str, job: EmbedJob, index: int) -> ShardHeader | None:

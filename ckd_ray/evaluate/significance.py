@@ -5,6 +5,7 @@ Shapes: S seeds, N queries, R rounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,20 @@ def paired_difference(a: FloatArray, b: FloatArray, *, seed: int = 17, rounds: i
         extreme += int((np.abs(signs @ difference) / len(difference) >= abs(observed) - 1e-12).sum())
     low, high = bootstrap_interval(difference_SN, seed=seed, rounds=rounds)
     return Difference(observed, (extreme + 1) / (rounds + 1), low, high)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's correction of the p of several comparisons, in their order.
+
+    The k-th smallest of n (from 0) is multiplied by n - k; none is below one that is smaller, or above 1. A corrected p
+    below 0.05 keeps the chance of any false finding among the n below 0.05.
+    """
+    corrected = [0.0] * len(ps)
+    highest = 0.0
+    for k, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        highest = max(highest, min(1.0, (len(ps) - k) * ps[i]))
+        corrected[i] = highest
+    return corrected
 
 
 def bootstrap_interval(values_SN: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> tuple[float, float]:

@@ -54,7 +54,7 @@ class ColBERT(nn.Module):
         """
         folder = resolve_backbone(source)
         backbone, tokenizer = load_transformers(folder, source)
-        _check_bare(backbone, tokenizer, source)
+        check_bare(backbone, tokenizer, source)
         settings = _with_markers(backbone, tokenizer, settings)
         model = cls(backbone, tokenizer, settings)
         model._check_length(source)
@@ -277,7 +277,7 @@ def _check_parts(folder: Path) -> None:
             )
 
 
-def _check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
+def check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
     """A ColBERT model of colbert-ai or PyLate under a hub id would lose its projection without a word."""
     of_colbert_ai = "HF_ColBERT" in (backbone.config.architectures or [])
     if of_colbert_ai or {"[Q] ", "[D] "} <= tokenizer.get_vocab().keys():

@@ -1,4 +1,4 @@
-"""The evaluate stage: embed with the student, search with both, measure, compare.
+"""The evaluate stage: embed with the student, search with teacher and student, measure, compare with the baselines.
 
 Rankings are read, written as a run and measured one part (some hundred queries) at a time; what stays in memory is one
 number a query and measure.
@@ -17,11 +17,12 @@ from ckd_ray.data import Collection
 from ckd_ray.evaluate.compare import compare
 from ckd_ray.evaluate.measures import Measures, measure_parts
 from ckd_ray.evaluate.runs import falling_scores, without_own_passage, write_trec_run
+from ckd_ray.evaluate.table import TABLE, build_table
 from ckd_ray.pipeline.artefact import MANIFEST, identity_of, make, reopen
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.stages import skips_own_passage
-from ckd_ray.progress import say
+from ckd_ray.progress import say, without_keys
 from ckd_ray.retrieve.rankings import part_file, read_ranking_part
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.retrieve.stream import RetrieveJob, query_spans, retrieve
@@ -34,8 +35,11 @@ Found = dict[str, dict[str, Measures]]  # split -> system -> measures
 def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
     """Measure teacher and student (in a variant: the student alone) on every evaluation split of the collection.
 
-    Writes `evaluation/SYSTEM.SPLIT.run` (TREC), `measures.json`, `SYSTEM.SPLIT.per_query.json` and `comparison.json`.
+    Writes `evaluation/SYSTEM.SPLIT.run` (TREC), `measures.json`, `SYSTEM.SPLIT.per_query.json`, `comparison.json`
+    (teacher against student) and, but for a variant, `table.json` (these and the run's baselines).
     """
+    from ckd_ray.pipeline.baselines import measure_baselines
+
     collection = Collection.open(context.run)
     splits = evaluation_splits(context.config, collection)
     if not splits:
@@ -48,6 +52,10 @@ def evaluate_run(context: RunContext, made_of: str) -> dict[str, Any]:
         for split, measures in measure_system(context, system, embeddings, splits, out).items():
             found[split][system] = measures
     write_measures(context.path("evaluation"), found, context.config, collection)
+    if context.variant is None:
+        baselines = measure_baselines(context, splits, context.config.evaluate.baselines)
+        table = build_table({split: {**baselines.measures(split), **systems} for split, systems in found.items()})
+        write_json_atomic(context.path("evaluation", TABLE), without_keys({**table, "left_out": baselines.left_out}))
     count = sum(collection.num_queries(split) for split in splits)
     figures = {"count": count, "unit": "queries", "splits": splits, "engine": context.config.evaluate.engine}
     return {**figures, "student": identity_of(context.path("student"))}
@@ -78,9 +86,13 @@ def embed_student(context: RunContext, splits: list[str]) -> None:
 
 
 def measure_system(
-    context: RunContext, system: str, embeddings: str, splits: list[str], out: str
+    context: RunContext, system: str, embeddings: str, splits: list[str], out: str, *, engine: str | None = None
 ) -> dict[str, Measures]:
-    """Search with the stores below `embeddings`, write `SYSTEM.SPLIT.run` into `out`, and measure, split by split."""
+    """Search with the stores below `embeddings`, write `SYSTEM.SPLIT.run` into `out`, and measure, split by split.
+
+    Args:
+        engine: `exact`, or `retrieve` for that of section retrieve; `evaluate.engine` when None.
+    """
     from ckd_ray.pipeline.work import search_settings
 
     config, collection = context.config, Collection.open(context.run)
@@ -91,16 +103,27 @@ def measure_system(
     rankings = join(out, "rankings", system)
     counts = {split: collection.num_queries(split) for split in splits}
     search = SearchSettings("exact")
-    if settings.engine == "retrieve":
+    if (engine or settings.engine) == "retrieve":
         search = search_settings(config, store, sum(counts.values()))
     with serving(store, search, config.retrieve.actors) as servers:
         for split in splits:
             queries = join(embeddings, f"queries.{split}")
             job = RetrieveJob(context.run, split, queries, rankings, depth + skips)
             retrieve(job, servers, counts[split], stage=f"evaluate {system} {split}")
+    return measure_rankings(context, system, splits, out, depth)
+
+
+def measure_rankings(context: RunContext, system: str, splits: list[str], out: str, depth: int) -> dict[str, Measures]:
+    """Write `SYSTEM.SPLIT.run` of the rankings in `out`/rankings/SYSTEM, and measure them, split by split.
+
+    Args:
+        depth: passages a query that count, when the query's own passage is left out; else all that are there.
+    """
+    settings, collection = context.config.evaluate, Collection.open(context.run)
     measured = {}
     for split in splits:
-        parts = RankedParts(rankings, split, counts[split], depth if skips else None)
+        own = depth if skips_own_passage(context.config) else None
+        parts = RankedParts(join(out, "rankings", system), split, collection.num_queries(split), own)
         write_trec_run(join(out, f"{system}.{split}.run"), parts, f"ckd-ray-{system}")
         labels = labelled_parts(parts, collection)
         measured[split] = measure_parts(labels, settings.measures, settings.relevance_threshold)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate.table import TABLE
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
 from ckd_ray.model.exchange.card import Facts, model_card
@@ -117,7 +118,8 @@ def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
         if exists(per_query):
             queries[split] = max((len(values) for values in read_json(per_query).values()), default=0)
     name = str(config.get("run", {}).get("name") or last_part(run))
-    return Facts(name=name, role=role, config=config, measures=measures, queries=queries)
+    table = read_json(join(folder, TABLE)) if done and exists(join(folder, TABLE)) else {}
+    return Facts(name=name, role=role, config=config, measures=measures, queries=queries, table=table)
 
 
 def write_student_card(run: str) -> None:

@@ -13,7 +13,7 @@ from ckd_ray.store.files import delete, exists, join, list_folders
 from ckd_ray.store.writing import MANIFEST
 
 # The folders of a run that hold stores.
-_HOLDERS = ("embeddings", "student_embeddings")
+_HOLDERS = ("embeddings", "student_embeddings", "baselines/encoder_embeddings")
 _SHARDS_A_TASK = 16
 
 

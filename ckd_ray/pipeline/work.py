@@ -36,6 +36,7 @@ from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import load_any
+from ckd_ray.model.pooled import PooledModel
 from ckd_ray.pipeline.artefact import identity_of
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
@@ -227,17 +228,31 @@ def evaluate(context: RunContext, made_of: str) -> dict[str, Any]:
 
 
 def embed_all(
-    context: RunContext, checkpoint: str, out: str, made_of: str, *, stage: str, splits: list[str]
+    context: RunContext,
+    checkpoint: str,
+    out: str,
+    made_of: str,
+    *,
+    stage: str,
+    splits: list[str],
+    pooled: bool = False,
+    precision: str | None = None,
 ) -> EmbeddingStore:
-    """Embed the corpus into `out`/passages and the queries of `splits` into `out`/queries.SPLIT."""
+    """Embed the corpus into `out`/passages and the queries of `splits` into `out`/queries.SPLIT.
+
+    Args:
+        pooled: the checkpoint is a `PooledModel`, which gives one row a text; rows are kept in fp16.
+        precision: instead of `embed.precision`.
+    """
     config = context.config.embed
+    kind: type[ColBERT] | type[PooledModel] = PooledModel if pooled else ColBERT
 
     def choose() -> tuple[Any, str]:
         with local_copy(checkpoint) as folder:
-            return _precision(ColBERT.from_pretrained(folder), config.precision)
+            return _precision(kind.from_pretrained(folder), precision or config.precision)
 
-    precision, reason = _agreed_precision(out, choose)
-    say(f"{stage}: {precision} ({reason})")
+    agreed, reason = _agreed_precision(out, choose)
+    say(f"{stage}: {agreed} ({reason})")
     collection = Collection.open(context.run)
     sizes = {f"queries.{split}": collection.num_queries(split) for split in splits}
     jobs = []
@@ -249,10 +264,11 @@ def embed_all(
             out=join(out, texts),
             fingerprint=f"{made_of}/{texts}",
             token_budget=config.token_budget,
-            precision=precision,
+            precision=agreed,
             max_bad=config.max_bad_passages,
+            pooled=pooled,
         )
-        if texts == "passages":
+        if texts == "passages" and not pooled:
             # Queries stay in fp16: they are few, and read in every comparison.
             job = with_codec(replace(job, codec=config.codec), count, config, seed=context.config.run.seed, stage=stage)
         jobs.append((job, plan_shards(count, config.passages_per_shard)))
@@ -300,7 +316,7 @@ def _agreed_precision(out: str, choose: Callable[[], tuple[Any, str]]) -> tuple[
     return precision, reason
 
 
-def _precision(model: ColBERT, requested: str) -> tuple[Any, str]:
+def _precision(model: ColBERT | PooledModel, requested: str) -> tuple[Any, str]:
     import ray
 
     device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"

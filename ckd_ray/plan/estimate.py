@@ -15,6 +15,7 @@ from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.config.schema import TrainingConfig
+from ckd_ray.plan.baselines import baseline_parts
 from ckd_ray.plan.rates import Rates, StepRate
 from ckd_ray.plan.search_time import Part, Servers, search_parts, vote_parts
 from ckd_ray.plan.sizes import Sizes
@@ -322,7 +323,8 @@ def cross_encoder_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layo
 
 
 def evaluate_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout) -> list[Part]:
-    """The student embeds the corpus again; both systems search; the driver writes and measures 2 q K rows."""
+    """The student embeds the corpus again; both systems search; the driver writes and measures 2 q K rows. Then the
+    baselines (baselines.py)."""
     splits = tuple(split for split in config.evaluate.splits if sizes.queries.get(split))
     count = sum(sizes.queries[split] for split in splits)
     depth = min(config.evaluate.depth, sizes.passages)
@@ -332,7 +334,8 @@ def evaluate_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout) -
         found = search_parts(config, sizes, rates, layout, layout.evaluate, count, depth)
         parts += [replace(part, name=f"{part.name} ({system})") for part in found]
     parts.append(Part("run files and measures", 2 * count * depth * rates.evaluate_row_s, "driver"))
-    return parts
+    starts = [_start(factors, rates, "start processes (encoder as it is)") for factors in (EMBED_START, SERVE_START)]
+    return parts + baseline_parts(config, sizes, rates, layout, starts, count, depth)
 
 
 def to_dict(plan: Plan, usd_an_hour: float | None, sizes: Sizes, rates: Rates, layout: Layout) -> dict[str, Any]:

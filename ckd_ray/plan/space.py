@@ -46,6 +46,7 @@ def stage_storage(name: str, config: Config, sizes: Sizes, rates: Rates, layout:
 
     rankings: q K (9 in Parquet + 4 in the matrix). labels: q clusters (4 (D + 1) in the array + 4 D in Parquet, of
     which 95 % are kept). A checkpoint: 4 P. index (faiss, local runs): 24 V + 4 C D. evaluation: 2 q K (57).
+    baselines: q K (44) each.
     """
     m, train = config.model, sizes.queries.get("train", 0)
     weights = 4.0 * rates.parameters + 1e6
@@ -76,6 +77,7 @@ def stage_storage(name: str, config: Config, sizes: Sizes, rates: Rates, layout:
     return {
         **{f"student_embeddings/{key}": size for key, size in found.items()},
         "evaluation": rows * (_RUN_ROW + _RANK_ROW + _MATRIX_ROW),
+        **({"baselines": len(config.evaluate.baselines) * rows / 2 * _RUN_ROW} if config.evaluate.baselines else {}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate.table import TABLE
 from ckd_ray.pipeline.finished import FinishedRun
 from ckd_ray.pipeline.stages import STAGES
 from ckd_ray.report.labelled_run import labels_of
@@ -35,8 +36,8 @@ class Facts:
     """Everything on the page.
 
     Attributes:
-        measures, comparison: of `evaluation/`; table: of `compare/`; search: of `tune/`; against: what
-            `evaluate --against` has written.
+        measures, comparison, closing: of `evaluation/` (closing is its table of all systems); table: of `compare/`;
+            search: of `tune/`; against: what `evaluate --against` has written.
         stages: name, folder, seconds, figures, of the finished ones in order.
         curves: `teacher`, `student` -> records of metrics.jsonl.
         labels: objects of `inspect_query` for some queries.
@@ -46,6 +47,7 @@ class Facts:
     collection: dict[str, Any]
     measures: dict[str, Any] | None
     comparison: dict[str, Any]
+    closing: dict[str, Any] | None
     table: dict[str, Any] | None
     search: dict[str, Any] | None
     against: list[dict[str, Any]]
@@ -66,6 +68,7 @@ def gather(run: FinishedRun) -> Facts:
         collection=read_json(join(run.base, "corpus", "manifest.json")) if built else {},
         measures=measures,
         comparison=_maybe(join(evaluation, "comparison.json")) or {},
+        closing=_maybe(join(evaluation, TABLE)),
         table=_maybe(join(run.base, "compare", "table.json")),
         search=_maybe(join(run.base, "tune", "summary.json")),
         against=[read_json(join(evaluation, n)) for n in list_files(evaluation, ".json") if n.startswith("against-")],

@@ -14,7 +14,7 @@ from ckd_ray.report.facts import Facts, gather
 from ckd_ray.store.files import write_atomic
 
 _SECTIONS = (
-    ("table", "Teacher and student", sections.table),
+    ("table", "Student against the others", sections.table),
     ("comparison", "Objectives compared", sections.comparison),
     ("search", "Search for settings", trials.search),
     ("curves", "Training", sections.curves),

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ckd_ray.progress import duration
+from ckd_ray.report.closing import differences, systems, worth
 from ckd_ray.report.facts import Facts, SplitWins
 from ckd_ray.report.plots import Interval, Series, bar, histogram, intervals, lines, number
 from ckd_ray.report.wins import Example
@@ -20,7 +21,7 @@ _NOT_MEASURES = {"step", "loss", "learning_rate", "gradient_norm", "seconds"}
 
 
 def header(facts: Facts) -> str:
-    """Name, what it is, and the measures of the last split as cards."""
+    """Name, what it is, whether it is worth having, the measures of the last split as cards, and all systems."""
     config = facts.run.record.get("config", {})
     distill = config.get("distill", {})
     rows = facts.collection.get("rows")
@@ -30,7 +31,7 @@ def header(facts: Facts) -> str:
         f"ckd-ray {facts.run.record.get('ckd_ray', '')}",
     ]
     text = f"<h1>{escape(facts.run.name)}</h1><p class=soft>{escape(' · '.join(a for a in about if a))}</p>"
-    return text + _verdict(facts) + _cards(facts)
+    return text + worth(facts) + _verdict(facts) + _cards(facts) + systems(facts)
 
 
 def _last_split(facts: Facts) -> str | None:
@@ -70,49 +71,19 @@ def _cards(facts: Facts) -> str:
 
 
 def table(facts: Facts) -> str:
-    """Teacher against student, split by split, with the differences drawn."""
-    parts = []
-    for split, rows in facts.comparison.items():
-        if not rows:
-            continue
-        body = "".join(
-            f"<tr><td class=l>{escape(name)}</td><td>{r['teacher']:.4f}</td><td>{r['student']:.4f}</td>"
-            f"<td>{r['difference_mean']:+.4f}</td><td>[{r['difference_low']:+.4f}, {r['difference_high']:+.4f}]</td>"
-            f"<td>{r['difference_p']:.4f}</td></tr>"
-            for name, r in rows.items()
-        )
-        drawn = intervals(
-            [
-                Interval(n, r["difference_mean"], r["difference_low"], r["difference_high"], (), _hint(n, r))
-                for n, r in rows.items()
-            ],
-            caption="Student minus teacher, 95 % interval",
-            zero=True,
-        )
-        queries = next(iter(rows.values()))["queries"]
-        parts.append(
-            f"<h3>{escape(split)} ({queries:,} queries)</h3><div class=scroll><table class=sortable>"
-            "<thead><tr><th class=l>measure<th>teacher<th>student<th>difference<th>95 % interval<th>p</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>{drawn}"
-        )
-    if not parts:
+    """The student against every other system, split by split."""
+    found = differences(facts)
+    if not found:
         return _means(facts)
     note = (
-        "<p class=note>p: paired randomisation test over queries; interval: bootstrap over queries. "
-        "A query without results counts as 0.</p>"
+        "<p class=note>p: paired randomisation test over queries; corrected: by Holm, over the comparisons of one "
+        "measure and split; interval: bootstrap over queries. A query without results counts as 0.</p>"
     )
-    return "".join(parts) + note + _against(facts)
-
-
-def _hint(name: str, row: dict[str, Any]) -> str:
-    return (
-        f"{name}: {row['difference_mean']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}], "
-        f"p {row['difference_p']:.4f}"
-    )
+    return found + note + _against(facts)
 
 
 def _means(facts: Facts) -> str:
-    """A variant has no teacher of its own: the student's means."""
+    """A variant has no other systems of its own: the student's means."""
     if not facts.measures:
         return ""
     rows = [
@@ -148,7 +119,7 @@ def _against(facts: Facts) -> str:
 
 
 def comparison(facts: Facts) -> str:
-    """The objectives, seeds and BM25 of `ckd-ray compare`."""
+    """The objectives, seeds and baselines of `ckd-ray compare`."""
     if not facts.table:
         return ""
     found, parts = facts.table, []
@@ -165,8 +136,9 @@ def comparison(facts: Facts) -> str:
             difference = measures[first][name]
             test = (
                 f"<td>{difference['difference_mean']:+.4f}</td><td>{difference['difference_p']:.4f}</td>"
+                f"<td>{_corrected(difference)}</td>"
                 if "difference_p" in difference
-                else "<td></td><td></td>"
+                else "<td></td><td></td><td></td>"
             )
             seconds, cost = facts_of["train_seconds"], facts_of["label_seconds_a_query"]
             cells += test
@@ -180,8 +152,8 @@ def comparison(facts: Facts) -> str:
         )
         parts.append(
             f"<h3>{escape(split)} ({found['queries'][split]:,} queries)</h3><div class=scroll><table class=sortable>"
-            f"<thead><tr><th class=l>system{heads}<th>{escape(first)} - {escape(found['baseline'])}<th>p<th>training"
-            f"<th>labels, ms a query</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{drawn}"
+            f"<thead><tr><th class=l>system{heads}<th>{escape(first)} - {escape(found['baseline'])}<th>p<th>corrected p"
+            f"<th>training<th>labels, ms a query</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{drawn}"
         )
     budget = ", ".join(f"{key} {value:,}" for key, value in found.get("budget", {}).items())
     return (
@@ -189,8 +161,14 @@ def comparison(facts: Facts) -> str:
         "embeddings, rankings and labels.</p>"
         + "".join(parts)
         + "<p class=note>Interval: bootstrap over queries and seeds. "
-        f"p: paired randomisation test against {escape(found['baseline'])} over queries, on the means of the seeds.</p>"
+        f"p: paired randomisation test against {escape(found['baseline'])} over queries, on the means of the seeds; "
+        "corrected: by Holm, over the comparisons of one measure and split.</p>"
     )
+
+
+def _corrected(cell: dict[str, Any]) -> str:
+    """Tables of earlier versions have no corrected p."""
+    return f"{cell['difference_p_holm']:.4f}" if "difference_p_holm" in cell else ""
 
 
 def _cell_hint(cell: dict[str, Any]) -> str:

@@ -37,11 +37,11 @@ def times(folder: Path) -> dict[str, int]:
 def test_a_comparison_shares_resumes_and_tests(
     ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
-    has_bm25 = "compare.bm25=true" if _bm25() else "compare.bm25=false"
-    table = run_compare(config(tmp_path, tiny_backbone, tiny_collection, has_bm25))
+    baselines = "evaluate.baselines=[encoder,bm25]"
+    table = run_compare(config(tmp_path, tiny_backbone, tiny_collection, baselines))
     run = tmp_path / "tiny"
-    names = [*(["bm25"] if _bm25() else []), "teacher", "contrastive", "collective"]
-    assert list(table["systems"]) == names
+    assert list(table["systems"]) == ["encoder", "bm25", "teacher", "contrastive", "collective"]
+    assert sorted(p.name for p in (run / "baselines").iterdir()) == ["bm25", "encoder"]
     assert json.loads((run / "compare" / "table.json").read_text()) == table
     markdown = (run / "compare" / "table.md").read_text()
     assert "## test (6 queries)" in markdown and "| collective |" in markdown
@@ -49,7 +49,7 @@ def test_a_comparison_shares_resumes_and_tests(
     values = {}
     for name in ("contrastive", "collective"):
         folder = run / "compare" / f"{name}-5" / "evaluation"
-        assert not (folder / "teacher.dev.run").exists()
+        assert not (folder / "teacher.dev.run").exists() and not (folder / "table.json").exists()
         values[name] = json.loads((folder / "student.dev.per_query.json").read_text())["MRR@10"]
         cell = table["splits"]["dev"]["MRR@10"][name]
         assert cell["mean"] == pytest.approx(np.mean(list(values[name].values())))
@@ -58,7 +58,9 @@ def test_a_comparison_shares_resumes_and_tests(
     gains = [values["collective"][q] - values["contrastive"][q] for q in values["contrastive"]]
     assert difference["difference_mean"] == pytest.approx(np.mean(gains))
     assert table["systems"]["collective"]["label_seconds"] > 0 == table["systems"]["contrastive"]["label_seconds"]
-    _resumes(config(tmp_path, tiny_backbone, tiny_collection, has_bm25), run, table)
+    _resumes(config(tmp_path, tiny_backbone, tiny_collection, baselines), run, table)
+    without = run_compare(config(tmp_path, tiny_backbone, tiny_collection, baselines, "compare.bm25=false"))
+    assert list(without["systems"]) == ["encoder", "teacher", "contrastive", "collective"]
     _against(run)
     _other_engine_and_own_passages(tmp_path, tiny_backbone, tiny_collection, run)
 
@@ -73,12 +75,6 @@ def _other_engine_and_own_passages(storage: Path, backbone: str, collection: str
     ranked = pq.read_table(run / "other" / "rankings" / "teacher" / "dev-000000.parquet")
     assert max(ranked["rank"].to_pylist()) == 51
     assert read_trec_run(str(run / "other" / "teacher.dev.run"))["rank"].max() == 50
-
-
-def _bm25() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("bm25s") is not None
 
 
 def _resumes(again: Config, run: Path, table: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.model import ColBERT
 from ckd_ray.pipeline import artefact, work
+from ckd_ray.pipeline.baselines import measure_baselines
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.generations import run_generations
 from ckd_ray.pipeline.runner import StageReport, run_stages
@@ -33,9 +35,11 @@ from ckd_ray.pipeline.stages import STAGE_NAMES
 from ckd_ray.store import EmbeddingStore, shard_name
 from tests.support import classifier, flip_bit, overrides
 
+BASELINES = "evaluate.baselines=[encoder,bm25]"
+
 
 def run(storage: Path, backbone: str, collection: str, *more: str, **options: object) -> list[StageReport]:
-    return run_stages(load_config(None, overrides(storage, backbone, collection, *more)), **options)
+    return run_stages(load_config(None, overrides(storage, backbone, collection, BASELINES, *more)), **options)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,74 @@ def test_evaluation_files(finished: Path) -> None:
     for query, ranked in first.items():
         rank = ranked.index(f"p{query[1:]}") + 1 if f"p{query[1:]}" in ranked else 99
         assert per_query["MRR@10"][query] == pytest.approx(1 / rank if rank <= 10 else 0)
+
+
+def test_the_encoder_as_it_is_ranks_by_the_cosine_of_pooled_vectors(finished: Path, tiny_backbone: str) -> None:
+    """Against one text at a time, its token outputs averaged, all pairs compared."""
+    from transformers import AutoModel, AutoTokenizer
+
+    hf, encoder = AutoTokenizer.from_pretrained(tiny_backbone), AutoModel.from_pretrained(tiny_backbone).eval()
+
+    def vector(text: str) -> np.ndarray:
+        ids = hf(text, add_special_tokens=False, truncation=True, max_length=62)["input_ids"]
+        with torch.no_grad():
+            rows = encoder(torch.tensor([[hf.cls_token_id, *ids, hf.sep_token_id]])).last_hidden_state[0]
+        mean = rows.double().mean(0).numpy()
+        return mean / np.linalg.norm(mean)
+
+    collection = Collection.open(str(finished / "tiny"))
+    passages = np.stack([vector(text) for text in collection.iter_passages(0, 60)])
+    queries, folder = collection.queries("dev"), finished / "tiny" / "baselines" / "encoder"
+    ranked = read_trec_run(str(folder / "encoder.dev.run"))
+    for query, text in zip(queries.ids, queries.texts, strict=True):
+        cosine = dict(zip(collection.passage_ids(list(range(60))), passages @ vector(text), strict=True))
+        mine = ranked[ranked["query_id"] == query].sort_values("rank")
+        best = sorted(cosine.values(), reverse=True)[:50]
+        # Vectors are kept in fp16, so neighbours closer than that may stand the other way round.
+        assert [cosine[p] for p in mine["doc_id"]] == pytest.approx(best, abs=1e-3)
+        assert mine["score"].tolist() == pytest.approx(best, abs=1e-3)
+        clear = [i for i, (a, b) in enumerate(itertools.pairwise(best)) if a - b > 2e-3]
+        for i in clear:
+            above = {p for p, value in cosine.items() if value > best[i] - 1e-3}
+            assert set(mine["doc_id"][: i + 1]) == above
+    per_query = json.loads((folder / "encoder.dev.per_query.json").read_text())["MRR@10"]
+    firsts = {q: g.sort_values("rank")["doc_id"].tolist()[:10] for q, g in ranked.groupby("query_id")}
+    for query, top in firsts.items():
+        assert per_query[query] == pytest.approx(1 / (top.index(f"p{query[1:]}") + 1) if f"p{query[1:]}" in top else 0)
+
+
+def test_the_baselines_leave_measures_and_runs_and_a_table(finished: Path) -> None:
+    run_folder = finished / "tiny"
+    for name in ("encoder", "bm25"):
+        files = {path.name for path in (run_folder / "baselines" / name).iterdir()}
+        splits = {f"{name}.{split}.{kind}" for split in ("dev", "test") for kind in ("run", "per_query.json")}
+        assert files == {"manifest.json", "measures.json", *splits}
+    assert [p.name for p in sorted((run_folder / "baselines").iterdir())] == ["bm25", "encoder"]
+    table = json.loads((run_folder / "evaluation" / "table.json").read_text())
+    measures = json.loads((run_folder / "evaluation" / "measures.json").read_text())["splits"]
+    assert set(measures["dev"]) == {"teacher", "student"} and table["left_out"] == {}
+    for split, rows in table["splits"].items():
+        for name, row in rows.items():
+            assert list(row["systems"]) == ["encoder", "bm25", "teacher", "student"]
+            assert {cell["n"] for cell in row["systems"].values()} == {6}
+            assert row["systems"]["student"]["mean"] == pytest.approx(measures[split]["student"][name])
+            comparison = json.loads((run_folder / "evaluation" / "comparison.json").read_text())[split][name]
+            assert row["student_minus"]["teacher"]["p"] == comparison["difference_p"]
+    assert table["verdict"]["split"] == "dev"
+    card = (run_folder / "student" / "README.md").read_text()
+    assert table["verdict"]["text"] in card and "| dev | 6 | BM25 |" in card and "| **student** |" in card
+
+
+def test_a_backbone_that_is_a_colbert_model_is_no_baseline(
+    finished: Path, tiny_backbone: str, tiny_collection: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    student = str(finished / "tiny" / "student")
+    config = load_config(None, overrides(finished, student, tiny_collection))
+    found = measure_baselines(RunContext.of(config), ["dev"], ["encoder"])
+    assert found.folders == {} and "late-interaction (ColBERT) model (ckd-ray)" in found.left_out["encoder"]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("baselines:")]
+    assert said == [f"baselines: encoder is left out: {found.left_out['encoder']}"]
+    assert (finished / "tiny/baselines/encoder/manifest.json").exists(), "that of the other backbone stays"
 
 
 def test_student_is_a_checkpoint_that_transformers_reads(finished: Path) -> None:
@@ -275,8 +347,14 @@ def test_a_broken_shard_alone_is_made_again(finished: Path, tiny_backbone: str, 
 
 
 def test_temperature_runs_distill_and_evaluate_only(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
+    """And a second student finds the baselines of the run measured."""
+    before = {p: p.stat().st_mtime_ns for p in (finished / "tiny" / "baselines").rglob("*")}
+    assert len(before) == 14
     reports = run(finished, tiny_backbone, tiny_collection, "distill.temperature=0.5")
     assert [r.name for r in reports if not r.skipped] == ["distill", "evaluate"]
+    assert {p: p.stat().st_mtime_ns for p in (finished / "tiny" / "baselines").rglob("*")} == before
+    table = json.loads((finished / "tiny" / "evaluation" / "table.json").read_text())
+    assert set(table["splits"]["dev"]["MRR@10"]["student_minus"]) == {"encoder", "bm25", "teacher"}
 
 
 def test_contrastive_needs_no_labels(

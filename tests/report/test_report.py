@@ -176,6 +176,13 @@ def test_the_numbers_are_those_of_the_run(run: Path, page: str) -> None:
     for rows in comparison.values():
         for row in rows.values():
             assert f"{row['student']:.4f}" in text and f"{row['difference_mean']:+.4f}" in text
+    table = json.loads((run / "evaluation" / "table.json").read_text())
+    for rows in table["splits"].values():
+        for row in rows.values():
+            for cell in row["systems"].values():
+                assert f"{cell['mean']:.4f} [{cell['low']:.4f}, {cell['high']:.4f}]" in re.sub(r"\s+", " ", text)
+            for difference in row["student_minus"].values():
+                assert f"{difference['mean']:+.4f}" in text and f"{difference['p_holm']:.4f}" in text
     facts = gather(open_finished(str(run)))
     per_query = {
         name: json.loads((run / "evaluation" / f"{name}.dev.per_query.json").read_text())["MRR@10"]
@@ -195,6 +202,14 @@ def test_the_numbers_are_those_of_the_run(run: Path, page: str) -> None:
         assert example.student == pytest.approx(1 / after if after and after <= 10 else 0)
         assert [rank for rank, *_ in example.tops["student"]] == [1, 2, 3]
     assert dev.won or dev.lost
+
+
+def test_the_first_screen_says_what_a_user_would_have_instead(page: str) -> None:
+    first = page[page.index("<header>") : page.index("</header>")]
+    assert "The student is not better than the encoder as it is" in first
+    for name in ("encoder as it is", "BM25", "teacher", "student"):
+        assert f"<td class=l>{name}</td>" in first
+    assert "a third is left out: &lt;script&gt;" in first
 
 
 def test_an_unfinished_run_has_a_page_of_what_is_there(run: Path, tmp_path: Path) -> None:

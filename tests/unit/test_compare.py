@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckd_ray.compare import bm25, job
+from ckd_ray.compare import job
 from ckd_ray.compare.plan import objectives, variants
 from ckd_ray.compare.table import System, build_table, render_markdown, render_text
 from ckd_ray.config import ConfigError, load_config
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate import bm25
+from ckd_ray.evaluate.significance import holm
+from ckd_ray.pipeline.baselines import measure_baselines
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.pipeline.stages import STAGES, made_of
@@ -54,6 +57,8 @@ def test_variants_differ_in_the_distillation_alone() -> None:
         ("compare.seeds=[1, 1]", "listed twice"),
         ("evaluate.skip_same_id=maybe", "expected auto or true or false"),
         ("evaluate.engine=fast", "evaluate.engine"),
+        ("evaluate.baselines=[encoder, encoder]", "listed twice"),
+        ("evaluate.baselines=[encodr]", "'encoder' or 'bm25'"),
     ],
 )
 def test_wrong_settings_are_named(value: str, message: str) -> None:
@@ -101,22 +106,41 @@ def test_the_table_by_hand() -> None:
     assert cells["collective"]["difference_p"] == 1.0
     assert cells["bm25"]["difference_mean"] == pytest.approx(-0.375)
     assert "difference_p" not in cells["contrastive"]
+    tested = [cells[name] for name in ("bm25", "collective")]
+    assert [cell["difference_p_holm"] for cell in tested] == holm([cell["difference_p"] for cell in tested])
     assert table["systems"]["collective"]["label_seconds_a_query"] == pytest.approx(0.002)
     markdown = render_markdown(table)
-    assert "| collective | 0.8750 [" in markdown and "+0.2500, p 1.0000 | 12 | 2.00 |" in markdown
+    assert "| collective | 0.8750 [" in markdown and "+0.2500, p 1.0000, Holm 1.0000 | 12 | 2.00 |" in markdown
+    assert max(map(len, render_text(table).splitlines())) <= 100
     assert "collective " in render_text(table) and "+0.2500" in render_text(table)
 
 
-def test_a_missing_bm25s_names_the_line_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_a_baseline_that_cannot_be_measured_is_left_out_with_the_reason(
+    tmp_path: Path,
+    tiny_backbone: str,
+    tiny_collection: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from ckd_ray.pipeline import baselines
+    from ckd_ray.pipeline.runner import run_stages
 
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UserError, match=r"pip install 'ckd-ray\[bm25\]'"):
-        bm25.check_installed()
+    values = overrides(tmp_path, tiny_backbone, tiny_collection)
+    run_stages(load_config(None, values), until="collection")
+
+    def left_out(name: str, *more: str) -> str:
+        found = measure_baselines(RunContext.of(load_config(None, [*values, *more])), ["dev"], [name])
+        assert found.folders == {} and not (tmp_path / "tiny" / "baselines").exists()
+        assert f"baselines: {name} is left out: {found.left_out[name]}" in capsys.readouterr().err
+        return found.left_out[name]
+
+    assert "60 passages are more than evaluate.bm25_passages (59)" in left_out("bm25", "evaluate.bm25_passages=59")
+    assert "'no_such_thing' is not installed" in left_out("encoder", "model.backbone=package:no_such_thing/model")
+    monkeypatch.setattr(baselines, "find_spec", lambda name: None)
+    assert "pip install bm25s" in left_out("bm25")
 
 
 def test_bm25_is_lucene_s_formula(tmp_path: Path, tiny_collection: str) -> None:
-    pytest.importorskip("bm25s")
     import pyarrow.parquet as pq
 
     from ckd_ray.data import Collection, build_collection
@@ -139,3 +163,21 @@ def test_bm25_is_lucene_s_formula(tmp_path: Path, tiny_collection: str) -> None:
         expected = np.sort(literal[literal > 0])[::-1][:20]
         assert np.allclose(mine["score"], expected, atol=1e-4)
         assert np.allclose(literal[mine["passage_index"]], expected, atol=1e-4)
+
+
+def test_bm25_of_a_collection_without_words_finds_nothing(tmp_path: Path) -> None:
+    """bm25s itself fails on an index of no word."""
+    import pyarrow.parquet as pq
+
+    from ckd_ray.data import build_collection
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "collection.tsv").write_text("p1\t.\np2\tthe\n")
+    for split in ("train", "dev"):
+        (folder / f"queries.{split}.tsv").write_text(f"q-{split}\twhat is it\n")
+        (folder / f"qrels.{split}.tsv").write_text(f"q-{split}\t0\tp1\t1\n")
+    config = load_config(None, ["collection.format=msmarco", f"collection.path={folder}"])
+    build_collection(config.collection, str(tmp_path), progress=lambda done, total: None)
+    bm25.rank_bm25(str(tmp_path), ["dev"], str(tmp_path / "out"), 20)
+    assert pq.read_table(tmp_path / "out" / "dev-000000.parquet").num_rows == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ckd_ray.embed.encoder import TextEncoder, _ranges, choose_precision, token_budget_batches
+from ckd_ray.embed.encoder import PooledEncoder, TextEncoder, _ranges, choose_precision, token_budget_batches
 from ckd_ray.embed.fused import FusedLinear, fuse_linears
 from ckd_ray.embed.int8 import Int8Linear, quantise_linears
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.pooled import PooledModel, load_pooled_tokenizer, pool
 from tests.support import WORDS
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
@@ -156,3 +159,66 @@ def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: py
         found["tokens"] / 20, rel=1e-3
     )
     assert rates["gpu_share_of_matmul"] > 0
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_pooling_is_that_of_a_literal_loop(tiny_backbone: str, pooling: str) -> None:
+    """One text at a time, without padding: [CLS] text [SEP], its token outputs pooled, a vector of length 1."""
+    model = PooledModel.from_backbone(tiny_backbone)
+    model.pooling = pooling  # type: ignore[assignment]
+    encoded = PooledEncoder(model, token_budget=100).passages(model.tokenizer.passages(texts()))
+    assert encoded.lengths.tolist() == [1] * len(texts()) and encoded.embeddings_TD.shape == (len(texts()), 32)
+    hf = model.tokenizer.hf
+    for text, found in zip(texts(), encoded.embeddings_TD.float(), strict=True):
+        ids = [hf.cls_token_id, *hf(text, add_special_tokens=False)["input_ids"], hf.sep_token_id]
+        with torch.no_grad():
+            rows = [row.tolist() for row in model.backbone(torch.tensor([ids])).last_hidden_state[0]]
+        if pooling == "cls":
+            rows = rows[:1]
+        literal = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        norm = sum(v * v for v in literal) ** 0.5
+        assert found.tolist() == pytest.approx([v / norm for v in literal], abs=1e-3)  # rows are kept in fp16
+
+
+def test_pooling_is_sentence_transformers_formula(tiny_backbone: str) -> None:
+    """Its models.Pooling: token outputs times the expanded mask, summed, over the mask's sum, at least 1e-9."""
+    model = PooledModel.from_backbone(tiny_backbone)
+    ids_NL, mask_NL = model.tokenizer.pad(model.tokenizer.passages([t for t in texts() if t][:6]))
+    with torch.no_grad():
+        token_embeddings = model.backbone(input_ids=ids_NL, attention_mask=mask_NL).last_hidden_state
+        expanded = mask_NL.unsqueeze(-1).expand(token_embeddings.size()).to(token_embeddings.dtype)
+        theirs = torch.sum(token_embeddings * expanded, 1) / torch.clamp(expanded.sum(1), min=1e-9)
+        assert torch.allclose(pool(token_embeddings, mask_NL, "mean"), theirs, atol=1e-6)
+        assert torch.allclose(model.vectors(ids_NL, mask_NL), torch.nn.functional.normalize(theirs, dim=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("modes", "limit", "pooling", "maxlen"),
+    [
+        (None, None, "mean", 64),  # 256, and the backbone holds 64
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, 48, "cls", 48),
+        ({"pooling_mode": "cls"}, 500, "cls", 64),
+        ({"pooling_mode_max_tokens": True}, None, "mean", 64),
+    ],
+)
+def test_the_folder_says_how_its_texts_are_pooled(
+    tiny_backbone: str, tmp_path: Path, modes: dict | None, limit: int | None, pooling: str, maxlen: int
+) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    if modes is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    if limit is not None:
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": limit}))
+    PooledModel.from_backbone(str(folder)).save(tmp_path / "saved")
+    model = PooledModel.from_pretrained(tmp_path / "saved")
+    assert (model.pooling, model.settings.doc_maxlen, model.settings.dim) == (pooling, maxlen, 32)
+    (long,) = load_pooled_tokenizer(tmp_path / "saved").passages([" ".join(WORDS * 10)])
+    assert len(long) == maxlen
+
+
+def test_a_colbert_model_has_no_pooled_vector(model: ColBERT, tmp_path: Path) -> None:
+    model.save(tmp_path / "colbert")
+    with pytest.raises(UserError, match=r"late-interaction \(ColBERT\) model \(ckd-ray\)"):
+        PooledModel.from_backbone(str(tmp_path / "colbert"))

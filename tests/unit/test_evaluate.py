@@ -12,9 +12,10 @@ import pytest
 
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.compare import compare, render, same_queries
-from ckd_ray.evaluate.measures import measure_parts, measure_run
+from ckd_ray.evaluate.measures import Measures, measure_parts, measure_run
 from ckd_ray.evaluate.runs import falling_scores, read_trec_run, without_own_passage, write_trec_run
-from ckd_ray.evaluate.significance import bootstrap_interval, paired_difference
+from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
+from ckd_ray.evaluate.table import build_table, render_table
 
 QRELS = pd.DataFrame(
     [("a", "p1", 2), ("a", "p2", 1), ("a", "p3", 0), ("b", "p4", 1), ("c", "p5", 3), ("d", "p1", 0)],
@@ -217,3 +218,71 @@ def test_the_interval_counts_seeds() -> None:
     assert low < queries.mean() - 0.06 and high > queries.mean() + 0.06
     a, b = np.zeros((3, 400)), seeds
     assert paired_difference(a, b).mean == pytest.approx(queries.mean())
+
+
+def test_holm_s_correction_by_hand() -> None:
+    """Smallest first: 0.01 x 4, 0.02 x 3, 0.03 x 2 = 0.06 as well, 0.5 x 1."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.6, 0.8]) == [1.0, 1.0, 1.0]
+    assert holm([0.04]) == [0.04] and holm([]) == []
+
+
+def measured(**values: list[float]) -> dict[str, Measures]:
+    """A system of one measure, a value a query."""
+    return {
+        name: Measures.of({"MRR@10": {f"q{i}": value for i, value in enumerate(column)}})
+        for name, column in values.items()
+    }
+
+
+def test_the_closing_table_by_hand() -> None:
+    better = np.linspace(0.3, 1.0, 20)
+    systems = measured(student=list(better), encoder=list(better - 0.1), bm25=[0.0] * 20, teacher=list(better))
+    table = build_table({"dev": systems})
+    row = table["splits"]["dev"]["MRR@10"]
+    assert list(row["systems"]) == ["encoder", "bm25", "teacher", "student"]
+    assert row["systems"]["student"]["mean"] == pytest.approx(0.65) and row["systems"]["student"]["n"] == 20
+    assert row["systems"]["encoder"]["low"] < 0.55 < row["systems"]["encoder"]["high"]
+    assert row["systems"]["bm25"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 20}
+    differences = row["student_minus"]
+    assert {name: round(d["mean"], 6) for name, d in differences.items()} == {
+        "encoder": 0.1,
+        "bm25": 0.65,
+        "teacher": 0,
+    }
+    assert [d["p_holm"] for d in differences.values()] == holm([d["p"] for d in differences.values()])
+    assert differences["encoder"]["p_holm"] == pytest.approx(3 / 10_001) and differences["teacher"]["p_holm"] == 1.0
+    assert table["verdict"]["better"] and table["verdict"]["text"].startswith("The student is better than the encoder")
+
+    text = render_table({**table, "left_out": {"bm25": "too large"}})
+    assert max(map(len, text.splitlines())) <= 100
+    assert "dev (20 queries)" in text and "Holm-corrected over the comparisons of one measure and split" in text
+    lines = [line.split() for line in text.splitlines()]
+    encoder, student = (next(line for line in lines if line[0] == name) for name in ("encoder", "student"))
+    assert encoder[:5] == ["encoder", "as", "it", "is", "0.5500"]
+    assert encoder[-4:] == ["+0.1000", "[+0.1000,", "+0.1000]", "0.0003"]
+    assert student[:2] == ["student", "0.6500"] and len(student) == 4
+    assert text.endswith("BM25: left out: too large")
+    assert "nothing was measured" in render_table(build_table({}))
+
+
+def test_the_verdict_is_on_the_first_measure_of_dev() -> None:
+    worse = measured(student=[0.4, 0.5], encoder=[0.5, 0.5], teacher=[0.1, 0.1])
+    good = measured(student=[1.0] * 12, encoder=[0.5] * 12)
+    verdict = build_table({"test": good, "dev": worse})["verdict"]
+    assert not verdict["better"] and (verdict["split"], verdict["measure"]) == ("dev", "MRR@10")
+    assert (verdict["student"], verdict["encoder"]) == (pytest.approx(0.45), 0.5)
+    assert "The student is not better than the encoder as it is: MRR@10 0.4500 against 0.5000 on dev" in verdict["text"]
+    assert "ckd-ray tune" in verdict["text"]
+    assert build_table({"test": good})["verdict"]["better"], "the first split where there is no dev"
+    equal = build_table({"dev": measured(student=[0.5, 1.0], encoder=[1.0, 0.5])})["verdict"]
+    assert not equal["better"]
+    lucky = build_table({"dev": measured(student=[0.5, 1.0], encoder=[0.5, 0.9])})["verdict"]
+    assert lucky["better"] and "no more than chance" in lucky["text"]
+    assert build_table({"dev": measured(student=[1.0], teacher=[0.5])})["verdict"] is None
+
+
+def test_systems_of_different_queries_are_no_table() -> None:
+    systems = {**measured(student=[1.0, 0.0]), **measured(encoder=[1.0])}
+    with pytest.raises(ValueError, match="not measured on the same queries"):
+        build_table({"dev": systems})

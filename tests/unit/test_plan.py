@@ -195,6 +195,12 @@ def test_the_driver_does_not_shrink() -> None:
     assert many["score all passages (student)"] == pytest.approx(evaluate["score all passages (student)"] / 10)
     assert many["exact scores of the best (teacher)"] == pytest.approx(evaluate["exact scores of the best (teacher)"])
     assert many["encode"] == pytest.approx(evaluate["encode"] / 10)
+    assert many["encode (encoder as it is)"] == pytest.approx(evaluate["encode (encoder as it is)"] / 10)
+    assert many["BM25"] == evaluate["BM25"] == pytest.approx(100_000 * (SMALL.tokens * 1e-6 + 200 * 1.5e-8))
+    assert many["run files and measures (baselines)"] == pytest.approx(2 * 200 * 1000 * 1e-5)
+    fewer = config("evaluate.baselines=[encoder, bm25]", "evaluate.bm25_passages=99999")
+    names = [p.name for p in e.estimate(fewer, sizes, rates(), lay_out(fewer, sizes, machines(1, 4))).stages[-1].parts]
+    assert "BM25" not in names and "encode (encoder as it is)" in names
     assert ten.seconds > one.serial_seconds * 0.9
     assert one.bound.name == "embed" or one.bound.name == "evaluate"
 

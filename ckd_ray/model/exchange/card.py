@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckd_ray import __version__
+from ckd_ray.evaluate.table import SYSTEMS
 from ckd_ray.model.settings import ColBERTSettings
 
 TITLE = "Collective Relevance Labeling for Passage Retrieval"
@@ -45,6 +46,7 @@ class Facts:
         config: the run's configuration as a tree; empty when there is none.
         measures: split -> measure -> mean, of this model.
         queries: split -> how many queries were measured.
+        table: of all systems of the run, as `ckd_ray.evaluate.table.build_table` makes it; empty when there is none.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Facts:
     config: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     queries: Mapping[str, int] = field(default_factory=dict)
+    table: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(settings: ColBERTSettings, facts: Facts, fmt: str | None = None, notes: list[str] | None = None) -> str:
@@ -84,18 +87,41 @@ def _head(facts: Facts, fmt: str | None) -> str:
 def _measures(facts: Facts) -> str:
     if not facts.measures:
         return "## Measures\n\nNone: the run has not evaluated this model."
-    names = list(dict.fromkeys(name for values in facts.measures.values() for name in values))
-    rows = [f"| split | queries | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for split, values in facts.measures.items():
-        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
-        rows.append(f"| {split} | {facts.queries.get(split, '')} | {' | '.join(cells)} |")
+    rows = _systems(facts) if facts.table.get("splits") else _means(facts)
     collection = facts.config.get("collection", {})
     source = collection.get("path") or collection.get("passages") or collection.get("format", "")
     # The name of a collection, not where it lay: a card is published, and folders of a machine tell nothing.
     name = str(source).rstrip("/").rpartition("/")[2]
     exact = facts.config.get("evaluate", {}).get("engine", "exact") == "exact"
     kind = "Exact search" if exact else "Approximate search, with exact scores of the candidates,"
-    return f"## Measures\n\n{kind} over the collection `{name}`.\n\n" + "\n".join(rows)
+    verdict = facts.table.get("verdict") if facts.role == "student" else None
+    told = f"{verdict['text']}\n\n" if verdict else ""
+    return f"## Measures\n\n{told}{kind} over the collection `{name}`.\n\n" + "\n".join(rows)
+
+
+def _means(facts: Facts) -> list[str]:
+    """A row a split, of this model alone."""
+    names = list(dict.fromkeys(name for values in facts.measures.values() for name in values))
+    rows = [f"| split | queries | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for split, values in facts.measures.items():
+        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
+        rows.append(f"| {split} | {facts.queries.get(split, '')} | {' | '.join(cells)} |")
+    return rows
+
+
+def _systems(facts: Facts) -> list[str]:
+    """A row a split and system of the run, this model's in bold, with the 95 % bootstrap interval of every mean."""
+    found: list[str] = []
+    for split, measures in facts.table["splits"].items():
+        if not found:
+            found = [f"| split | queries | system | {' | '.join(measures)} |", "|---" * (3 + len(measures)) + "|"]
+        for name in next(iter(measures.values()))["systems"]:
+            mine = "**" if name == facts.role else ""
+            cells = [row["systems"][name] for row in measures.values()]
+            texts = [f"{mine}{c['mean']:.4f}{mine} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells]
+            label = f"{mine}{SYSTEMS.get(name, name)}{mine}"
+            found.append(f"| {split} | {cells[0]['n']} | {label} | {' | '.join(texts)} |")
+    return [*found, "", "In brackets: 95 % bootstrap interval over the queries."]
 
 
 def _training(facts: Facts) -> str:

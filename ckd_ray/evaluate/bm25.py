@@ -1,8 +1,8 @@
-"""BM25 as a floor, through bm25s (an extra): an index of the passages, and a ranking of every evaluation query.
+"""BM25, through bm25s: an index of the passages, and a ranking of every evaluation query.
 
 bm25s builds its index in memory, about 1 KiB a passage of 60 words and several times that while it builds, so it is
-made in one Ray task of its own and never on the driver; this is the one part of a comparison whose memory grows with
-the collection. `compare.bm25: false` leaves it out.
+made in one Ray task of its own and never on the driver. This is the one part of an evaluation whose memory grows with
+the collection: `evaluate.bm25_passages` says up to how many passages it is done.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ckd_ray.data import Collection
-from ckd_ray.errors import UserError
 from ckd_ray.retrieve.rankings import part_file, write_ranking_part
 from ckd_ray.retrieve.stream import query_spans
 from ckd_ray.store.files import join, make_folder
@@ -22,18 +21,6 @@ from ckd_ray.store.files import join, make_folder
 K1, B = 1.5, 0.75  # bm25s' own defaults, in Lucene's variant of the formula
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 _PASSAGES_A_READ = 8192
-
-
-def check_installed() -> None:
-    """Raises UserError with the line to install when bm25s is missing."""
-    try:
-        import bm25s  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "bm25s is not installed",
-            where="compare.bm25",
-            fix="pip install 'ckd-ray[bm25]', or leave it out: --set compare.bm25=false",
-        ) from None
 
 
 @lru_cache(maxsize=1)
@@ -58,7 +45,9 @@ def rank_bm25(run: str, splits: list[str], out: str, depth: int) -> dict[str, An
     collection = Collection.open(run)
     vocabulary: dict[str, int] = {}
     index = bm25s.BM25(k1=K1, b=B, method="lucene")
-    index.index((_corpus(collection, vocabulary), vocabulary), show_progress=False)
+    corpus = _corpus(collection, vocabulary)
+    if vocabulary:  # bm25s fails on a collection without any word; nothing is found in it
+        index.index((corpus, vocabulary), show_progress=False)
     make_folder(out)
     for split in splits:
         queries = collection.queries(split)
@@ -92,6 +81,9 @@ def _rank(index: Any, vocabulary: dict[str, int], text: str, depth: int) -> tupl
     if known:
         found = np.asarray(index.get_scores_from_ids(known))
         positive = np.flatnonzero(found > 0)
+        if len(positive) > depth:  # sorting millions would take longer than scoring them; ties with the last one stay
+            least = np.partition(found[positive], len(positive) - depth)[len(positive) - depth]
+            positive = positive[found[positive] >= least]
         order = positive[np.lexsort((positive, -found[positive]))][:depth]
         scores[: len(order)], passages[: len(order)] = found[order], order
     return scores, passages

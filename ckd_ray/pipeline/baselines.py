@@ -1,0 +1,185 @@
+"""What a user would pick instead of a student: the encoder as it is, and BM25. Measured once a run.
+
+Each is an artefact below `baselines/` of the run directory. It depends on the collection, on the settings of the
+evaluation and (the encoder) on the backbone, and on no teacher or student, so that further students of the run find it
+there. Measures, TREC runs and values of every query stay; embeddings and rankings go once they have been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ckd_ray.config import Config
+from ckd_ray.data import Collection
+from ckd_ray.errors import UserError
+from ckd_ray.evaluate.measures import Measures
+from ckd_ray.model.sources import signature
+from ckd_ray.pipeline.artefact import is_made, make, manifest_of, remove_altered
+from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.evaluation import measure_rankings, measure_system
+from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.pipeline.stages import skips_own_passage
+from ckd_ray.progress import say
+from ckd_ray.store.files import delete, join, new_folder, read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from ckd_ray.model.pooled import PooledModel
+
+FOLDER = "baselines"
+ENCODER_EMBEDDINGS = f"{FOLDER}/encoder_embeddings"
+
+
+@dataclass
+class Baselines:
+    """folders: name -> where its measures are; left_out: name -> why it was not measured."""
+
+    folders: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def measures(self, split: str) -> dict[str, Measures]:
+        """Of every baseline that was measured, on one split."""
+        return {
+            name: Measures.of(read_json(join(folder, f"{name}.{split}.per_query.json")))
+            for name, folder in self.folders.items()
+        }
+
+
+def measure_baselines(context: RunContext, splits: Sequence[str], names: Sequence[str]) -> Baselines:
+    """Measure the baselines `names` (of `evaluate.baselines`) on `splits`, unless they are there. Ray must be
+    connected. One that cannot be measured is left out, and a line says why."""
+    found = Baselines()
+    ways: dict[str, Callable[[RunContext, list[str]], str]] = {"encoder": _encoder, "bm25": _bm25}
+    for name, way in ways.items():
+        if name not in names or not splits:
+            continue
+        try:
+            found.folders[name] = way(context, list(splits))
+        except LeftOutError as reason:
+            found.left_out[name] = str(reason)
+            say(f"baselines: {name} is left out: {reason}")
+    return found
+
+
+class LeftOutError(Exception):
+    """A baseline cannot be measured; the message says why, in one line."""
+
+
+def _made_of(context: RunContext, splits: list[str], **more: Any) -> str:
+    """The collection and what the evaluation asks of it."""
+    e = context.config.evaluate
+    collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
+    settings = {"measures": e.measures, "depth": e.depth, "relevance_threshold": e.relevance_threshold}
+    skips = skips_own_passage(context.config)
+    return fingerprint(collection=collection, splits=splits, settings=settings, skip_same_id=skips, **more)
+
+
+def _encoder(context: RunContext, splits: list[str]) -> str:
+    """The encoder of `model.backbone` as it is: a vector a text, searched exactly. Returns the folder.
+
+    Raises:
+        LeftOutError: the backbone is a ColBERT model, or cannot be loaded.
+    """
+    folder, embeddings = context.path(FOLDER, "encoder"), context.path(ENCODER_EMBEDDINGS)
+    print_of = _made_of(context, splits, baseline="encoder", **encoder_settings(context.config))
+    if not _is_whole(folder, print_of):
+        model = _load(context.config.model.backbone)
+
+        def work() -> dict[str, Any]:
+            _embed(context, model, splits, embeddings)
+            found = measure_system(context, "encoder", embeddings, splits, folder, engine="exact")
+            return _written(context, "encoder", folder, found)
+
+        make(folder, print_of, work)
+    delete(embeddings)  # not before the manifest says that they are needed no more
+    return folder
+
+
+def encoder_settings(config: Config) -> dict[str, Any]:
+    """What the vectors of the encoder as it is depend on, besides the texts: the backbone's files (its name where it
+    comes from a package or a hub) and the precision, which is the store's but never int8: that would rank a little
+    differently from what a user would pick instead."""
+    backbone = signature(config.model.backbone) or config.model.backbone
+    precision = config.embed.precision
+    return {"backbone": backbone, "precision": "auto" if precision == "int8" else precision}
+
+
+def _load(backbone: str) -> PooledModel:
+    from ckd_ray.model.pooled import PooledModel
+
+    try:
+        return PooledModel.from_backbone(backbone)
+    except UserError as error:
+        found = f" ({error.found})" if error.found not in (None, backbone) else ""
+        raise LeftOutError(f"model.backbone {backbone}: {error.problem}{found}") from error
+
+
+def _embed(context: RunContext, model: PooledModel, splits: list[str], out: str) -> None:
+    """One row a text, streamed into stores as those of teacher and student are; the model lies beside them, where all
+    workers see it."""
+    from ckd_ray.pipeline.work import embed_all
+
+    collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
+    settings = encoder_settings(context.config)
+    print_of, checkpoint = fingerprint(collection=collection, splits=splits, **settings), join(out, "encoder")
+
+    def work() -> None:
+        with new_folder(checkpoint) as folder:
+            model.save(folder)
+        options: dict[str, Any] = {"stage": "baseline encoder", "splits": splits, "precision": settings["precision"]}
+        embed_all(context, checkpoint, out, print_of, pooled=True, **options)
+
+    make(out, print_of, work)
+
+
+def _bm25(context: RunContext, splits: list[str]) -> str:
+    """BM25, in a Ray task of its own. Returns the folder.
+
+    Raises:
+        LeftOutError: the collection is too large for one process, or bm25s is missing.
+    """
+    import ray
+
+    from ckd_ray.evaluate.bm25 import rank_bm25
+
+    folder, evaluate = context.path(FOLDER, "bm25"), context.config.evaluate
+    passages = Collection.open(context.run).num_passages
+    if passages > evaluate.bm25_passages:
+        raise LeftOutError(
+            f"it holds the corpus in the memory of one process, and {passages:,} passages are more than"
+            f" evaluate.bm25_passages ({evaluate.bm25_passages:,})"
+        )
+
+    print_of = _made_of(context, splits, baseline="bm25")
+    if _is_whole(folder, print_of):
+        return folder
+    if find_spec("bm25s") is None:
+        raise LeftOutError("bm25s is not installed; pip install bm25s")
+
+    def work() -> dict[str, Any]:
+        say("baselines: bm25")
+        depth = evaluate.depth + skips_own_passage(context.config)
+        task = ray.remote(num_cpus=1)(rank_bm25)
+        ray.get(task.remote(context.run, splits, join(folder, "rankings", "bm25"), depth))
+        return _written(context, "bm25", folder, measure_rankings(context, "bm25", splits, folder, evaluate.depth))
+
+    make(folder, print_of, work)
+    return folder
+
+
+def _is_whole(folder: str, print_of: str) -> bool:
+    """Whether a baseline is there with every byte of it: it is no input of a stage, whose files are read through."""
+    return is_made(folder, print_of) and not remove_altered(folder)
+
+
+def _written(context: RunContext, name: str, folder: str, found: dict[str, Measures]) -> dict[str, Any]:
+    """Write the measures; returns the entries of the manifest."""
+    means = {split: {name: measures.mean} for split, measures in found.items()}
+    write_json_atomic(join(folder, "measures.json"), {"splits": means})
+    for split, measures in found.items():
+        write_json_atomic(join(folder, f"{name}.{split}.per_query.json"), measures.per_query)
+    delete(join(folder, "rankings"))
+    count = sum(Collection.open(context.run).num_queries(split) for split in found)
+    return {"figures": {"count": count, "unit": "queries", "splits": list(found)}}
