@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ckd_ray.config.schema import DistillConfig, TrainingConfig
-
 FIGURES = ("target_entropy", "target_entropy_share", "label_mass")
 # A target with less than this share of the highest entropy is the bare label, or one bare candidate; with more it is
 # even.
@@ -24,22 +22,21 @@ def targets_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: round(float(np.mean([record[name] for record in known])), 6) for name in FIGURES}
 
 
-def degenerate(targets: Mapping[str, float], settings: TrainingConfig) -> str | None:
-    """A sentence for people when the teacher's targets were one-hot or uniform, which teaches nothing that the label or
-    label smoothing does not; None when they were neither, or are unknown."""
+def degenerate(targets: Mapping[str, float], temperature: float | str) -> str | None:
+    """A sentence for people when a teacher's targets were one-hot or uniform, which teaches nothing that the label or
+    label smoothing does not; None when they were neither, or are unknown.
+
+    Args:
+        targets: of `targets_of`; temperature: `distill.temperature`.
+    """
     share = targets.get("target_entropy_share")
-    if share is None or not isinstance(settings, DistillConfig):
+    if share is None or _ONE_HOT <= share <= _UNIFORM:
         return None
-    entropy = targets["target_entropy"]
+    kind, change = "uniform: the teacher prefers no passage", "lower"
     if share < _ONE_HOT:
-        kind, more = "one-hot: the teacher teaches nothing beyond the label", "raise distill.temperature"
-    elif share > _UNIFORM:
-        kind, more = "uniform: the teacher prefers no passage", "lower distill.temperature"
-    else:
-        return None
-    advice = (
-        f"{more} ({settings.temperature} now), or set it to auto"
-        if settings.temperature != "auto"
-        else ("look at the rankings and labels with ckd-ray inspect")
-    )
+        kind, change = "one-hot: the teacher teaches nothing beyond the label", "raise"
+    advice = f"{change} distill.temperature ({temperature} now), or set it to auto"
+    if temperature == "auto":
+        advice = "look at rankings and labels with ckd-ray inspect"
+    entropy = targets["target_entropy"]
     return f"the targets are {kind} (entropy {entropy:.3f} nats, {share:.1%} of the highest possible); {advice}"

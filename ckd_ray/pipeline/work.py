@@ -397,7 +397,8 @@ def _task(
 def _training_figures(task: TrainingTask, outcome: TrainingOutcome) -> dict[str, Any]:
     losses = [record["loss"] for record in outcome.metrics]
     targets = targets_of(outcome.metrics)
-    if task.objective.has_teacher and (notice := degenerate(targets, task.settings)):
+    student = task.distillation
+    if student and task.objective.has_teacher and (notice := degenerate(targets, student.temperature)):
         say(f"{task.stage}: {notice}")
     if outcome.best is not None:
         say(f"{task.stage}: best on dev MRR@10 {outcome.best:.4f} at step {outcome.kept_step} of {outcome.steps}")

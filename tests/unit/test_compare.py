@@ -23,7 +23,8 @@ from tests.support import overrides, write_collection
 
 
 def test_variants_differ_in_the_distillation_alone() -> None:
-    config = load_config(None, ["compare.seeds=[3, 4]", "compare.settings={self_distillation: {temperature: 1.0, loss: kl}}"])
+    changed = "compare.settings={self_distillation: {temperature: 1.0, loss: kl}}"
+    config = load_config(None, ["compare.seeds=[3, 4]", changed])
     planned = variants(config)
     assert objectives(config) == ["contrastive", "label_smoothing", "self_distillation", "collective"]
     assert [(v.objective, v.seed) for v in planned][:5] == [*((o, 3) for o in objectives(config)), ("contrastive", 4)]

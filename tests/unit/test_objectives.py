@@ -235,7 +235,7 @@ def divergence(target: dict[int, float], model: dict[int, float]) -> float:
 
 
 def literal_temperature(teacher: list[float], valid: list[bool], positive: int, size: int) -> float:
-    """`temperature: auto`: half the standard deviations (n - 1) of the query's own valid candidates, or of all others."""
+    """`temperature: auto`: half the standard deviation (n - 1) of the query's own valid candidates, or of all others."""
     own = [teacher[n] for n in range(positive + 1, positive + size) if valid[n]]
     values = own if len(own) >= 3 else [s for n, s in enumerate(teacher) if valid[n] and n != positive]
     mean = sum(values) / len(values) if values else 0.0
@@ -366,7 +366,7 @@ def test_a_target_that_is_the_bare_label_in_every_row_stops() -> None:
 @pytest.mark.parametrize(("share", "words"), [(0.001, "one-hot"), (0.4, None), (0.995, "uniform"), (None, None)])
 def test_degenerate_targets_are_told(share: float | None, words: str | None) -> None:
     targets = {} if share is None else {"target_entropy": 2 * share, "target_entropy_share": share, "label_mass": 0.5}
-    told = degenerate(targets, DistillConfig(temperature=0.25))
+    told = degenerate(targets, 0.25)
     assert (told is None) == (words is None)
     if words and told:
         assert words in told and "distill.temperature" in told and f"{2 * share:.3f} nats" in told
