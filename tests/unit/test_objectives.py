@@ -235,7 +235,7 @@ def divergence(target: dict[int, float], model: dict[int, float]) -> float:
 
 
 def literal_temperature(teacher: list[float], valid: list[bool], positive: int, size: int) -> float:
-    """`temperature: auto`: half the standard deviation (n - 1) of the query's own valid candidates, or of all others."""
+    """`temperature: auto`: half the standard deviation (n - 1) of the query's own candidates, or of all others."""
     own = [teacher[n] for n in range(positive + 1, positive + size) if valid[n]]
     values = own if len(own) >= 3 else [s for n, s in enumerate(teacher) if valid[n] and n != positive]
     mean = sum(values) / len(values) if values else 0.0
