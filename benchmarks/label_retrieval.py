@@ -4,7 +4,8 @@
 query gather its candidates' float16 rows, pad them to (N, L, D) float32, multiply, take the maximum, sum, sort. Both
 score the same candidates. `retrieve_recall_at_100` and `retrieve_queries_per_second`: the retrieve stage's own engine
 for so many training queries, over the shard servers, index and all; `auto` may choose exact search, so the approximate
-engines are stated beside it.
+engines are stated beside it. `exact_vs_float32`: queries a second of exact search with its first pass in 8 bits, over
+those with the first pass in float32, for a batch of the retrieve stage; both must give the same rankings and scores.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from common import alternate, figure, note
 
-from ckd_ray.retrieve.exact import rerank
+from ckd_ray.retrieve.exact import Scorer, rerank, search_all
 from ckd_ray.retrieve.faiss_index import candidate_passages
+from ckd_ray.retrieve.int8 import FirstPass, choose_first_pass, has_exact_products
 from ckd_ray.retrieve.shard_range import RERANK_FACTOR, SearchSettings, ShardRange, choose_engine
 
 _DEPTH = 100
@@ -32,6 +34,8 @@ def figures(run: Any, quick: bool, settings: dict[str, Any]) -> dict[str, dict[s
     chosen = np.sort(np.random.default_rng(3).choice(queries.num_passages, count, replace=False))
     asked = queries.gather(chosen).embeddings_TD.float().view(count, -1, queries.dim)
     found = _rerank(store, shards, asked, settings)
+    batch = queries.gather(np.arange(min(queries.num_passages, _BATCH))).embeddings_TD
+    found |= _first_passes(store, shards, batch.view(-1, asked.shape[1], queries.dim), settings)
     return found | _retrieve(run, store, shards, asked, quick, settings)
 
 
@@ -84,6 +88,26 @@ def _rerank(store: Any, shards: list[int], asked: torch.Tensor, settings: dict[s
         out[f"{name}_vs_literal"] = figure(rate / literal_rate, 10 if name == "rerank" else None, "higher")
         out[f"{name}_pairs_per_second"] = figure(rate, None, "higher")
     return out
+
+
+def _first_passes(store: Any, shards: list[int], batch_BQD: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    """Both first passes in this process, in turn. Without exact products in 8 bits there is nothing to compare."""
+    scorer = Scorer(batch_BQD, ShardRange(store, shards, SearchSettings("exact")).rows)
+    chosen, reason = choose_first_pass()
+    settings["exact"] = {"queries": len(batch_BQD), "depth": _DEPTH, "first_pass_by_auto": f"{chosen} ({reason})"}
+    if not has_exact_products():
+        return {"exact_vs_float32": figure(None, 4, "higher")}
+    answers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def search(first_pass: FirstPass) -> None:
+        answers[first_pass] = search_all(scorer, _DEPTH, first_pass)
+
+    fast, slow = alternate(lambda: search("int8"), lambda: search("float32"), rounds=3)
+    for mine, other in zip(answers["int8"], answers["float32"], strict=True):
+        assert np.array_equal(mine, other), "the first pass has changed a ranking"
+    settings["exact"] |= {"queries_per_second": len(batch_BQD) / fast, "float32": len(batch_BQD) / slow}
+    note(f"exact: {len(batch_BQD) / fast:.1f} queries/s, first pass in float32 {len(batch_BQD) / slow:.1f} queries/s")
+    return {"exact_vs_float32": figure(slow / fast, 4, "higher")}
 
 
 def _retrieve(

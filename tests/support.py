@@ -81,6 +81,7 @@ def overrides(storage: Path | str, backbone: str, collection: str, *more: str) -
         "retrieve.engine=exact",
         "label.clusters=8",
         "distill.expansion_size=4",
+        "distill.negatives=3",
         "distill.negatives_depth=15",
         "distill.steps=4",
         "distill.batch_size=6",

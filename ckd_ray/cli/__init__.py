@@ -171,11 +171,21 @@ def version_option(
         raise typer.Exit()
 
 
-def _check_stages(start: str | None, until: str, config: str | None, set_: list[str] | None, **_: Any) -> None:
+def _check_stages(
+    start: str | None, until: str, config: str | None, set_: list[str] | None, generations: int = 1, **_: Any
+) -> None:
     from ckd_ray.config import load_config
     from ckd_ray.pipeline.stages import check_stage_names, needed
 
     check_stage_names(start, until)
+    if generations > 1 and (start is not None or until != "evaluate"):
+        raise UserError(
+            "generations are trained whole, from the collection to the evaluation",
+            where="--generations",
+            expected="neither --from nor --until beside it",
+            found=f"--from {start}" if start is not None else f"--until {until}",
+            fix="to do one stage of a generation again, delete its folder below the run and run the command again",
+        )
     if start is None:
         return
     names = [stage.name for stage in needed(load_config(config, set_ or []), until)]
@@ -199,12 +209,35 @@ def train(
     start: Annotated[str | None, typer.Option("--from", help="Do this stage and all that follow again.")] = None,
     until: Annotated[str, typer.Option("--until", help="Stop after this stage.")] = "evaluate",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do every stage again.")] = False,
+    generations: Annotated[
+        int,
+        typer.Option(
+            "--generations", min=1, max=9, help="Train so many students; each is the teacher of the next one."
+        ),
+    ] = 1,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run the whole job: collection, teacher, embed, retrieve, label, distill, evaluate. Run again, it goes on."""
     with session(config, set_, cluster, quiet) as loaded:
-        _stages(loaded, json_, until=until, start=start, fresh=fresh)
+        if generations == 1:
+            _stages(loaded, json_, until=until, start=start, fresh=fresh)
+        else:
+            _generations(loaded, json_, generations, fresh)
+
+
+def _generations(config: Any, json_: bool, count: int, fresh: bool) -> None:
+    """Train `count` generations, and show what came of each."""
+    from ckd_ray.cli.show import closing_table, summary
+    from ckd_ray.pipeline.generations import run_generations
+
+    made = []
+    for changed, reports in run_generations(config, count, fresh=fresh):
+        made.append(summary(changed, reports))
+        if not json_:
+            closing_table(changed, reports)
+    if json_:
+        put({**made[-1], "generations": made})
 
 
 def _stages(config: Any, json_: bool, **options: Any) -> None:

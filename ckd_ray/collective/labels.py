@@ -103,8 +103,9 @@ class ExpansionReader:
             self._open.popitem(last=False)
         return self._open[part]
 
-    def select(self, queries_B: Int64Array, size: int, beta: float) -> tuple[Tensor, Tensor]:
-        """The `size` centroids of highest weight: (expansions_BED, weights_BE = beta * idf); absent ones weigh 0.
+    def select(self, queries_B: Int64Array, size: int, beta: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The `size` centroids of highest idf: (expansions_BED, weights_BE = beta * idf); absent ones weigh 0.
+        `expansion_weights` makes other weights of those at beta = 1.
 
         E = min(size, K). Raises JobError when a file is shorter than its header says.
         """

@@ -13,6 +13,33 @@ from torch import Tensor
 from ckd_ray.model.maxsim import maxsim
 
 
+def expansion_weights(
+    idf_BE: Tensor, query_rows_B: Tensor, *, beta: float | Literal["auto"] = 1.0, share: float = 0.3
+) -> Tensor:
+    """What each expansion embedding weighs beside the query's own rows, which weigh 1 each.
+
+    With a number: beta * idf (docs/method.md, step 4), whose sum depends on the size of the collection. With `auto`:
+    idf in proportion, scaled to share / (1 - share) * Q, so that the expansion holds `share` of the total weight of the
+    teacher's score on any collection, for any length of the query and the expansion. A query without an expansion (idf
+    0 everywhere) keeps weights of 0.
+
+    Args:
+        idf_BE: 0 where an embedding is missing.
+        query_rows_B: Q, the rows of each query that count.
+        share: 0 <= share < 1.
+    """
+    if beta != "auto":
+        return beta * idf_BE
+    total_B1 = idf_BE.sum(1, keepdim=True)
+    wanted_B1 = share / (1 - share) * query_rows_B.to(idf_BE.dtype)[:, None]
+    return torch.where(total_B1 > 0, wanted_B1 * idf_BE / total_B1.clamp_min(1e-12), 0.0)
+
+
+def counted_rows(queries_BQD: Tensor) -> Tensor:
+    """How many rows of each query count, (B,): models without query augmentation leave zero rows behind the text."""
+    return (queries_BQD != 0).any(2).sum(1)
+
+
 @torch.no_grad()
 def teacher_scores(
     queries_BQD: Tensor,

@@ -14,6 +14,7 @@ from ckd_ray.compare.plan import SETTINGS, Variant, objectives, variants
 from ckd_ray.compare.table import System, build_table, in_order, render_markdown, render_text
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
+from ckd_ray.distill.objectives import BASELINE
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.artefact import make, manifest_of
 from ckd_ray.pipeline.baselines import measure_baselines
@@ -111,7 +112,7 @@ def _objective(context: RunContext, name: str, planned: list[Variant], splits: l
     folders = [join(context.run, variant.folder) for variant in mine]
     seconds = [float((manifest_of(join(f, "student")) or {}).get("seconds", 0.0)) for f in folders]
     config = mine[0].config
-    plain = next(variant.config for variant in planned if variant.objective == "contrastive")
+    plain = next(variant.config for variant in planned if variant.objective == BASELINE.name)
     ours = {stage.name: stage.folder for stage in needed(config, "distill")}
     labelling = sum(
         float((manifest_of(context.path(folder)) or {}).get("seconds", 0.0))

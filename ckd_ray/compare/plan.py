@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
 from ckd_ray.config.schema import Config, DistillConfig
+from ckd_ray.distill.objectives import BASELINE, CONDITIONAL_KEYS, OBJECTIVES
 
-# What `compare.settings` may change for one objective. The rest is the budget, which all share, or says where and how
-# fast.
-SETTINGS = frozenset({"temperature", "smoothing", "beta", "expansion_size", "learning_rate", "zero_row_floor"})
+# What `compare.settings` may change for one objective: what its loss is made of. The rest is the budget, which all
+# share, or says where and how fast.
+SETTINGS = frozenset({*CONDITIONAL_KEYS, "learning_rate", "score_scale", "zero_row_floor"} - {"teacher_embeddings"})
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,21 @@ class Variant:
 
 
 def objectives(config: Config) -> list[str]:
-    """The objectives to compare, `contrastive` first: the others are tested against it."""
-    chosen = config.compare.objectives
+    """The objectives to compare, `contrastive` first: the others are tested against it. Without a list, all that the
+    configuration allows."""
+    chosen: Sequence[str] | None = config.compare.objectives
     if chosen is None:
-        source: Any = getattr(config, "cross_encoder", None)
-        configured = source is not None and bool(source.scores or source.model)
-        wanted = ["label_smoothing", "self_distillation", *(["cross_encoder"] if configured else []), "collective"]
-    else:
-        wanted = [name for name in dict.fromkeys(chosen) if name != "contrastive"]
-    return ["contrastive", *wanted]
+        chosen = [name for name in OBJECTIVES if not list(_mistakes(config, name))]
+    return [BASELINE.name, *(name for name in dict.fromkeys(chosen) if name != BASELINE.name)]
+
+
+def _mistakes(config: Config, objective: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with the configuration of one student."""
+    try:
+        settings = settings_of(config, objective)
+    except ValidationError:
+        return  # `problems` tells
+    yield from OBJECTIVES[objective].mistakes(config.model_copy(update={"distill": settings}))
 
 
 def variants(config: Config) -> list[Variant]:
@@ -54,18 +61,14 @@ def variants(config: Config) -> list[Variant]:
 
 
 def settings_of(config: Config, objective: str, seed: int | None = None) -> DistillConfig:
-    """Section `distill` for an objective: the configured one, its smoothing as that objective takes it, and
-    `compare.settings`.
+    """Section `distill` for an objective: the configured one, what the objective changes in it, and `compare.settings`.
 
     Raises:
         pydantic.ValidationError: a value of `compare.settings` is wrong.
     """
     values = config.distill.model_dump()
     values |= {"objective": objective, "seed": seed if seed is not None else config.distill.seed}
-    if objective == "contrastive":
-        values["smoothing"] = 0.0
-    elif objective == "label_smoothing":
-        values["smoothing"] = config.distill.smoothing or config.compare.smoothing
+    values |= OBJECTIVES[objective].in_comparison(config)
     return DistillConfig.model_validate({**values, **config.compare.settings.get(objective, {})})  # type: ignore[call-overload]
 
 
@@ -86,8 +89,14 @@ def problems(config: Config) -> list[tuple[str, str]]:
                 where = ".".join(str(part) for part in item["loc"])
                 found.append((f"{path}.{where}", f"{item['msg'][:1].lower()}{item['msg'][1:]}"))
             continue
-        if name == "label_smoothing" and settings.smoothing == 0:
-            found.append((f"{path}.smoothing", "must be above 0: without it label_smoothing is contrastive"))
         if settings.expansion_size > config.label.clusters:
             found.append((f"{path}.expansion_size", f"must be at most label.clusters ({config.label.clusters})"))
+    chosen = config.compare.objectives or []
+    for name in dict.fromkeys([*chosen, *config.compare.settings]):
+        for path, message in _mistakes(config, name):
+            key = path.removeprefix("distill.")
+            if key in config.compare.settings.get(name, {}):
+                found.append((f"compare.settings.{name}.{key}", message))
+            elif name in chosen:
+                found.append((f"compare.objectives[{chosen.index(name)}]", f"{path}: {message}"))
     return found

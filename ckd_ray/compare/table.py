@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ckd_ray.distill import objectives
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
 
-BASELINE = "contrastive"
+BASELINE = objectives.BASELINE.name
 FloatArray = npt.NDArray[np.float64]
 
 

@@ -18,8 +18,7 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
         yield "distill.negatives_depth", f"must be at most retrieve.depth ({config.retrieve.depth})"
     if config.distill.expansion_size > config.label.clusters:
         yield "distill.expansion_size", f"must be at most label.clusters ({config.label.clusters})"
-    if config.distill.objective == "label_smoothing" and config.distill.smoothing == 0:
-        yield "distill.smoothing", "objective label_smoothing needs a share above 0 (0.1 is usual)"
+    yield from _objective(config)
     yield from _cross_encoder(config)
     for name in ("teacher", "distill"):
         section = getattr(config, name)
@@ -42,14 +41,17 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
     yield from _tune(config)
 
 
+def _objective(config: Config) -> Iterator[tuple[str, str]]:
+    from ckd_ray.distill.objectives import objective_of
+
+    yield from objective_of(config).mistakes(config)
+
+
 def _compare(config: Config) -> Iterator[tuple[str, str]]:
     from ckd_ray.compare.plan import problems
 
     yield from problems(config)
-    chosen, source = config.compare.objectives or [], config.cross_encoder
-    if "cross_encoder" in chosen and not (source.scores or source.model):
-        path = f"compare.objectives[{chosen.index('cross_encoder')}]"
-        yield path, "objective cross_encoder needs cross_encoder.scores (a file), or cross_encoder.model (a classifier)"
+    chosen = config.compare.objectives or []
     for key, values in (("objectives", chosen), ("seeds", config.compare.seeds)):
         for i, value in enumerate(values):
             if value in values[:i]:
@@ -95,11 +97,6 @@ def _cross_encoder(config: Config) -> Iterator[tuple[str, str]]:
     c, wanted = config.cross_encoder, config.distill.negatives_depth
     if c.scores and c.model:
         yield "cross_encoder.model", "cannot be given beside cross_encoder.scores; set one of the two to null"
-    if config.distill.objective == "cross_encoder" and not (c.scores or c.model):
-        yield (
-            "cross_encoder.scores",
-            "objective cross_encoder needs cross_encoder.scores (a file), or cross_encoder.model (a classifier)",
-        )
     if c.depth != "auto" and c.depth < wanted:
         yield "cross_encoder.depth", f"must be at least distill.negatives_depth ({wanted}), or auto"
     elif c.depth != "auto" and c.depth > config.retrieve.depth:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ckd_ray.config.checks import impossible_combinations
 from ckd_ray.config.schema import Config
@@ -58,7 +58,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     problems: list[Problem] = []
     tree = _read(path, source, problems)
     if path is None:
-        _without_sizes_of_the_quick_start(tree, overrides)
+        tree = _of_another_collection(tree, overrides)
     for override in overrides:
         _apply(tree, override, problems)
     config = _validate(tree, problems)
@@ -70,12 +70,12 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _without_sizes_of_the_quick_start(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Another collection on the embedded default is taken whole, and searched by an engine that suits its size: the
-    quick start's limit and engine are those of its own corpus."""
+def _of_another_collection(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The embedded default as it is, or, where the overrides name another collection, the defaults of the schema: the
+    quick start's sizes and steps are those of its own small corpus."""
     if any(o.partition("=")[0].strip() in ("collection", "collection.format", "collection.path") for o in overrides):
-        tree["collection"].pop("limit", None)
-        tree["retrieve"].pop("engine", None)
+        return {"run": tree["run"]}
+    return tree
 
 
 def quickstart_text() -> str:
@@ -221,12 +221,22 @@ def _problem(error: Any) -> Problem:
         return Problem(path, f"unknown key{_nearest(path)}")
     if error["type"] == "model_type":
         return Problem(path, f"expected a section of keys, found {found}")
-    if any(option == "auto" for option in _options(path)):
-        others = "true or false" if _takes_bool(path) else "a number in range"
+    if any(option == "auto" for option in _options(path)) and error["type"] != "switch":
+        others = "true or false" if _takes_bool(path) else f"a number in range{_range(path)}"
         return Problem(path, f"expected auto or {others}, found {found}")
     if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
         return Problem(path, f"expected a string, found {found}; put it in quotes if it is meant as one")
     return Problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {found}")
+
+
+def _range(path: str) -> str:
+    """The bounds of a key that takes `auto` or a number, in brackets; nothing where it has none."""
+    section, _, name = path.partition(".")
+    signs = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+    schema = TypeAdapter(Config.model_fields[section].annotation.model_fields[name].annotation).core_schema  # type: ignore[union-attr]
+    bounds = next((c for c in schema.get("choices", []) if isinstance(c, dict) and signs.keys() & c.keys()), {})
+    told = [f"{signs[key]} {bounds[key]:g}" for key in signs if key in bounds and bounds[key] < 2**31]
+    return f" ({' '.join(told)})" if told else ""
 
 
 def _takes_bool(path: str) -> bool:

@@ -1,10 +1,13 @@
 """The configuration tree: every key, its type, its default and its range.
 
-Keys are grouped by stage. Problems between keys (a depth smaller than what is read from it) are in `checks.py`.
+Keys are grouped by stage. A key that is marked `OPERATIONAL` says where, how fast or how safely work is done. Every
+other key can change a result and is part of the fingerprint of the stages that read it. Problems between keys (a depth
+smaller than what is read from it) are in `checks.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -18,6 +21,13 @@ Elastic = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}-[1-9][0-9]{0,5}$")]
 Split = Literal["train", "dev", "test"]
 FilesBySplit = dict[Split, Name]
 Objective = Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"]
+
+
+class Operational:
+    """Marks a key that changes no result: it is part of no fingerprint."""
+
+
+OPERATIONAL = Operational()
 
 
 class Section(BaseModel):
@@ -34,6 +44,16 @@ class Section(BaseModel):
             raise PydanticCustomError("switch", "true and false are for switches, this key takes another kind of value")
         return value
 
+    @classmethod
+    def operational_keys(cls) -> frozenset[str]:
+        """The keys that are marked `OPERATIONAL`."""
+        return frozenset(name for name, field in cls.model_fields.items() if OPERATIONAL in field.metadata)
+
+    def for_fingerprint(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """Every value that can change a result, but for the keys in `without`, which this configuration does not
+        read."""
+        return self.model_dump(mode="json", exclude={*self.operational_keys(), *without})
+
 
 class RunConfig(Section):
     """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random choice.
@@ -41,8 +61,8 @@ class RunConfig(Section):
     A name starts with a letter, a digit or an underscore: it is a folder that `--fresh` empties, and never `..`.
     """
 
-    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "quickstart"
-    storage: Name = "runs"
+    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"), OPERATIONAL] = "quickstart"
+    storage: Annotated[Name, OPERATIONAL] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
 
@@ -81,39 +101,46 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What the teacher's and the student's training share.
+    """What the teacher's and the student's training share. The defaults are for a small pretrained encoder with a new
+    projection (docs/evidence.md); the published ones are in configs/published.yaml.
 
     `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between
     them, so the loss is that of the whole batch. `workers`: a number, `2-8` for elastic training, or `auto`: one a GPU,
     else one. `share_negatives` lets every query meet the passages of all workers; without it the loss depends on their
     number. `ema` is the decay of a moving average of the weights, which is then the result.
 
+    `score_scale` divides the model's scores before the softmax of its loss. MaxSim adds up one similarity a query row,
+    so scores lie tens apart and an undivided softmax sees the best passage alone. `auto` takes the scale that the
+    starting model was trained with, or measures the spread of its scores (`ckd_ray.distill.scale`). The number is kept
+    with the checkpoint.
+
     `evaluate_every` N steps, the model ranks `dev_passages` for `dev_queries` (MRR@10); the result is then the best
     checkpoint, and training stops after `patience` measurements without a better one (0: never).
     `callbacks` names installed entry points of the group ckd_ray.callbacks, such as other loggers.
     """
 
-    steps: Positive = 2000
-    batch_size: Annotated[int, Field(ge=2)] = 36
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-6
+    steps: Positive = 150
+    batch_size: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0e-4
     warmup: Share = 0.1
     schedule: Literal["linear", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 2.0
     negatives: Annotated[int, Field(ge=0, le=1000)] = 1
-    accumulate: Positive = 1
+    score_scale: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+    accumulate: Annotated[Positive, OPERATIONAL] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    workers: Auto | Positive | Elastic = "auto"
+    workers: Annotated[Auto | Positive | Elastic, OPERATIONAL] = "auto"
     share_negatives: bool = True
     ema: Share = 0.0
     evaluate_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
     patience: Annotated[int, Field(ge=0, lt=2**31)] = 0
     dev_queries: Positive = 100
     dev_passages: Positive = 1000
-    callbacks: list[Name] = Field(default_factory=list)
-    checkpoint_every: Positive = 200
-    log_every: Positive = 10
-    max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
+    callbacks: Annotated[list[Name], OPERATIONAL] = Field(default_factory=list)
+    checkpoint_every: Annotated[Positive, OPERATIONAL] = 200
+    log_every: Annotated[Positive, OPERATIONAL] = 10
+    max_failures: Annotated[int, Field(ge=0, le=1000), OPERATIONAL] = 3
 
 
 class TeacherConfig(TrainingConfig):
@@ -134,12 +161,12 @@ class EmbedConfig(Section):
     """
 
     codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"
-    passages_per_shard: Auto | Positive = "auto"
-    token_budget: Auto | Annotated[int, Field(ge=16, lt=2**31)] = "auto"
-    actors: Auto | Positive = "auto"
-    gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
+    passages_per_shard: Annotated[Auto | Positive, OPERATIONAL] = "auto"
+    token_budget: Annotated[Auto | Annotated[int, Field(ge=16, lt=2**31)], OPERATIONAL] = "auto"
+    actors: Annotated[Auto | Positive, OPERATIONAL] = "auto"
+    gpus_per_actor: Annotated[Auto | Annotated[float, Field(ge=0)], OPERATIONAL] = "auto"
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    max_bad_passages: Annotated[int, Field(ge=0, lt=2**31)] = 10
+    max_bad_passages: Annotated[int, Field(ge=0, lt=2**31), OPERATIONAL] = 10
 
 
 class RetrieveConfig(Section):
@@ -158,7 +185,7 @@ class RetrieveConfig(Section):
     nprobe: Positive = 32
     candidates: Positive = 1024
     depth: Positive = 100
-    actors: Auto | Positive = "auto"
+    actors: Annotated[Auto | Positive, OPERATIONAL] = "auto"
 
 
 class LabelConfig(Section):
@@ -177,18 +204,42 @@ class LabelConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """The student. `zero_row_floor` is the clip of the published training score, for parity and for trial.
+    """The student. The formulas stand at the top of `ckd_ray/distill/losses.py`.
+
+    `objective`: where the target comes from. `loss`: how the student is compared with a teacher: `kl` (published),
+    `margin`, `mixture` or `decoupled`. `teacher_weight`: the teacher's share of the target (mixture, 0 to 1), or the
+    factor of its part of the loss (decoupled). `margin`: how far the label stands above the best other passage, in
+    units of the temperature. `temperature` divides the teacher's scores; `auto` follows the spread of each query's
+    scores. `denoise` leaves out of the label's comparison what the teacher scores within so many temperatures of the
+    label; null keeps everything.
+
+    `negatives`: candidates of the query's own ranking in each batch, drawn from its top `negatives_depth`; `sampling`:
+    evenly (`uniform`), or one of each of as many strata of rank, which are narrow at the top (`strata`).
+
+    `beta`: strength of the expansion, a factor of its idf weights (the paper's 1), or `auto`: the weights of a query
+    are scaled so that the expansion holds `expansion_share` of the teacher's total weight, whatever the collection.
+    `zero_row_floor` is the clip of the published training score, for parity and for trial.
 
     `teacher_embeddings`: `store` reads the teacher's rows, so that its encoder never runs; `recompute` runs it on every
     batch, for a store that is out of the workers' reach. `seed` is behind the batches of the distillation alone;
     `run.seed` when null.
     """
 
+    steps: Positive = 120
+    batch_size: Annotated[int, Field(ge=2)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-5
+    negatives: Annotated[int, Field(ge=0, le=1000)] = 7
     objective: Objective = "collective"
-    temperature: Annotated[float, Field(gt=0, le=100)] = 0.25
+    loss: Literal["kl", "margin", "mixture", "decoupled"] = "decoupled"
+    temperature: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
+    teacher_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    margin: Annotated[float, Field(ge=0, le=100)] = 1.0
+    denoise: Annotated[float, Field(ge=0, le=100)] | None = None
     smoothing: Share = 0.0
-    beta: Annotated[float, Field(ge=0, le=100)] = 1.0
+    beta: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
+    expansion_share: Share = 0.3
     expansion_size: Positive = 10
+    sampling: Literal["uniform", "strata"] = "strata"
     negatives_depth: Positive = 100
     zero_row_floor: bool = False
     teacher_embeddings: Literal["store", "recompute"] = "store"
@@ -206,9 +257,9 @@ class CrossEncoderConfig(Section):
     model: Name | None = None
     depth: Auto | Positive = "auto"
     maxlen: Annotated[int, Field(ge=8, le=8192)] = 256
-    token_budget: Annotated[int, Field(ge=16, lt=2**31)] = 16384
-    actors: Auto | Positive = "auto"
-    gpus_per_actor: Auto | Annotated[float, Field(ge=0)] = "auto"
+    token_budget: Annotated[int, Field(ge=16, lt=2**31), OPERATIONAL] = 16384
+    actors: Annotated[Auto | Positive, OPERATIONAL] = "auto"
+    gpus_per_actor: Annotated[Auto | Annotated[float, Field(ge=0)], OPERATIONAL] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
@@ -307,5 +358,6 @@ class Config(Section):
     cross_encoder: CrossEncoderConfig = Field(default_factory=CrossEncoderConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    compare: CompareConfig = Field(default_factory=CompareConfig)
-    tune: TuneConfig = Field(default_factory=TuneConfig)
+    # The commands `compare` and `tune` read these; no stage of a run does.
+    compare: Annotated[CompareConfig, OPERATIONAL] = Field(default_factory=CompareConfig)
+    tune: Annotated[TuneConfig, OPERATIONAL] = Field(default_factory=TuneConfig)

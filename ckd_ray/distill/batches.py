@@ -7,6 +7,7 @@ M = 1 + k passages a query (the positive first), N = B * M passages of the batch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,8 @@ class BatchPlan:
         rankings: (num_queries, depth) passage indices, best first, -1 where a ranking ends (memory-mapped), whose top
             is the pool of hard negatives; None samples negatives from the whole corpus (the teacher's training).
         negatives_depth: how much of the top counts.
+        sampling: `uniform` draws the negatives evenly from the top; `strata` draws one from each of as many strata of
+            rank (`rank_strata`), so that every batch meets the best unlabelled passages and far ones too.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class BatchPlan:
         seed: int,
         rankings: npt.NDArray[np.integer] | None = None,
         negatives_depth: int = 100,
+        sampling: Literal["uniform", "strata"] = "uniform",
     ) -> None:
         self.positives = positives
         self.queries = positives.labelled_queries
@@ -93,7 +97,7 @@ class BatchPlan:
                 expected="qrels.train with at least one grade of collection.positive_grade or more",
             )
         self.num_passages, self.batch_size, self.negatives = num_passages, batch_size, negatives
-        self.seed, self.rankings, self.negatives_depth = seed, rankings, negatives_depth
+        self.seed, self.rankings, self.negatives_depth, self.sampling = seed, rankings, negatives_depth, sampling
         self._epoch, self._order = -1, self.queries
 
     def batch(self, step: int) -> Batch:
@@ -125,9 +129,12 @@ class BatchPlan:
             usable_BR = (top_BR >= 0) & ~labels.hold(rows_BR, top_BR)
             # The labelled passages are taken out before the cut, so that every query has the same depth of negatives.
             usable_BR &= usable_BR.cumsum(1) <= self.negatives_depth
-            # The smallest of independent draws: a sample without replacement of every row at once.
-            draws_BR = np.where(usable_BR, rng.random(top_BR.shape), np.inf)
-            first_BK = draws_BR.argsort(1, kind="stable")[:, : self.negatives]
+            if self.sampling == "strata":
+                first_BK = self._of_strata(rng, usable_BR)
+            else:
+                # The smallest of independent draws: a sample without replacement of every row at once.
+                draws_BR = np.where(usable_BR, rng.random(top_BR.shape), np.inf)
+                first_BK = draws_BR.argsort(1, kind="stable")[:, : self.negatives]
             found_BK = np.take_along_axis(top_BR, first_BK, 1)
             found_BK[~np.take_along_axis(usable_BR, first_BK, 1)] = -1
             chosen_BK[:, : found_BK.shape[1]] = found_BK
@@ -139,6 +146,34 @@ class BatchPlan:
             chosen_BK[rows[good], columns[good]] = drawn[good]
             rows, columns = rows[~good], columns[~good]
         return chosen_BK
+
+    def _of_strata(self, rng: np.random.Generator, usable_BR: BoolArray) -> Int64Array:
+        """Columns (B, K) of the top, one from each stratum of each row's usable columns, best stratum first."""
+        order_BR = np.argsort(~usable_BR, axis=1, kind="stable")  # usable columns first, best first
+        counts_B = usable_BR.sum(1)
+        places_BK = np.empty((len(usable_BR), min(self.negatives, usable_BR.shape[1])), np.int64)
+        draws_BK = np.asarray(rng.random(places_BK.shape))
+        for count in np.unique(counts_B).tolist():
+            rows = np.flatnonzero(counts_B == count)
+            edges = rank_strata(count, places_BK.shape[1])
+            places_BK[rows] = edges[:-1] + (draws_BK[rows] * np.diff(edges)).astype(np.int64)
+        return np.take_along_axis(order_BR, places_BK, 1)
+
+
+def rank_strata(count: int, strata: int) -> Int64Array:
+    """Edges (strata + 1,) of `strata` ranges of the ranks 0..count-1, in geometric steps but at least one rank wide:
+    the first strata are single ranks, the last are broad.
+
+    With fewer ranks than strata, the ranges behind the last rank are of ranks that do not exist.
+    """
+    if count <= strata:
+        return np.arange(strata + 1)
+    edges = [round((count + 1) ** (i / strata)) - 1 for i in range(strata + 1)]
+    for i in range(1, strata + 1):  # steps shorter than a rank are widened
+        edges[i] = max(edges[i], edges[i - 1] + 1)
+    for i in range(strata, 0, -1):  # and what was pushed beyond the end comes back
+        edges[i] = min(edges[i], count - (strata - i))
+    return np.array(edges, np.int64)
 
 
 class _LabelledPairs:
@@ -170,8 +205,9 @@ def _ranges(starts: Int64Array, counts: Int64Array) -> Int64Array:
 def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
     """Bool (B, N): False where a passage of the batch is no negative of the query, and not its positive column either.
 
-    Column i * M holds query i's own positive. For row i, other columns that hold a labelled passage of the query, or a
-    passage that stands further left (or in the positive's column) already, are excluded from the row's softmax.
+    Column i * M holds query i's own positive, and the M - 1 columns behind it its own negatives. For row i, other
+    columns that hold a labelled passage of the query are excluded from the row's softmax. Of several columns with one
+    passage one counts: the query's own, else the leftmost.
     """
     flat = batch.passages_BM.reshape(-1)
     rows = np.arange(len(batch.queries_B))
@@ -180,9 +216,24 @@ def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
     seen_before = np.zeros(len(flat), bool)
     seen_before[order[1:]] = by_passage[1:] == by_passage[:-1]
     valid = np.repeat(~seen_before[None], len(rows), axis=0)
+    _prefer_own(valid, batch.passages_BM, by_passage, order, np.flatnonzero(seen_before))
     labels = _LabelledPairs(positives, batch.queries_B, int(flat.max(initial=0)) + 1)
     first = np.searchsorted(by_passage, labels.passages, side="left")
     hits = np.searchsorted(by_passage, labels.passages, side="right") - first
     valid[np.repeat(labels.rows, hits), order[_ranges(first, hits)]] = False
     valid[rows, rows * batch.passages_BM.shape[1]] = True
     return valid
+
+
+def _prefer_own(
+    valid: BoolArray, passages_BM: Int64Array, by_passage: Int64Array, order: Int64Array, repeated: Int64Array
+) -> None:
+    """Where a query's own column repeats a passage of another query's list, its row counts its own instead."""
+    width = passages_BM.shape[1]
+    for column in repeated.tolist():
+        row, place = divmod(column, width)
+        passage = passages_BM[row, place]
+        leftmost = int(order[np.searchsorted(by_passage, passage, side="left")])
+        if leftmost // width != row and passage not in passages_BM[row, :place]:
+            valid[row, leftmost] = False
+            valid[row, column] = True

@@ -62,9 +62,9 @@ class DevMeasure:
         if not len(labelled):
             raise UserError("no dev query has a labelled passage", where=f"{task.stage}.evaluate_every")
         random = np.random.default_rng([task.seed, 2])
-        self.queries_B: Int64Array = np.sort(random.permutation(labelled)[: task.dev_queries])
+        self.queries_B: Int64Array = np.sort(random.permutation(labelled)[: task.settings.dev_queries])
         self.wanted = [positives.of(query) for query in self.queries_B.tolist()]
-        size, total = _SAMPLE * task.dev_passages, collection.num_passages
+        size, total = _SAMPLE * task.settings.dev_passages, collection.num_passages
         sample_S = np.arange(total) if total <= size else np.unique(random.integers(0, total, size))
         self.pool_P = np.array(pool, np.int64) if pool is not None else self._choose(sample_S, random)
         self.mine = self.pool_P[rank::world]
@@ -74,7 +74,7 @@ class DevMeasure:
 
     def _choose(self, sample_S: Int64Array, random: np.random.Generator) -> Int64Array:
         labelled = np.unique(np.concatenate(self.wanted))
-        room = max(0, self.task.dev_passages - len(labelled))
+        room = max(0, self.task.settings.dev_passages - len(labelled))
         others = np.setdiff1d(sample_S, labelled)
         store = join(self.task.run, "embeddings")
         if self.task.stage == "teacher" or not exists(join(store, "queries.dev", "manifest.json")):

@@ -93,7 +93,7 @@ class InputReader:
     ) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.on_gpu = torch.device(device).type == "cuda"
-        self.mine = worker_slice(task.batch_size, rank, world)
+        self.mine = worker_slice(task.settings.batch_size, rank, world)
         self.collection = Collection.open(task.run)
         self.query_texts = self.collection.queries("train").texts
         qrels = self.collection.qrels("train")
@@ -104,20 +104,22 @@ class InputReader:
             qrels.relevance,
             task.positive_grade,
         )
-        rankings = read_ranking_matrix(join(task.run, "rankings"), "train") if task.hard_negatives else None
+        student = task.distillation
+        rankings = read_ranking_matrix(join(task.run, "rankings"), "train") if student else None
         self.plan = BatchPlan(
             self.positives,
             num_passages=self.collection.num_passages,
-            batch_size=task.batch_size,
-            negatives=task.negatives,
+            batch_size=task.settings.batch_size,
+            negatives=task.settings.negatives,
             seed=task.seed,
             rankings=rankings,
-            negatives_depth=task.negatives_depth,
+            negatives_depth=student.negatives_depth if student else 0,
+            sampling=student.sampling if student else "uniform",
         )
         dim = tokenizer.settings.dim
-        self.teacher = TeacherReader(task, dim) if task.needs_teacher else None
-        wants_scores = task.objective == "cross_encoder"
-        self.cross_scores = CrossScores.open(join(task.run, "cross_scores")) if wants_scores else None
+        self.teacher = TeacherReader(task, dim) if task.objective.reads_rows else None
+        reads_pairs = task.objective.reads_pairs
+        self.cross_scores = CrossScores.open(join(task.run, "cross_scores")) if reads_pairs else None
 
     def read(self, step: int) -> StepInputs:
         """The inputs of `step`."""
@@ -125,7 +127,7 @@ class InputReader:
         queries_b, passages_n = batch.queries_B[mine], batch.passages_BM[mine].reshape(-1)
         parts, groups = self._parts(queries_b, passages_n)
         # The rows and columns of the loss.
-        scope = batch if self.task.share_negatives else Batch(queries_b, batch.passages_BM[mine])
+        scope = batch if self.task.settings.share_negatives else Batch(queries_b, batch.passages_BM[mine])
         teacher = None if self.teacher is None else self.teacher.read(queries_b, [passages_n[g] for g in groups])
         positives_B = torch.arange(len(scope.queries_B)) * scope.passages_BM.shape[1]
         valid_BN, scores_BN = torch.from_numpy(valid_mask(scope, self.positives)), None
@@ -147,7 +149,7 @@ class InputReader:
         query_ids, query_mask = self.tokenizer.queries([self.query_texts[i] for i in queries_b.tolist()])
         tokens = self.tokenizer.passages(self.collection.texts(passages_n))
         lengths = np.array([len(ids) for ids in tokens], np.int64)
-        count = min(self.task.accumulate, len(queries_b))
+        count = min(self.task.settings.accumulate, len(queries_b))
         parts, all_groups = [], []
         # Parts hold neighbours in length, which are then grouped once more, and as many tokens each.
         by_length = np.argsort(lengths, kind="stable")
@@ -177,7 +179,7 @@ class InputReader:
 
         def produce() -> None:
             try:
-                for step in range(start, self.task.steps):
+                for step in range(start, self.task.settings.steps):
                     put(self.read(step))
                     if stop.is_set():
                         return
@@ -187,7 +189,7 @@ class InputReader:
         thread = threading.Thread(target=produce, name="batch-reader", daemon=True)
         thread.start()
         try:
-            for _ in range(start, self.task.steps):
+            for _ in range(start, self.task.settings.steps):
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item

@@ -2,7 +2,7 @@
 
 A part has the name of its step, so a step that is done again after a crash writes the same file again, and no file
 grows with the run. The driver joins the parts at the end. A record holds step, loss, learning_rate, gradient_norm,
-seconds, workers, time, and mrr@10 where dev was measured.
+target_entropy, target_entropy_share, label_mass, seconds, workers, time, and mrr@10 where dev was measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from ckd_ray.store.files import filesystem_of, join, list_files, write_atomic
 
 Record = dict[str, Any]
 
-_SCALARS = ("loss", "learning_rate", "gradient_norm", "seconds", "mrr@10")
+_SCALARS = (
+    "loss", "learning_rate", "gradient_norm", "target_entropy", "target_entropy_share", "label_mass", "seconds",
+    "mrr@10",
+)  # fmt: skip
 
 
 def write_part(folder: str, stage: str, next_step: int, records: Sequence[Record]) -> None:

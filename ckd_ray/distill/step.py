@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ckd_ray.collective import teacher_scores
+from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.distill.exchange import gather_queries, gather_scores
 from ckd_ray.distill.inputs import Part, StepInputs, worker_slice
+from ckd_ray.distill.losses import BatchScores, LossRows, contrastive
 from ckd_ray.distill.memory import give_back_freed
-from ckd_ray.distill.objectives import objective_loss
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows
 from ckd_ray.embed.encoder import Precision, computing
@@ -52,6 +52,11 @@ class TrainingStep:
         model: a `ColBERT`, or a `BatchEncoder` inside DDP.
         world, rank: of the workers. The batch's loss is the mean over all their queries.
         teacher: the frozen encoder, when its rows are to be computed again.
+        scale: divides the scores before the softmax (`ckd_ray.distill.scale`).
+
+    Attributes:
+        rows: what the loss of the last step says of each query, without a gradient; of this worker's queries alone when
+            negatives are not shared.
     """
 
     def __init__(
@@ -62,19 +67,22 @@ class TrainingStep:
         world: int = 1,
         rank: int = 0,
         teacher: ColBERT | None = None,
+        scale: float = 1.0,
     ) -> None:
+        self.scale = scale
+        self.rows: LossRows | None = None
         self.encoder = BatchEncoder(model) if isinstance(model, ColBERT) else model
         inner: Any = getattr(self.encoder, "module", self.encoder)
         self.bare: BatchEncoder = inner
         self.task, self.precision, self.world, self.rank = task, precision, world, rank
         self.frozen = None if teacher is None else BatchEncoder(teacher.eval())
         self.similarity = self.bare.colbert.settings.similarity
-        self.shares = world > 1 and task.share_negatives
-        spans = [worker_slice(task.batch_size, r, world) for r in range(world)]
+        self.shares = world > 1 and task.settings.share_negatives
+        spans = [worker_slice(task.settings.batch_size, r, world) for r in range(world)]
         self.counts = [span.stop - span.start for span in spans]
         # By the largest slice, so that all workers take the same path: a worker with a single query has one part where
         # others have more, and the two paths enter their collectives in different orders.
-        self.in_parts = task.accumulate > 1 and max(self.counts) > 1
+        self.in_parts = task.settings.accumulate > 1 and max(self.counts) > 1
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Backward pass included. Returns the loss of the whole batch, the same on every worker.
@@ -135,18 +143,21 @@ class TrainingStep:
             scores_KBn.append(self._columns(self._teacher_scores(inputs), inputs))
         scores_KBN = torch.stack(scores_KBn)
         if self.shares:
-            passages = 1 + task.negatives
+            passages = 1 + task.settings.negatives
             scores_KBN = gather_scores(scores_KBN, [passages * count for count in self.counts])
-        rows_B = objective_loss(
-            task.objective,
-            scores_KBN[0],
+        scores = BatchScores(
+            student_BN=scores_KBN[0],
             positives_B=inputs.positives_B,
-            teacher_scores_BN=scores_KBN[1].detach() if inputs.teacher is not None else inputs.scores_BN,
             valid_BN=inputs.valid_BN,
-            temperature=task.temperature,
-            smoothing=task.smoothing,
+            list_size=1 + task.settings.negatives,
+            teacher_BN=scores_KBN[1].detach() if inputs.teacher is not None else inputs.scores_BN,
         )
-        return rows_B.sum() / task.batch_size
+        if task.distillation is None:
+            rows = contrastive(scores, scale=self.scale)
+        else:
+            rows = task.objective.loss(scores, task.distillation, self.scale)
+        self.rows = LossRows(*(values.detach() for values in vars(rows).values()))
+        return rows.loss_B.sum() / task.settings.batch_size
 
     @staticmethod
     def _columns(found: list[Tensor], inputs: StepInputs) -> Tensor:
@@ -166,7 +177,12 @@ class TrainingStep:
             groups = [(rows.half(), keep) for _, found in parts for rows, keep in found]
         assert queries_bQD is not None and groups is not None
         rows_bRD = torch.cat([queries_bQD.float(), teacher.expansions_bED], 1)
-        weights_bR1 = torch.cat([rows_bRD.new_ones(queries_bQD.shape[:2]), teacher.weights_bE], 1)[:, :, None]
+        student = self.task.distillation
+        assert student is not None
+        weights_bE = expansion_weights(
+            teacher.idf_bE, counted_rows(queries_bQD), beta=student.beta, share=student.expansion_share
+        )
+        weights_bR1 = torch.cat([rows_bRD.new_ones(queries_bQD.shape[:2]), weights_bE], 1)[:, :, None]
         if self.shares:
             packed_BRX = gather_queries(torch.cat([rows_bRD, weights_bR1], 2), self.counts)
             rows_bRD, weights_bR1 = packed_BRX[:, :, :-1], packed_BRX[:, :, -1:]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+from ckd_ray.config.schema import DistillConfig, TrainingConfig
+from ckd_ray.distill.objectives import BASELINE, OBJECTIVES, Objective
 
 
 def checkpoints_of(stage: str, fingerprint: str) -> str:
@@ -19,25 +22,13 @@ class TrainingTask:
         stage: `teacher` or `distill`; the word in front of progress lines.
         run: the run directory (collection, store, rankings, labels are below it).
         start: folder of the checkpoint to start from.
-        objective: see `ckd_ray.distill.objectives`.
-        temperature: divides the teacher's scores alone (docs/method.md step 6).
-        smoothing: share of the uniform distribution mixed into the labels.
-        beta, expansion_size: how strong and how long the expansion is when labels are read.
-        zero_row_floor: the published score's clip, off by default.
-        labels: the folder of the labels, below the run.
+        settings: the configuration's section, a `DistillConfig` for a student.
+        seed: behind batches and dropout.
+        precision: `fp32` or `bf16`, as chosen for this training.
+        dropout: probability for every dropout of the encoder.
         positive_grade: the qrels grade from which a passage is a positive.
-        hard_negatives: from the rankings; else from the whole corpus.
-        accumulate: parts in which a batch is encoded. Gradients are cached between the parts, so the loss stays that
-            of the whole batch.
-        share_negatives: every query meets the passages of all workers; off, those of its own worker alone, and the
-            loss then depends on the number of workers.
-        teacher_embeddings: `store` reads the teacher's rows; `recompute` runs the encoder in `teacher` (a checkpoint)
-            on the passages of the batch.
-        ema: decay of the moving average of the weights that is kept as the result; 0 keeps the weights themselves.
-        evaluate_every: steps between measurements on dev (see `ckd_ray.distill.dev`); 0 measures never. When it is on,
-            the result is the best checkpoint, not the last.
-        patience: stop after so many measurements without a better one; 0 never stops early.
-        dev_queries, dev_passages: how large a measurement is.
+        labels: the folder of the labels, below the run.
+        teacher: the checkpoint whose encoder is run again when `teacher_embeddings` is `recompute`.
     """
 
     stage: str
@@ -45,37 +36,12 @@ class TrainingTask:
     start: str
     fingerprint: str
     seed: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    objective: str = "contrastive"
-    temperature: float = 0.25
-    smoothing: float = 0.0
-    beta: float = 1.0
-    expansion_size: int = 10
-    zero_row_floor: bool = False
-    labels: str = "labels"
-    positive_grade: int = 1
-    negatives: int = 1
-    negatives_depth: int = 100
-    hard_negatives: bool = False
-    warmup: float = 0.1
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    clip_norm: float = 2.0
-    accumulate: int = 1
+    settings: TrainingConfig
     precision: str = "fp32"
     dropout: float = 0.0
-    share_negatives: bool = True
-    teacher_embeddings: str = "store"
+    positive_grade: int = 1
+    labels: str = "labels"
     teacher: str | None = None
-    ema: float = 0.0
-    evaluate_every: int = 0
-    patience: int = 0
-    dev_queries: int = 100
-    dev_passages: int = 1000
-    checkpoint_every: int = 200
-    log_every: int = 10
 
     @property
     def checkpoints(self) -> str:
@@ -83,29 +49,42 @@ class TrainingTask:
         return checkpoints_of(self.stage, self.fingerprint)
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the objective reads the teacher's embeddings."""
-        return self.objective in ("self_distillation", "collective")
+    def distillation(self) -> DistillConfig | None:
+        """The settings of a student; None for a teacher, which is trained on its labels alone."""
+        return self.settings if isinstance(self.settings, DistillConfig) else None
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return OBJECTIVES[self.distillation.objective] if self.distillation else BASELINE
+
+    @property
+    def zero_row_floor(self) -> bool:
+        """Whether scores have the clip of the published training score."""
+        return bool(self.distillation and self.distillation.zero_row_floor)
 
     @property
     def recomputes_teacher(self) -> bool:
         """Whether workers run the teacher's encoder."""
-        return self.needs_teacher and self.teacher_embeddings == "recompute"
+        d = self.distillation
+        return d is not None and self.objective.reads_rows and d.teacher_embeddings == "recompute"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return {**vars(self), "settings": self.settings.model_dump(mode="json")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingTask:
         """Reads `to_dict`'s form."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        section = DistillConfig if "objective" in values["settings"] else TrainingConfig
+        return cls(**{**values, "settings": section.model_validate(values["settings"])})
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up over the first `warmup` share of the steps, then constant or linear decay to zero."""
-        warm = max(1, round(self.warmup * self.steps))
+        s = self.settings
+        warm = max(1, round(s.warmup * s.steps))
         if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        if self.schedule == "constant":
-            return self.learning_rate
-        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+            return s.learning_rate * (step + 1) / warm
+        if s.schedule == "constant":
+            return s.learning_rate
+        return s.learning_rate * (s.steps - step) / max(1, s.steps - warm)

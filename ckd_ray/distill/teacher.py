@@ -27,13 +27,13 @@ class TeacherInputs:
     """What a step needs of the teacher.
 
     Attributes:
-        expansions_bED, weights_bE: float32; E is 0 for objectives without an expansion.
+        expansions_bED, idf_bE: float32; E is 0 for objectives without an expansion.
         queries_bQD: rows of the worker's queries, float16; passages: (rows_gLD, mask_gL) of each group. Both are None
             when the step is to compute them again.
     """
 
     expansions_bED: Tensor
-    weights_bE: Tensor
+    idf_bE: Tensor
     queries_bQD: Tensor | None = None
     passages: list[Rows] | None = None
 
@@ -47,17 +47,16 @@ class TeacherReader:
         if self.stored:
             self.passages = EmbeddingStore.open(join(task.run, "embeddings", "passages"))
             self.queries = EmbeddingStore.open(join(task.run, "embeddings", "queries.train"))
-        wants_expansion = task.objective == "collective"
-        self.expansions = ExpansionReader.open(join(task.run, task.labels), "train") if wants_expansion else None
+        reads_expansions = task.objective.reads_expansions
+        self.expansions = ExpansionReader.open(join(task.run, task.labels), "train") if reads_expansions else None
 
     def read(self, queries_b: Int64Array, groups: Sequence[Int64Array]) -> TeacherInputs:
         """Args: dense indices of the queries, and of the passages of each group."""
         b = len(queries_b)
-        if self.expansions is None:
-            expansions, weights = torch.zeros(b, 0, self.dim), torch.zeros(b, 0)
-        else:
-            expansions, weights = self.expansions.select(queries_b, self.task.expansion_size, self.task.beta)
+        expansions, idf = torch.zeros(b, 0, self.dim), torch.zeros(b, 0)
+        if self.expansions is not None and self.task.distillation is not None:
+            expansions, idf = self.expansions.select(queries_b, self.task.distillation.expansion_size)
         if not self.stored:
-            return TeacherInputs(expansions, weights)
+            return TeacherInputs(expansions, idf)
         queries_bQD = self.queries.gather(queries_b).embeddings_TD.reshape(b, -1, self.dim)
-        return TeacherInputs(expansions, weights, queries_bQD, [self.passages.gather(g).padded() for g in groups])
+        return TeacherInputs(expansions, idf, queries_bQD, [self.passages.gather(g).padded() for g in groups])

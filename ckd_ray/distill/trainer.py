@@ -19,9 +19,12 @@ import ray
 
 from ckd_ray import __version__
 from ckd_ray.distill.metrics import Record, event_bytes, read_parts
+from ckd_ray.distill.objectives import CONDITIONAL_KEYS
 from ckd_ray.distill.placement import Placement, plan_workers
+from ckd_ray.distill.targets import targets_of
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError
+from ckd_ray.model.colbert import read_settings
 from ckd_ray.progress import Progress
 from ckd_ray.store.files import filesystem_of, is_local, join, last_part, new_folder, parent
 
@@ -39,6 +42,7 @@ class TrainingOutcome:
         steps: steps taken; fewer than asked for when training stopped early.
         weights: `best` or `last`, which checkpoint was kept; kept_step: the steps taken before it.
         best: the best measure on dev, None without.
+        score_scale: what the scores were divided by (`ckd_ray.distill.scale`).
     """
 
     metrics: list[Record]
@@ -47,6 +51,7 @@ class TrainingOutcome:
     weights: str
     kept_step: int
     best: float | None
+    score_scale: float | None
 
 
 class _Board:
@@ -105,7 +110,7 @@ def fit(
     Raises:
         UserError: the workers do not fit. JobError: training failed; the cause is in the message.
     """
-    placement = placement or plan_workers(workers, task.batch_size, task.stage)
+    placement = placement or plan_workers(workers, task.settings.batch_size, task.stage)
     name = board or f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
     remote: Any = ray.remote(num_cpus=0)(_Board)
     actor = remote.options(name=name, scheduling_strategy=_here()).remote()
@@ -140,7 +145,7 @@ def _trainer(
     fs, path = filesystem_of(checkpoints)
     # Ray never removes the latest checkpoint, which training goes on from; the best is kept beside it.
     keep = CheckpointConfig(num_to_keep=1)
-    if task.evaluate_every:
+    if task.settings.evaluate_every:
         keep = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=KEEP, checkpoint_score_order="max")
     return TorchTrainer(
         train_worker,
@@ -204,7 +209,7 @@ class _followed:
     """Shows progress from the board while `fit` blocks the main thread."""
 
     def __init__(self, task: TrainingTask, board: Any) -> None:
-        self.progress = Progress(task.stage, task.steps, "steps")
+        self.progress = Progress(task.stage, task.settings.steps, "steps")
         self._board, self._stop = board, threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -240,12 +245,12 @@ def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOu
     """
     from ckd_ray.distill.worker import KEEP
 
-    name = "average" if task.ema else "model"
+    name = "average" if task.settings.ema else "model"
     with new_folder(out) as target:
         with result.checkpoint.as_directory() as folder:
             position = json.loads((Path(folder) / "state.json").read_text())
             if not position["finished"]:
-                raise JobError(f"{task.stage}: training ended at step {position['next_step']} of {task.steps}")
+                raise JobError(f"{task.stage}: training ended at step {position['next_step']} of {task.settings.steps}")
             kept, weights = position["best_step"], "best"
             if kept is None or kept == position["next_step"]:
                 kept = position["next_step"]
@@ -258,33 +263,40 @@ def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOu
             with best.as_directory() as folder:
                 shutil.copytree(Path(folder) / name, target, dirs_exist_ok=True)
         records = read_parts(metrics, position["next_step"])
+        settings = read_settings(target)
         outcome = TrainingOutcome(
-            records, records[-1]["workers"], position["next_step"], weights, kept, position["best"]
+            metrics=records,
+            workers=records[-1]["workers"],
+            steps=position["next_step"],
+            weights=weights,
+            kept_step=kept,
+            best=position["best"],
+            score_scale=settings.score_scale,
         )
         (Path(target) / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         events = Path(target) / "tensorboard"
         events.mkdir()
         (events / "events.out.tfevents.0.ckd-ray").write_bytes(event_bytes(task.stage, records))
-        (Path(target) / "training.json").write_text(json.dumps(_description(task, outcome, target), indent=2) + "\n")
+        description = _description(task, outcome, settings.similarity)
+        (Path(target) / "training.json").write_text(json.dumps(description, indent=2) + "\n")
     return outcome
 
 
-def _description(task: TrainingTask, outcome: TrainingOutcome, folder: str) -> dict[str, Any]:
-    """`training.json`: how the weights beside it were made, the scales of the loss in words."""
-    settings = {k: v for k, v in task.to_dict().items() if k not in ("run", "start", "teacher")}
-    of_teacher = " KL(softmax(s_T / temperature) || softmax(s_S)), the positive raised to its row's maximum in s_T;"
+def _description(task: TrainingTask, outcome: TrainingOutcome, similarity: str) -> dict[str, Any]:
+    """`training.json`: how the weights beside it were made, the loss and its scales in words."""
+    unread = CONDITIONAL_KEYS - task.objective.keys(task.distillation) if task.distillation else frozenset()
+    of_task = {k: v for k, v in task.to_dict().items() if k not in ("run", "start", "teacher", "settings")}
+    settings = {**task.settings.model_dump(mode="json", exclude=set(unread)), **of_task}
+    loss = f", loss {task.distillation.loss}" if task.distillation and task.objective.has_teacher else ""
     result = {k: v for k, v in asdict(outcome).items() if k != "metrics"}
     return {
         "settings": settings,
         "result": {**result, "measure": "mrr@10" if outcome.best is not None else None},
-        "similarity": json.loads((Path(folder) / "colbert.json").read_text())["similarity"],
-        "scales": "mean over the batch's queries;"
-        + (
-            of_teacher
-            if task.objective not in ("contrastive", "label_smoothing")
-            else " cross-entropy of softmax(s_S);"
-        )
-        + " scores are sums over query rows, divided by nothing else; there is no temperature^2 factor",
+        "similarity": similarity,
+        "score_scale": outcome.score_scale,
+        "targets": targets_of(outcome.metrics),
+        "loss": f"{task.objective.formula}{loss}; mean over the batch's queries; scores are sums over query rows, the "
+        "student's divided by score_scale, the teacher's by temperature; there is no temperature^2 factor",
         "versions": {
             "ckd_ray": __version__,
             "python": platform.python_version(),

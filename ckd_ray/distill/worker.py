@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ckd_ray.distill.dev import DevMeasure
 from ckd_ray.distill.ema import MovingAverage
 from ckd_ray.distill.inputs import InputReader, StepInputs
 from ckd_ray.distill.metrics import Record, write_part
+from ckd_ray.distill.scale import measured_scale
 from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.embed.encoder import Precision
@@ -103,7 +104,7 @@ class WorkerState:
                 self.position = Position(**json.loads((Path(folder) / "state.json").read_text()))
                 self.model = ColBERT.from_pretrained(Path(folder) / "model")
                 optimizer_state = torch.load(Path(folder) / "optimizer.pt", weights_only=True, map_location="cpu")
-                if task.ema:
+                if task.settings.ema:
                     averages = _weights(ColBERT.from_pretrained(Path(folder) / "average"))
         self.model.set_dropout(task.dropout)
         self.device = get_device() if torch.cuda.is_available() else torch.device("cpu")
@@ -113,11 +114,11 @@ class WorkerState:
         self.encoder = prepare_model(encoder, parallel_strategy_kwargs=options) if world > 1 else encoder
         self.parameters = list(self.encoder.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=task.learning_rate, weight_decay=task.weight_decay, fused=True
+            self.parameters, lr=task.settings.learning_rate, weight_decay=task.settings.weight_decay, fused=True
         )
         if optimizer_state is not None:
             self.optimizer.load_state_dict(optimizer_state)
-        self.average = MovingAverage(_weights(self.model), task.ema, averages) if task.ema else None
+        self.average = MovingAverage(_weights(self.model), task.settings.ema, averages) if task.settings.ema else None
 
     def averaged(self) -> Any:
         """A block in which the model has the weights that are measured and kept."""
@@ -172,13 +173,14 @@ class _Loop:
         model, device = self.state.model, self.state.device
         precision: Precision = "bf16" if task.precision == "bf16" else "fp32"
         self.reader = InputReader(task, model.tokenizer, self.rank, self.world, device)
+        scale = self._scale(precision)
         frozen = None
         if task.recomputes_teacher:
             with local_copy(task.teacher or task.start) as folder:
                 frozen = ColBERT.from_pretrained(folder).to(device)
-        self.step = TrainingStep(self.state.encoder, task, precision, self.world, self.rank, frozen)
+        self.step = TrainingStep(self.state.encoder, task, precision, self.world, self.rank, frozen, scale)
         self.dev = None
-        if task.evaluate_every and not self.position.finished:
+        if task.settings.evaluate_every and not self.position.finished:
             self.dev = DevMeasure(
                 task, model, rank=self.rank, world=self.world, device=device, precision=precision,
                 pool=self.position.pool,
@@ -186,22 +188,40 @@ class _Loop:
             self.position.pool = self.dev.pool_P.tolist()
         self.records: list[Record] = []  # since the last checkpoint
 
+    def _scale(self, precision: Precision) -> float:
+        """The score scale: as configured, or what the starting model was trained with, or measured. It becomes one of
+        the model's settings, so that a checkpoint, and a student of this model, has it."""
+        model, chosen = self.state.model, self.task.settings.score_scale
+        scale = model.settings.score_scale if chosen == "auto" else chosen
+        if scale is None:
+            scale = measured_scale(
+                model, self.reader.collection, self.reader.positives,
+                trained=self.task.stage != "teacher", seed=self.task.seed, precision=precision,
+            )  # fmt: skip
+            if self.world > 1:  # workers on different processors may differ in the last digits
+                agreed = torch.tensor(scale, dtype=torch.float64, device=self.state.device)
+                torch.distributed.broadcast(agreed, 0)
+                scale = float(agreed)
+        model.settings = replace(model.settings, score_scale=scale)
+        return scale
+
     def run(self) -> None:
         """To the last step, or until dev has not become better for `patience` measurements, or until told to stop."""
         if self.position.finished:
             return
+        settings = self.task.settings
         for inputs in self.reader.stream(self.position.next_step):
             record = self._update(inputs)
             improved = self._measure(record)
             done = self.position.next_step
-            last = done == self.task.steps or bool(self.task.patience and self.position.worse >= self.task.patience)
+            last = done == settings.steps or bool(settings.patience and self.position.worse >= settings.patience)
             last = last or self._told_to_stop()
             self.position.finished = last
-            if last or inputs.step % self.task.log_every == 0 or "mrr@10" in record:
+            if last or inputs.step % settings.log_every == 0 or "mrr@10" in record:
                 self.records.append(record)
             if self.rank == 0:
                 self.board.tell(done, record["loss"])
-            if last or improved or done % self.task.checkpoint_every == 0:
+            if last or improved or done % settings.checkpoint_every == 0:
                 self._report(record, improved)
             if last:
                 break
@@ -214,7 +234,7 @@ class _Loop:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
         loss = float(self.step(inputs.to(state.device)))
-        norm = float(torch.nn.utils.clip_grad_norm_(state.parameters, task.clip_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(state.parameters, task.settings.clip_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {inputs.step}: loss {loss}, gradient norm {norm}; lower {task.stage}.learning_rate, or set"
@@ -229,9 +249,24 @@ class _Loop:
             "loss": loss,
             "learning_rate": rate,
             "gradient_norm": norm,
+            **self._targets(),
             "seconds": time.monotonic() - started,
             "workers": self.world,
             "time": time.time(),
+        }
+
+    def _targets(self) -> Record:
+        """Means over the queries of what the loss compares with: its entropy in nats, the share that this is of the
+        highest possible, and the label's probability."""
+        rows = self.step.rows
+        if rows is None or not len(rows.loss_B):
+            return {}
+        highest = float(rows.uniform_B.mean())
+        entropy = float(rows.entropy_B.mean())
+        return {
+            "target_entropy": entropy,
+            "target_entropy_share": entropy / highest if highest > 0 else 0.0,
+            "label_mass": float(rows.mass_B.mean()),
         }
 
     def _told_to_stop(self) -> bool:
@@ -245,8 +280,8 @@ class _Loop:
 
     def _measure(self, record: Record) -> bool:
         """Measure dev when it is due; whether it is better than ever before."""
-        position, every = self.position, self.task.evaluate_every
-        if self.dev is None or (position.next_step % every and position.next_step != self.task.steps):
+        position, every = self.position, self.task.settings.evaluate_every
+        if self.dev is None or (position.next_step % every and position.next_step != self.task.settings.steps):
             return False
         with self.state.averaged():
             found = record["mrr@10"] = self.dev()

@@ -32,6 +32,8 @@ class ColBERTSettings:
             are zero and add nothing to a cosine.
         skip_tokens: tokens of passages that give no embedding, for models that skip others than punctuation; None
             leaves the choice to `mask_punctuation`.
+        score_scale: what scores were divided by in the softmax of the loss that trained the model; None when unknown.
+            It changes no score and no ranking.
     """
 
     dim: int = 128
@@ -44,6 +46,7 @@ class ColBERTSettings:
     attend_to_mask: bool = False
     query_expansion: bool = True
     skip_tokens: tuple[str, ...] | None = None
+    score_scale: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -56,7 +59,9 @@ class ColBERTSettings:
         chosen = {key: value for key, value in values.items() if key in known}
         for key, value in chosen.items():
             kind = _KINDS.get(key, str)
-            if key != "skip_tokens" and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            if key in ("skip_tokens", "score_scale"):
+                continue
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{key} is {value!r:.60}, expected {kind.__name__}")
         if chosen.get("similarity", "l2") not in get_args(Similarity):
             raise ValueError(f"similarity is {chosen['similarity']!r:.60}, expected l2 or cosine")
@@ -64,6 +69,9 @@ class ColBERTSettings:
             raise ValueError(
                 "dim is 1 or more; query_maxlen and doc_maxlen are 3 or more, for [CLS], a marker and [SEP]"
             )
+        scale = chosen.get("score_scale")
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0):
+            raise ValueError(f"score_scale is {scale!r:.60}, expected a number above 0")
         if chosen.get("skip_tokens") is not None:
             chosen["skip_tokens"] = tuple(str(token) for token in chosen["skip_tokens"])
         return cls(**chosen)

@@ -8,9 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import sha256_of
+from ckd_ray.store.files import file_signature, join, list_files, sha256_of
 
 PACKAGE_PREFIX = "package:"
+# Files beside a model that say nothing of what it computes.
+_UNREAD = frozenset({"README.md", "manifest.json", "metrics.jsonl"})
 
 
 def resolve_backbone(source: str) -> str:
@@ -43,7 +45,11 @@ def resolve_backbone(source: str) -> str:
 
 
 def signature(source: str) -> list[list[str | int]]:
-    """Changes when a local file or a folder's files do (name, size, SHA-256); empty for packages and hub ids."""
+    """Changes when a local file or a folder's files do (name, size, SHA-256), or the files of a folder at a URI (name,
+    size, time of change); empty for packages and hub ids."""
+    if "://" in source:
+        names = sorted(name for name in list_files(source) if name not in _UNREAD)
+        return [[name, *file_signature(join(source, name))] for name in names]
     path = Path(source).expanduser()
     if source.startswith(PACKAGE_PREFIX) or not path.exists():
         return []
@@ -52,7 +58,7 @@ def signature(source: str) -> list[list[str | int]]:
     # One folder deep: sentence-transformers and PyLate keep the projection in a folder of its own.
     # A card says nothing that counts, and an evaluation writes it anew.
     found = {file for pattern in ("*", "*/*") for file in path.glob(pattern)}
-    files = sorted(file for file in found if file.is_file() and file.name != "README.md")
+    files = sorted(file for file in found if file.is_file() and file.name not in _UNREAD)
     return [_sign(file, file.relative_to(path).as_posix()) for file in files]
 
 

@@ -100,10 +100,11 @@ def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
     config = read_json(join(run, "run.json")).get("config", {}) if exists(join(run, "run.json")) else {}
     trained = join(run, role, "training.json")
     if exists(trained) and role_section(role) in config:
-        # run.json is of the last command, which may be training another student when this one is looked at.
+        # run.json is of the last command, which may be training another student when this one is looked at; what a
+        # student does not read is not in its training.json.
         section = config[role_section(role)]
         used = {key: value for key, value in read_json(trained).get("settings", {}).items() if key in section}
-        config = {**config, role_section(role): {**section, **used}}
+        config = {**config, role_section(role): used}
     path = join(run, "evaluation", "measures.json")
     # Measures count once the evaluation is finished: an older student's may lie there while a new one is measured.
     folder = join(run, "evaluation")

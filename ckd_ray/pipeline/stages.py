@@ -1,7 +1,8 @@
 """The stages of a run, in order: what each depends on, which settings count, and the call that does it.
 
 A stage's fingerprint covers its settings and the fingerprints of its inputs, so a change reaches exactly what follows
-from it. Settings that only say where and how fast (actors, workers, checkpoint_every) are left out.
+from it. The settings are every key of the stage's section that is not marked `OPERATIONAL` in the schema, but for those
+that the rest of the configuration leaves unread.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckd_ray.config import Config
+from ckd_ray.config.schema import TrainingConfig
+from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
 from ckd_ray.errors import UserError
 from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.store.files import file_signature
 
-_TRAINING = {
-    "steps", "batch_size", "learning_rate", "warmup", "schedule", "weight_decay", "clip_norm", "negatives", "precision",
-    "share_negatives", "ema", "evaluate_every",
-}  # fmt: skip
-_MEASURING = {"patience", "dev_queries", "dev_passages"}
+# Keys of a training that count where it is measured on dev.
+_MEASURING = frozenset({"patience", "dev_queries", "dev_passages"})
+# Keys of `retrieve` that exact search does not read.
+_APPROXIMATE = frozenset({"cells", "nprobe", "candidates"})
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Stage:
 
 
 def _collection(config: Config) -> dict[str, Any]:
-    return config.collection.model_dump(mode="json")
+    return config.collection.for_fingerprint()
 
 
 def _teacher(config: Config) -> dict[str, Any]:
-    model = config.model.model_dump(mode="json")
+    model = config.model.for_fingerprint()
     backbone = signature(config.model.backbone)
     if backbone:  # contents count, not where they lie
         del model["backbone"]
@@ -60,37 +62,36 @@ def _teacher(config: Config) -> dict[str, Any]:
         # A .dnn file takes its tokenizer and configuration from the backbone. Dropout is for training alone.
         files = signature(given) + (backbone if given.endswith(".dnn") else [])
         return {"model": model | {"dropout": 0.0}, "checkpoint": None if files else given, "files": files}
-    settings = _training(config.teacher.model_dump(mode="json"))
     return {
         "model": model,
         "files": backbone,
-        "teacher": settings,
+        "teacher": config.teacher.for_fingerprint({"checkpoint", *_unmeasured(config.teacher)}),
         "seed": config.run.seed,
         "positive_grade": config.collection.positive_grade,
     }
 
 
-def _training(values: dict[str, Any]) -> dict[str, Any]:
-    keys = _TRAINING | _MEASURING if values["evaluate_every"] else _TRAINING
-    return {key: values[key] for key in sorted(keys)}
+def _unmeasured(section: TrainingConfig) -> frozenset[str]:
+    """The keys that a training without measurements on dev does not read."""
+    return frozenset() if section.evaluate_every else _MEASURING
 
 
 def _embed(config: Config) -> dict[str, Any]:
     learned = {} if config.embed.codec == "fp16" else {"seed": config.run.seed}
-    return {"codec": config.embed.codec, "precision": config.embed.precision, **learned}
+    return {**config.embed.for_fingerprint(), **learned}
 
 
 def _retrieve(config: Config) -> dict[str, Any]:
     r = config.retrieve
     if r.engine == "exact":
-        return {"engine": "exact", "depth": r.depth}
-    return {**r.model_dump(mode="json", exclude={"actors"}), "seed": config.run.seed}
+        return r.for_fingerprint(_APPROXIMATE)
+    return {**r.for_fingerprint(), "seed": config.run.seed}
 
 
 def _label(config: Config) -> dict[str, Any]:
     if config.label.token_vote == "feedback":
-        return config.label.model_dump(mode="json", exclude={"neighbours"})
-    settings = {**config.label.model_dump(mode="json"), "seed": config.run.seed}
+        return config.label.for_fingerprint({"neighbours"})
+    settings = {**config.label.for_fingerprint(), "seed": config.run.seed}
     if config.label.neighbours == "faiss":
         settings |= {"cells": config.retrieve.cells, "nprobe": config.retrieve.nprobe}
     return settings
@@ -100,7 +101,7 @@ def _cross_encoder(config: Config) -> dict[str, Any]:
     c = config.cross_encoder
     if c.scores is not None:
         return {"scores": c.scores, "file": file_signature(c.scores)}
-    settings = {"model": c.model, "maxlen": c.maxlen, "precision": c.precision, "depth": scored_depth(config)}
+    settings = {**c.for_fingerprint({"scores"}), "depth": scored_depth(config)}
     files = signature(c.model) if c.model else []
     return {**settings, "files": files, "positive_grade": config.collection.positive_grade}
 
@@ -113,17 +114,9 @@ def scored_depth(config: Config) -> int:
 
 def _distill(config: Config) -> dict[str, Any]:
     d = config.distill
-    settings = _training(d.model_dump(mode="json"))
-    settings |= {"objective": d.objective, "smoothing": d.smoothing, "negatives_depth": d.negatives_depth}
-    settings |= {"zero_row_floor": d.zero_row_floor}
-    if d.objective in ("self_distillation", "cross_encoder", "collective"):
-        settings |= {"temperature": d.temperature}
-    if d.objective in ("self_distillation", "collective"):
-        settings |= {"teacher_embeddings": d.teacher_embeddings}
-    if d.objective == "collective":
-        settings |= {"beta": d.beta, "expansion_size": d.expansion_size}
+    unread = CONDITIONAL_KEYS - objective_of(config).keys(d)
     return {
-        "distill": settings,
+        "distill": d.for_fingerprint({"seed", *unread, *_unmeasured(d)}),
         "dropout": config.model.dropout,
         "seed": distill_seed(config),
         "positive_grade": config.collection.positive_grade,
@@ -149,15 +142,13 @@ def skips_own_passage(config: Config) -> bool:
 
 
 def _evaluate(config: Config) -> dict[str, Any]:
-    settings = {**config.evaluate.model_dump(mode="json"), "skip_same_id": skips_own_passage(config)}
+    settings = {**config.evaluate.for_fingerprint(), "skip_same_id": skips_own_passage(config)}
     search = {"search": _retrieve(config)} if config.evaluate.engine == "retrieve" else {}
     return {**settings, "embed": _embed(config), **search}
 
 
 def _distill_inputs(config: Config) -> tuple[str, ...]:
-    inputs = ("collection", "teacher", "embed", "retrieve")
-    labels = {"collective": ("label",), "cross_encoder": ("cross_encoder",)}
-    return (*inputs, *labels.get(config.distill.objective, ()))
+    return ("collection", "teacher", "embed", "retrieve", *objective_of(config).stages)
 
 
 def _work(name: str) -> Callable[[RunContext, str], dict[str, Any]]:
@@ -184,7 +175,7 @@ STAGES: tuple[Stage, ...] = (
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 # Folders of a run that belong to a stage without being its artefact.
-BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare", "tune")
+BESIDE = ("queries", "student_embeddings", "checkpoints", "index", "exports", "compare", "tune", "baselines")
 
 
 def check_stage_names(start: str | None, until: str) -> None:

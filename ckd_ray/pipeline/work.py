@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from ckd_ray.cross_encoder.score_file import import_scores
 from ckd_ray.cross_encoder.stream import CrossEncoderJob, agreed_precision, score_candidates
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.distill.callbacks import load_callbacks
+from ckd_ray.distill.targets import degenerate, targets_of
 from ckd_ray.distill.task import TrainingTask, checkpoints_of
 from ckd_ray.distill.trainer import TrainingOutcome, fit
 from ckd_ray.embed.encoder import choose_precision
@@ -74,7 +76,8 @@ def teacher(context: RunContext, made_of: str) -> dict[str, Any]:
     config = context.config
     out = context.path("teacher")
     if config.teacher.checkpoint is not None:
-        model = _load(config.teacher.checkpoint, config, given=True)
+        with _local(config.teacher.checkpoint) as given:
+            model = _load(given, config, given=True)
         with new_folder(out) as folder:
             model.save(folder)
         return {"given": config.teacher.checkpoint}
@@ -356,6 +359,11 @@ def _load(source: str, config: Config, *, given: bool = False) -> ColBERT:
     return model
 
 
+def _local(source: str) -> AbstractContextManager[str]:
+    """A model's source for the libraries that load it: what lies at a URI is downloaded for the time being."""
+    return local_copy(source) if "://" in source else nullcontext(source)
+
+
 def _fit(task: TrainingTask, out: str, section: TrainingConfig) -> TrainingOutcome:
     callbacks = load_callbacks(section.callbacks, task.stage)
     return fit(task, out=out, workers=section.workers, max_failures=section.max_failures, callbacks=callbacks)
@@ -369,43 +377,29 @@ def _task(
     home = keep or context.path(checkpoints_of(stage, made_of))
     precision, reason = _agreed_precision(home, lambda: _precision(model, section.precision))
     say(f"{stage}: {precision} ({reason})")
-    shared = {
-        "steps", "batch_size", "learning_rate", "negatives", "warmup", "schedule", "weight_decay", "clip_norm",
-        "accumulate", "checkpoint_every", "log_every", "share_negatives", "ema", "evaluate_every", "patience",
-        "dev_queries", "dev_passages",
-    }  # fmt: skip
-    values: dict[str, Any] = {name: getattr(section, name) for name in shared}
     if section.evaluate_every and "dev" not in Collection.open(context.run).splits:
         raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
-    if stage == "distill":
-        d = config.distill
-        names = (
-            "objective",
-            "temperature",
-            "smoothing",
-            "beta",
-            "expansion_size",
-            "zero_row_floor",
-            "negatives_depth",
-            "teacher_embeddings",
-        )
-        values |= {name: getattr(d, name) for name in names}
-        values |= {"hard_negatives": True, "teacher": context.path("teacher"), "labels": context.labels}
     return TrainingTask(
         stage=stage,
         run=context.run,
         start=start,
         fingerprint=made_of,
-        seed=distill_seed(config) if stage == "distill" else config.run.seed,
-        positive_grade=config.collection.positive_grade,
+        seed=config.run.seed if stage == "teacher" else distill_seed(config),
+        settings=section,
         precision=precision,
         dropout=config.model.dropout,
-        **values,
+        positive_grade=config.collection.positive_grade,
+        labels=context.labels,
+        teacher=None if stage == "teacher" else context.path("teacher"),
     )
 
 
 def _training_figures(task: TrainingTask, outcome: TrainingOutcome) -> dict[str, Any]:
     losses = [record["loss"] for record in outcome.metrics]
+    targets = targets_of(outcome.metrics)
+    student = task.distillation
+    if student and task.objective.has_teacher and (notice := degenerate(targets, student.temperature)):
+        say(f"{task.stage}: {notice}")
     if outcome.best is not None:
         say(f"{task.stage}: best on dev MRR@10 {outcome.best:.4f} at step {outcome.kept_step} of {outcome.steps}")
     return {
@@ -413,7 +407,9 @@ def _training_figures(task: TrainingTask, outcome: TrainingOutcome) -> dict[str,
         "unit": "steps",
         "workers": outcome.workers,
         "precision": task.precision,
-        "objective": task.objective,
+        "objective": task.objective.name,
+        "score_scale": outcome.score_scale,
+        **targets,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "weights": outcome.weights,

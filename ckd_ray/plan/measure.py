@@ -23,8 +23,10 @@ import numpy as np
 import torch
 
 from ckd_ray.config import CollectionConfig, Config
+from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.distill.inputs import InputReader
+from ckd_ray.distill.objectives import BASELINE, objective_of
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.embed.encoder import Encoded, TextEncoder, choose_precision
@@ -311,7 +313,7 @@ def _steps(shop: Workshop, stage: str, batch: int) -> tuple[float, float, int]:
     for inputs in stream:
         optimizer.zero_grad(set_to_none=True)
         float(step(inputs.to(shop.device)))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), task.settings.clip_norm)
         optimizer.step()
         if shop.device.type == "cuda":
             torch.cuda.synchronize()
@@ -326,19 +328,14 @@ def _steps(shop: Workshop, stage: str, batch: int) -> tuple[float, float, int]:
 
 def _task(shop: Workshop, stage: str, batch: int) -> TrainingTask:
     config = shop.config
-    section: Any = config.teacher if stage == "teacher" else config.distill
-    values: dict[str, Any] = {"objective": "contrastive"}
-    if stage == "distill":
-        d = config.distill
-        # Scores of a cross-encoder are read, not computed, in a step: label smoothing is the same work.
-        objective = {"cross_encoder": "label_smoothing"}.get(d.objective, d.objective)
-        values = {name: getattr(d, name) for name in ("temperature", "beta", "expansion_size", "zero_row_floor")}
-        values |= {"objective": objective, "hard_negatives": True, "negatives_depth": d.negatives_depth}
-        values |= {"teacher_embeddings": d.teacher_embeddings, "smoothing": d.smoothing or 0.1}
+    section: TrainingConfig = config.teacher if stage == "teacher" else config.distill
+    changed: dict[str, Any] = {"steps": _STEPS + 1, "batch_size": batch, "learning_rate": 1e-9, "score_scale": 1.0}
+    if stage != "teacher" and objective_of(config).reads_pairs:
+        changed["objective"] = BASELINE.name  # scores of pairs are read, not computed, in a step: the work is the same
+    section = section.model_copy(update=changed)
     return TrainingTask(
-        stage=stage, run=shop.run, start="", fingerprint="plan", seed=config.run.seed, steps=_STEPS + 1,
-        batch_size=batch, learning_rate=1e-9, negatives=section.negatives, accumulate=section.accumulate,
-        clip_norm=section.clip_norm, dropout=config.model.dropout, positive_grade=1, **values,
+        stage=stage, run=shop.run, start="", fingerprint="plan", seed=config.run.seed, settings=section,
+        dropout=config.model.dropout, positive_grade=1,
     )  # fmt: skip
 
 

@@ -53,10 +53,11 @@ def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
         "text": opened.queries.texts[query],
         "labelled": _passages(opened, labelled),
         "feedback": [{**p, "labelled": p["passage_id"] in labelled_ids} for p in _passages(opened, feedback)],
-        "expansion": _expansion(opened, label),
+        "expansion": _expansion(opened, query, label),
         "settings": {
             "temperature": settings.temperature,
             "beta": settings.beta,
+            "expansion_share": settings.expansion_share,
             "expansion_size": settings.expansion_size,
             "zero_row_floor": settings.zero_row_floor,
         },
@@ -115,18 +116,18 @@ def _first_words(text: str) -> str:
     return " ".join(words[:_WORDS]) + (" ..." if len(words) > _WORDS else "")
 
 
-def _expansion(opened: LabelledRun, label: dict[str, Any]) -> list[dict[str, Any]]:
-    """All kept centroids, heaviest first; `weight` is beta * idf for those that count and 0 for the rest."""
+def _expansion(opened: LabelledRun, query: int, label: dict[str, Any]) -> list[dict[str, Any]]:
+    """All kept centroids, heaviest first; `weight` is 0 for those that do not count."""
     tokens = vocabulary(opened.run)
-    s = opened.settings
+    weights = opened.centroid_weights(query, label["idf"])
     return [
         {
             "token": tokens.get(token, f"[{token}]"),
             "token_id": token,
             "idf": idf,
-            "weight": s.beta * idf if i < s.expansion_size else 0.0,
+            "weight": weight,
         }
-        for i, (token, idf) in enumerate(zip(label["token_ids"], label["idf"], strict=True))
+        for token, idf, weight in zip(label["token_ids"], label["idf"], weights, strict=True)
     ]
 
 
@@ -159,7 +160,7 @@ def render(found: dict[str, Any]) -> str:
     s = found["settings"]
     counting = found["expansion"][: s["expansion_size"]]
     rest = found["expansion"][s["expansion_size"] :]
-    lines += ["", f"expansion ({len(counting)} of {len(found['expansion'])} centroids count; weight = beta x idf)"]
+    lines += ["", f"expansion ({len(counting)} of {len(found['expansion'])} centroids count; {_strength(s)})"]
     lines += [f"  {'token':<20}{'idf':>8}{'weight':>9}"]
     lines += [f"  {e['token']:<20}{e['idf']:>8.3f}{e['weight']:>9.4f}" for e in counting]
     if rest:
@@ -168,11 +169,17 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _strength(settings: dict[str, Any]) -> str:
+    if settings["beta"] == "auto":
+        return f"together they hold {settings['expansion_share']:.0%} of the teacher's weight"
+    return "weight = beta x idf"
+
+
 def _probabilities(found: dict[str, Any]) -> list[str]:
     s, rows = found["settings"], found["passages"]
     head = (
-        f"probabilities: a softmax over these {len(rows)} passages alone, at temperature {s['temperature']:g}; "
-        f"collective with beta {s['beta']:g}, expansion_size {s['expansion_size']}"
+        f"probabilities: a softmax over these {len(rows)} passages alone, at temperature {s['temperature']}; "
+        f"collective with beta {s['beta']}, expansion_size {s['expansion_size']}"
         f"{', zero_row_floor' if s['zero_row_floor'] else ''}"
     )
     note = "as in training, the labelled passage (*) is raised to the highest score"

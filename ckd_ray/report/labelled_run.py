@@ -5,6 +5,7 @@ Shapes: N passages, Q query rows, E expansion embeddings, D dimensions, L rows a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective.labels import ExpansionReader
-from ckd_ray.collective.scores import teacher_scores
+from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
+from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection
 from ckd_ray.data.collection import Queries
 from ckd_ray.distill.batches import Positives
-from ckd_ray.distill.objectives import soft_labels
+from ckd_ray.distill.losses import BatchScores, soft_labels, temperatures
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.finished import FinishedRun, open_finished
 from ckd_ray.store import EmbeddingStore
@@ -29,17 +31,6 @@ from ckd_ray.tune.space import labels_folder
 Int64Array = npt.NDArray[np.int64]
 # Only the training queries have labels.
 SPLIT = "train"
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How labels become probabilities: the keys of `distill` in the run's configuration."""
-
-    temperature: float
-    beta: float
-    expansion_size: int
-    zero_row_floor: bool
-    negatives_depth: int
 
 
 @dataclass(frozen=True)
@@ -72,10 +63,8 @@ class LabelledRun:
         self.folder, self.run, self.labels = finished.folder, (run := finished.base), labels
         self.config = config = finished.record["config"]
         self.expansions = ExpansionReader.open(labels, SPLIT)
-        d = config["distill"]
-        self.settings = ScoreSettings(
-            d["temperature"], d["beta"], d["expansion_size"], d["zero_row_floor"], d["negatives_depth"]
-        )
+        known = {key: value for key, value in config["distill"].items() if key in DistillConfig.model_fields}
+        self.settings = DistillConfig.model_validate(known)
         self.collection = Collection.open(run)
         self.passages = EmbeddingStore.open(join(run, "embeddings", "passages"))
         self._queries = EmbeddingStore.open(join(run, "embeddings", f"queries.{SPLIT}"))
@@ -125,8 +114,9 @@ class LabelledRun:
         takes no part in training: its scores are softmaxed as they are.
         """
         s = self.settings
-        expansions, weights = self.expansions.select(np.array([query]), s.expansion_size, s.beta)
+        expansions, idf = self.expansions.select(np.array([query]), s.expansion_size)
         queries = self._queries.gather(np.array([query])).embeddings_TD.float()[None]
+        weights = expansion_weights(idf, counted_rows(queries), beta=s.beta, share=s.expansion_share)
         rows_NLD, mask_NL = self.passages.gather(passages_N).padded()
 
         def score(weights_BE: Tensor) -> Tensor:
@@ -140,14 +130,27 @@ class LabelledRun:
         one_hot = labelled.double() / max(1, int(labelled.sum()))
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
 
+    def centroid_weights(self, query: int, idf: Sequence[float]) -> list[float]:
+        """What each of a query's centroids (highest idf first) weighs in its teacher's score; 0 behind
+        `distill.expansion_size`."""
+        s = self.settings
+        rows = counted_rows(self._queries.gather(np.array([query])).embeddings_TD[None])
+        counting = torch.tensor([list(idf[: s.expansion_size])], dtype=torch.float64)
+        weights = expansion_weights(counting, rows, beta=s.beta, share=s.expansion_share)[0].tolist()
+        return [*weights, *[0.0] * (len(idf) - len(weights))]
+
     def _soft(self, scores_N: Tensor, labelled_N: Tensor) -> Tensor:
-        temperature = self.settings.temperature
         turns = labelled_N.nonzero()[:, 0]
+        positives_B = turns if len(turns) else torch.zeros(1, dtype=torch.int64)
+        valid_BN = (~labelled_N).repeat(len(positives_B), 1)
+        valid_BN[torch.arange(len(positives_B)), positives_B] = True
+        scores_BN = scores_N.repeat(len(positives_B), 1)
+        # The other passages are the query's candidates, over which `temperature: auto` takes the spread.
+        rows = BatchScores(scores_BN, positives_B, valid_BN, 1, scores_BN)
+        temperature_B = temperatures(rows, self.settings.temperature)
         if not len(turns):
-            return (scores_N / temperature).softmax(0)
-        valid_BN = (~labelled_N).repeat(len(turns), 1)
-        valid_BN[torch.arange(len(turns)), turns] = True
-        return soft_labels(scores_N.repeat(len(turns), 1), turns, temperature, valid_BN).mean(0)
+            return (scores_N / temperature_B[0]).softmax(0)
+        return soft_labels(scores_BN, positives_B, temperature_B, valid_BN).mean(0)
 
 
 def labels_of(finished: FinishedRun) -> str:

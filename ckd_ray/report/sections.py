@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from ckd_ray.distill.objectives import BASELINE, OBJECTIVES
+from ckd_ray.distill.targets import degenerate, targets_of
 from ckd_ray.progress import duration
 from ckd_ray.report.closing import differences, systems, worth
 from ckd_ray.report.facts import Facts, SplitWins
@@ -195,10 +197,29 @@ def curves(facts: Facts) -> str:
             ]
             shown.append(Series(f"mean of {window} records", smooth))
         parts.append(lines(shown, x="step", y=f"Loss of the {name}"))
+        parts.append(_targets(facts, name, records))
         keys = dict.fromkeys(k for r in records for k, v in r.items() if _is_measure(k, v))
         dev = [Series(k, [(float(r["step"]), float(r[k])) for r in records if _is_measure(k, r.get(k))]) for k in keys]
         parts.append(lines(dev, x="step", y=f"Dev, {name}", from_zero=False) if steps and dev else "")
     return f"<div class=two>{''.join(parts)}</div>" if any(parts) else ""
+
+
+def _targets(facts: Facts, name: str, records: list[dict[str, Any]]) -> str:
+    """What a student's loss compared it with: the entropy of the targets and the label's probability in them."""
+    figures = targets_of(records)
+    if name != "student" or not figures:
+        return ""
+    kinds = {"target_entropy_share": "entropy, share of the highest", "label_mass": "probability of the label"}
+    shown = [
+        Series(text, [(float(r["step"]), float(r[key])) for r in records if key in r]) for key, text in kinds.items()
+    ]
+    distill = facts.run.record.get("config", {}).get("distill", {})
+    reads_teacher = OBJECTIVES.get(distill.get("objective", ""), BASELINE).has_teacher
+    notice = degenerate(figures, distill.get("temperature", "auto")) if reads_teacher else None
+    text = f"The targets have an entropy of {figures['target_entropy']:.3f} nats on average, "
+    text += f"{figures['target_entropy_share']:.1%} of the highest possible."
+    warned = f"<p class=down>{escape(notice)}</p>" if notice else ""
+    return f"<div>{lines(shown, x='step', y='Targets of the student')}<p class=note>{text}</p>{warned}</div>"
 
 
 def _is_measure(key: str, value: Any) -> bool:
@@ -300,8 +321,8 @@ def labels(facts: Facts) -> str:
         "(with their idf; pale ones do not count), and what one-hot, teacher and collective labels make of the same "
         "passages.</p>"
         + "".join(items)
-        + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']:g}, beta "
-        f"{settings['beta']:g}, {settings['expansion_size']:d} expansion embeddings.</p>"
+        + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']}, beta "
+        f"{settings['beta']}, {settings['expansion_size']:d} expansion embeddings.</p>"
     )
 
 

@@ -4,11 +4,14 @@ Scores are sum_i max_j <q_i, d_j> over unit rows, whatever the similarity (l2 an
 about equal length are taken together, each filled up by repeating its last row, which no maximum notices: a group is
 one dense product, its maxima a plain reduction, and no mask is needed.
 
-A ranking is made in two passes. The first, in float32, scores everything. The second scores again, in float64, what the
-error bound of the first leaves in question. Stored rows and queries are float16, so every product is a multiple of
-2^-48 and, between unit rows, every partial sum stays below 2: float64 (53 bits) adds them without rounding. Final
-scores are therefore *exact* and then rounded once, so that they do not depend on block shapes, threads, the cut into
-shards, the number of actors or the processor.
+A ranking is made in passes. The first scores everything with a bound of its error: in 8 bits where the processor is
+fast at that (`int8.py`), else in float32. The `depth` best by lower bound are then scored in float64. The least of
+these scores is the one to reach: what the first pass shows to stay below it is left out, the rest is scored in float32,
+and what is then still in question in float64.
+
+Stored rows and queries are float16, so every product is a multiple of 2^-48 and, between unit rows, every partial sum
+stays below 2: float64 (53 bits) adds them without rounding. Final scores are therefore *exact* and then rounded once:
+they do not depend on the first pass, block shapes, threads, the cut into shards, the number of actors or the processor.
 
 Shapes: B queries, Q rows a query, N passages, L rows a passage, T rows of all, P pairs of query and passage, D
 dimensions, K results, M vectors.
@@ -16,15 +19,16 @@ dimensions, K results, M vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.retrieve.groups import Group, groups_of
+from ckd_ray.retrieve.int8 import FirstPass, choose_first_pass, estimates_of, round_queries
 from ckd_ray.retrieve.rows import FlatRows, RangeRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -38,55 +42,22 @@ _GPU_BLOCK = 1 << 27
 # Query rows of a block: their 1 MiB stays in the second-level cache.
 _COLUMNS = 2048
 _GPU_COLUMNS = 1 << 15
-# Rows that are gathered at a time: 8 MiB of float16 at 128 dimensions. More would be fresh pages each time.
-_GATHERED = 1 << 15
-_GPU_GATHERED = 1 << 20
 # Rows that are converted from float16 at a time: 512 KiB of float32.
 _CONVERTED = 1 << 10
 # Passages that a block of the dense pass scores for all queries of a batch.
 _PASSAGES = 1 << 14
 # Vectors whose nearest rows are looked for at a time: 64 MiB of distances to 2^14 rows.
 _VECTORS = 1 << 10
-# Lengths are rounded up to a multiple of this: 2 % more rows, at most 45 groups of passages up to 180 rows.
-_ROUND = 4
 _EXACT_UNIT = 2.0**48
+# A first pass in 8 bits leaves two or three times `depth` to be scored again: it pays from so many times `depth`
+# passages. It pays from so many query rows, as rounding a passage's rows costs the same for one query as for all.
+_LEAST_PASSAGES = 8
+_LEAST_ROWS = 256
+# The share of a block that its bounds may leave in question before the block is scored in float32 instead.
+_MOST_KEPT = 0.5
 
-
-@dataclass(frozen=True)
-class _Group:
-    """`members` (n,) of the passages asked for, all with `length` rows: rows_TD (n * length, D) float16."""
-
-    length: int
-    members: Int64Array
-    rows_TD: Tensor
-
-
-def _groups(source: RangeRows, passages: Int64Array, device: torch.device) -> Iterator[_Group]:
-    """The passages that have rows, in groups of equal rounded length, at most `_GATHERED` rows at a time."""
-    most = _GPU_GATHERED if device.type == "cuda" else _GATHERED
-    lengths = source.lengths[passages]
-    rounded = -(-lengths // _ROUND) * _ROUND
-    order = np.argsort(rounded, kind="stable")
-    order = order[np.searchsorted(rounded[order], 1) :]
-    ends = np.cumsum(rounded[order])
-    start = 0
-    while start < len(order):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
-        chosen = order[start:stop]
-        length_n = lengths[chosen]
-        within = np.arange(int(rounded[chosen].sum())) - np.repeat(
-            np.cumsum(rounded[chosen]) - rounded[chosen], rounded[chosen]
-        )
-        index = np.repeat(source.offsets[passages[chosen]], rounded[chosen])
-        index += np.minimum(within, np.repeat(length_n - 1, rounded[chosen]))
-        rows_TD = source.take(index).to(device)
-        sizes, counts = np.unique(rounded[chosen], return_counts=True)
-        at = row = 0
-        for length, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-            yield _Group(length, chosen[at : at + count], rows_TD[row : row + count * length])
-            at, row = at + count, row + count * length
-        start = stop
+# Queries, passages (positions in the range), lower and upper bounds of the scores: (P,) each.
+_Candidates = tuple[Int64Array, Int64Array, Float32Array, Float32Array]
 
 
 def error_bound(query_rows: int, dim: int) -> float:
@@ -119,7 +90,7 @@ class Scorer:
         width = max(1, self._columns // self.query_rows)
 
         def score(part: Int64Array) -> None:
-            for group in _groups(self.source, passages[part], self.device):
+            for group in groups_of(self.source, passages[part], self.device):
                 step = max(1, self._block // (max(1, min(width, self.num_queries)) * self.query_rows * group.length))
                 members = torch.from_numpy(part[group.members]).to(self.device)
                 for start in range(0, len(members), step):
@@ -132,6 +103,24 @@ class Scorer:
 
         self._spread(score, len(passages))
         return out_BN
+
+    def estimate(self, passages: Int64Array) -> tuple[Tensor, Tensor]:
+        """(B, N) float32 estimates in 8 bits of all scores with `passages`, and (B, N) bounds of their errors.
+
+        On a CPU only. See `int8.py`; a passage without rows has its exact score and the bound 0.
+        """
+        out_BN = torch.full((self.num_queries, len(passages)), EMPTY_ROW_SCORE * self.query_rows)
+        bounds_BN = torch.zeros_like(out_BN)
+        rounded = round_queries(self.queries_BQD)
+
+        def score(part: Int64Array) -> None:
+            for group in groups_of(self.source, passages[part], self.device):
+                members = torch.from_numpy(part[group.members])
+                for these, scores_Bn, errors_Bn in estimates_of(rounded, self.query_rows, group.rows_TD, group.length):
+                    out_BN[:, members[these]], bounds_BN[:, members[these]] = scores_Bn, errors_Bn
+
+        self._spread(score, len(passages))
+        return out_BN, bounds_BN
 
     def _spread(self, work: Callable[[Int64Array], None], count: int) -> None:
         """`work` on all of 0..count, by as many threads as torch may use, each with products of its own.
@@ -164,7 +153,7 @@ class Scorer:
         by_passage = len(query_P) >= self._by_passage_from * max(1, len(passages))
 
         def score(part: Int64Array) -> None:
-            for group in _groups(self.source, passages[part], self.device):
+            for group in groups_of(self.source, passages[part], self.device):
                 members = part[group.members]
                 counts = np.diff(ends, prepend=0)[members]
                 first = np.repeat(ends[members] - counts - (np.cumsum(counts) - counts), counts)
@@ -180,7 +169,7 @@ class Scorer:
 
     def _score_by_passage(
         self,
-        group: _Group,
+        group: Group,
         queries_BQD: Tensor,
         query_p: Int64Array,
         counts: Int64Array,
@@ -209,7 +198,7 @@ class Scorer:
 
     def _score_by_pair(
         self,
-        group: _Group,
+        group: Group,
         queries_BQD: Tensor,
         query_p: Int64Array,
         member_p: Int64Array,
@@ -233,27 +222,74 @@ def _sum_rows(best_PQ: Tensor) -> Float32Array:
     return best_PQ.sum(1).cpu().numpy()
 
 
-def search_all(scorer: Scorer, depth: int) -> tuple[Float32Array, Int64Array]:
+def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) -> tuple[Float32Array, Int64Array]:
     """The best `depth` of all passages of the range: (scores_BK, passages_BK), see `rank`.
 
     Holds (B, 2^14) scores at a time, and a running list of those that may still be among the best.
+
+    Args:
+        first_pass: `int8` (on a CPU only) or `float32`, which give the same answer; None: the faster one here.
     """
     count = scorer.source.num_passages
-    margin = 2 * error_bound(scorer.query_rows, scorer.dim)
+    if first_pass is None:
+        few = count < _LEAST_PASSAGES * depth or scorer.num_queries * scorer.query_rows < _LEAST_ROWS
+        first_pass = "float32" if few or scorer.device.type != "cpu" else choose_first_pass()[0]
     best_BK = torch.full((scorer.num_queries, depth), -torch.inf, device=scorer.device)
-    kept: list[tuple[Int64Array, Int64Array, Float32Array]] = []
+    kept: list[_Candidates] = []
     for start in range(0, count, _PASSAGES):
         passages = np.arange(start, min(count, start + _PASSAGES))
-        scores_BN = scorer.dense(passages)
-        top = scores_BN.topk(min(depth, len(passages)), dim=1).values
-        best_BK = torch.cat([best_BK, top], 1).topk(depth, dim=1).values
-        query, passage = (scores_BN >= best_BK[:, -1:] - margin).nonzero(as_tuple=True)
-        values = scores_BN[query, passage].cpu().numpy()
-        kept.append((query.cpu().numpy(), passage.cpu().numpy() + start, values))
-    none = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-    query_P, passage_P, score_P = (np.concatenate(x) for x in zip(none, *kept, strict=True))
-    left = score_P >= best_BK[:, -1].cpu().numpy()[query_P] - margin
-    return rank(scorer, query_P[left], passage_P[left], depth)
+        found, best, share = _survivors(scorer, passages, best_BK, first_pass)
+        if first_pass == "int8" and share > _MOST_KEPT:
+            first_pass = "float32"  # the bounds leave too much in question: all in float32 is cheaper than pairs
+            found, best, share = _survivors(scorer, passages, best_BK, first_pass)
+        kept.append(found)
+        best_BK = best
+    none = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32))
+    query_P, passage_P, low_P, high_P = (np.concatenate(x) for x in zip(none, *kept, strict=True))
+    left = high_P >= best_BK[:, -1].cpu().numpy()[query_P]
+    return _rank_bounded(scorer, (query_P[left], passage_P[left], low_P[left], high_P[left]), depth)
+
+
+def _survivors(
+    scorer: Scorer, passages: Int64Array, best_BK: Tensor, first_pass: FirstPass
+) -> tuple[_Candidates, Tensor, float]:
+    """Those of consecutive passages that may be among the best; the K highest lower bounds so far (B, K); and the share
+    of pairs that is left."""
+    if first_pass == "int8":
+        scores_BN, errors_BN = scorer.estimate(passages)
+        low_BN, high_BN = scores_BN - errors_BN, scores_BN.add_(errors_BN)
+    else:
+        scores_BN, error = scorer.dense(passages), error_bound(scorer.query_rows, scorer.dim)
+        low_BN, high_BN = scores_BN - error, scores_BN.add_(error)
+    depth = best_BK.shape[1]
+    top = low_BN.topk(min(depth, len(passages)), dim=1).values
+    best_BK = torch.cat([best_BK, top], 1).topk(depth, dim=1).values
+    query, passage = (high_BN >= best_BK[:, -1:]).nonzero(as_tuple=True)
+    low_P, high_P = low_BN[query, passage].cpu().numpy(), high_BN[query, passage].cpu().numpy()
+    found = query.cpu().numpy(), passage.cpu().numpy() + passages[0], low_P, high_P
+    return found, best_BK, len(low_P) / max(1, low_BN.numel())
+
+
+def _rank_bounded(scorer: Scorer, candidates: _Candidates, depth: int) -> tuple[Float32Array, Int64Array]:
+    """The best `depth` of candidates (queries, passages, lower and upper bounds of scores): see `rank`.
+
+    The `depth` best by lower bound are scored exactly. Others are left out whose upper bound, or whose float32 score
+    with its error, does not reach the least of these scores.
+    """
+    query_P, passage_P, low_P, high_P = candidates
+    order = np.lexsort((-low_P, query_P))
+    query_P, passage_P, high_P = query_P[order], passage_P[order], high_P[order]
+    first = _places(query_P, scorer.num_queries) < depth
+    score_P = np.full(len(query_P), -np.inf, np.float32)
+    score_P[first] = scorer.pairs(query_P[first], passage_P[first], exact=True)
+    edge_B = np.full(scorer.num_queries, np.inf, np.float32)
+    np.minimum.at(edge_B, query_P[first], score_P[first])
+    rest = np.flatnonzero(~first & (high_P >= edge_B[query_P]))
+    score32_P = scorer.pairs(query_P[rest], passage_P[rest]).astype(np.float64)
+    rest = rest[score32_P + error_bound(scorer.query_rows, scorer.dim) >= edge_B[query_P[rest]]]
+    score_P[rest] = scorer.pairs(query_P[rest], passage_P[rest], exact=True)
+    first[rest] = True
+    return _best_of(scorer, query_P[first], passage_P[first], score_P[first], depth)
 
 
 def search_among(scorer: Scorer, candidates: list[Int64Array], depth: int) -> tuple[Float32Array, Int64Array]:
@@ -275,17 +311,27 @@ def rank(scorer: Scorer, query_P: Int64Array, passage_P: Int64Array, depth: int)
 
     Passages are indices in the whole store; equal scores go by passage index; -inf and -1 behind the end of a list.
     """
-    score_P = scorer.pairs(query_P, passage_P, exact=True)
+    return _best_of(scorer, query_P, passage_P, scorer.pairs(query_P, passage_P, exact=True), depth)
+
+
+def _best_of(
+    scorer: Scorer, query_P: Int64Array, passage_P: Int64Array, score_P: Float32Array, depth: int
+) -> tuple[Float32Array, Int64Array]:
     order = np.lexsort((passage_P, -score_P, query_P))
     query_P, passage_P, score_P = query_P[order], passage_P[order], score_P[order]
-    counts = np.bincount(query_P, minlength=scorer.num_queries)
-    place = np.arange(len(query_P)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = _places(query_P, scorer.num_queries)
     scores_BK = np.full((scorer.num_queries, depth), -np.inf, np.float32)
     passages_BK = np.full((scorer.num_queries, depth), -1, np.int64)
     kept = place < depth
     scores_BK[query_P[kept], place[kept]] = score_P[kept]
     passages_BK[query_P[kept], place[kept]] = passage_P[kept] + scorer.source.first
     return scores_BK, passages_BK
+
+
+def _places(query_P: Int64Array, num_queries: int) -> Int64Array:
+    """(P,) the place, from 0, of each pair among those of its query; pairs of a query stand together."""
+    counts = np.bincount(query_P, minlength=num_queries)
+    return np.arange(len(query_P)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 class ExactIndex:
@@ -310,9 +356,15 @@ class ExactIndex:
         """(B, N) float32 scores of all passages, in the order of the corpus."""
         return Scorer(queries_BQD, self.source, self.device).dense(np.arange(self.source.num_passages))
 
-    def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
-        """The best `depth`: (scores_BK, passages_BK), highest first, ties by passage index; -inf and -1 at the end."""
-        return search_all(Scorer(queries_BQD, self.source, self.device), depth)
+    def search(
+        self, queries_BQD: Tensor, depth: int, first_pass: FirstPass | None = None
+    ) -> tuple[Float32Array, Int64Array]:
+        """The best `depth`: (scores_BK, passages_BK), highest first, ties by passage index; -inf and -1 at the end.
+
+        Args:
+            first_pass: see `search_all`; the answer does not depend on it.
+        """
+        return search_all(Scorer(queries_BQD, self.source, self.device), depth, first_pass)
 
 
 def rerank(

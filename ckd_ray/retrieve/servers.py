@@ -22,6 +22,7 @@ import torch
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.processes import actor_device, die_when_aborted
 from ckd_ray.progress import say
+from ckd_ray.retrieve.int8 import choose_first_pass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
 from ckd_ray.store import EmbeddingStore
@@ -66,6 +67,12 @@ class ShardServer:
     def ready(self) -> int:
         """Passages served; returns when the index stands."""
         return self.range.num_passages
+
+    def first_pass(self) -> tuple[str, str]:
+        """What exact search computes first on large ranges, and why (`int8.choose_first_pass`)."""
+        if torch.device(self.range.device).type != "cpu":
+            return "float32", "on a GPU"
+        return choose_first_pass()
 
     def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """Top `depth` of this range: scores_BK and dense passage indices passages_BK."""
@@ -256,6 +263,9 @@ class serving:
             what = f"building {task}" if task else "loading"
             say(f"  {what} {self._store.num_tokens:,} token embeddings ({plan.servers} servers)")
             ray.get([actor.ready.remote() for actor in self._actors])
+            if self._settings.engine == "exact":
+                first, reason = ray.get(self._actors[0].first_pass.remote())
+                say(f"  {first} first pass, exact scores ({reason})")
         except BaseException:
             self.__exit__(None, None, None)  # `with` does not, when entering fails
             raise

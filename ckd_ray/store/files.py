@@ -356,6 +356,14 @@ def _new_local_folder(target: Path) -> Iterator[str]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def copy_folder(source: str, target: str) -> None:
+    """Copy a folder with all that is in it, between any two places. A copy that is cut short leaves nothing at
+    `target`."""
+    from_fs, from_path = filesystem_of(source)
+    with new_folder(target) as folder:
+        pafs.copy_files(from_path, folder, source_filesystem=from_fs, destination_filesystem=pafs.LocalFileSystem())
+
+
 @contextmanager
 def local_copy(uri: str) -> Iterator[str]:
     """A local path with the contents of the folder `uri`: itself when local, else a temporary download."""

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ckd_ray.collective.labels import ExpansionReader
-from ckd_ray.collective.scores import teacher_scores
+from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.collective.stream import LabelJob
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import Positives
@@ -54,6 +54,7 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
         {
             "labels": out,
             "beta": config.distill.beta,
+            "share": config.distill.expansion_share,
             "size": config.distill.expansion_size,
             "floor": config.distill.zero_row_floor,
         }
@@ -158,7 +159,9 @@ def _judge_part(
         rows_NLD, mask_NL = passages.gather(candidates_N.astype(np.int64)).padded()
         relevant_1N = np.isin(candidates_N, wanted)[None]
         for i, way in enumerate(ways):
-            expansions, weights = readers[way["labels"]].select(np.array([query]), way["size"], way["beta"])
+            expansions, idf = readers[way["labels"]].select(np.array([query]), way["size"])
+            rows_1 = counted_rows(rows_BQD[row : row + 1])
+            weights = expansion_weights(idf, rows_1, beta=way["beta"], share=way["share"])
             scores_1N = teacher_scores(
                 rows_BQD[row : row + 1], expansions, weights, rows_NLD.float(), mask_NL, similarity,
                 zero_row_floor=way["floor"],

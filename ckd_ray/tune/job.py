@@ -114,7 +114,7 @@ def _first(
 ) -> tuple[list[Values], list[dict[str, Any]], float]:
     """(combinations that go on to trials, what the first pass found, its seconds). The configuration's own always go
     on."""
-    first, _ = split(space_of(config), config.distill.objective)
+    first, _ = split(space_of(config), config)
     if not first:
         return [{}], [], 0.0
     path = join(folder, "first_pass.json")
@@ -157,7 +157,7 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
     records = Records(join(folder, "trials"))
     suggester = Suggester(
         kept,
-        split(space, config.distill.objective)[1],
+        split(space, config)[1],
         values_of(config, space),
         search=config.tune.search,
         seed=seed,

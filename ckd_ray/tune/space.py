@@ -10,12 +10,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import ValidationError
 
 from ckd_ray.config.schema import Config
+from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
 from ckd_ray.pipeline.fingerprint import fingerprint
 
 FOLDER = "tune"  # below the run
@@ -27,28 +28,36 @@ OF_THE_TEACHER = (
     "label.token_vote",
     "label.neighbours",
     "distill.beta",
+    "distill.expansion_share",
     "distill.expansion_size",
     "distill.zero_row_floor",
 )
 KEYS = (
     *OF_THE_TEACHER,
+    "distill.loss",
     "distill.temperature",
+    "distill.teacher_weight",
+    "distill.margin",
+    "distill.denoise",
+    "distill.score_scale",
     "distill.smoothing",
     "distill.learning_rate",
     "distill.negatives",
     "distill.negatives_depth",
+    "distill.sampling",
     "distill.warmup",
     "distill.weight_decay",
     "distill.ema",
 )
 STANDARD: dict[str, dict[str, Any]] = {
-    "distill.temperature": {"loguniform": [0.1, 8.0]},
+    "distill.loss": {"choice": ["decoupled", "mixture", "kl"]},
+    "distill.temperature": {"choice": ["auto", 1.0, 2.0, 4.0, 8.0]},
+    "distill.teacher_weight": {"choice": [0.25, 0.5, 1.0]},
     "distill.smoothing": {"choice": [0.0, 0.02, 0.1]},
-    "distill.beta": {"choice": [0.03, 0.1, 0.3, 1.0]},
+    "distill.expansion_share": {"choice": [0.1, 0.2, 0.3, 0.5]},
     "distill.expansion_size": {"choice": [5, 10, 20]},
 }
 _KINDS = ("choice", "uniform", "loguniform", "int")
-_WITHOUT_TEACHER = ("contrastive", "label_smoothing")
 
 Values = dict[str, Any]
 
@@ -117,18 +126,31 @@ def space_of(config: Config) -> dict[str, Parameter]:
     if given is None:
         most = config.label.clusters
         given = {**STANDARD, "distill.expansion_size": {"choice": [n for n in (5, 10, 20) if n <= most] or [most]}}
-        if config.distill.objective == "label_smoothing":
-            shares = STANDARD["distill.smoothing"]["choice"]
-            given["distill.smoothing"] = {"choice": [share for share in shares if share]}  # 0 would be contrastive
-        given = {key: spec for key, spec in given.items() if _matters(key, config.distill.objective)}
+        given = {key: _possible(config, key, spec) for key, spec in given.items() if _matters(config, key)}
     return {key: parse(given[key]) for key in sorted(given, key=KEYS.index)}
 
 
-def _matters(key: str, objective: str) -> bool:
-    """Whether a key changes anything for an objective. The floor is under the student's scores too."""
-    if key in OF_THE_TEACHER and key != "distill.zero_row_floor":
-        return objective == "collective"
-    return key != "distill.temperature" or objective not in _WITHOUT_TEACHER
+def _possible(config: Config, key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices of a standard parameter that the objective allows: label_smoothing without smoothing, for one, would
+    be contrastive."""
+    allowed = [value for value in spec["choice"] if not _mistake(config, key, value)]
+    return {"choice": allowed or spec["choice"]}
+
+
+def _mistake(config: Config, key: str, value: Any) -> str | None:
+    """What the objective has against a value that it has nothing against as configured; None when it is fine."""
+    before = set(objective_of(config).mistakes(config))
+    changed = with_values(config, {key: value})
+    return next((text for path, text in objective_of(changed).mistakes(changed) if (path, text) not in before), None)
+
+
+def _matters(config: Config, key: str) -> bool:
+    """Whether a key changes anything for the objective, under some value of the other keys that the search may vary."""
+    objective = objective_of(config)
+    section, _, name = key.partition(".")
+    if section == "label":
+        return objective.reads_expansions
+    return name not in CONDITIONAL_KEYS or name in objective.all_keys()
 
 
 def grid(space: Mapping[str, Parameter]) -> Iterator[Values]:
@@ -137,9 +159,10 @@ def grid(space: Mapping[str, Parameter]) -> Iterator[Values]:
         yield dict(zip(space, values, strict=True))
 
 
-def split(space: Mapping[str, Parameter], objective: str) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
+def split(space: Mapping[str, Parameter], config: Config) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
     """(what the labels' worth depends on, where training reads them, the rest)."""
-    first = {key: p for key, p in space.items() if key in OF_THE_TEACHER and objective == "collective"}
+    reads = objective_of(config).reads_expansions
+    first = {key: p for key, p in space.items() if key in OF_THE_TEACHER and reads}
     return first, {key: p for key, p in space.items() if key not in first}
 
 
@@ -216,32 +239,44 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
             yield path, str(error)
             continue
         yield from _out_of_range(config, key, parameter)
-        if not _matters(key, config.distill.objective):
+        if not _matters(config, key):
             yield path, f"changes nothing for objective {config.distill.objective}"
 
 
+def _kinds(key: str) -> set[Any]:
+    """The types of a key's values, those inside of unions and annotations too."""
+    section, _, name = key.partition(".")
+    inner: Any = Config.model_fields[section].annotation
+    waiting, found = [inner.model_fields[name].annotation], set()
+    while waiting:
+        kind = waiting.pop()
+        found.add(kind)
+        waiting += get_args(kind)
+    return found
+
+
 def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
-    configured = values_of(config, (key,))[key]
-    if parameter.kind in ("uniform", "loguniform") and not isinstance(configured, float):
+    kinds = _kinds(key)
+    if parameter.kind in ("uniform", "loguniform") and float not in kinds:
         # The ends may be valid, and what lies between them not.
-        whole = isinstance(configured, int) and not isinstance(configured, bool)
-        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {'int or choice' if whole else 'choice'}"
+        instead = "int or choice" if int in kinds else "choice"
+        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {instead}"
         return
     for value in parameter.values:  # the ends of a range, which are valid only if all of it is
         try:
             changed = with_values(config, {key: value})
         except ValidationError as error:
-            message = error.errors()[0]["msg"]
+            message = error.errors()[-1]["msg"]  # of a key that takes auto or a number, what the number lacks
             yield f"tune.space.{key}", f"{message[:1].lower()}{message[1:]}, found {value!r}"
             return
-        if key == "distill.smoothing" and value == 0 and config.distill.objective == "label_smoothing":
-            yield f"tune.space.{key}", "objective label_smoothing needs a share above 0, found 0"
+        if mistake := _mistake(config, key, value):
+            yield f"tune.space.{key}", f"{mistake}, found {value!r}"
             return
         if key == "distill.negatives_depth" and changed.distill.negatives_depth > config.retrieve.depth:
             yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
             return
         scored = config.distill.negatives_depth if config.cross_encoder.depth == "auto" else config.cross_encoder.depth
-        by_model = config.distill.objective == "cross_encoder" and config.cross_encoder.model
+        by_model = objective_of(config).reads_pairs and config.cross_encoder.model
         if key == "distill.negatives_depth" and by_model and changed.distill.negatives_depth > scored:
             more = f"only {scored} negatives a query are scored; raise cross_encoder.depth"
             yield f"tune.space.{key}", f"{more}, found {value!r}"

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ckd_ray.config import CrossEncoderConfig, load_config
+from ckd_ray.config.schema import DistillConfig
 from ckd_ray.cross_encoder import stream
 from ckd_ray.cross_encoder.stream import CrossEncoderJob, agreed_precision, score_candidates
 from ckd_ray.data import build_collection
@@ -111,8 +112,11 @@ def test_training_sees_scored_pairs_alone(ray_session: None, job: CrossEncoderJo
     settings = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
     ColBERT.from_backbone(tiny_backbone, settings, seed=1).save(start)
     task = TrainingTask(
-        "distill", job.run, str(start), "x", 17, 4, 6, 1e-3, objective="cross_encoder", temperature=2.0,
-        negatives=2, negatives_depth=DEPTH, hard_negatives=True,
+        "distill", job.run, str(start), "x", 17,
+        DistillConfig(
+            steps=4, batch_size=6, learning_rate=1e-3, objective="cross_encoder", loss="kl", temperature=2.0,
+            negatives=2, negatives_depth=DEPTH,
+        ),
     )  # fmt: skip
     model = ColBERT.from_pretrained(start)
     reader = InputReader(task, model.tokenizer)

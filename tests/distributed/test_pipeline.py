@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.config import load_config
+from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection, build
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
@@ -27,6 +29,7 @@ from ckd_ray.model import ColBERT
 from ckd_ray.pipeline import artefact, work
 from ckd_ray.pipeline.baselines import measure_baselines
 from ckd_ray.pipeline.context import RunContext
+from ckd_ray.pipeline.generations import run_generations
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.pipeline.stages import STAGE_NAMES
 from ckd_ray.store import EmbeddingStore, shard_name
@@ -48,6 +51,27 @@ def finished(
     assert [r.name for r in reports] == [name for name in STAGE_NAMES if name != "cross_encoder"]
     assert not any(r.skipped for r in reports)
     return storage
+
+
+def test_the_score_scale_is_measured_once_and_the_student_has_its_teacher_s(finished: Path) -> None:
+    about = {
+        role: json.loads((finished / "tiny" / role / "training.json").read_text()) for role in ("teacher", "student")
+    }
+    scale = about["teacher"]["score_scale"]
+    assert scale > 0 and about["student"]["score_scale"] == scale
+    for role in about:
+        assert ColBERT.from_pretrained(finished / "tiny" / role).settings.score_scale == scale
+    assert about["student"]["settings"]["loss"] == "decoupled" and "margin" not in about["student"]["settings"]
+
+
+def test_what_the_targets_were_like_is_recorded(finished: Path) -> None:
+    lines = (finished / "tiny" / "student" / "metrics.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        assert 0 < record["target_entropy"] <= math.log(7) + 1e-6
+        assert 0 < record["target_entropy_share"] <= 1 and 0 <= record["label_mass"] <= 1
+    figures = json.loads((finished / "tiny" / "student" / "manifest.json").read_text())["figures"]
+    assert figures["target_entropy"] > 0 and figures["score_scale"] > 0
+    assert b"distill/label_mass" in next((finished / "tiny" / "student" / "tensorboard").iterdir()).read_bytes()
 
 
 def test_rankings_have_the_contract_s_columns_and_are_exact(finished: Path) -> None:
@@ -364,9 +388,11 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
     for source in ("store", "recompute"):
         task = TrainingTask(
             stage="distill", run=str(run_folder), start=str(run_folder / "teacher"), fingerprint=source, seed=17,
-            steps=4, batch_size=6, learning_rate=1e-3, objective="collective", expansion_size=4, negatives=2,
-            negatives_depth=15, hard_negatives=True, accumulate=2,
-            teacher_embeddings=source, teacher=str(run_folder / "teacher"),
+            settings=DistillConfig(
+                steps=4, batch_size=6, learning_rate=1e-3, expansion_size=4, negatives=3, negatives_depth=15,
+                accumulate=2, teacher_embeddings=source,
+            ),
+            teacher=str(run_folder / "teacher"),
         )  # fmt: skip
         model = ColBERT.from_pretrained(run_folder / "student")
         teacher = ColBERT.from_pretrained(run_folder / "teacher") if source == "recompute" else None
@@ -375,6 +401,24 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
         assert (reader.read(0).teacher.passages is None) == (source == "recompute")
     assert losses["store"] == pytest.approx(losses["recompute"], abs=1e-3)
     assert min(losses["store"]) > 0
+
+
+def test_the_student_of_a_generation_is_the_teacher_of_the_next(
+    finished: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    config = load_config(None, overrides(finished, tiny_backbone, tiny_collection))
+    (first, reports), (second, more) = run_generations(config, 2)
+    assert first == config and all(report.skipped for report in reports)
+    folder = finished / "tiny" / "generation-2"
+    assert second.run.storage == str(finished / "tiny") and RunContext.of(second).run == str(folder)
+    assert [r.name for r in more if r.skipped] == ["collection"], "the corpus is copied"
+    weights = [
+        ColBERT.from_pretrained(path).state_dict()
+        for path in (finished / "tiny" / "student", folder / "teacher", folder / "student")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+    assert all(report.skipped for _, found in run_generations(config, 2) for report in found)
 
 
 def test_cross_encoder_labels_from_a_model_and_then_from_a_file(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ckd_ray.config import load_config
+from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.data import build_collection
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import BatchEncoder, TrainingStep
@@ -44,17 +46,16 @@ def task(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_coll
         start=str(run / "start"),
         fingerprint="straight",
         seed=17,
-        steps=8,
-        batch_size=7,
-        learning_rate=1e-3,
-        negatives=2,
-        log_every=1,
-        checkpoint_every=3,
+        settings=TrainingConfig(
+            steps=8, batch_size=7, learning_rate=1e-3, negatives=2, log_every=1, checkpoint_every=3
+        ),
     )
 
 
 def changed(task: TrainingTask, **values: object) -> TrainingTask:
-    return TrainingTask.from_dict(task.to_dict() | values)
+    known = TrainingConfig.model_fields
+    settings = task.settings.model_copy(update={name: value for name, value in values.items() if name in known})
+    return replace(task, settings=settings, **{name: value for name, value in values.items() if name not in known})
 
 
 @pytest.fixture(scope="module")

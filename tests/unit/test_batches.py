@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_ray.distill.batches import Batch, BatchPlan, Positives, valid_mask
+from ckd_ray.config.schema import TrainingConfig
+from ckd_ray.distill.batches import Batch, BatchPlan, Positives, rank_strata, valid_mask
 from ckd_ray.distill.dev import mean_reciprocal_rank, top_of_rows
 from ckd_ray.distill.groups import even_bounds, length_groups
 from ckd_ray.distill.inputs import worker_slice
@@ -84,8 +85,48 @@ def test_valid_mask_by_hand() -> None:
     # columns: 10 20 30 | 20 11 30; query 0's positive is column 0, query 1's is column 3
     assert valid_mask(batch, labels).tolist() == [
         [True, True, True, False, False, False],  # the second 20 and 30 are repeats, 11 is labelled
-        [True, False, True, True, True, False],  # column 1 is query 1's positive again
+        [True, False, False, True, True, True],  # column 1 is query 1's positive again, column 2 its own 30
     ]
+
+
+def counts(flat: list[int], column: int, own: int) -> bool:
+    """Whether a column is the one that counts among those with its passage: the first of the query's own, else the
+    first of all."""
+    same = [c for c, passage in enumerate(flat) if passage == flat[column]]
+    return column == next((c for c in same if own < c < own + 4), same[0])
+
+
+@pytest.mark.parametrize(("count", "strata"), [(100, 7), (100, 31), (12, 7), (8, 7), (7, 7), (3, 7), (0, 2), (100, 1)])
+def test_strata_cover_all_ranks_and_are_narrow_at_the_top(count: int, strata: int) -> None:
+    edges = rank_strata(count, strata)
+    assert edges[0] == 0 and len(edges) == strata + 1 and edges[-1] == max(count, strata)
+    widths = np.diff(edges)
+    assert (widths >= 1).all() and (np.diff(widths) >= -1).all() and widths[0] == widths.min()
+
+
+def test_strata_give_one_candidate_each_best_first() -> None:
+    rankings = np.arange(1, 101, dtype=np.int32)[None]
+    p = BatchPlan(
+        positives([50]), num_passages=200, batch_size=1, negatives=5, seed=1, rankings=rankings, sampling="strata"
+    )
+    usable = [i for i in range(1, 101) if i != 50]
+    edges = rank_strata(len(usable), 5)
+    seen = [set() for _ in range(5)]
+    for step in range(300):
+        row = p.batch(step).passages_BM[0].tolist()
+        assert row[0] == 50
+        for stratum, passage in enumerate(row[1:]):
+            assert edges[stratum] <= usable.index(passage) < edges[stratum + 1]
+            seen[stratum].add(passage)
+    assert seen[0] == set(usable[: edges[1]]) and len(seen[4]) > 30
+
+
+def test_strata_of_short_rankings_are_filled_from_the_corpus() -> None:
+    p = plan(batch_size=3, negatives=4, sampling="strata", rankings=np.array([[1, 2, -1]] * 3, np.int32))
+    for step in range(20):
+        batch = p.batch(step)
+        for query, row in zip(batch.queries_B.tolist(), batch.passages_BM.tolist(), strict=True):
+            assert len(row) == 5 and not set(row[1:]) & set(p.positives.of(query).tolist())
 
 
 def test_valid_mask_equals_the_literal_version() -> None:
@@ -97,7 +138,7 @@ def test_valid_mask_equals_the_literal_version() -> None:
         flat = [passage for row in rows for passage in row]
         literal = [
             [
-                column == 4 * i or (flat[column] not in labels.of(query) and flat[column] not in flat[:column])
+                column == 4 * i or (flat[column] not in labels.of(query) and counts(flat, column, 4 * i))
                 for column in range(len(flat))
             ]
             for i, query in enumerate(queries)
@@ -149,7 +190,7 @@ def test_worker_slices_cover_the_batch_once(world: int) -> None:
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
-    task = TrainingTask("t", "r", "s", "f", 0, 10, 1, 1.0, warmup=0.2)
+    task = TrainingTask("t", "r", "s", "f", 0, TrainingConfig(steps=10, learning_rate=1.0, warmup=0.2))
     rates = [task.learning_rate_at(s) for s in range(10)]
     assert rates == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
 

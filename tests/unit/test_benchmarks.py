@@ -67,3 +67,49 @@ def test_the_padded_loop_takes_the_precision_that_it_is_given(tiny_backbone: str
     loops = {p: torch.cat(padded_loop(model, texts, torch.device("cpu"), p)).float() for p in ("fp32", "bf16")}
     assert torch.allclose(loops["fp32"], rows_TD, atol=2e-3)
     assert 0 < float((loops["bf16"] - loops["fp32"]).abs().max()) < 0.1
+
+
+def test_peers_train_on_labelled_passages_and_negatives_of_the_ranking_within_the_budget() -> None:
+    from peers import Budget, draw
+
+    budget = Budget(steps=3, queries_per_step=2, negatives=2)
+    assert budget.to_dict() == {"steps": 3, "queries_per_step": 2, "negatives": 2, "passages_encoded": 18}
+    # Query 1 has no label; query 3 has one passage in its ranking that is not labelled, and is filled up from all ten.
+    rankings = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1], [2, 5, -1, -1]])
+    labelled = {0: [1], 2: [8, 9], 3: [2]}
+    rows = draw(rankings, labelled, budget, 10, seed=1)
+    assert rows == draw(rankings, labelled, budget, 10, seed=1) != draw(rankings, labelled, budget, 10, seed=2)
+    assert sorted(query for query, _ in rows) == [0, 0, 2, 2, 3, 3]
+    assert sorted(query for query, _ in rows[:3]) == [0, 2, 3]
+    for query, (positive, *negatives) in rows:
+        assert positive in labelled[query] and not set(negatives) & set(labelled[query])
+        assert len(set(negatives)) == 2
+        assert set(negatives) <= ({0, 2, 3} if query == 0 else {0, 1} if query == 2 else set(range(10)))
+    assert all(len(passages) == 1 for _, passages in draw(rankings, labelled, Budget(1, 3, 0), 10, seed=1))
+
+
+def test_rows_of_peers_have_the_columns_of_the_library_and_the_recipe() -> None:
+    from peers_train import columns
+
+    rows = [{"query": "q", "passages": ["p", "n", "m"], "scores": [30.0, 20.0, 10.0]}]
+    contrastive = {"query": ["q"], "positive": ["p"], "negative_1": ["n"], "negative_2": ["m"]}
+    for library in ("pylate", "sentence-transformers"):
+        job = {"library": library, "recipe": "contrastive", "teacher_scores": "raw"}
+        assert columns(job, rows) == contrastive and next(iter(columns(job, rows))) == "query"
+    job = {"library": "pylate", "recipe": "kl", "teacher_scores": "minmax"}
+    assert columns(job, rows) == {"query": ["q"], "documents": [["p", "n", "m"]], "scores": [[1.0, 0.5, 0.0]]}
+    job = {"library": "sentence-transformers", "recipe": "kl", "teacher_scores": "raw"}
+    documents = {"document_0": ["p"], "document_1": ["n"], "document_2": ["m"]}
+    assert columns(job, rows) == {"query": ["q"], **documents, "scores": [[30.0, 20.0, 10.0]]}
+
+
+def test_the_paired_difference_to_peers_is_over_the_queries_of_all_seeds() -> None:
+    from peers import differences
+
+    own = {"dev": {"MRR@10": {"b": 1.0, "a": 0.5}, "R@100": {"a": 1.0, "b": 1.0}}}
+    found = [{"dev": {"MRR@10": {"a": 0.25, "b": 0.5}}}, {"dev": {"MRR@10": {"a": 0.25, "b": 1.0}}}]
+    rows = differences(own, found)
+    assert list(rows) == ["dev"] and list(rows["dev"]) == ["MRR@10"]
+    assert rows["dev"]["MRR@10"]["mean"] == 0.25  # b: 0.5 and 0, a: 0.25 and 0.25
+    assert set(rows["dev"]["MRR@10"]) == {"mean", "p", "low", "high"}
+    assert differences({}, found) == {}

@@ -23,13 +23,14 @@ from tests.support import overrides, write_collection
 
 
 def test_variants_differ_in_the_distillation_alone() -> None:
-    config = load_config(None, ["compare.seeds=[3, 4]", "compare.settings={self_distillation: {temperature: 1.0}}"])
+    changed = "compare.settings={self_distillation: {temperature: 1.0, loss: kl}}"
+    config = load_config(None, ["compare.seeds=[3, 4]", changed])
     planned = variants(config)
     assert objectives(config) == ["contrastive", "label_smoothing", "self_distillation", "collective"]
     assert [(v.objective, v.seed) for v in planned][:5] == [*((o, 3) for o in objectives(config)), ("contrastive", 4)]
     assert {v.config.distill.smoothing for v in planned if v.objective == "label_smoothing"} == {0.1}
     assert {v.config.distill.smoothing for v in planned if v.objective != "label_smoothing"} == {0.0}
-    assert {v.config.distill.temperature for v in planned} == {0.25, 1.0}
+    assert {v.config.distill.temperature for v in planned} == {"auto", 1.0}
     prints: dict[str, set[str]] = {}
     for variant in planned:
         done: dict[str, str] = {}
@@ -46,9 +47,11 @@ def test_variants_differ_in_the_distillation_alone() -> None:
     ("value", "message"),
     [
         ("compare.settings={collective: {steps: 9}}", "compare.settings.collective.steps: cannot differ"),
-        ("compare.settings={collective: {temperature: 0}}", "compare.settings.collective.temperature: input should be"),
+        ("compare.settings={collective: {temperature: 0}}", "compare.settings.collective.temperature"),
         ("compare.settings={collective: {expansion_size: 90}}", "at most label.clusters"),
-        ("compare.settings={label_smoothing: {smoothing: 0}}", "must be above 0"),
+        ("compare.settings={label_smoothing: {smoothing: 0}}", "label_smoothing.smoothing: objective label_smoothing"),
+        ("compare.settings={contrastive: {smoothing: 0.1}}", "compare.settings.contrastive.smoothing: objective"),
+        ("compare.objectives=[cross_encoder]", "compare.objectives[0]: cross_encoder.scores: objective"),
         ("compare.settings={colective: {beta: 1}}", "compare.settings.colective"),
         ("compare.objectives=[collective, collective]", "listed twice"),
         ("compare.objectives=[]", "compare.objectives"),

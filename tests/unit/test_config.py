@@ -27,6 +27,7 @@ def test_another_collection_on_the_embedded_default_is_not_cut_to_its_size() -> 
     mine = ["collection.format=msmarco", "collection.path=/data"]
     assert load_config(None).collection.limit == 2500 and load_config(None).retrieve.engine == "exact"
     assert load_config(None, mine).collection.limit is None and load_config(None, mine).retrieve.engine == "auto"
+    assert load_config(None, mine).distill == Config().distill and load_config(None, mine).teacher == Config().teacher
     assert load_config(None, [*mine, "collection.limit=7"]).collection.limit == 7
 
 
@@ -42,7 +43,7 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
     )
     m = c.model
     assert (m.dim, m.query_maxlen, m.doc_maxlen, m.mask_punctuation, m.similarity) == (128, 32, 180, True, "l2")
-    assert (c.teacher.checkpoint, c.teacher.batch_size, c.teacher.learning_rate) == (None, 36, 3e-6)
+    assert (c.teacher.checkpoint, c.teacher.batch_size, c.teacher.learning_rate) == (None, 16, 1e-4)
     r = c.retrieve
     assert (r.engine, r.cells, r.nprobe, r.candidates, r.depth) == ("auto", "auto", 32, 1024, 100)
     assert c.label.model_dump() == {
@@ -53,10 +54,23 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
         "neighbours": "auto",
     }
     d = c.distill
-    assert (d.objective, d.temperature, d.smoothing, d.beta, d.expansion_size) == ("collective", 0.25, 0.0, 1.0, 10)
-    assert (d.negatives, d.negatives_depth, d.batch_size, d.learning_rate) == (1, 100, 36, 3e-6)
+    assert (d.objective, d.loss, d.temperature, d.score_scale) == ("collective", "decoupled", "auto", "auto")
+    assert (d.smoothing, d.beta, d.expansion_share, d.expansion_size) == (0.0, "auto", 0.3, 10)
+    assert (d.negatives, d.sampling, d.negatives_depth) == (7, "strata", 100)
+    assert (d.batch_size, d.learning_rate) == (4, 3e-5)
     assert c.evaluate.measures == ["MRR@10", "nDCG@10", "R@100", "R@1000"]
     assert (c.evaluate.depth, c.evaluate.relevance_threshold) == (1000, 1)
+
+
+def test_the_published_recipe_is_kept() -> None:
+    """docs/method.md, step by step: every setting stands in the file, whatever the defaults are."""
+    c = load_config(str(CONFIGS[0].with_name("published.yaml")))
+    d, t = c.distill, c.teacher
+    assert (d.objective, d.loss, d.temperature, d.score_scale, d.smoothing) == ("collective", "kl", 0.25, 1.0, 0.0)
+    assert (d.beta, d.expansion_size, d.negatives, d.sampling, d.negatives_depth) == (1.0, 10, 1, "uniform", 100)
+    assert (d.batch_size, d.learning_rate, d.denoise, d.zero_row_floor) == (36, 3e-6, None, False)
+    assert (t.batch_size, t.learning_rate, t.negatives, t.score_scale) == (36, 3e-6, 1, 1.0)
+    assert (c.label.feedback_passages, c.label.clusters, c.label.voters) == (3, 24, 10)
 
 
 def test_overrides_are_yaml_and_the_last_wins() -> None:
@@ -89,7 +103,7 @@ def test_all_problems_at_once() -> None:
     assert found == {
         "distill.temperatur": "unknown key; did you mean distill.temperature?",
         "label.clusters": "input should be a valid integer, unable to parse string as an integer, found 'many'",
-        "embed.actors": "expected auto or a number in range, found 0",
+        "embed.actors": "expected auto or a number in range (above 0), found 0",
         "retrieve.engine": "input should be 'auto', 'exact', 'centroids' or 'faiss', found 'fais'",
         "distill.expansion_size": "must be at most label.clusters (24)",
     }
@@ -106,7 +120,10 @@ def test_all_problems_at_once() -> None:
         ("label.clusters=true", "label.clusters", "true and false are for switches"),
         ("distill.beta=yes", "distill.beta", "true and false are for switches"),
         ("teacher.clip_norm=.inf", "teacher.clip_norm", "finite number"),
-        ("distill.temperature=.nan", "distill.temperature", "finite number"),
+        ("distill.temperature=.nan", "distill.temperature", "a number in range (above 0 to 100)"),
+        ("distill.loss=klt", "distill.loss", "'kl', 'margin', 'mixture' or 'decoupled'"),
+        ("distill.negatives=1", "distill.negatives", "loss decoupled orders a query's own candidates"),
+        ("distill={objective: contrastive, smoothing: 0.1}", "distill.smoothing", "take label_smoothing"),
         ("distill.steps=99999999999", "distill.steps", "less than 2147483648"),
         ("run.name=..", "run.name", "match pattern"),
         ("run.name=2024", "run.name", "put it in quotes"),
@@ -124,7 +141,7 @@ def test_all_problems_at_once() -> None:
         ("distill.steps=" + "9" * 5000, "distill.steps", "not valid YAML"),
         ("evaluate.measures=" + "[" * 5000, "evaluate.measures", "nested too deeply"),
         ("teacher=3", "teacher", "expected a section of keys, found 3"),
-        ("distill.temperature=0", "distill.temperature", "greater than 0"),
+        ("distill.temperature=0", "distill.temperature", "in range (above 0 to 100), found 0"),
         ("distill.smoothing=1", "distill.smoothing", "less than 1"),
         ("run.name=a/b", "run.name", "match pattern"),
         ("collection.format=beir", "collection.path", "needs a folder"),

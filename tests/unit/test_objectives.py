@@ -9,11 +9,36 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective import collective_loss, teacher_scores
-from ckd_ray.distill.objectives import OBJECTIVES, objective_loss
+from ckd_ray.config.schema import DistillConfig
+from ckd_ray.distill.losses import BatchScores, LossRows
+from ckd_ray.distill.objectives import OBJECTIVES
+from ckd_ray.distill.targets import degenerate
 from ckd_ray.model.maxsim import maxsim
 
 TEMPERATURE = 0.25
-TEACHER = ("self_distillation", "cross_encoder", "collective")
+TEACHER = tuple(name for name, objective in OBJECTIVES.items() if objective.has_teacher)
+
+
+def loss_rows(
+    name: str,
+    student_BN: Tensor,
+    *,
+    positives_B: Tensor,
+    teacher_scores_BN: Tensor | None = None,
+    valid_BN: Tensor | None = None,
+    list_size: int = 1,
+    scale: float = 1.0,
+    **settings: object,
+) -> LossRows:
+    """The objective on scores, with the published loss unless `settings` names another."""
+    valid_BN = torch.ones_like(student_BN, dtype=torch.bool) if valid_BN is None else valid_BN
+    scores = BatchScores(student_BN, positives_B, valid_BN, list_size, teacher_scores_BN)
+    section = DistillConfig.model_validate({"objective": name, "loss": "kl", "temperature": TEMPERATURE, **settings})
+    return OBJECTIVES[name].loss(scores, section, scale)
+
+
+def objective_loss(name: str, student_BN: Tensor, **arguments: object) -> Tensor:
+    return loss_rows(name, student_BN, **arguments).loss_B
 
 
 def literal_row(
@@ -29,7 +54,8 @@ def literal_row(
         target = {n: p / sum(powers.values()) for n, p in powers.items()}
     else:
         target = {n: float(n == positive) for n in columns}
-    target = {n: (1 - smoothing) * t + smoothing / len(columns) for n, t in target.items()}
+    if "smoothing" in OBJECTIVES[name].own_keys:
+        target = {n: (1 - smoothing) * t + smoothing / len(columns) for n, t in target.items()}
     top = max(student[n] for n in columns)
     log_sum = top + math.log(sum(math.exp(student[n] - top) for n in columns))
     return sum(t * (math.log(t) - student[n] + log_sum) for n, t in target.items() if t > 0)
@@ -124,7 +150,7 @@ THIRDS = [1 / 3, 1 / 3, 1 / 6, 1 / 6]
     ("name", "smoothing", "hidden", "target"),
     [
         ("contrastive", 0.0, None, [0, 1, 0, 0]),
-        ("contrastive", 0.2, None, [0.05, 0.85, 0.05, 0.05]),
+        ("contrastive", 0.2, None, [0, 1, 0, 0]),  # it has no smoothing
         ("label_smoothing", 0.2, None, [0.05, 0.85, 0.05, 0.05]),
         ("label_smoothing", 0.3, 3, [0.1, 0.8, 0.1, 0]),
         ("self_distillation", 0.0, None, THIRDS),
@@ -187,12 +213,163 @@ def test_scores_that_are_not_finite_stop_with_the_cause(value: float) -> None:
         objective_loss("contrastive", broken, **arguments)
 
 
-def test_unknown_objective_and_missing_teacher() -> None:
-    student, _, positives, _ = batch(6)
-    with pytest.raises(ValueError, match="contrastive"):
-        objective_loss("margin", student, positives_B=positives, temperature=1.0, smoothing=0.0)
-    with pytest.raises(ValueError, match="teacher"):
-        objective_loss("collective", student, positives_B=positives, temperature=1.0, smoothing=0.0)
+def test_a_missing_teacher_and_shapes_that_do_not_fit() -> None:
+    student, teacher, positives, valid = batch(6)
+    for loss in ("kl", "margin", "mixture", "decoupled"):
+        with pytest.raises(ValueError, match="teacher"):
+            objective_loss("collective", student, positives_B=positives, loss=loss)
+    with pytest.raises(ValueError, match="teacher_BN"):
+        objective_loss("collective", student, positives_B=positives, teacher_scores_BN=teacher[:, :3])
+    with pytest.raises(ValueError, match="labelled passage"):
+        objective_loss("contrastive", student, positives_B=positives, valid_BN=torch.zeros_like(valid))
+
+
+def softmax(values: dict[int, float]) -> dict[int, float]:
+    top = max(values.values())
+    powers = {n: math.exp(v - top) for n, v in values.items()}
+    return {n: p / sum(powers.values()) for n, p in powers.items()}
+
+
+def divergence(target: dict[int, float], model: dict[int, float]) -> float:
+    return sum(t * math.log(t / model[n]) for n, t in target.items() if t > 0)
+
+
+def literal_temperature(teacher: list[float], valid: list[bool], positive: int, size: int) -> float:
+    """`temperature: auto`: half the standard deviation (n - 1) of the query's own candidates, or of all others."""
+    own = [teacher[n] for n in range(positive + 1, positive + size) if valid[n]]
+    values = own if len(own) >= 3 else [s for n, s in enumerate(teacher) if valid[n] and n != positive]
+    mean = sum(values) / len(values) if values else 0.0
+    squares = sum((v - mean) ** 2 for v in values)
+    return 0.5 * max(1e-3, math.sqrt(squares / max(1, len(values) - 1)))
+
+
+def literal_loss(
+    loss: str,
+    student: list[float],
+    teacher: list[float],
+    valid: list[bool],
+    positive: int,
+    size: int,
+    *,
+    scale: float,
+    temperature: float | str,
+    weight: float = 1.0,
+    margin: float = 0.0,
+    denoise: float | None = None,
+) -> float:
+    """One row, in Python floats, from the formulas at the top of losses.py."""
+    t = literal_temperature(teacher, valid, positive, size) if temperature == "auto" else float(temperature)
+    kept = list(valid)
+    if denoise is not None:
+        kept = [v and (n == positive or teacher[n] < teacher[positive] - denoise * t) for n, v in enumerate(valid)]
+    columns = [n for n, keep in enumerate(kept) if keep]
+    model = softmax({n: student[n] / scale for n in columns})
+    if loss == "decoupled":
+        others = [n for n in range(positive + 1, positive + size) if valid[n]]
+        total = -math.log(model[positive])
+        if len(others) < 2:
+            return total
+        target = softmax({n: teacher[n] / t for n in others})
+        return total + weight * divergence(target, softmax({n: student[n] / scale for n in others}))
+    raised = {n: teacher[n] for n in columns}
+    best = max((s for n, s in raised.items() if n != positive), default=-math.inf)
+    raised[positive] = max(raised[positive], best + (margin * t if loss == "margin" else 0.0))
+    target = softmax({n: s / t for n, s in raised.items()})
+    if loss == "mixture":
+        target = {n: weight * p + (1 - weight) * (n == positive) for n, p in target.items()}
+    return divergence(target, model)
+
+
+@pytest.mark.parametrize("loss", ["kl", "margin", "mixture", "decoupled"])
+@pytest.mark.parametrize("temperature", [0.7, "auto"])
+@pytest.mark.parametrize("denoise", [None, 0.5])
+def test_losses_equal_the_literal_version(loss: str, temperature: float | str, denoise: float | None) -> None:
+    random = torch.Generator().manual_seed(11)
+    student = 9 * torch.randn(3, 12, dtype=torch.float64, generator=random)
+    teacher = 3 * torch.randn(3, 12, dtype=torch.float64, generator=random)
+    positives = torch.tensor([0, 4, 8])  # lists of four: a label and three candidates
+    valid = torch.rand(3, 12, generator=random) < 0.8
+    valid[torch.arange(3), positives] = True
+    valid[0, 1:4] = True
+    valid[1, 5:8] = torch.tensor([True, False, False])  # too few candidates: the whole row gives the spread
+    rows = loss_rows(
+        "collective", student, positives_B=positives, teacher_scores_BN=teacher, valid_BN=valid, list_size=4, scale=3.0,
+        loss=loss, temperature=temperature, denoise=denoise, teacher_weight=0.4, margin=0.8,
+    )  # fmt: skip
+    wanted = [
+        literal_loss(
+            loss, student[b].tolist(), teacher[b].tolist(), valid[b].tolist(), int(positives[b]), 4,
+            scale=3.0, temperature=temperature, weight=0.4, margin=0.8, denoise=denoise,
+        )
+        for b in range(3)
+    ]  # fmt: skip
+    assert rows.loss_B.tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_decoupled_loss_by_hand() -> None:
+    """The student's scores over the scale 2 are the logarithms of 4, 1, 2, 1, the label first; the teacher's over T = 1
+    are those of 3 and 1 for the candidates 1 and 2, and column 3 is another query's."""
+    student = 2 * torch.tensor([[4.0, 1.0, 2.0, 1.0]]).log()
+    teacher = torch.tensor([[-50.0, math.log(3.0), 0.0, 70.0]])
+    rows = loss_rows(
+        "self_distillation", student, positives_B=torch.tensor([0]), teacher_scores_BN=teacher, list_size=3, scale=2.0,
+        loss="decoupled", temperature=1.0, teacher_weight=0.5,
+    )  # fmt: skip
+    among = 0.75 * math.log(0.75 / (1 / 3)) + 0.25 * math.log(0.25 / (2 / 3))
+    assert rows.loss_B.item() == pytest.approx(math.log(8 / 4) + 0.5 * among, abs=1e-6)
+    assert rows.entropy_B.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-6)
+    assert rows.uniform_B.item() == pytest.approx(math.log(2))
+    assert rows.mass_B.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_second_part_of_the_decoupled_loss_leaves_the_label_alone() -> None:
+    student, teacher, _, _ = batch(8)
+    positives = torch.zeros(6, dtype=torch.int64)
+    shared = {"positives_B": positives, "teacher_scores_BN": teacher, "list_size": 5, "loss": "decoupled"}
+    gradients = []
+    for weight in (0.0, 3.0):
+        leaf = student.clone().requires_grad_()
+        objective_loss("collective", leaf, teacher_weight=weight, **shared).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0][:, 0], gradients[1][:, 0])
+    assert (gradients[0][:, 1:5] - gradients[1][:, 1:5]).abs().max() > 0.01
+
+
+def test_a_teacher_of_another_scale_gives_the_same_loss_under_auto() -> None:
+    student, teacher, _, valid = batch(9)
+    positives, valid = torch.zeros(6, dtype=torch.int64), valid | (torch.arange(9) < 5)
+    shared = {"positives_B": positives, "valid_BN": valid, "list_size": 5, "temperature": "auto", "denoise": 0.5}
+    for loss in ("kl", "margin", "mixture", "decoupled"):
+        plain = objective_loss("cross_encoder", student, teacher_scores_BN=teacher, loss=loss, **shared)
+        scaled = objective_loss("cross_encoder", student, teacher_scores_BN=40 * teacher - 7, loss=loss, **shared)
+        torch.testing.assert_close(plain, scaled)
+
+
+def test_the_rows_tell_entropy_and_mass() -> None:
+    teacher = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    rows = loss_rows(
+        "self_distillation", torch.zeros(2, 4, dtype=torch.float64), positives_B=torch.tensor([0, 0]),
+        teacher_scores_BN=teacher, temperature=1.0,
+    )  # fmt: skip
+    assert rows.entropy_B.tolist() == pytest.approx([math.log(4), 0.0], abs=1e-9)
+    assert rows.uniform_B.tolist() == pytest.approx([math.log(4)] * 2)
+    assert rows.mass_B.tolist() == pytest.approx([0.25, 1.0])
+
+
+def test_a_target_that_is_the_bare_label_in_every_row_stops() -> None:
+    teacher = torch.tensor([[0.0, -400.0], [0.0, -900.0]])
+    with pytest.raises(FloatingPointError, match="temperature"):
+        objective_loss("collective", torch.zeros(2, 2), positives_B=torch.tensor([0, 0]), teacher_scores_BN=teacher)
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.001, "one-hot"), (0.4, None), (0.995, "uniform"), (None, None)])
+def test_degenerate_targets_are_told(share: float | None, words: str | None) -> None:
+    targets = {} if share is None else {"target_entropy": 2 * share, "target_entropy_share": share, "label_mass": 0.5}
+    told = degenerate(targets, 0.25)
+    assert (told is None) == (words is None)
+    if words and told:
+        assert words in told and "distill.temperature" in told and f"{2 * share:.3f} nats" in told
 
 
 @pytest.mark.parametrize("similarity", ["l2", "cosine"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from ckd_ray.errors import UserError
-from ckd_ray.retrieve import exact
+from ckd_ray.retrieve import exact, groups, int8
 from ckd_ray.retrieve.centroids import CentroidIndex
 from ckd_ray.retrieve.exact import ExactIndex, Scorer, nearest_rows, rerank, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
+from ckd_ray.retrieve.int8 import FirstPass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.rankings import parts_present
 from ckd_ray.retrieve.rows import FlatRows
@@ -30,6 +32,9 @@ from tests.support import flip_bit
 
 DIM, QUERY_ROWS = 16, 5
 EXACT = SearchSettings("exact")
+# 8 bits are tested where they have no errors, fast or not.
+PASSES: list[FirstPass] = ["float32", "int8"] if int8.has_exact_products() else ["float32"]
+in_8_bits = pytest.mark.skipif("int8" not in PASSES, reason="this processor has no exact products in 8 bits")
 
 
 def passages(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -309,17 +314,16 @@ def test_scores_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         documents = [F.normalize(torch.randn(n, dim), dim=-1).half() for n in lengths]
         asked = F.normalize(torch.randn(int(rng.integers(1, 9)), rows, dim), dim=-1).half()
         flat, depth = torch.cat(documents), int(rng.integers(1, count + 4))
-        results = []
+        results: list[tuple[np.ndarray, np.ndarray]] = []
         for block, columns, gathered, round_to in ((1 << 20, 2048, 1 << 18, 4), (64, 1, 16, 1), (999, 70, 50, 7)):
-            for name, value in (
-                ("_BLOCK", block),
-                ("_COLUMNS", columns),
-                ("_GATHERED", gathered),
-                ("_ROUND", round_to),
-            ):
-                monkeypatch.setattr(exact, name, value)
+            for module in (exact, int8):
+                monkeypatch.setattr(module, "_BLOCK", block)
+                monkeypatch.setattr(module, "_COLUMNS", columns)
+            monkeypatch.setattr(int8, "_ROUNDED", gathered)
+            monkeypatch.setattr(groups, "_GATHERED", gathered)
+            monkeypatch.setattr(groups, "_ROUND", round_to)
             monkeypatch.setattr(exact, "_PASSAGES", max(1, count // (1 + len(results))))
-            results.append(ExactIndex(flat, lengths).search(asked, depth))
+            results += [ExactIndex(flat, lengths).search(asked, depth, first_pass) for first_pass in PASSES]
             every = [np.arange(count)] * len(asked)
             results.append(search_among(Scorer(asked, FlatRows(flat, lengths)), every, depth))
         for scores, found in results[1:]:
@@ -331,6 +335,155 @@ def test_scores_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None
                 true = sum(max(sum(a * b for a, b in zip(q, d, strict=True)) for d in held) for q in fractions)
                 assert score == np.float32(float(true))
                 break
+
+
+Case = tuple[list[torch.Tensor], torch.Tensor]
+
+
+def near_ties() -> Case:
+    """Passages that differ from one another in the last bit of one number: no first pass can tell them apart."""
+    generator = torch.Generator().manual_seed(6)
+    base = F.normalize(torch.randn(4, DIM, generator=generator), dim=-1).half()
+    documents = []
+    for i in range(120):
+        bits = base.clone()
+        bits.view(torch.int16)[i % 4, i // 4 % DIM] += 1 + i // (4 * DIM)
+        documents.append(bits)
+    asked = base[None] + 0.05 * torch.randn(3, 4, DIM, generator=generator)
+    return documents, F.normalize(asked, dim=-1).half()
+
+
+def duplicates() -> Case:
+    """Every passage stands there eight times, so that the last place is always a tie."""
+    return [*passages(15, seed=2), *passages(15, seed=2)] * 4, queries(4)
+
+
+def aligned() -> Case:
+    """Rows whose rounding errors in 8 bits all have one sign, and query rows that add these up."""
+    steps = torch.arange(1, 41)[:, None] + torch.full((40, DIM), 0.49)
+    steps[:, 0] = 127.0
+    signs = torch.where(torch.arange(DIM) % 3 == 0, -1.0, 1.0)
+    rows = F.normalize(steps * signs, dim=-1).half()
+    asked = F.normalize(
+        (torch.rand(3, QUERY_ROWS, DIM, generator=torch.Generator().manual_seed(1)) + 1) * signs, dim=-1
+    )
+    return [rows[i : i + 1 + i % 3] for i in range(38)], asked.half()
+
+
+def spikes() -> Case:
+    """Rows with one large number, beside which 8 bits keep nothing of the others; rows of zeros; empty passages."""
+    generator = torch.Generator().manual_seed(3)
+    documents = [0.003 * torch.randn(n, DIM, generator=generator) for n in torch.arange(60).tolist() for n in [n % 5]]
+    for i, rows in enumerate(documents):
+        rows[:, i % DIM] = 0.0 if i % 7 == 0 else 0.99
+        rows[: i % 2] = 0.0
+    return [d.half() for d in documents], torch.cat([queries(3), torch.zeros(1, QUERY_ROWS, DIM).half()])
+
+
+def lengths_differ() -> Case:
+    """Rows from almost nothing to three times the unit, among them numbers below float16's normal range."""
+    factors = torch.logspace(-7, 0.47, 60)
+    return [(d.float() * f).half() for d, f in zip(passages(60, seed=7), factors, strict=True)], 2 * queries(3)
+
+
+CASES: list[Callable[[], Case]] = [near_ties, duplicates, aligned, spikes, lengths_differ]
+
+
+def literal_ranking(documents: list[torch.Tensor], asked: torch.Tensor, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores without rounding but the last, ties by index; -inf and -1 behind the end."""
+    scores = np.full((len(asked), depth), -np.inf, np.float32)
+    found = np.full((len(asked), depth), -1)
+    for i, query in enumerate(asked):
+        rounded = literal(query, documents).astype(np.float32)
+        order = np.lexsort((np.arange(len(documents)), -rounded))[:depth]
+        scores[i, : len(order)], found[i, : len(order)] = rounded[order], order
+    return scores, found
+
+
+@pytest.mark.parametrize("first_pass", PASSES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("block", "most_kept"), [(1 << 14, 1.0), (13, 1.0), (13, 0.3)])
+def test_no_first_pass_changes_the_ranking(
+    monkeypatch: pytest.MonkeyPatch, case: Callable[[], Case], first_pass: FirstPass, block: int, most_kept: float
+) -> None:
+    """All passages at a time or 13; and, with 0.3, in float32 from the first block whose bounds leave too much."""
+    monkeypatch.setattr(exact, "_PASSAGES", block)
+    monkeypatch.setattr(exact, "_MOST_KEPT", most_kept)
+    documents, asked = case()
+    index = ExactIndex(torch.cat(documents), np.array([len(d) for d in documents]))
+    for depth in (1, 5, 20, len(documents) + 2):
+        scores, found = index.search(asked, depth, first_pass)
+        expected = literal_ranking(documents, asked, depth)
+        assert np.array_equal(found, expected[1]) and np.array_equal(scores, expected[0])
+
+
+@in_8_bits
+@pytest.mark.parametrize("case", [*CASES, lambda: clustered(50, 4)])
+def test_estimates_are_as_near_as_their_bounds_say(case: Callable[[], Case]) -> None:
+    documents, asked = case()
+    scorer = Scorer(asked, FlatRows(torch.cat(documents), np.array([len(d) for d in documents])))
+    estimates, bounds = scorer.estimate(np.arange(len(documents)))
+    for query, mine, bound in zip(asked, estimates.double().numpy(), bounds.double().numpy(), strict=True):
+        assert (np.abs(mine - literal(query, documents)) <= bound).all()
+    empty = [not len(d) for d in documents]
+    assert (bounds[:, empty] == 0).all() and (estimates[:, empty] == -QUERY_ROWS).all()
+
+
+@in_8_bits
+def test_the_bound_is_nearly_reached_by_errors_of_one_sign() -> None:
+    """It cannot be made much smaller: `aligned` uses up most of it, of which the queries' own rounding is a half."""
+    documents, asked = aligned()
+    scorer = Scorer(asked, FlatRows(torch.cat(documents), np.array([len(d) for d in documents])))
+    estimates, bounds = scorer.estimate(np.arange(len(documents)))
+    true = np.stack([literal(query, documents) for query in asked])
+    assert (np.abs(estimates.numpy() - true) / bounds.numpy()).max() > 0.5
+
+
+@in_8_bits
+def test_8_bits_are_taken_for_large_ranges_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "choose_first_pass", lambda: ("int8", "as the test wants it"))
+    calls: list[int] = []
+    estimate = Scorer.estimate
+
+    def counted(scorer: Scorer, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(chosen))
+        return estimate(scorer, chosen)
+
+    monkeypatch.setattr(Scorer, "estimate", counted)
+    documents = clustered(80, 1)[0]
+    index = ExactIndex(torch.cat(documents), np.full(80, 8))
+    index.search(queries(60), 11)  # of 80 passages 11 are too many
+    index.search(queries(51), 10)  # 255 query rows are too few
+    assert not calls
+    index.search(queries(60), 10)
+    assert calls == [80]
+    monkeypatch.setattr(exact, "choose_first_pass", lambda: ("float32", "as the test wants it"))
+    index.search(queries(60), 10)
+    assert calls == [80]
+
+
+def test_8_bits_are_not_taken_where_they_are_wrong_slow_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = int8.choose_first_pass.__wrapped__
+    monkeypatch.setattr(int8, "has_exact_products", lambda: True)
+    for ratio, chosen in ((1.4, "float32"), (1.6, "int8")):
+        monkeypatch.setattr(int8, "_measured_ratio", lambda ratio=ratio: ratio)
+        assert choose() == (chosen, f"measured here: int8 at {ratio:.2f} x the rate of float32")
+    monkeypatch.undo()
+
+    def saturated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Sums of pairs are held in 16 bits, and `a` is moved into 0..255: so add processors without a better way."""
+        terms = (a.int() + 128)[:, :, None] * b.int()[None]
+        pairs = terms.view(len(a), -1, 2, b.shape[1]).sum(2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(1) - 128 * b.int().sum(0)).int()
+
+    def missing(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not implemented")
+
+    threads = torch.get_num_threads()
+    for product in (saturated, missing):
+        monkeypatch.setattr(torch, "_int_mm", product)
+        assert choose() == ("float32", "PyTorch has no exact product in 8 bits for this processor")
+        assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("engine", ["exact", "centroids", "faiss"])

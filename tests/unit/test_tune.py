@@ -60,9 +60,10 @@ def test_keys_of_the_labels_change_nothing_for_other_objectives() -> None:
 
 def test_the_floor_is_under_the_student_s_scores_too_and_varies_for_every_objective() -> None:
     floor = "tune.space={distill.zero_row_floor: {choice: [false, true]}}"
-    plain = space_of(config("distill.objective=self_distillation", floor))
-    assert split(plain, "self_distillation") == ({}, plain)  # no labels, whose worth would show without training
-    assert split(plain, "collective") == (plain, {})
+    alone = config("distill.objective=self_distillation", floor)
+    plain = space_of(alone)
+    assert split(plain, alone) == ({}, plain)  # no labels, whose worth would show without training
+    assert split(plain, config(floor)) == (plain, {})
 
 
 def test_a_search_draws_no_negatives_that_the_classifier_has_not_scored() -> None:
@@ -89,9 +90,11 @@ def test_what_an_objective_does_not_take_is_not_varied() -> None:
     smoothed = config("distill.objective=label_smoothing", "distill.smoothing=0.1")
     assert space_of(smoothed) == {"distill.smoothing": Parameter("choice", (0.02, 0.1))}
     assert "distill.temperature" not in space_of(config("distill.objective=contrastive"))
-    assert {"distill.temperature", "distill.smoothing"} == space_of(
-        config("distill.objective=self_distillation")
-    ).keys()
+    of_teacher = {"distill.loss", "distill.temperature", "distill.teacher_weight", "distill.smoothing"}
+    assert space_of(config("distill.objective=self_distillation")).keys() == of_teacher
+    assert space_of(config()).keys() == {*of_teacher, "distill.expansion_share", "distill.expansion_size"}
+    free = config("tune.space={distill.temperature: {loguniform: [0.5, 8]}, distill.beta: {choice: [auto, 0.3]}}")
+    assert space_of(free)["distill.beta"].values == ("auto", 0.3)
     with pytest.raises(ConfigError, match="changes nothing for objective contrastive"):
         config("distill.objective=contrastive", "tune.space={distill.temperature: {uniform: [0.1, 1]}}")
     with pytest.raises(ConfigError, match="needs a share above 0"):
@@ -119,7 +122,7 @@ def test_ranges_are_drawn_from_within_and_wholly(spec: dict, low: float, high: f
 
 def test_a_small_grid_is_taken_whole_after_the_configuration_and_impossible_ones_are_left_out() -> None:
     given = config("tune.space={label.clusters: {choice: [6, 24]}, distill.expansion_size: {choice: [5, 10]}}")
-    found = candidates(given, split(space_of(given), "collective")[0], 10, seed=1)
+    found = candidates(given, split(space_of(given), given)[0], 10, seed=1)
     assert found[0] == {"label.clusters": 24, "distill.expansion_size": 10}
     # ten of six clusters cannot be
     assert [tuple(v.values()) for v in found[1:]] == [(6, 5), (24, 5)]

@@ -11,10 +11,11 @@ from ckd_ray.evaluate.table import SYSTEMS
 from ckd_ray.model.settings import ColBERTSettings
 
 TITLE = "Collective Relevance Labeling for Passage Retrieval"
-_TRAINING = (
-    "objective", "temperature", "smoothing", "beta", "expansion_size", "zero_row_floor", "steps", "batch_size",
-    "learning_rate", "negatives", "negatives_depth", "warmup", "schedule", "weight_decay",
-)  # fmt: skip
+# Keys of `distill` that say where, how fast or how safely a student was trained.
+_LEFT_OUT = frozenset({
+    "workers", "accumulate", "callbacks", "checkpoint_every", "log_every", "max_failures", "precision",
+    "teacher_embeddings", "seed",
+})  # fmt: skip
 _LIBRARIES = {"sentence-transformers": "sentence-transformers", "pylate": "PyLate", "colbert": "colbert-ai"}
 _LOADING = {
     None: """from ckd_ray.model import ColBERT, maxsim
@@ -137,10 +138,10 @@ def _training(facts: Facts) -> str:
         )
     if facts.role == "student":
         distill = facts.config.get("distill", {})
-        told = [f"{key} {distill[key]}" for key in _TRAINING if key in distill]
+        told = [f"{key} {value}" for key, value in distill.items() if key not in _LEFT_OUT]
         label = facts.config.get("label", {})
         lines.append(f"- distillation: {', '.join(told)}")
-        if distill.get("objective") == "collective":
+        if "expansion_size" in distill:  # the student reads the labels' expansions
             lines.append(f"- labels: {', '.join(f'{key} {value}' for key, value in label.items())}")
     lines.append(f"- seed: {facts.config.get('run', {}).get('seed')}")
     return "\n".join(lines)

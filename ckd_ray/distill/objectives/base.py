@@ -1,0 +1,137 @@
+"""What an objective is. Each one stands in a file of its own beside this one; no other file knows them by name.
+
+Torch is imported when a loss is computed: configurations are checked against objectives without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckd_ray.config.schema import Config, DistillConfig
+    from ckd_ray.distill.losses import BatchScores, LossRows
+
+Problems = Iterator[tuple[str, str]]  # (path of the key, what is wrong and how to mend it)
+
+
+class TeacherScores(Enum):
+    """Where an objective takes its teacher's scores from."""
+
+    NONE = "none"
+    ROWS = "rows"  # MaxSim of the teacher's token embeddings
+    EXPANDED = "expanded"  # the same, with the expansion of the labels
+    PAIRS = "pairs"  # scores of (query, passage) pairs, made before training
+
+
+# The keys of `distill` that each `distill.loss` reads besides those of every loss.
+LOSS_KEYS: Mapping[str, frozenset[str]] = {
+    "kl": frozenset(),
+    "margin": frozenset({"margin"}),
+    "mixture": frozenset({"teacher_weight"}),
+    "decoupled": frozenset({"teacher_weight"}),
+}
+_TEACHER_KEYS = frozenset({"loss", "temperature", "denoise"})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way of training a student.
+
+    Attributes:
+        name: as in `distill.objective`.
+        formula: the target or loss, for `training.json`, in the notation of `ckd_ray.distill.losses`.
+        scores: where the teacher's scores come from.
+        stages: stages whose artefacts it reads besides those that every distillation reads.
+        own_keys: keys of `distill` that it reads and some other objective does not, `distill.loss` and what follows
+            from it aside.
+        problems: what is wrong with a configuration that uses it, besides what `mistakes` finds for all objectives.
+        in_comparison: what it changes in section `distill` when `ckd-ray compare` trains it under the budget of
+            another objective, given the configuration.
+    """
+
+    name: str
+    formula: str
+    scores: TeacherScores = TeacherScores.NONE
+    stages: tuple[str, ...] = ()
+    own_keys: frozenset[str] = frozenset()
+    problems: Callable[[Config], Problems] = field(default=lambda config: iter(()))
+    in_comparison: Callable[[Config], dict[str, Any]] = field(default=lambda config: {})
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether it has a teacher at all."""
+        return self.scores is not TeacherScores.NONE
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a step computes the teacher's scores from its token embeddings."""
+        return self.scores in (TeacherScores.ROWS, TeacherScores.EXPANDED)
+
+    @property
+    def reads_expansions(self) -> bool:
+        """Whether a step reads the labels' expansions."""
+        return self.scores is TeacherScores.EXPANDED
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a step reads scores of pairs."""
+        return self.scores is TeacherScores.PAIRS
+
+    def keys(self, settings: DistillConfig) -> frozenset[str]:
+        """The keys of `distill` that this objective reads with these settings and that not every objective reads."""
+        if not self.has_teacher:
+            return self.own_keys
+        return self.own_keys | _TEACHER_KEYS | LOSS_KEYS[settings.loss] | _beta_keys(self, settings)
+
+    def mistakes(self, config: Config) -> Problems:
+        """What is wrong with section `distill` of a configuration that uses this objective."""
+        yield from self.problems(config)
+        d = config.distill
+        if not self.has_teacher:
+            return
+        if d.loss == "decoupled" and d.negatives < 2:
+            yield "distill.negatives", "loss decoupled orders a query's own candidates: it needs 2 or more (7 is usual)"
+        if d.loss == "mixture" and d.teacher_weight > 1:
+            yield "distill.teacher_weight", "is the teacher's share of the target of loss mixture: it must be at most 1"
+
+    def all_keys(self) -> frozenset[str]:
+        """The keys of `distill` that it may read, whatever the other settings."""
+        if not self.has_teacher:
+            return self.own_keys
+        return (self.own_keys | _TEACHER_KEYS).union(*LOSS_KEYS.values())
+
+    def loss(self, scores: BatchScores, settings: DistillConfig, scale: float) -> LossRows:
+        """The loss of every row of a batch.
+
+        Args:
+            settings: section `distill`.
+            scale: divides the student's scores: `distill.score_scale`, measured where that is `auto`.
+
+        Raises:
+            ValueError: the teacher's scores are missing. FloatingPointError: scores are not finite.
+        """
+        from ckd_ray.distill import losses
+
+        if not self.has_teacher:
+            return losses.contrastive(scores, scale=scale, smoothing=settings.smoothing if self.own_keys else 0.0)
+        shared: dict[str, Any] = {
+            "scale": scale,
+            "temperature": settings.temperature,
+            "smoothing": settings.smoothing,
+            "denoise": settings.denoise,
+        }
+        if settings.loss == "decoupled":
+            return losses.decoupled(scores, teacher_weight=settings.teacher_weight, **shared)
+        if settings.loss == "mixture":
+            return losses.kl(scores, teacher_weight=settings.teacher_weight, **shared)
+        return losses.kl(scores, margin=settings.margin if settings.loss == "margin" else 0.0, **shared)
+
+
+def _beta_keys(objective: Objective, settings: DistillConfig) -> frozenset[str]:
+    """`expansion_share` counts where `beta` is auto."""
+    if not objective.reads_expansions:
+        return frozenset()
+    return frozenset({"beta", "expansion_share"}) if settings.beta == "auto" else frozenset({"beta"})

@@ -1,0 +1,75 @@
+"""The score scale of a training: what the student's scores are divided by before the softmax of the loss.
+
+MaxSim adds one similarity for each query row. With 32 rows the scores of random passages lie several units apart and
+the label tens of units above them, so an undivided softmax gives the label everything, the loss is 0.000 in most steps,
+and what training still does is to widen the gaps further. Dividing by the spread of the scores keeps every passage of
+the batch in the loss, for any encoder, query length and similarity. Measured in docs/evidence.md. Shapes: B queries, N
+passages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckd_ray.data import Collection
+from ckd_ray.distill.batches import BatchPlan, Positives, valid_mask
+from ckd_ray.embed.encoder import Precision, computing
+from ckd_ray.model import ColBERT, maxsim
+
+# The scale in standard deviations of a query's scores over random passages: training at such a scale about doubles the
+# spread, so a trained model has the same scale with half the factor.
+UNTRAINED, TRAINED = 1.25, 0.55
+_QUERIES, _PASSAGES_A_QUERY = 32, 2
+_SMALLEST = 1e-3
+
+
+def measured_scale(
+    model: ColBERT,
+    collection: Collection,
+    positives: Positives,
+    *,
+    trained: bool,
+    seed: int,
+    precision: Precision,
+) -> float:
+    """The scale for a training that starts from `model`, from its scores of 32 training queries and 64 passages: their
+    labels and as many others, drawn from `seed`.
+
+    Args:
+        trained: whether the model ranks by MaxSim already, or its projection is new.
+    """
+    plan = BatchPlan(
+        positives,
+        num_passages=collection.num_passages,
+        batch_size=_QUERIES,
+        negatives=_PASSAGES_A_QUERY - 1,
+        seed=seed,
+    )
+    batch = plan.batch(0)
+    texts = collection.queries("train").texts
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), computing(model.device, precision):
+            queries = [
+                x.to(model.device) for x in model.tokenizer.queries([texts[i] for i in batch.queries_B.tolist()])
+            ]
+            queries_BQD = model.encode_queries(*queries)
+            ids, mask = model.tokenizer.pad(model.tokenizer.passages(collection.texts(batch.passages_BM.reshape(-1))))
+            rows = model.encode_passages(ids.to(model.device), mask.to(model.device))
+        scores_BN = maxsim(queries_BQD, *rows, similarity=model.settings.similarity)
+    finally:
+        model.train(before)
+    others_BN = torch.from_numpy(valid_mask(batch, positives)).to(scores_BN.device)
+    others_BN[torch.arange(_QUERIES), torch.arange(_QUERIES) * _PASSAGES_A_QUERY] = False
+    return round(max(_SMALLEST, spread(scores_BN, others_BN) * (TRAINED if trained else UNTRAINED)), 4)
+
+
+def spread(scores_BN: Tensor, counted_BN: Tensor) -> float:
+    """Mean over the queries of the standard deviation of the scores that count; queries with fewer than two are left
+    out."""
+    rows = [row[kept].double() for row, kept in zip(scores_BN, counted_BN, strict=True)]
+    found = [float(row.std()) for row in rows if len(row) > 1]
+    return float(np.mean(found)) if found else 0.0
