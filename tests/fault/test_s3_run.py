@@ -77,7 +77,8 @@ class Machine:
 
 @pytest.fixture
 def machines(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> Iterator[tuple[Machine, Machine]]:
-    values = overrides("unused", tiny_backbone, tiny_collection, "embed.passages_per_shard=4", "embed.actors=1")
+    changes = ("embed.passages_per_shard=4", "embed.actors=1", "evaluate.baselines=[encoder,bm25]")
+    values = overrides("unused", tiny_backbone, tiny_collection, *changes)
     both = Machine(tmp_path / "first", values), Machine(tmp_path / "second", values)
     yield both
     for machine in both:
@@ -94,13 +95,15 @@ def wait_for(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
 
 
 def results(run: str) -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
-    """The student's weights, and the rankings that both systems gave."""
+    """The student's weights, and the rankings that all systems gave."""
     with local_copy(join(run, "student")) as folder:
         weights = {name: value.clone() for name, value in ColBERT.from_pretrained(folder).state_dict().items()}
     rankings = {}
-    for system in ("teacher", "student"):
+    folders = dict.fromkeys(("teacher", "student"), "evaluation")
+    folders |= {name: f"baselines/{name}" for name in ("encoder", "bm25")}
+    for system, folder in folders.items():
         for split in ("dev", "test"):
-            fs, path = filesystem_of(join(run, "evaluation", f"{system}.{split}.run"))
+            fs, path = filesystem_of(join(run, folder, f"{system}.{split}.run"))
             with fs.open_input_stream(path) as stream:
                 rankings[f"{system} {split}"] = stream.read()
     return weights, rankings
