@@ -48,7 +48,7 @@ class StepInputs:
         columns_n: where each encoded passage stands among the worker's n passages.
         positives_B: column of each query's positive among the N passages; valid_BN: see `valid_mask`.
         teacher: None for objectives without a teacher.
-        scores_BN: the teacher's scores, where they are not computed from `teacher`.
+        scores_BN: the teacher's scores, where they are not computed from `teacher`; scored_BN: which pairs have one.
     """
 
     step: int
@@ -57,7 +57,8 @@ class StepInputs:
     positives_B: Tensor
     valid_BN: Tensor
     teacher: TeacherInputs | None
-    scores_BN: Tensor | None = None  # of another teacher (cross_encoder); valid_BN then leaves out pairs without one
+    scores_BN: Tensor | None = None
+    scored_BN: Tensor | None = None
 
     def to(self, device: torch.device) -> StepInputs:
         """A copy on `device`."""
@@ -130,10 +131,10 @@ class InputReader:
         scope = batch if self.task.settings.share_negatives else Batch(queries_b, batch.passages_BM[mine])
         teacher = None if self.teacher is None else self.teacher.read(queries_b, [passages_n[g] for g in groups])
         positives_B = torch.arange(len(scope.queries_B)) * scope.passages_BM.shape[1]
-        valid_BN, scores_BN = torch.from_numpy(valid_mask(scope, self.positives)), None
+        valid_BN, scores_BN, scored_BN = torch.from_numpy(valid_mask(scope, self.positives)), None, None
         if self.cross_scores is not None:
             passages_N = scope.passages_BM.reshape(-1)
-            scores_BN, valid_BN = self.cross_scores.of_batch(scope.queries_B, passages_N, positives_B, valid_BN)
+            scores_BN, scored_BN = self.cross_scores.of_batch(scope.queries_B, passages_N, positives_B, valid_BN)
         return StepInputs(
             step=step,
             parts=parts,
@@ -142,6 +143,7 @@ class InputReader:
             valid_BN=valid_BN,
             teacher=teacher,
             scores_BN=scores_BN,
+            scored_BN=scored_BN,
         )
 
     def _parts(self, queries_b: Int64Array, passages_n: Int64Array) -> tuple[list[Part], list[Int64Array]]:

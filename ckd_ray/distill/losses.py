@@ -41,6 +41,8 @@ class BatchScores:
         valid_BN: False takes a passage out of the row's softmax on both sides: another labelled passage of the query,
             or the same passage a second time.
         list_size: M.
+        scored_BN: True where the teacher has scored the pair (a cross-encoder has seen a query's own candidates alone);
+            None where it has scored all of them. What compares with the teacher takes these pairs alone.
 
     Raises:
         ValueError: shapes do not fit, or a label is not valid.
@@ -51,17 +53,26 @@ class BatchScores:
     valid_BN: Tensor
     list_size: int
     teacher_BN: Tensor | None = None
+    scored_BN: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.student_BN.ndim != 2:
             raise ValueError(f"student_BN: expected (B, N), got {tuple(self.student_BN.shape)}")
         if self.positives_B.shape != self.student_BN.shape[:1]:
             raise ValueError(f"positives_B: expected ({len(self.student_BN)},), got {tuple(self.positives_B.shape)}")
-        for name, other in (("teacher_BN", self.teacher_BN), ("valid_BN", self.valid_BN)):
+        others = {"teacher_BN": self.teacher_BN, "valid_BN": self.valid_BN, "scored_BN": self.scored_BN}
+        for name, other in others.items():
             if other is not None and other.shape != self.student_BN.shape:
                 raise ValueError(f"{name}: expected {tuple(self.student_BN.shape)}, got {tuple(other.shape)}")
         if not bool(self.valid_BN.gather(1, self.positives_B[:, None]).all()):
             raise ValueError("valid_BN: expected every row's labelled passage to be valid")
+
+    def scored(self) -> BatchScores:
+        """The same with the pairs alone that the teacher has scored, and the labels."""
+        if self.scored_BN is None:
+            return self
+        scored_BN = self.scored_BN.scatter(1, self.positives_B[:, None], True)
+        return replace(self, valid_BN=self.valid_BN & scored_BN, scored_BN=None)
 
     def of_list(self, values_BN: Tensor) -> Tensor:
         """The columns (B, M) of each query's own list."""
@@ -164,8 +175,9 @@ def kl(
         ValueError: no teacher's scores, or an argument is out of its range.
         FloatingPointError: scores are not finite, or the target of every row is the bare label.
     """
+    scores = scores.scored()
     temperature_B = _teacher_ready(scores, scale, temperature, smoothing)
-    scores = _without_suspected(scores, temperature_B, denoise)
+    scores = _without_suspected(scores, scores, temperature_B, denoise)
     assert scores.teacher_BN is not None
     # In float64 a target becomes 0 only 745 T below its row's maximum.
     target_BN = soft_labels(scores.teacher_BN.double(), scores.positives_B, temperature_B, scores.valid_BN, margin)
@@ -203,11 +215,14 @@ def decoupled(
 ) -> LossRows:
     """Cross-entropy on the label, plus the KL among the query's own other candidates; see the formulas above.
 
-    A query with fewer than two candidates of its own has the first part alone. Arguments and errors as for `kl`.
+    The first part counts every passage of the batch, whether the teacher has scored it or not. A query with fewer than
+    two scored candidates of its own has the first part alone. Arguments and errors as for `kl`.
     """
+    everything, scores = scores, scores.scored()
     temperature_B = _teacher_ready(scores, scale, temperature, smoothing)
     assert scores.teacher_BN is not None
-    on_label = contrastive(_without_suspected(scores, temperature_B, denoise), scale=scale, smoothing=smoothing)
+    first = _without_suspected(everything, scores, temperature_B, denoise)
+    on_label = contrastive(first, scale=scale, smoothing=smoothing)
     valid_BK = scores.of_list(scores.valid_BN)[:, 1:]
     teacher_BM = scores.of_list(scores.teacher_BN.double()) / temperature_B[:, None]
     enough_B1 = (valid_BK.sum(1) >= 2)[:, None]
@@ -241,10 +256,14 @@ def suspected(scores: BatchScores, temperature_B: Tensor, denoise: float) -> Ten
     return (teacher_BN >= edge_B1).scatter(1, scores.positives_B[:, None], False)
 
 
-def _without_suspected(scores: BatchScores, temperature_B: Tensor, denoise: float | None) -> BatchScores:
+def _without_suspected(
+    scores: BatchScores, scored: BatchScores, temperature_B: Tensor, denoise: float | None
+) -> BatchScores:
+    """`scores` without what `suspected` finds among the pairs of `scored`, whose valid pairs have teacher scores."""
     if denoise is None:
         return scores
-    return replace(scores, valid_BN=scores.valid_BN & ~suspected(scores, temperature_B, denoise))
+    left_out_BN = suspected(scored, temperature_B, denoise) & scored.valid_BN
+    return replace(scores, valid_BN=scores.valid_BN & ~left_out_BN)
 
 
 def _divergence(scores: BatchScores, target_BN: Tensor, scale: float) -> LossRows:

@@ -151,6 +151,7 @@ class TrainingStep:
             valid_BN=inputs.valid_BN,
             list_size=1 + task.settings.negatives,
             teacher_BN=scores_KBN[1].detach() if inputs.teacher is not None else inputs.scores_BN,
+            scored_BN=inputs.scored_BN,
         )
         if task.distillation is None:
             rows = contrastive(scores, scale=self.scale)

@@ -24,7 +24,7 @@ from ckd_ray.cross_encoder.scores import CrossScores, keep_scored, write_scores
 from ckd_ray.cross_encoder.stream import queries_a_part
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.data.problems import InputError
-from ckd_ray.distill.objectives import objective_loss
+from ckd_ray.distill.losses import BatchScores, kl
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.stages import made_of, needed
 from ckd_ray.retrieve.rankings import part_file, write_ranking_part
@@ -191,9 +191,8 @@ def test_pairs_without_a_score_leave_both_sides_of_the_row(tmp_path: Path) -> No
     scores, kept = reader.of_batch(np.arange(4), np.arange(8), positives, valid)
     student: Tensor = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     student.requires_grad_()
-    loss = objective_loss(
-        "cross_encoder", student, positives_B=positives, teacher_scores_BN=scores, valid_BN=kept, temperature=0.25
-    )
+    batch = BatchScores(student, positives, valid, 2, scores, kept)
+    loss = kl(batch, scale=1.0, temperature=0.25).loss_B
     rows = student.detach().tolist()
     scored = [{0: 2.0, 4: 2.2}, {3: 0.5}, {}, {6: -1.0, 7: -3.0}]
     wanted = [literal_row(rows[b], scored[b], int(positives[b]), 0.25) for b in range(4)]

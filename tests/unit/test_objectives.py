@@ -336,6 +336,33 @@ def test_the_second_part_of_the_decoupled_loss_leaves_the_label_alone() -> None:
     assert (gradients[0][:, 1:5] - gradients[1][:, 1:5]).abs().max() > 0.01
 
 
+def test_pairs_that_the_teacher_has_not_scored_count_for_the_label_alone() -> None:
+    student, teacher, _, _ = batch(10)
+    positives = torch.zeros(6, dtype=torch.int64)
+    scored = torch.zeros(6, 9, dtype=torch.bool)
+    scored[:, 1:4] = True
+    unknown = torch.where(scored, teacher, torch.nan)
+    unknown[:, 0] = teacher[:, 0]
+    valid = torch.ones(6, 9, dtype=torch.bool)
+    settings = DistillConfig(objective="cross_encoder", temperature=0.5)
+    found = OBJECTIVES["cross_encoder"].loss(BatchScores(student, positives, valid, 9, unknown, scored), settings, 2.0)
+    # The label against all nine passages; the order of the three scored ones.
+    own = OBJECTIVES["cross_encoder"].loss(
+        BatchScores(student[:, :4], positives, valid[:, :4], 4, teacher[:, :4]), settings, 2.0
+    )
+    whole, part = (
+        torch.nn.functional.cross_entropy(s / 2, positives, reduction="none") for s in (student, student[:, :4])
+    )
+    torch.testing.assert_close(found.loss_B, own.loss_B - part + whole)
+    kl = settings.model_copy(update={"loss": "kl"})
+    torch.testing.assert_close(
+        OBJECTIVES["cross_encoder"].loss(BatchScores(student, positives, valid, 9, unknown, scored), kl, 2.0).loss_B,
+        OBJECTIVES["cross_encoder"]
+        .loss(BatchScores(student[:, :4], positives, valid[:, :4], 4, teacher[:, :4]), kl, 2.0)
+        .loss_B,
+    )
+
+
 def test_a_teacher_of_another_scale_gives_the_same_loss_under_auto() -> None:
     student, teacher, _, valid = batch(9)
     positives, valid = torch.zeros(6, dtype=torch.int64), valid | (torch.arange(9) < 5)
