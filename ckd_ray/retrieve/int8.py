@@ -30,8 +30,8 @@ from torch import Tensor
 FirstPass = Literal["int8", "float32"]
 
 _LARGEST = 127.0
-# Numbers of a block of int32 products: 2 MiB, which stay in the cache until their maxima are taken.
-_BLOCK = 1 << 19
+# Numbers of a block of int32 products: 4 MiB, which stay in the cache until their maxima are taken.
+_BLOCK = 1 << 20
 # Query rows of a block: 256 KiB of int8.
 _COLUMNS = 2048
 # Rows that are rounded at a time: 512 KiB of float32 at 128 dimensions.
