@@ -47,7 +47,7 @@ def steps_vs_literal(run: DistillRun, args: argparse.Namespace, settings: dict[s
 
 def _agreement(run: DistillRun, published: LiteralStep) -> float:
     """Both losses of one batch, ours with the published zero rows: they must be the same step."""
-    task = run.task("collective", published.task.batch_size, zero_row_floor=True)
+    task = run.task("collective", published.task.settings.batch_size, zero_row_floor=True)
     inputs = published.reader.read(0)
     ours = float(TrainingStep(run.model(), task, "fp32")(inputs))
     return abs(ours - published(inputs))
@@ -64,10 +64,12 @@ class LiteralStep:
 
     def __init__(self, run: DistillRun, task: TrainingTask) -> None:
         self.task, self.student, self.teacher = task, run.model(), run.model()
+        assert task.distillation is not None
+        self.settings = task.distillation
         self.student.train()
         self.maxlen = self.student.settings.doc_maxlen
         self.reader = InputReader(task, self.student.tokenizer)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=task.learning_rate)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=task.settings.learning_rate)
 
     def seconds(self, first: int, count: int) -> list[float]:
         """Of each step; reading the batch is left out."""
@@ -88,10 +90,11 @@ class LiteralStep:
         with torch.no_grad():
             teacher_rows, teacher_NLD = self._encode(self.teacher, inputs, ids_NL, mask_NL)
             rows_BRD = torch.cat([teacher_rows, inputs.teacher.expansions_bED], 1)
-            weights_BR = torch.cat([torch.ones(teacher_rows.shape[:2]), inputs.teacher.weights_bE], 1)
+            # The published strength of the expansion is 1.
+            weights_BR = torch.cat([torch.ones(teacher_rows.shape[:2]), inputs.teacher.idf_bE], 1)
             target_BN = self._scores(rows_BRD, teacher_NLD, weights_BR)
             target_BN.scatter_(1, inputs.positives_B[:, None], target_BN.amax(1, keepdim=True))
-            target_BN = (target_BN / self.task.temperature).softmax(1)
+            target_BN = (target_BN / self.settings.temperature).softmax(1)
         queries_BQD, passages_NLD = self._encode(self.student, inputs, ids_NL, mask_NL)
         leaf_q, leaf_p = queries_BQD.detach().requires_grad_(), passages_NLD.detach().requires_grad_()
         loss = 0.0

@@ -82,12 +82,12 @@ def _batches(run: DistillRun, task: Any, steps: int) -> dict[str, Any]:
         rows["positive"] += texts[::2]
         rows["negative"] += texts[1::2]
         own_BM = torch.arange(len(texts)).view(-1, 2)
-        rows["label"] += (scores_BN.gather(1, own_BM) * task.temperature**-1).tolist()
+        rows["label"] += (scores_BN.gather(1, own_BM) * 0.25**-1).tolist()
     model_settings = run.config["model"]
     return {
         "rows": rows,
         "backbone": str(run.folder / "teacher"),
-        "batch": task.batch_size,
+        "batch": task.settings.batch_size,
         "steps": steps,
         "threads": torch.get_num_threads(),
         "query_maxlen": model_settings["query_maxlen"],

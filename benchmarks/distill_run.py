@@ -15,6 +15,7 @@ import torch
 from common import note
 from part import cut
 
+from ckd_ray.config.schema import DistillConfig
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
@@ -37,25 +38,33 @@ class DistillRun:
         return ColBERT.from_pretrained(self.folder / "teacher")
 
     def task(self, objective: str, batch_size: int, **values: Any) -> TrainingTask:
-        """A training task on this run, one negative a query as published."""
-        distill = self.config["distill"]
+        """A training task on this run: the published loss and lists, one negative a query, whatever the run's own are.
+
+        Args:
+            values: keys of `distill`.
+        """
         given = {
-            "stage": "distill",
-            "run": str(self.folder),
-            "start": str(self.folder / "teacher"),
-            "fingerprint": "benchmark",
-            "seed": 17,
+            "objective": objective,
+            "loss": "kl",
+            "temperature": 0.25,
+            "beta": 1.0,
+            "negatives": 1,
+            "sampling": "uniform",
+            "expansion_size": self.config["distill"]["expansion_size"],
+            "negatives_depth": self.config["distill"]["negatives_depth"],
             "steps": 1000,
             "batch_size": batch_size,
             "learning_rate": 3e-6,
-            "objective": objective,
-            "beta": distill["beta"],
-            "expansion_size": distill["expansion_size"],
-            "negatives_depth": distill["negatives_depth"],
-            "positive_grade": self.config["collection"]["positive_grade"],
-            "hard_negatives": True,
         }
-        return TrainingTask.from_dict(given | values)
+        return TrainingTask(
+            stage="distill",
+            run=str(self.folder),
+            start=str(self.folder / "teacher"),
+            fingerprint="benchmark",
+            seed=17,
+            settings=DistillConfig.model_validate(given | values),
+            positive_grade=self.config["collection"]["positive_grade"],
+        )
 
 
 def distill_run(args: argparse.Namespace) -> DistillRun:
@@ -103,7 +112,10 @@ def timed_steps(task: TrainingTask, first: int, model: ColBERT) -> Iterator[floa
     """
     model.train()
     step = TrainingStep(model, task, "fp32")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
+    settings = task.settings
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     reader = InputReader(task, model.tokenizer)
     stream = reader.stream(first - 1)
 
@@ -112,7 +124,7 @@ def timed_steps(task: TrainingTask, first: int, model: ColBERT) -> Iterator[floa
         inputs = next(stream)
         optimizer.zero_grad(set_to_none=True)
         step(inputs.to(model.device))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         return time.perf_counter() - started
 

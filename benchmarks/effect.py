@@ -72,7 +72,7 @@ def systems_of(run: Path) -> dict[str, list[Path]]:
 def measured(runs: list[Path], system: str, grades: dict[str, str]) -> dict[str, Array]:
     """figure -> (R, N): the values of every query, the mean over the seeds of a comparison."""
     found: dict[str, list[Array]] = {}
-    for run in runs:
+    for run in (run for run in runs if system in systems_of(run)):  # one measurement of a baseline serves all runs
         for figure, values in _of_run(run, system, grades):
             found.setdefault(figure, []).append(values)
     return {figure: np.stack(rows) for figure, rows in found.items()}

@@ -77,7 +77,8 @@ class TrainingTask:
     def from_dict(cls, values: dict[str, Any]) -> TrainingTask:
         """Reads `to_dict`'s form."""
         section = DistillConfig if "objective" in values["settings"] else TrainingConfig
-        return cls(**{**values, "settings": section.model_validate(values["settings"])})
+        # The section was checked when the configuration was loaded.
+        return cls(**{**values, "settings": section.model_construct(**values["settings"])})
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up over the first `warmup` share of the steps, then constant or linear decay to zero."""

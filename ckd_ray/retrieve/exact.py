@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.retrieve.groups import Group, groups_of
-from ckd_ray.retrieve.int8 import FirstPass, choose_first_pass, estimates_of, round_queries
+from ckd_ray.retrieve.int8 import FirstPass, bounds_of, choose_first_pass, estimates_of, round_queries
 from ckd_ray.retrieve.rows import FlatRows, RangeRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -109,18 +109,19 @@ class Scorer:
 
         On a CPU only. See `int8.py`; a passage without rows has its exact score and the bound 0.
         """
-        out_BN = torch.full((self.num_queries, len(passages)), EMPTY_ROW_SCORE * self.query_rows)
-        bounds_BN = torch.zeros_like(out_BN)
-        rounded = round_queries(self.queries_BQD)
+        rounded, count = round_queries(self.queries_BQD), len(passages)
+        out_NB = torch.full((count, self.num_queries), EMPTY_ROW_SCORE * self.query_rows)
+        longest_N, most_lost_N = torch.zeros(count), torch.zeros(count)
 
         def score(part: Int64Array) -> None:
             for group in groups_of(self.source, passages[part], self.device):
                 members = torch.from_numpy(part[group.members])
-                for these, scores_Bn, errors_Bn in estimates_of(rounded, self.query_rows, group.rows_TD, group.length):
-                    out_BN[:, members[these]], bounds_BN[:, members[these]] = scores_Bn, errors_Bn
+                for these, *found in estimates_of(rounded, self.query_rows, group.rows_TD, group.length):
+                    at = members[these]
+                    out_NB[at], longest_N[at], most_lost_N[at] = found
 
-        self._spread(score, len(passages))
-        return out_BN, bounds_BN
+        self._spread(score, count)
+        return out_NB.T.contiguous(), bounds_of(rounded, self.query_rows, longest_N, most_lost_N)
 
     def _spread(self, work: Callable[[Int64Array], None], count: int) -> None:
         """`work` on all of 0..count, by as many threads as torch may use, each with products of its own.

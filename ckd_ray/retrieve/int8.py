@@ -10,8 +10,7 @@ The error of a maximum over rows d is at most the largest of their errors, and a
 
     |score - estimate| <= sum_q |r| * max_d |d| + sum_q |q'| * max_d |e|:
 
-two numbers a query times two numbers a passage. On embeddings of MiniLM the bound is 0.5 of a score of 10, with a
-hundredth of which the estimate is wrong: the bound holds for the worst case, in which no error cancels another.
+two numbers a query times two numbers a passage. The bound holds for the worst case, in which all errors have one sign.
 
 Shapes: B queries, Q rows a query, R = B * Q query rows, N passages, n passages of a group, L rows a passage, D
 dimensions.
@@ -82,14 +81,15 @@ def _rounded(rows_RK: Tensor) -> tuple[Tensor, Tensor]:
 
 def estimates_of(
     queries: RoundedQueries, query_rows: int, rows_TD: Tensor, length: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Estimates of all queries with passages of `length` rows each.
 
     Args:
         rows_TD: (n * length, D) float16, passage after passage.
 
     Yields:
-        a slice of the n passages, their estimates and the bounds of these, both (B, part of n) float32.
+        a slice of the n passages; their estimates (part of n, B); the greatest length of their rows, and of what
+        rounding took away from these (part of n,). All float32.
     """
     dim, count = rows_TD.shape[1], len(queries.lost_B)
     width = _queries_of_a_block(count, query_rows) * query_rows
@@ -118,13 +118,16 @@ def estimates_of(
             sums = (best_nR * queries.scales_R[low : low + width]).view(n, -1, query_rows).sum(2)
             scores_nB[:, low // query_rows : low // query_rows + sums.shape[1]] = sums
         scores_nB *= scales_n[:, None]
-        bounds_Bn = torch.outer(queries.lost_B, longest_n)
-        bounds_Bn.addr_(queries.kept_B, most_lost_n)
-        # Estimates and lengths are themselves computed in float32, with u = 2^-24. All that this loses of a query row
-        # is at most (1.5 D + 4 Q + 48) u |q| |d|; this is (8 D + 8 Q + 64) u |q| |d|.
-        slack = (dim + query_rows + 8) * 2.0**-21
-        bounds_Bn.addr_(queries.lengths_B, longest_n, alpha=slack)
-        yield slice(start, start + n), scores_nB.T, bounds_Bn
+        yield slice(start, start + n), scores_nB, longest_n, most_lost_n
+
+
+def bounds_of(queries: RoundedQueries, query_rows: int, longest_N: Tensor, most_lost_N: Tensor) -> Tensor:
+    """(B, N) float32: how far an estimate can be from the true score, by what `estimates_of` says of the passages."""
+    bounds_BN = torch.outer(queries.lost_B, longest_N).addr_(queries.kept_B, most_lost_N)
+    # Estimates and lengths are themselves computed in float32, with u = 2^-24. All that this loses of a query row is at
+    # most (1.5 D + 4 Q + 48) u |q| |d|; this is (8 D + 8 Q + 64) u |q| |d|.
+    slack = (queries.rows_RD.shape[1] + query_rows + 8) * 2.0**-21
+    return bounds_BN.addr_(queries.lengths_B, longest_N, alpha=slack)
 
 
 def _queries_of_a_block(count: int, query_rows: int) -> int:

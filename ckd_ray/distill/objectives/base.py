@@ -93,7 +93,11 @@ class Objective:
         if not self.has_teacher:
             return
         if d.loss == "decoupled" and d.negatives < 2:
-            yield "distill.negatives", "loss decoupled orders a query's own candidates: it needs 2 or more (7 is usual)"
+            yield (
+                "distill.negatives",
+                "loss decoupled orders a query's own candidates: it needs 2 or more (7 is usual); distill.loss: kl, the "
+                "published loss, does with 1",
+            )
         if d.loss == "mixture" and d.teacher_weight > 1:
             yield "distill.teacher_weight", "is the teacher's share of the target of loss mixture: it must be at most 1"
 
