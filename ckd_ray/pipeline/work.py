@@ -245,11 +245,11 @@ def embed_all(
         precision: instead of `embed.precision`.
     """
     config = context.config.embed
-    kind: type[ColBERT] | type[PooledModel] = PooledModel if pooled else ColBERT
+    model_class: type[ColBERT] | type[PooledModel] = PooledModel if pooled else ColBERT
 
     def choose() -> tuple[Any, str]:
         with local_copy(checkpoint) as folder:
-            return _precision(kind.from_pretrained(folder), precision or config.precision)
+            return _precision(model_class.from_pretrained(folder), precision or config.precision)
 
     agreed, reason = _agreed_precision(out, choose)
     say(f"{stage}: {agreed} ({reason})")
