@@ -15,7 +15,7 @@ import numpy as np
 from common import figure
 from distill_run import DistillRun
 
-from ckd_ray.collective.feedback import expand_ranked
+from ckd_ray.collective.feedback import expand_depths
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import Config
 from ckd_ray.cross_encoder.candidates import CandidateReader
@@ -97,9 +97,9 @@ class _Labels:
         queries_BQD = rows.embeddings_TD.float().reshape(count, -1, self.store.dim)
         _, passages_BK = self.range.search(queries_BQD, self.depth)
         searched = self.votes not in ("estimate", "feedback")
-        expand_ranked(
+        expand_depths(
             self.store,
-            passages_BK[:, : self.settings.feedback_passages],
+            passages_BK,
             self.settings,
             neighbours=(lambda v: self.range.nearest_token_ids(v, self.settings.voters)[1]) if searched else None,
             silent_ids=self.silent,

@@ -69,6 +69,30 @@ def expand_ranked(
         raise
 
 
+def expand_depths(
+    store: EmbeddingStore,
+    feedback_BF: IntArray,
+    settings: LabelConfig,
+    *,
+    neighbours: Neighbours | None,
+    silent_ids: Any,
+    crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
+) -> dict[int, Expansions]:
+    """For each depth of `settings.feedback_passages` the expansions from the top `depth` of the feedback; see
+    `expand_ranked`."""
+    return {
+        depth: expand_ranked(
+            store,
+            feedback_BF[:, :depth],
+            settings,
+            neighbours=neighbours,
+            silent_ids=silent_ids,
+            crowded=crowded,
+        )
+        for depth in settings.depths
+    }
+
+
 def nest(flat: Any, counts: Any) -> list[Any]:
     """Cut a flat list into one list a query."""
     bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()

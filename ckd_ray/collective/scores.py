@@ -1,6 +1,6 @@
 """The teacher's score: its own MaxSim, plus that of the expansion (docs/method.md, step 5).
 
-Shapes: B queries, Q rows, E expansion embeddings, N passages, L rows a passage, D dimensions.
+Shapes: B queries, Q rows, E expansion embeddings (M depths of e each), N passages, L rows a passage, D dimensions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from ckd_ray.model.maxsim import maxsim
 
 
 def expansion_weights(
-    idf_BE: Tensor, query_rows_B: Tensor, *, beta: float | Literal["auto"] = 1.0, share: float = 0.3
+    idf_BE: Tensor,
+    query_rows_B: Tensor,
+    *,
+    beta: float | Literal["auto"] = 1.0,
+    share: float = 0.3,
+    depths: int = 1,
 ) -> Tensor:
     """What each expansion embedding weighs beside the query's own rows, which weigh 1 each.
 
@@ -23,16 +28,28 @@ def expansion_weights(
     teacher's score on any collection, for any length of the query and the expansion. A query without an expansion (idf
     0 everywhere) keeps weights of 0.
 
+    With several depths of feedback, each depth's weights are computed on their own and divided by the number of depths,
+    so that the teacher's score takes the mean of their expansion scores. A depth without an expansion adds 0 to it.
+
     Args:
         idf_BE: 0 where an embedding is missing.
         query_rows_B: Q, the rows of each query that count.
         share: 0 <= share < 1.
+        depths: M, the equal blocks that E consists of, one a depth.
+
+    Raises:
+        ValueError: E is no multiple of `depths`.
     """
+    num_queries, size = idf_BE.shape
+    if depths < 1 or size % depths:
+        raise ValueError(f"{size} expansion embeddings are not {depths} blocks of equal size")
     if beta != "auto":
-        return beta * idf_BE
-    total_B1 = idf_BE.sum(1, keepdim=True)
-    wanted_B1 = share / (1 - share) * query_rows_B.to(idf_BE.dtype)[:, None]
-    return torch.where(total_B1 > 0, wanted_B1 * idf_BE / total_B1.clamp_min(1e-12), 0.0)
+        return beta * idf_BE / depths
+    idf_BMe = idf_BE.reshape(num_queries, depths, size // depths)
+    total_BM1 = idf_BMe.sum(2, keepdim=True)
+    wanted_B11 = share / (1 - share) * query_rows_B.to(idf_BE.dtype)[:, None, None] / depths
+    weights_BMe = torch.where(total_BM1 > 0, wanted_B11 * idf_BMe / total_BM1.clamp_min(1e-12), 0.0)
+    return weights_BMe.reshape(num_queries, size)
 
 
 def counted_rows(queries_BQD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
-from ckd_ray.collective.feedback import expand_ranked, nest
+from ckd_ray.collective.feedback import expand_depths, nest
 from ckd_ray.collective.labels import write_labels
 from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
@@ -123,8 +123,8 @@ def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
 def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) -> None:
     """Label the queries [first, stop), those of ranking part `part`, and write the part's files."""
     table = read_ranking_part(join(job.rankings, part_file(job.split, part)))
-    feedback_BF = part_matrix(table, first, stop - first, job.settings.feedback_passages).astype(np.int64)
-    expansions = expand_ranked(
+    feedback_BF = part_matrix(table, first, stop - first, job.settings.depths[-1]).astype(np.int64)
+    expansions = expand_depths(
         open_once(job.passages),
         feedback_BF,
         job.settings,

@@ -10,8 +10,8 @@ from ckd_ray.config.schema import Config
 def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
     """(path of the key, what is wrong and how to mend it)."""
     yield from _collection(config)
-    if config.retrieve.depth < config.label.feedback_passages:
-        yield "retrieve.depth", f"must be at least label.feedback_passages ({config.label.feedback_passages})"
+    if config.retrieve.depth < config.label.depths[-1]:
+        yield "retrieve.depth", f"must be at least label.feedback_passages ({config.label.depths[-1]})"
     if config.retrieve.engine == "centroids" and config.embed.codec == "fp16":
         yield "retrieve.engine", "centroids needs a residual codec: set embed.codec: residual2, or take faiss or exact"
     if config.distill.negatives_depth > config.retrieve.depth:

@@ -214,7 +214,7 @@ def _problem(error: Any) -> Problem:
     location = [
         part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained-")))
     ]
-    location = [part for part in location if part not in ("int", "float", "str", "bool", "[key]")]
+    location = [part for part in location if part not in ("int", "float", "str", "bool", "list", "[key]")]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     found = _kind(error["input"])
     if error["type"] == "extra_forbidden":

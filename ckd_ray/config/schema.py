@@ -8,9 +8,19 @@ smaller than what is read from it) are in `checks.py`.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -20,6 +30,26 @@ Auto = Literal["auto"]
 Elastic = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}-[1-9][0-9]{0,5}$")]
 Split = Literal["train", "dev", "test"]
 FilesBySplit = dict[Split, Name]
+
+
+def _ascending(depths: list[int]) -> int | list[int]:
+    """One depth is a number, so that [3] and 3 are one setting with one fingerprint."""
+    if any(low >= high for low, high in pairwise(depths)):
+        raise PydanticCustomError("ascending", "expected ascending numbers, each of them once")
+    return depths if len(depths) > 1 else depths[0]
+
+
+# A number, or a list of numbers; told apart beforehand, so that a mistake is reported for the kind that was given.
+Depths = Annotated[
+    Annotated[Positive, Tag("int")]
+    | Annotated[
+        list[Annotated[int, Field(strict=True, gt=0, lt=2**31)]],
+        Field(min_length=1, max_length=8),
+        AfterValidator(_ascending),
+        Tag("list"),
+    ],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "int"),
+]
 Objective = Literal["contrastive", "label_smoothing", "self_distillation", "cross_encoder", "collective"]
 
 
@@ -191,16 +221,25 @@ class RetrieveConfig(Section):
 class LabelConfig(Section):
     """Collective knowledge (docs/method.md step 4). `token_vote`: who names a centroid's token.
 
+    `feedback_passages`: how many passages an expansion is made of. A list of 1 to 8 depths in ascending order
+    ([1, 3, 5]) makes one expansion for each, and the teacher's score takes the mean of their scores.
+
     `neighbours`: how the collection votes: its `exact` nearest token embeddings, those that IVF-PQ finds (`faiss`, as
     published), or an `estimate` without a search: the nearest of the feedback's own tokens, unless the collection has
     special tokens only around the centroid. `auto` is exact while that is affordable, else the estimate.
     """
 
-    feedback_passages: Positive = 3
+    feedback_passages: Depths = 3
     clusters: Annotated[int, Field(gt=0, le=1024)] = 24
     voters: Annotated[int, Field(gt=0, le=1000)] = 10
     token_vote: Literal["collection", "feedback"] = "collection"
     neighbours: Literal["auto", "exact", "faiss", "estimate"] = "auto"
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """`feedback_passages` as a list: every depth that an expansion is made of, the deepest last."""
+        found = self.feedback_passages
+        return tuple(found) if isinstance(found, list) else (found,)
 
 
 class DistillConfig(TrainingConfig):

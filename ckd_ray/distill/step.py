@@ -181,7 +181,11 @@ class TrainingStep:
         student = self.task.distillation
         assert student is not None
         weights_bE = expansion_weights(
-            teacher.idf_bE, counted_rows(queries_bQD), beta=student.beta, share=student.expansion_share
+            teacher.idf_bE,
+            counted_rows(queries_bQD),
+            beta=student.beta,
+            share=student.expansion_share,
+            depths=teacher.depths,
         )
         weights_bR1 = torch.cat([rows_bRD.new_ones(queries_bQD.shape[:2]), weights_bE], 1)[:, :, None]
         if self.shares:

@@ -30,12 +30,14 @@ class TeacherInputs:
         expansions_bED, idf_bE: float32; E is 0 for objectives without an expansion.
         queries_bQD: rows of the worker's queries, float16; passages: (rows_gLD, mask_gL) of each group. Both are None
             when the step is to compute them again.
+        depths: the blocks that E consists of, see `expansion_weights`.
     """
 
     expansions_bED: Tensor
     idf_bE: Tensor
     queries_bQD: Tensor | None = None
     passages: list[Rows] | None = None
+    depths: int = 1
 
 
 class TeacherReader:
@@ -53,10 +55,12 @@ class TeacherReader:
     def read(self, queries_b: Int64Array, groups: Sequence[Int64Array]) -> TeacherInputs:
         """Args: dense indices of the queries, and of the passages of each group."""
         b = len(queries_b)
-        expansions, idf = torch.zeros(b, 0, self.dim), torch.zeros(b, 0)
+        expansions, idf, depths = torch.zeros(b, 0, self.dim), torch.zeros(b, 0), 1
         if self.expansions is not None and self.task.distillation is not None:
             expansions, idf = self.expansions.select(queries_b, self.task.distillation.expansion_size)
+            depths = self.expansions.blocks
         if not self.stored:
-            return TeacherInputs(expansions, idf)
+            return TeacherInputs(expansions, idf, depths=depths)
         queries_bQD = self.queries.gather(queries_b).embeddings_TD.reshape(b, -1, self.dim)
-        return TeacherInputs(expansions, idf, queries_bQD, [self.passages.gather(g).padded() for g in groups])
+        passages = [self.passages.gather(g).padded() for g in groups]
+        return TeacherInputs(expansions, idf, queries_bQD, passages, depths)

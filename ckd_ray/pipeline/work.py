@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from ckd_ray.collective.labels import manifest_of_labels
 from ckd_ray.collective.stream import (
     CELLS,
     CrowdedCells,
@@ -156,7 +157,8 @@ def write_labels_of(context: RunContext, job: LabelJob) -> dict[str, Any]:
         settings = SearchSettings(way, r.cells, r.nprobe, r.candidates, config.run.seed, index)
         with serving(store, settings, r.actors) as servers:
             queries_per_part = label_queries(job, ServerVotes(servers, config.label.voters), count)
-    write_json_atomic(join(job.out, "manifest.json"), {"queries_per_part": queries_per_part, "split": job.split})
+    manifest = manifest_of_labels(queries_per_part, job.split, job.settings.depths)
+    write_json_atomic(join(job.out, "manifest.json"), manifest)
     return {"count": count, "unit": "queries", "votes": way}
 
 
@@ -168,7 +170,8 @@ def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
         return "feedback"
     if config.label.neighbours != "auto":
         return config.label.neighbours
-    engine = choose_engine(num_queries, config.label.clusters, store.num_tokens, store.dim)
+    vectors = config.label.clusters * len(config.label.depths)
+    engine = choose_engine(num_queries, vectors, store.num_tokens, store.dim)
     return "exact" if engine == "exact" else "estimate"
 
 

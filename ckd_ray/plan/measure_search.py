@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ckd_ray.collective.feedback import expand_ranked
-from ckd_ray.collective.labels import write_labels
+from ckd_ray.collective.feedback import expand_depths
+from ckd_ray.collective.labels import manifest_of_labels, write_labels
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
@@ -251,7 +251,7 @@ def _ranking(run: str, ranked: tuple[Any, Any]) -> dict[str, float]:
 def _labels(run: str, config: Config, model: ColBERT, store: EmbeddingStore, ranked: Any) -> dict[str, float]:
     """Expansions by the feedback's own votes, with the label files, in one thread as in the stage's tasks."""
     settings, silent = config.label, model.tokenizer.hf.all_special_ids
-    feedback = np.full((len(ranked), settings.feedback_passages), -1, np.int64)
+    feedback = np.full((len(ranked), settings.depths[-1]), -1, np.int64)
     feedback[:, : min(ranked.shape[1], feedback.shape[1])] = ranked[:, : feedback.shape[1]]
     ids = Collection.open(run).queries("train").ids
     rows = np.arange(_BATCH) % len(ids)
@@ -262,7 +262,7 @@ def _labels(run: str, config: Config, model: ColBERT, store: EmbeddingStore, ran
         def label(name: str, chosen: Any) -> Any:
             folder = Path(run) / name
             folder.mkdir(exist_ok=True)
-            found = expand_ranked(store, feedback[chosen], settings, neighbours=None, silent_ids=silent)
+            found = expand_depths(store, feedback[chosen], settings, neighbours=None, silent_ids=silent)
             write_labels(
                 str(folder),
                 "train",
@@ -272,9 +272,9 @@ def _labels(run: str, config: Config, model: ColBERT, store: EmbeddingStore, ran
                 expansions=found,
                 clusters=settings.clusters,
             )
-            return found
+            return torch.cat([expansions.embeddings_BKD.flatten(0, 1) for expansions in found.values()])
 
-        centroids = label("labels", np.arange(len(ids))).embeddings_BKD.flatten(0, 1)
+        centroids = label("labels", np.arange(len(ids)))
         each = seconds(lambda: label("labels-part", rows), 2) / len(rows)
         cells = centroids[torch.arange(_CELLS) % len(centroids)]
         cells = torch.nn.functional.normalize(cells + 0.1 * torch.randn(cells.shape), dim=1)
@@ -282,7 +282,7 @@ def _labels(run: str, config: Config, model: ColBERT, store: EmbeddingStore, ran
         asking = seconds(lambda: crowded.crowded(centroids), 1) / len(ids)
     finally:
         torch.set_num_threads(before)
-    write_json_atomic(f"{run}/labels/manifest.json", {"queries_per_part": max(1, len(ids)), "split": "train"})
+    write_json_atomic(f"{run}/labels/manifest.json", manifest_of_labels(max(1, len(ids)), "train", settings.depths))
     return {"expand_query_s": each, "crowded_query_s": asking}
 
 

@@ -167,13 +167,13 @@ def _centroids(
 
 
 def vote_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout, count: int) -> list[Part]:
-    """Votes of the collection for q * clusters centroids (docs/method.md, step 4).
+    """Votes of the collection for q * clusters centroids of each depth (docs/method.md, step 4).
 
     `exact`: 2 q clusters V D operations on the servers' CPUs, and `nearest_vector_s` a centroid in each. `faiss`: an
     index of their own, and its search.
     `estimate`: once, k-means over at most 500,000 rows on one machine. `feedback`: nothing more.
     """
-    vectors = count * config.label.clusters
+    vectors = count * config.label.clusters * len(config.label.depths)
     if layout.votes == "exact":
         assert layout.vote is not None
         cores = min(layout.cpus, float(layout.vote.count * layout.vote.threads))

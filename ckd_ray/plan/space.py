@@ -45,8 +45,8 @@ def stage_storage(name: str, config: Config, sizes: Sizes, rates: Rates, layout:
     """Bytes by folder of the run directory.
 
     rankings: q K (9 in Parquet + 4 in the matrix). labels: q clusters (4 (D + 1) in the array + 4 D in Parquet, of
-    which 95 % are kept). A checkpoint: 4 P. index (faiss, local runs): 24 V + 4 C D. evaluation: 2 q K (57).
-    baselines: q K (44) each.
+    which 95 % are kept) for each depth. A checkpoint: 4 P. index (faiss, local runs): 24 V + 4 C D. evaluation: 2 q K
+    (57). baselines: q K (44) each.
     """
     m, train = config.model, sizes.queries.get("train", 0)
     weights = 4.0 * rates.parameters + 1e6
@@ -64,7 +64,8 @@ def stage_storage(name: str, config: Config, sizes: Sizes, rates: Rates, layout:
             kept["index"] = 24.0 * sizes.vectors + 4.0 * m.dim * cells(config, sizes)
         return kept
     if name == "label":
-        return {"labels": train * config.label.clusters * (4.0 * (m.dim + 1) + 0.95 * 4 * m.dim)}
+        clusters = config.label.clusters * len(config.label.depths)
+        return {"labels": train * clusters * (4.0 * (m.dim + 1) + 0.95 * 4 * m.dim)}
     if name == "cross_encoder":
         depth = config.cross_encoder.depth
         scored = 1 + (config.distill.negatives_depth if depth == "auto" else depth)

@@ -45,7 +45,7 @@ def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
     label = _label_row(opened, query)
     feedback = ranking[: len(label["feedback_ids"])]
     labelled_ids = set(opened.collection.passage_ids(labelled))
-    settings = opened.settings
+    settings, depths = opened.settings, opened.expansions.depths
     return {
         "run": opened.folder,
         "query_id": query_id,
@@ -60,6 +60,7 @@ def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
             "expansion_share": settings.expansion_share,
             "expansion_size": settings.expansion_size,
             "zero_row_floor": settings.zero_row_floor,
+            **({"feedback_passages": list(depths)} if depths else {}),
         },
         "passages": _compared(opened, query, passages, ranking, labelled),
     }
@@ -101,7 +102,8 @@ def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
     """The query's row of `labels/*.parquet`, without the vectors."""
     part, row = divmod(query, opened.expansions.queries_per_part)
     fs, path = filesystem_of(join(opened.labels, part_file(SPLIT, part)))
-    table = pq.read_table(path, filesystem=fs, columns=["feedback_ids", "idf", "token_ids"])
+    columns = ["feedback_ids", "idf", "token_ids", *(["depths"] if opened.expansions.depths else [])]
+    table = pq.read_table(path, filesystem=fs, columns=columns)
     found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
     return found
 
@@ -117,10 +119,12 @@ def _first_words(text: str) -> str:
 
 
 def _expansion(opened: LabelledRun, query: int, label: dict[str, Any]) -> list[dict[str, Any]]:
-    """All kept centroids, heaviest first; `weight` is 0 for those that do not count."""
+    """All kept centroids, heaviest first; `weight` is 0 for those that do not count. Of several depths one after
+    another, with `depth`."""
     tokens = vocabulary(opened.run)
-    weights = opened.centroid_weights(query, label["idf"])
-    return [
+    depths = label.get("depths", [])
+    weights = opened.centroid_weights(query, label["idf"], depths)
+    found: list[dict[str, Any]] = [
         {
             "token": tokens.get(token, f"[{token}]"),
             "token_id": token,
@@ -129,6 +133,15 @@ def _expansion(opened: LabelledRun, query: int, label: dict[str, Any]) -> list[d
         }
         for token, idf, weight in zip(label["token_ids"], label["idf"], weights, strict=True)
     ]
+    return [{**entry, "depth": depth} for entry, depth in zip(found, depths, strict=True)] if depths else found
+
+
+def by_depth(found: dict[str, Any]) -> list[tuple[int | None, list[dict[str, Any]]]]:
+    """The centroids of the object of `inspect_query`, depth by depth; None is the depth when there is only one."""
+    depths = found["settings"].get("feedback_passages")
+    if depths is None:
+        return [(None, found["expansion"])]
+    return [(depth, [e for e in found["expansion"] if e["depth"] == depth]) for depth in depths]
 
 
 def _compared(
@@ -158,21 +171,28 @@ def render(found: dict[str, Any]) -> str:
     if not found["feedback"]:
         lines.append("  nothing was retrieved")
     s = found["settings"]
-    counting = found["expansion"][: s["expansion_size"]]
-    rest = found["expansion"][s["expansion_size"] :]
-    lines += ["", f"expansion ({len(counting)} of {len(found['expansion'])} centroids count; {_strength(s)})"]
+    blocks = by_depth(found)
+    counting = sum(len(centroids[: s["expansion_size"]]) for _, centroids in blocks)
+    lines += ["", f"expansion ({counting} of {len(found['expansion'])} centroids count; {_strength(s)})"]
     lines += [f"  {'token':<20}{'idf':>8}{'weight':>9}"]
-    lines += [f"  {e['token']:<20}{e['idf']:>8.3f}{e['weight']:>9.4f}" for e in counting]
-    if rest:
-        lines.append("  not counted: " + ", ".join(f"{e['token']} {e['idf']:.2f}" for e in rest))
+    for depth, centroids in blocks:
+        lines += [] if depth is None else [f"  from the top {depth} of the feedback"]
+        lines += _centroids(centroids, s["expansion_size"])
     lines += _probabilities(found)
     return "\n".join(lines)
+
+
+def _centroids(found: list[dict[str, Any]], size: int) -> list[str]:
+    lines = [f"  {e['token']:<20}{e['idf']:>8.3f}{e['weight']:>9.4f}" for e in found[:size]]
+    rest = ", ".join(f"{e['token']} {e['idf']:.2f}" for e in found[size:])
+    return [*lines, f"  not counted: {rest}"] if rest else lines
 
 
 def _strength(settings: dict[str, Any]) -> str:
     if settings["beta"] == "auto":
         return f"together they hold {settings['expansion_share']:.0%} of the teacher's weight"
-    return "weight = beta x idf"
+    depths = len(settings.get("feedback_passages", ()))
+    return f"weight = beta x idf / {depths}, the number of depths" if depths else "weight = beta x idf"
 
 
 def _probabilities(found: dict[str, Any]) -> list[str]:

@@ -116,7 +116,7 @@ class LabelledRun:
         s = self.settings
         expansions, idf = self.expansions.select(np.array([query]), s.expansion_size)
         queries = self._queries.gather(np.array([query])).embeddings_TD.float()[None]
-        weights = expansion_weights(idf, counted_rows(queries), beta=s.beta, share=s.expansion_share)
+        weights = self._weights(idf, queries)
         rows_NLD, mask_NL = self.passages.gather(passages_N).padded()
 
         def score(weights_BE: Tensor) -> Tensor:
@@ -130,14 +130,30 @@ class LabelledRun:
         one_hot = labelled.double() / max(1, int(labelled.sum()))
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
 
-    def centroid_weights(self, query: int, idf: Sequence[float]) -> list[float]:
-        """What each of a query's centroids (highest idf first) weighs in its teacher's score; 0 behind
-        `distill.expansion_size`."""
-        s = self.settings
-        rows = counted_rows(self._queries.gather(np.array([query])).embeddings_TD[None])
-        counting = torch.tensor([list(idf[: s.expansion_size])], dtype=torch.float64)
-        weights = expansion_weights(counting, rows, beta=s.beta, share=s.expansion_share)[0].tolist()
-        return [*weights, *[0.0] * (len(idf) - len(weights))]
+    def centroid_weights(self, query: int, idf: Sequence[float], depths: Sequence[int] = ()) -> list[float]:
+        """What each of a query's centroids (of each depth, highest idf first) weighs in its teacher's score; 0 behind
+        `distill.expansion_size`.
+
+        Args:
+            depths: the depth of each, where the labels have several.
+        """
+        queries = self._queries.gather(np.array([query])).embeddings_TD[None]
+        size = self.settings.expansion_size
+        block = np.searchsorted(self.expansions.depths, depths) if len(depths) else np.zeros(len(idf), np.int64)
+        place = np.arange(len(idf)) - np.searchsorted(block, block)  # inside of its block
+        counts = np.flatnonzero(place < size)
+        at = block[counts] * size + place[counts]
+        counting_1E = torch.zeros(1, self.expansions.blocks * size, dtype=torch.float64)
+        counting_1E[0, at] = torch.tensor(idf, dtype=torch.float64)[counts]
+        weights = np.zeros(len(idf))
+        weights[counts] = self._weights(counting_1E, queries)[0, at].numpy()
+        found: list[float] = weights.tolist()
+        return found
+
+    def _weights(self, idf_BE: Tensor, queries_BQD: Tensor) -> Tensor:
+        s, rows_B = self.settings, counted_rows(queries_BQD)
+        depths = self.expansions.blocks
+        return expansion_weights(idf_BE, rows_B, beta=s.beta, share=s.expansion_share, depths=depths)
 
     def _soft(self, scores_N: Tensor, labelled_N: Tensor) -> Tensor:
         turns = labelled_N.nonzero()[:, 0]

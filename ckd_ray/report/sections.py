@@ -15,6 +15,7 @@ from ckd_ray.distill.targets import degenerate, targets_of
 from ckd_ray.progress import duration
 from ckd_ray.report.closing import differences, systems, worth
 from ckd_ray.report.facts import Facts, SplitWins
+from ckd_ray.report.inspect import by_depth
 from ckd_ray.report.plots import Interval, Series, bar, histogram, intervals, lines, number
 from ckd_ray.report.wins import Example
 
@@ -291,10 +292,7 @@ def labels(facts: Facts) -> str:
     """Some training queries: feedback, expansion, and the three distributions side by side."""
     items = []
     for found in facts.labels:
-        tokens = "".join(
-            f"<span class='token{'' if e['weight'] else ' out'}'>{escape(str(e['token']))}<i>{e['idf']:.2f}</i></span>"
-            for e in found["expansion"]
-        )
+        tokens = "".join(_tokens(depth, centroids) for depth, centroids in by_depth(found))
         rows = "".join(
             f"<tr><td>{escape(str(p['rank'] or ''))}</td><td class='l wrap'>"
             f"{_GOOD if p['labelled'] else ''}{escape(p['text'])} "
@@ -310,7 +308,7 @@ def labels(facts: Facts) -> str:
         items.append(
             f"<details><summary><span class=q>{escape(found['text'])} <span class=id>{escape(found['query_id'])}</span>"
             f"</span></summary><div class=body><p class=note>feedback passages: <span class=id>{feedback}</span></p>"
-            f"<div class=tokens>{tokens}</div><div class=scroll><table class=sortable><thead><tr><th>rank<th class=l>"
+            f"{tokens}<div class=scroll><table class=sortable><thead><tr><th>rank<th class=l>"
             f"passage<th>one-hot<th>teacher<th>collective</tr></thead><tbody>{rows}</tbody></table></div></div></details>"
         )
     if not items:
@@ -324,6 +322,16 @@ def labels(facts: Facts) -> str:
         + f"<p class=note>Softmax over the passages shown, temperature {settings['temperature']}, beta "
         f"{settings['beta']}, {settings['expansion_size']:d} expansion embeddings.</p>"
     )
+
+
+def _tokens(depth: int | None, centroids: list[dict[str, Any]]) -> str:
+    """The tokens of an expansion; `depth`: of the feedback, when there are several."""
+    tokens = "".join(
+        f"<span class='token{'' if e['weight'] else ' out'}'>{escape(str(e['token']))}<i>{e['idf']:.2f}</i></span>"
+        for e in centroids
+    )
+    head = "" if depth is None else f"<p class=note>from the top {depth} of the feedback</p>"
+    return f"{head}<div class=tokens>{tokens}</div>"
 
 
 def stages(facts: Facts) -> str:

@@ -159,9 +159,10 @@ def _judge_part(
         rows_NLD, mask_NL = passages.gather(candidates_N.astype(np.int64)).padded()
         relevant_1N = np.isin(candidates_N, wanted)[None]
         for i, way in enumerate(ways):
-            expansions, idf = readers[way["labels"]].select(np.array([query]), way["size"])
+            reader = readers[way["labels"]]
+            expansions, idf = reader.select(np.array([query]), way["size"])
             rows_1 = counted_rows(rows_BQD[row : row + 1])
-            weights = expansion_weights(idf, rows_1, beta=way["beta"], share=way["share"])
+            weights = expansion_weights(idf, rows_1, beta=way["beta"], share=way["share"], depths=reader.blocks)
             scores_1N = teacher_scores(
                 rows_BQD[row : row + 1], expansions, weights, rows_NLD.float(), mask_NL, similarity,
                 zero_row_floor=way["floor"],

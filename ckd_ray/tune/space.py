@@ -238,6 +238,9 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             yield path, str(error)
             continue
+        if key == "label.feedback_passages" and len(config.label.depths) > 1:
+            yield path, f"cannot vary while label.feedback_passages is a list, {list(config.label.depths)}"
+            continue
         yield from _out_of_range(config, key, parameter)
         if not _matters(config, key):
             yield path, f"changes nothing for objective {config.distill.objective}"
@@ -281,6 +284,6 @@ def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tu
             more = f"only {scored} negatives a query are scored; raise cross_encoder.depth"
             yield f"tune.space.{key}", f"{more}, found {value!r}"
             return
-        if key == "label.feedback_passages" and changed.label.feedback_passages > config.retrieve.depth:
+        if key == "label.feedback_passages" and changed.label.depths[-1] > config.retrieve.depth:
             yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
             return

@@ -90,6 +90,15 @@ def test_a_key_counts_in_a_fingerprint_or_is_operational(section: str, key: str)
         assert any(counted), f"{path} counts in no fingerprint: mark it OPERATIONAL, or let a stage read it"
 
 
+def test_a_list_of_one_depth_has_the_fingerprint_of_the_number() -> None:
+    three, listed, several = (Config.model_validate({"label": {"feedback_passages": v}}) for v in (3, [3], [1, 3]))
+    assert listed == three == Config() and settings(listed) == settings(Config())
+    assert listed.model_dump_json() == three.model_dump_json()
+    assert settings(several)["label"] != settings(three)["label"]
+    assert Config.model_validate(several.model_dump(mode="json")) == several
+    assert (three.label.depths, several.label.depths) == ((3,), (1, 3))
+
+
 def test_keys_that_an_objective_does_not_read_change_nothing() -> None:
     for name, objective in OBJECTIVES.items():
         for loss in LOSS_KEYS:

@@ -39,6 +39,8 @@ def config(*values: str) -> Config:
         ("{distill.expansion_size: {int: [1, 2.5]}}", "distill.expansion_size", "whole numbers"),
         ("{distill.temperature: {uniform: [0.1, 1000]}}", "distill.temperature", "less than or equal to 100"),
         ("{distill.negatives_depth: {choice: [50, 500]}}", "distill.negatives_depth", "retrieve.depth"),
+        ("{label.feedback_passages: {choice: [3, [1, 3]]}}", "label.feedback_passages", "plain values"),
+        ("{label.feedback_passages: {choice: [3, 300]}}", "label.feedback_passages", "at most retrieve.depth (100)"),
         ("{label.token_vote: {choice: [nobody]}}", "label.token_vote", "collection"),
         ("{label.clusters: {uniform: [12, 24]}}", "label.clusters", "use int or choice"),
         ("{distill.negatives: {loguniform: [1, 8]}}", "distill.negatives", "use int or choice"),
@@ -50,6 +52,16 @@ def test_mistakes_in_the_space_are_named(space: str, path: str, message: str) ->
         config(f"tune.space={space}")
     assert [p.path for p in raised.value.problems] == [f"tune.space.{path}"]
     assert message in raised.value.problems[0].message
+
+
+def test_depths_do_not_vary_where_the_configuration_lists_several() -> None:
+    space = "tune.space={label.feedback_passages: {choice: [1, 3]}}"
+    assert space_of(config(space))["label.feedback_passages"] == Parameter("choice", (1, 3))
+    with pytest.raises(ConfigError, match=r"cannot vary while label.feedback_passages is a list, \[1, 5\]"):
+        config(space, "label.feedback_passages=[1, 5]")
+    varied = config("tune.space={label.clusters: {choice: [12, 24]}}", "label.feedback_passages=[1, 5]")
+    found = candidates(varied, space_of(varied), 3, seed=1)
+    assert [with_values(varied, values).label.depths for values in found] == [(1, 5)] * 2
 
 
 def test_keys_of_the_labels_change_nothing_for_other_objectives() -> None:
