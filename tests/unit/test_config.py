@@ -161,7 +161,7 @@ def test_all_problems_at_once() -> None:
         ("distill.objective=label_smoothing", "distill.smoothing", "needs a share above 0"),
         ("distill.workers=8-2", "distill.workers", "smaller number first"),
         ("distill.workers=0-2", "distill.workers", "auto or a number"),
-        ("distill.workers=17", "distill.workers", "at most distill.batch_size (16)"),
+        ("distill.workers=17", "distill.workers", "at most distill.batch_size (4)"),
         ("teacher.workers=2-99", "teacher.workers", "at most teacher.batch_size"),
         ("tune.grace=7", "tune.grace", "at most tune.measurements (6)"),
         ("teacher.patience=2", "teacher.patience", "set teacher.evaluate_every"),

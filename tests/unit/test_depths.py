@@ -180,8 +180,10 @@ def test_reports_and_the_first_pass_score_as_training_does(
         np.testing.assert_allclose(found.collective_scores, scores_N, rtol=1e-4)
         sums += mean_reciprocal_rank(scores_N[None], np.isin(passages, opened.positives.of(query))[None])
     suggested = suggestions_of_part(opened, 0, 0, QUERIES, SuggestSettings(QUERIES * 20, 0.0)).to_pylist()
-    chances = opened.distributions(0, ranking[0, : opened.settings.negatives_depth].astype(np.int64)).collective
-    others = [float(c) for c, p in zip(chances, ranking[0], strict=False) if p not in opened.positives.of(0)]
+    ranked = ranking[0, : opened.settings.negatives_depth].astype(np.int64)
+    passages = np.concatenate([ranked, np.setdiff1d(opened.positives.of(0), ranked)])
+    chances = opened.distributions(0, passages).collective
+    others = [float(c) for c, p in zip(chances, passages, strict=True) if p not in opened.positives.of(0)]
     assert [s["score"] for s in suggested if s["query"] == 0] == pytest.approx(sorted(others, reverse=True), rel=1e-5)
 
     monkeypatch.setattr(first_pass, "_SPLIT", "train")

@@ -226,7 +226,7 @@ def test_ms_marco_on_eight_gpus() -> None:
         labels = plan.stages[4].storage["labels"]
         assert labels == pytest.approx(502_939 * 24 * (129 * 4 + 0.95 * 512))
         # 4 workers: weights and moments, and a quarter of a batch's activations.
-        tokens = c.distill.batch_size * (32 + 2 * 75) * 1.25 / 4
+        tokens = c.distill.batch_size * (32 + (1 + c.distill.negatives) * 75) * 1.25 / 4
         step = training_bytes(tokens, carried, on_gpu=True)
         assert plan.stages[5].memory["gpu"] == pytest.approx(0.7 * 2**30 + step)
         assert 600 < plan.seconds < 30 * 86400

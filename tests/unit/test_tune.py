@@ -314,8 +314,9 @@ def test_a_search_that_goes_on_keeps_what_the_first_pass_found_and_its_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(
-        f"run.storage={tmp_path}", "tune.space={distill.beta: {choice: [0.3, 1.0, 2.0]}}", "tune.label_kept=2"
-    )
+        f"run.storage={tmp_path}", "tune.space={distill.beta: {choice: [0.3, 1.0, 2.0]}}", "tune.label_kept=2",
+        "distill.beta=0.3",
+    )  # fmt: skip
     calls = []
 
     def judged(context: Any, folder: str, combinations: Any) -> tuple[list[float], float]:
