@@ -101,7 +101,7 @@ def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any]
     t = config.tune.model_dump(mode="json")
     return fingerprint(
         inputs={s.name: (manifest_of(context.path(s.folder)) or {}).get("made_of") for s in upstream},
-        distill=config.distill.model_dump(mode="json", exclude={"workers", "max_failures", "callbacks", "log_every"}),
+        distill=config.distill.for_fingerprint(),
         label=config.label.model_dump(mode="json"),
         space={key: [p.kind, list(p.values)] for key, p in space_of(config).items()},
         tune={key: t[key] for key in _OF_THE_SEARCH},
@@ -183,7 +183,12 @@ def _write_best(context: RunContext, found: Config, best: Trial) -> None:
 
 
 def _write_trials(context: RunContext, records: Records) -> None:
-    table = pa.Table.from_pylist(records.rows())
+    rows = records.rows()
+    # A column of numbers and words (`auto`) is one of words: Parquet has one type a column.
+    mixed = {key for row in rows for key, value in row.items() if isinstance(value, str)}
+    table = pa.Table.from_pylist(
+        [{k: str(v) if k in mixed and v is not None else v for k, v in r.items()} for r in rows]
+    )
     write_atomic(context.path(FOLDER, "trials.parquet"), lambda stream: pq.write_table(table, stream))
 
 

@@ -199,16 +199,11 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
 
 def trial_task(base: TrainingTask, config: Config, fingerprint: str, labels: str) -> TrainingTask:
     """`base` with the values of a trial's configuration, measured on dev as a search needs it."""
-    d, t = config.distill, config.tune
-    names = (
-        "temperature", "smoothing", "beta", "expansion_size", "zero_row_floor", "learning_rate", "negatives",
-        "negatives_depth", "warmup", "weight_decay", "ema",
-    )  # fmt: skip
     every = steps_a_measurement(config)
     measured: dict[str, Any] = {"evaluate_every": every, "checkpoint_every": every, "patience": 0}
-    measured |= {"dev_queries": t.dev_queries, "dev_passages": t.dev_passages}
-    values = {name: getattr(d, name) for name in names}
-    return replace(base, fingerprint=fingerprint, labels=labels, **values, **measured)
+    measured |= {"dev_queries": config.tune.dev_queries, "dev_passages": config.tune.dev_passages}
+    settings = config.distill.model_copy(update=measured)
+    return replace(base, fingerprint=fingerprint, labels=labels, settings=settings)
 
 
 class _Searcher(Searcher):

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ckd_ray.config import Config, load_config
 from ckd_ray.config.load import ConfigError
+from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.context import RunContext
 from ckd_ray.tune import job
 from ckd_ray.tune.records import Records, Trial
+from ckd_ray.tune.search import trial_task
 from ckd_ray.tune.space import Parameter, candidates, labels_folder, parse, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester
 from tests.support import overrides, write_collection
@@ -343,3 +346,31 @@ def test_the_first_pass_counts_what_an_earlier_try_has_made(tmp_path: Path) -> N
     assert manifest["count"] == 3 and manifest["seconds"] == seconds_of(out) >= 0
     (tmp_path / "rankings" / "manifest.json").write_text(json.dumps({**manifest, "seconds": 9.0}))
     assert not make(out, "a", _timed(lambda: {"count": 3})) and seconds_of(out) == 9.0
+
+
+def test_a_trial_trains_with_every_value_of_its_configuration() -> None:
+    """No key is copied by hand: whatever a search varies reaches the training."""
+    given = config("tune.measurements=4", "distill.steps=40", "tune.dev_queries=7")
+    base = TrainingTask("distill", "run", "start", "base", 17, given.distill, labels="labels")
+    values = {"distill.loss": "mixture", "distill.teacher_weight": 0.25, "distill.sampling": "uniform"}
+    changed = with_values(given, {**values, "distill.beta": 0.7, "distill.score_scale": 3.0})
+    task = trial_task(base, changed, "trial", "tune/labels-x")
+    assert (task.fingerprint, task.labels, task.run, task.seed) == ("trial", "tune/labels-x", "run", 17)
+    expected = changed.distill.model_dump() | {
+        "evaluate_every": 10, "checkpoint_every": 10, "patience": 0, "dev_queries": 7,
+        "dev_passages": given.tune.dev_passages,
+    }  # fmt: skip
+    assert task.settings.model_dump() == expected
+
+
+def test_trials_with_words_and_numbers_in_one_key_are_written(tmp_path: Path) -> None:
+    given = config(f"run.storage={tmp_path}")
+    context = RunContext.of(given)
+    records = Records(context.path("tune"))
+    for number, value in enumerate(("auto", 1.0, 2.0)):
+        values = {"distill.temperature": value, "distill.expansion_share": 0.1 * number}
+        records.write(Trial(number, values, "finished", [[10, 0.5, 1.0]], ended=number))
+    job._write_trials(context, records)
+    table = pq.read_table(Path(context.run) / "tune" / "trials.parquet").to_pydict()
+    assert table["distill.temperature"] == ["auto", "1.0", "2.0"]
+    assert table["distill.expansion_share"] == pytest.approx([0.0, 0.1, 0.2])
