@@ -407,8 +407,8 @@ def test_the_student_of_a_generation_is_the_teacher_of_the_next(
     finished: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
     config = load_config(None, overrides(finished, tiny_backbone, tiny_collection))
-    (first, reports), (second, more) = run_generations(config, 2)
-    assert first == config and all(report.skipped for report in reports)
+    (first, _), (second, more) = run_generations(config, 2)
+    assert first == config
     folder = finished / "tiny" / "generation-2"
     assert second.run.storage == str(finished / "tiny") and RunContext.of(second).run == str(folder)
     assert [r.name for r in more if r.skipped] == ["collection"], "the corpus is copied"
