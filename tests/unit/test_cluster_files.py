@@ -133,13 +133,15 @@ def test_kuberay_has_fields_of_the_crd_a_token_and_no_open_service() -> None:
     assert cluster["rayVersion"] == pinned["ray"]
 
 
-def test_the_recipe_for_ms_marco_is_the_published_one() -> None:
-    config = load_config(str(ROOT / "configs" / "msmarco.yaml"))
+def test_the_published_recipe_is_kept() -> None:
+    """docs/method.md, step by step: every setting stands in the file, whatever the defaults are."""
+    config = load_config(str(ROOT / "configs" / "published.yaml"))
     assert config.run.storage.startswith("s3://") and config.model.backbone == "bert-base-uncased"
     model = config.model
     assert (model.dim, model.query_maxlen, model.doc_maxlen, model.mask_punctuation) == (128, 32, 180, True)
     for section in (config.teacher, config.distill):
         assert (section.batch_size, section.learning_rate, section.negatives) == (36, 3.0e-6, 1)
+        assert section.score_scale == 1.0
         assert isinstance(section.workers, int) and section.batch_size % section.workers == 0
     label, distill = config.label, config.distill
     assert (label.feedback_passages, label.clusters, label.voters, label.token_vote) == (3, 24, 10, "collection")
@@ -150,7 +152,18 @@ def test_the_recipe_for_ms_marco_is_the_published_one() -> None:
         10,
     )
     assert (config.retrieve.nprobe, config.retrieve.candidates, config.retrieve.depth) == (32, 1024, 100)
+    assert (distill.loss, distill.smoothing, distill.denoise, distill.zero_row_floor) == ("kl", 0.0, None, False)
+    assert (distill.sampling, distill.negatives_depth) == ("uniform", 100)
     assert config.distill.steps * 36 >= 10 * 502_939
+
+
+def test_the_recipe_for_ms_marco_has_the_default_loss_and_the_published_budget() -> None:
+    ours, published = (load_config(str(ROOT / "configs" / f"{name}.yaml")) for name in ("msmarco", "published"))
+    d = ours.distill
+    assert (d.loss, d.temperature, d.beta, d.score_scale, d.sampling) == ("decoupled", "auto", "auto", "auto", "strata")
+    assert isinstance(d.workers, int) and d.batch_size % d.workers == 0 and d.steps * d.batch_size >= 10 * 502_939
+    for section in ("collection", "model", "embed", "retrieve", "label", "evaluate"):
+        assert getattr(ours, section) == getattr(published, section)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ir_datasets is only asked for its registry")

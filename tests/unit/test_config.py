@@ -62,17 +62,6 @@ def test_defaults_of_the_contract(tmp_path: Path) -> None:
     assert (c.evaluate.depth, c.evaluate.relevance_threshold) == (1000, 1)
 
 
-def test_the_published_recipe_is_kept() -> None:
-    """docs/method.md, step by step: every setting stands in the file, whatever the defaults are."""
-    c = load_config(str(CONFIGS[0].with_name("published.yaml")))
-    d, t = c.distill, c.teacher
-    assert (d.objective, d.loss, d.temperature, d.score_scale, d.smoothing) == ("collective", "kl", 0.25, 1.0, 0.0)
-    assert (d.beta, d.expansion_size, d.negatives, d.sampling, d.negatives_depth) == (1.0, 10, 1, "uniform", 100)
-    assert (d.batch_size, d.learning_rate, d.denoise, d.zero_row_floor) == (36, 3e-6, None, False)
-    assert (t.batch_size, t.learning_rate, t.negatives, t.score_scale) == (36, 3e-6, 1, 1.0)
-    assert (c.label.feedback_passages, c.label.clusters, c.label.voters) == (3, 24, 10)
-
-
 def test_overrides_are_yaml_and_the_last_wins() -> None:
     c = load_config(
         None,
