@@ -61,11 +61,14 @@ def main() -> None:
 
 
 def systems_of(run: Path) -> dict[str, list[Path]]:
-    """The TREC runs' folders of every system of a comparison, one a seed."""
-    found = {name: [run / "baselines" / name] for name in ("encoder", "bm25") if (run / "baselines" / name).is_dir()}
-    found["teacher"] = [run / "compare" / "teacher"]
-    for folder in sorted((run / "compare").glob("*-*/evaluation")):
-        found.setdefault(folder.parent.name.rpartition("-")[0], []).append(folder)
+    """The folders with the TREC runs of every system of a comparison, one a seed; what is not finished is left out."""
+    folders = [("teacher", run / "compare" / "teacher")]
+    folders += [(name, run / "baselines" / name) for name in ("encoder", "bm25")]
+    folders += [(f.parent.name.rpartition("-")[0], f) for f in sorted((run / "compare").glob("*-*/evaluation"))]
+    found: dict[str, list[Path]] = {}
+    for name, folder in folders:
+        if (folder / "manifest.json").is_file():
+            found.setdefault(name, []).append(folder)
     return found
 
 
