@@ -144,7 +144,10 @@ def skips_own_passage(config: Config) -> bool:
 def _evaluate(config: Config) -> dict[str, Any]:
     settings = {**config.evaluate.for_fingerprint(), "skip_same_id": skips_own_passage(config)}
     search = {"search": _retrieve(config)} if config.evaluate.engine == "retrieve" else {}
-    return {**settings, "embed": _embed(config), **search}
+    # With a given teacher nothing upstream depends on the backbone, and its row of the table still does.
+    backbone = signature(config.model.backbone) or config.model.backbone
+    encoder = {"backbone": backbone} if "encoder" in config.evaluate.baselines else {}
+    return {**settings, "embed": _embed(config), **search, **encoder}
 
 
 def _distill_inputs(config: Config) -> tuple[str, ...]:
