@@ -149,7 +149,6 @@ def temperatures(scores: BatchScores, temperature: float | str) -> Tensor:
 def contrastive(scores: BatchScores, *, scale: float, smoothing: float = 0.0) -> LossRows:
     """Cross-entropy with the label, smoothed over the valid passages; see the formulas above."""
     _check(scale, 1.0, smoothing)
-    _check_finite("student", scores.student_BN, scores.valid_BN)
     one_hot_BN = torch.zeros_like(scores.student_BN).scatter_(1, scores.positives_B[:, None], 1.0)
     return _divergence(scores, _smoothed(one_hot_BN, scores.valid_BN, smoothing), scale)
 

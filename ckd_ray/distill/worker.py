@@ -217,11 +217,15 @@ class _Loop:
             last = done == settings.steps or bool(settings.patience and self.position.worse >= settings.patience)
             last = last or self._told_to_stop()
             self.position.finished = last
-            if last or inputs.step % settings.log_every == 0 or "mrr@10" in record:
+            kept = last or inputs.step % settings.log_every == 0 or "mrr@10" in record
+            reported = last or improved or done % settings.checkpoint_every == 0
+            if kept or reported:
+                record |= self._targets()  # reads numbers from the device, which a step need not wait for
+            if kept:
                 self.records.append(record)
             if self.rank == 0:
                 self.board.tell(done, record["loss"])
-            if last or improved or done % settings.checkpoint_every == 0:
+            if reported:
                 self._report(record, improved)
             if last:
                 break
@@ -249,7 +253,6 @@ class _Loop:
             "loss": loss,
             "learning_rate": rate,
             "gradient_norm": norm,
-            **self._targets(),
             "seconds": time.monotonic() - started,
             "workers": self.world,
             "time": time.time(),
