@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ckd_ray.cluster.connect import use_token
+from ckd_ray.ray_util.session import use_token
 
 use_token()
 

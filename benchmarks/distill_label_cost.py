@@ -15,12 +15,12 @@ import numpy as np
 from common import figure
 from distill_run import DistillRun
 
-from ckd_ray.collective.feedback import expand_depths
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import Config
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer
 from ckd_ray.data import Collection
+from ckd_ray.labels.feedback import expand_depths
 from ckd_ray.pipeline.work import search_settings, vote_way
 from ckd_ray.retrieve.shard_range import ShardRange
 from ckd_ray.store import EmbeddingStore

@@ -76,10 +76,10 @@ def distill_run(args: argparse.Namespace) -> DistillRun:
             if not (folder / name).exists():
                 raise SystemExit(f"{folder}: no {name}/ here; run ckd-ray label first")
         return DistillRun(folder)
-    from ckd_ray.cluster.connect import connected
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.pipeline.runner import run_stages
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.session import connected
 
     storage = tempfile.mkdtemp(prefix="ckd-ray-benchmark-")
     values = [f"run.storage={storage}", "run.name=distill", "teacher.steps=1", "teacher.batch_size=2"]

@@ -28,7 +28,7 @@ from ckd_ray.data import Collection
 from ckd_ray.evaluate.measures import measure_run
 from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
-from ckd_ray.store.files import read_json
+from ckd_ray.files import read_json
 
 MEASURES = {"dev": ["MRR@10"], "test": ["nDCG@10", "R@100"]}
 GRADED = "nDCG@10"

@@ -21,10 +21,11 @@ import torch
 from common import figure, note
 from embed_growth import WORDS, write_corpus, write_tiny_model
 
-from ckd_ray.config import EmbedConfig, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import EmbedConfig
 from ckd_ray.data import build_collection
-from ckd_ray.embed.encoder import Encoded, token_budget_batches
 from ckd_ray.embed.stream import EmbedJob, embed_texts
+from ckd_ray.model.encoder import Encoded, token_budget_batches
 from ckd_ray.progress import set_quiet
 
 SECONDS_A_BATCH = 0.2
@@ -94,7 +95,7 @@ def finished(folder: str, accelerators: int, shards: int) -> Any:
     import ray
     from ray.cluster_utils import Cluster
 
-    from ckd_ray.cluster.connect import _quiet_data
+    from ckd_ray.ray_util.session import _quiet_data
 
     nodes = min(NODES, accelerators)
     each = accelerators // nodes

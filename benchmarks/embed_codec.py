@@ -82,9 +82,9 @@ def reads(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[
 @lru_cache(maxsize=1)
 def _embedded(run: str | None, data: str | None, quick: bool) -> str:
     """A run directory with embeddings of passages and dev queries; `run` itself when it is given."""
-    from ckd_ray.cluster.connect import connected
     from ckd_ray.config import EmbedConfig
     from ckd_ray.embed.stream import embed_texts, plan_shards
+    from ckd_ray.ray_util.session import connected
 
     at = source(argparse.Namespace(run=run, data=data, quick=quick))
     if run:

@@ -17,11 +17,12 @@ import numpy as np
 from common import figure, note
 from embed_memory import PeakMemory
 
-from ckd_ray.cluster.connect import connected
-from ckd_ray.config import EmbedConfig, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import EmbedConfig
 from ckd_ray.data import build_collection
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.progress import set_quiet
+from ckd_ray.ray_util.session import connected
 from ckd_ray.store import EmbeddingStore, shard_name
 
 WORDS = ["".join(parts) for parts in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]

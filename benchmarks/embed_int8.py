@@ -17,8 +17,8 @@ from common import figure, note
 from embed_codec import measured
 from embed_source import source
 
-from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.model import ColBERT
+from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.retrieve.exact import ExactIndex
 
 

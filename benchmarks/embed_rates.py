@@ -22,11 +22,11 @@ from common import figure, note
 from embed_memory import PeakMemory
 from embed_source import Source, source
 
-from ckd_ray.cluster.connect import connected
 from ckd_ray.config import EmbedConfig
-from ckd_ray.embed.encoder import Precision, TextEncoder, choose_precision, computing
 from ckd_ray.embed.stream import embed_texts, plan_shards
 from ckd_ray.model import ColBERT
+from ckd_ray.model.encoder import Precision, TextEncoder, choose_precision, computing
+from ckd_ray.ray_util.session import connected
 
 PEERS_BATCH = 32
 

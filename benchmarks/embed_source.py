@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import note
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.embed.stream import EmbedJob
 from ckd_ray.model import ColBERT, ColBERTSettings

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from common import emit, figure, machine, note
 
-from ckd_ray.embed.encoder import TextEncoder, choose_precision
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.encoder import TextEncoder, choose_precision
 
 
 def main() -> None:

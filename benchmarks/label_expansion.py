@@ -25,9 +25,9 @@ from common import alternate, figure, note
 from label_literal import clustering, literal_expansion
 
 from ckd_ray.collective.expand import Expansions
-from ckd_ray.collective.feedback import expand_ranked
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import LabelConfig
+from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
 from ckd_ray.retrieve.faiss_index import TokenIndex

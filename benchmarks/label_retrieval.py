@@ -113,7 +113,7 @@ def _first_passes(store: Any, shards: list[int], batch_BQD: torch.Tensor, settin
 def _retrieve(
     run: Any, store: Any, shards: list[int], asked: torch.Tensor, quick: bool, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from ckd_ray.cluster.connect import connected
+    from ckd_ray.ray_util.session import connected
     from ckd_ray.retrieve.servers import serving
 
     total = run.queries("train").num_passages

@@ -48,10 +48,10 @@ def prepared_run(args: argparse.Namespace) -> PreparedRun:
     """The run of `--run`, or a new one: `--data` (or installed documentation), cut to 2,000 passages by `--quick`."""
     if args.run:
         return PreparedRun(Path(args.run).resolve())
-    from ckd_ray.cluster.connect import connected
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.pipeline.runner import run_stages
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.session import connected
 
     storage = tempfile.mkdtemp(prefix="ckd-ray-benchmark-")
     values = [f"run.storage={storage}", "run.name=label", "teacher.steps=1", "teacher.batch_size=2"]

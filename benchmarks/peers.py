@@ -162,8 +162,8 @@ def job(
     bench: Bench, library: str, recipe: str, budget: Budget, args: argparse.Namespace, seed: int, rows: Path
 ) -> dict[str, Any]:
     """One training, as peers_train.py reads it."""
+    from ckd_ray.files import sha256_of
     from ckd_ray.model.sources import resolve_backbone
-    from ckd_ray.store.files import sha256_of
 
     model, given = bench.config["model"], args.temperature
     scores = args.teacher_scores
@@ -334,14 +334,14 @@ class Bench:
     def measure(self, name: str) -> Values:
         """Embed the collection with the checkpoint and measure it: a run directory of its own beside the checkpoint,
         which has the run's corpus and queries."""
-        from ckd_ray.cluster.connect import connected
         from ckd_ray.config import Config
         from ckd_ray.model import ColBERTSettings
         from ckd_ray.model.exchange import load_any
-        from ckd_ray.pipeline.context import RunContext
         from ckd_ray.pipeline.evaluation import evaluation_splits, measure_system, write_measures
         from ckd_ray.pipeline.work import embed_all
         from ckd_ray.progress import set_quiet
+        from ckd_ray.ray_util.session import connected
+        from ckd_ray.runs.directory import RunContext
 
         note(f"measuring {name}")
         folder = self.out / name

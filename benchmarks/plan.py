@@ -18,7 +18,8 @@ from typing import Any
 
 from common import arguments, emit, figure, machine, note
 
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.plan.job import make_plan
 from ckd_ray.plan.show import render
 from ckd_ray.progress import set_quiet
@@ -103,8 +104,8 @@ def small_job(storage: str, data: str | None, quick: bool) -> Config:
 
 def run_job(config: Config) -> dict[str, float]:
     """Run it for real; seconds of every stage."""
-    from ckd_ray.cluster.connect import connected
     from ckd_ray.pipeline.runner import run_stages
+    from ckd_ray.ray_util.session import connected
 
     note("running the job")
     with connected("local"):

@@ -23,16 +23,16 @@ from common import arguments, emit, figure, machine, note
 from label_store import PreparedRun
 
 from ckd_ray.collective.expand import Expansions
-from ckd_ray.collective.feedback import expand_ranked
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.evaluate.measures import measure_run
 from ckd_ray.evaluate.significance import paired_difference
+from ckd_ray.files import read_json
+from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
 from ckd_ray.retrieve.faiss_index import TokenIndex
 from ckd_ray.retrieve.rows import FlatRows
-from ckd_ray.store.files import read_json
 
 MEASURES = {"dev": "MRR@10", "test": "nDCG@10"}
 BETAS, SIZES, DEPTH = (0.1, 0.3, 1.0), (10, 24), 100

@@ -30,9 +30,9 @@ def main() -> None:
 
 def searched(args: Any) -> dict[str, Any]:
     """The summary of a new search: `configs/tune.yaml` in a temporary folder, on `--data` or the documentation."""
-    from ckd_ray.cluster.connect import connected
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.session import connected
     from ckd_ray.tune.job import run_tune
 
     values = [f"run.storage={tempfile.mkdtemp(prefix='ckd-ray-benchmark-')}"]

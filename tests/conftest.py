@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 starves the workers where anything else runs
-os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")  # as cluster/connect.py starts Ray
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")  # as ray_util/session.py starts Ray
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 import pytest
@@ -41,7 +41,7 @@ def ray_session() -> Iterator[None]:
     """One local Ray with two CPUs for all tests of this process."""
     import ray
 
-    from ckd_ray.cluster.connect import _quiet_data
+    from ckd_ray.ray_util.session import _quiet_data
 
     ray.init(
         address="local",

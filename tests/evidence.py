@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.data import Collection, build_collection
-from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.evaluate.measures import Measures
 from ckd_ray.evaluate.table import build_table
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.pipeline.evaluation import write_measures
 from ckd_ray.retrieve.rankings import write_ranking_part
 from ckd_ray.search.scan import scan

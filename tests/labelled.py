@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.data import Collection
-from ckd_ray.embed.encoder import Encoded, TextEncoder
 from ckd_ray.model import ColBERT
+from ckd_ray.model.encoder import Encoded, TextEncoder
 from ckd_ray.pipeline.runner import run_stages
+from ckd_ray.ray_util.parts import part_file, query_spans
 from ckd_ray.retrieve.exact import ExactIndex
-from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
-from ckd_ray.retrieve.stream import query_spans
+from ckd_ray.retrieve.rankings import write_ranking_matrix, write_ranking_part
 from ckd_ray.store import EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16
 from tests.support import overrides

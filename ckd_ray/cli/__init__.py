@@ -14,8 +14,8 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ckd_ray.cli.jobs import ClusterOption, job_command
-from ckd_ray.cluster.again import remember, same_command
 from ckd_ray.errors import JobError, LostRayError, UserError
+from ckd_ray.ray_util.again import remember, same_command
 
 app = typer.Typer(
     name="ckd-ray",
@@ -65,7 +65,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             code = _fail(f"interrupted; {same_command()} goes on where this one stopped", 130)
         except UserError as error:
             code = _fail(_told(error), 2)
-        except LostRayError:  # cluster/watch.py has said why
+        except LostRayError:  # ray_util/watch.py has said why
             code = 1
         except JobError as error:
             code = _fail(_told(error), 1)
@@ -82,7 +82,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    from ckd_ray.cluster.watch import lost
+    from ckd_ray.ray_util.watch import lost
 
     why = lost()
     if why is not None:
@@ -141,14 +141,14 @@ def _nothing_else_on_stdout() -> Iterator[None]:
 @contextmanager
 def session(config: str | None, overrides: list[str] | None, cluster: str | None, quiet: bool) -> Iterator[Any]:
     """The configuration, checked before anything starts, and Ray around the block."""
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.progress import set_quiet
 
     set_quiet(quiet)
     loaded = load_config(config, overrides or [])
-    from ckd_ray.cluster.connect import connected
-    from ckd_ray.cluster.nodes import check_nodes_see, wait_for_nodes
-    from ckd_ray.cluster.placeholders import check_config_filled_in
+    from ckd_ray.jobs.nodes import check_nodes_see, wait_for_nodes
+    from ckd_ray.jobs.placeholders import check_config_filled_in
+    from ckd_ray.ray_util.session import connected
 
     check_config_filled_in(loaded)
 
@@ -174,7 +174,7 @@ def version_option(
 def _check_stages(
     start: str | None, until: str, config: str | None, set_: list[str] | None, generations: int = 1, **_: Any
 ) -> None:
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.pipeline.stages import check_stage_names, needed
 
     check_stage_names(start, until)
@@ -273,7 +273,7 @@ _stage_command("retrieve", "Rank the corpus for every training query.")
 
 
 def _check_suggestions(suggest_top: int, suggest_min: float, **_: Any) -> None:
-    from ckd_ray.report.suggest import SuggestSettings
+    from ckd_ray.labels.suggest import SuggestSettings
 
     SuggestSettings(suggest_top, suggest_min).check()
 
@@ -300,9 +300,9 @@ def label(
     with session(config, set_, cluster, quiet) as loaded:
         _stages(loaded, json_, until="label")
         if suggest is not None:
-            from ckd_ray.pipeline.context import RunContext
+            from ckd_ray.labels.suggest import SuggestSettings, suggest as write
             from ckd_ray.progress import say
-            from ckd_ray.report.suggest import SuggestSettings, suggest as write
+            from ckd_ray.runs.directory import RunContext
 
             count = write(RunContext.of(loaded).run, suggest, SuggestSettings(suggest_top, suggest_min))
             say(f"suggest: {count:,} unlabelled passages -> {suggest}")
@@ -318,8 +318,8 @@ def inspect(
     quiet: QuietOption = False,
 ) -> None:
     """Why a query has its labels: feedback, expansion, and one-hot against teacher against collective labels."""
+    from ckd_ray.labels.inspect import inspect_query, render
     from ckd_ray.progress import printable, set_quiet
-    from ckd_ray.report.inspect import inspect_query, render
 
     set_quiet(quiet)
     found = inspect_query(run, query_id, top)

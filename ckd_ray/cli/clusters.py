@@ -24,10 +24,10 @@ def attach(
     quiet: QuietOption = False,
 ) -> None:
     """Follow a job that runs on a cluster, from its beginning. Ctrl-C stops the job, twice leaves it alone."""
-    from ckd_ray.cluster.launcher import object_stream
-    from ckd_ray.cluster.remote import ClusterOptions, attach as follow_again
-    from ckd_ray.cluster.target import parse_remote
+    from ckd_ray.jobs.launcher import object_stream
+    from ckd_ray.jobs.remote import ClusterOptions, attach as follow_again
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.target import parse_remote
 
     set_quiet(quiet)
     parsed = parse_remote(target)
@@ -42,11 +42,11 @@ def attach(
 @guarded
 def status(target: TargetArgument, json_: JsonOption = False, quiet: QuietOption = False) -> None:
     """Show whether a cluster is up, its nodes and its jobs."""
-    from ckd_ray.cluster.launcher import object_stream
-    from ckd_ray.cluster.manage import show_status, status as look
-    from ckd_ray.cluster.target import parse_target
-    from ckd_ray.cluster.token import use_token
+    from ckd_ray.jobs.launcher import object_stream
+    from ckd_ray.jobs.manage import show_status, status as look
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.target import parse_target
+    from ckd_ray.ray_util.token import use_token
 
     set_quiet(quiet)
     use_token()
@@ -61,10 +61,10 @@ def status(target: TargetArgument, json_: JsonOption = False, quiet: QuietOption
 @guarded
 def down(target: TargetArgument, yes: YesOption = False, json_: JsonOption = False, quiet: QuietOption = False) -> None:
     """End a cluster that was started from a YAML, with all jobs on it."""
-    from ckd_ray.cluster.launcher import object_stream
-    from ckd_ray.cluster.manage import down as end
-    from ckd_ray.cluster.target import parse_remote
+    from ckd_ray.jobs.launcher import object_stream
+    from ckd_ray.jobs.manage import down as end
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.target import parse_remote
 
     set_quiet(quiet)
     parsed = parse_remote(target)

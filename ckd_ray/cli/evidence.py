@@ -45,13 +45,13 @@ def evaluate(
     """Compare the student with its teacher, the encoder as it is and BM25. Missing stages before it are run first."""
     from ckd_ray.cli.show import closing_table, summary
     from ckd_ray.evaluate.against import Side, compare_runs, render_against
-    from ckd_ray.pipeline.finished import open_finished
     from ckd_ray.progress import say
+    from ckd_ray.runs.finished import open_finished
 
     other = Side.of(open_finished(against, "--against"), against_system) if against else None
     with session(config, set_, cluster, quiet) as loaded:
-        from ckd_ray.pipeline.context import RunContext
         from ckd_ray.pipeline.runner import run_stages
+        from ckd_ray.runs.directory import RunContext
 
         reports = run_stages(loaded)
         found = None
@@ -78,8 +78,8 @@ def search(
     quiet: QuietOption = False,
 ) -> None:
     """Ask the student. The words of a passage that match the query best are marked."""
-    from ckd_ray.pipeline.finished import open_finished
     from ckd_ray.progress import say, set_quiet
+    from ckd_ray.runs.finished import open_finished
 
     set_quiet(quiet)
     _check_system("--system", system)
@@ -190,9 +190,9 @@ def report(
     quiet: QuietOption = False,
 ) -> None:
     """Write one HTML page about a run: measures, curves, queries won and lost, labels, stages, configuration."""
-    from ckd_ray.pipeline.finished import open_finished
     from ckd_ray.progress import say, set_quiet
     from ckd_ray.report.page import write_report
+    from ckd_ray.runs.finished import open_finished
 
     set_quiet(quiet)
     where = write_report(open_finished(run), out)

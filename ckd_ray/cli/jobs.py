@@ -43,14 +43,14 @@ def job_command(
 
         @functools.wraps(command)
         def call(**values: Any) -> None:
-            from ckd_ray.cluster.target import parse_target
+            from ckd_ray.ray_util.target import parse_target
 
             if check is not None:
                 check(**values)
             chosen = {option: values.pop(option) for option in _COMPANIONS}
             target = parse_target(values["cluster"])
             if any(chosen.values()):
-                from ckd_ray.cluster.remote import ClusterOptions
+                from ckd_ray.jobs.remote import ClusterOptions
 
                 ClusterOptions(**chosen).check(target)
             if target is None or not target.remote:
@@ -73,11 +73,11 @@ def job_command(
 
 
 def _send(target: Any, name: str, words: list[str], values: dict[str, Any], chosen: dict[str, bool]) -> int:
-    from ckd_ray.cluster.launcher import object_stream
-    from ckd_ray.cluster.remote import ClusterOptions, Command, run_remote
-    from ckd_ray.cluster.token import use_token
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
+    from ckd_ray.jobs.launcher import object_stream
+    from ckd_ray.jobs.remote import ClusterOptions, Command, run_remote
     from ckd_ray.progress import set_quiet
+    from ckd_ray.ray_util.token import use_token
 
     set_quiet(values["quiet"])
     config = load_config(values["config"], values["set_"] or [])

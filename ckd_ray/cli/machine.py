@@ -19,11 +19,11 @@ def doctor(
     quiet: QuietOption = False,
 ) -> None:
     """What this machine and its cluster offer, and what to do about what is missing. Exits with 1 if a check fails."""
+    from ckd_ray.checks import load_config
     from ckd_ray.cli import _nothing_else_on_stdout
-    from ckd_ray.cluster.check import as_json, render
-    from ckd_ray.cluster.doctor import examine
-    from ckd_ray.cluster.target import parse_target
-    from ckd_ray.config import load_config
+    from ckd_ray.doctor.check import as_json, render
+    from ckd_ray.doctor.run import examine
+    from ckd_ray.ray_util.target import parse_target
 
     target = parse_target(cluster)
     loaded = load_config(config, set_ or [])

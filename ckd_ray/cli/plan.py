@@ -37,7 +37,7 @@ def plan(
     quiet: QuietOption = False,
 ) -> None:
     """Time, memory, storage and cost of every stage, from a short calibration here or from given rates."""
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.plan.job import GivenSizes, make_plan, parse_prices
     from ckd_ray.plan.show import render
     from ckd_ray.progress import set_quiet

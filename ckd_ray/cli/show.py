@@ -6,11 +6,11 @@ from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.evaluate.table import TABLE, render_table
-from ckd_ray.pipeline.artefact import manifest_of
-from ckd_ray.pipeline.context import RunContext
+from ckd_ray.files import exists, join, read_json
 from ckd_ray.pipeline.runner import StageReport
 from ckd_ray.progress import duration, say
-from ckd_ray.store.files import exists, join, read_json
+from ckd_ray.runs.artifact import manifest_of
+from ckd_ray.runs.directory import RunContext
 
 
 def summary(config: Config, reports: list[StageReport]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.files import filesystem_of, write_atomic
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import filesystem_of, write_atomic
 from ckd_ray.store.spherical import spherical_kmeans
 
 Int64Array = npt.NDArray[np.int64]

@@ -16,16 +16,16 @@ from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.distill.objectives import BASELINE
 from ckd_ray.errors import UserError
-from ckd_ray.pipeline.artefact import make, manifest_of
+from ckd_ray.files import delete, join, read_json, write_atomic, write_json_atomic
 from ckd_ray.pipeline.baselines import measure_baselines
-from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.evaluation import evaluation_splits, measure_system, write_measures
-from ckd_ray.pipeline.fingerprint import fingerprint
-from ckd_ray.pipeline.lock import run_lock
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.pipeline.stages import STAGES, needed
 from ckd_ray.progress import say, without_keys
-from ckd_ray.store.files import delete, join, read_json, write_atomic, write_json_atomic
+from ckd_ray.runs.artifact import make, manifest_of
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
+from ckd_ray.runs.lock import run_lock
 
 FOLDER = "compare"
 

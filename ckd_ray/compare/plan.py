@@ -72,8 +72,8 @@ def settings_of(config: Config, objective: str, seed: int | None = None) -> Dist
     return DistillConfig.model_validate({**values, **config.compare.settings.get(objective, {})})  # type: ignore[call-overload]
 
 
-def problems(config: Config) -> list[tuple[str, str]]:
-    """What is wrong with `compare.settings`: (path, sentence)."""
+def compare_problems(config: Config) -> list[tuple[str, str]]:
+    """What is wrong with section `compare`: (path, sentence)."""
     found = []
     for name, changes in config.compare.settings.items():
         path = f"compare.settings.{name}"
@@ -92,6 +92,12 @@ def problems(config: Config) -> list[tuple[str, str]]:
         if settings.expansion_size > config.label.clusters:
             found.append((f"{path}.expansion_size", f"must be at most label.clusters ({config.label.clusters})"))
     chosen = config.compare.objectives or []
+    for key, values in (("objectives", chosen), ("seeds", config.compare.seeds)):
+        found += [
+            (f"compare.{key}[{i}]", f"{value!r} is listed twice")
+            for i, value in enumerate(values)
+            if value in values[:i]
+        ]
     for name in dict.fromkeys([*chosen, *config.compare.settings]):
         for path, message in _mistakes(config, name):
             key = path.removeprefix("distill.")

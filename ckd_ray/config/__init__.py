@@ -1,6 +1,6 @@
 """The configuration: one typed tree, read from YAML and `--set`."""
 
-from ckd_ray.config.load import ConfigError, Problem, load_config
+from ckd_ray.config.load import ConfigError, Problem, read_config
 from ckd_ray.config.schema import (
     CollectionConfig,
     CompareConfig,
@@ -29,5 +29,5 @@ __all__ = [
     "Problem",
     "RetrieveConfig",
     "TeacherConfig",
-    "load_config",
+    "read_config",
 ]

@@ -1,13 +1,14 @@
-"""Combinations of keys that cannot work; each problem names the key to change."""
+"""Combinations of keys that cannot work, as far as the schema alone can tell; each problem names the key to change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckd_ray.config.measures import cannot_compute, computed, parse_measure
 from ckd_ray.config.schema import Config
 
 
-def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
+def schema_problems(config: Config) -> Iterator[tuple[str, str]]:
     """(path of the key, what is wrong and how to mend it)."""
     yield from _collection(config)
     if config.retrieve.depth < config.label.depths[-1]:
@@ -18,7 +19,6 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
         yield "distill.negatives_depth", f"must be at most retrieve.depth ({config.retrieve.depth})"
     if config.distill.expansion_size > config.label.clusters:
         yield "distill.expansion_size", f"must be at most label.clusters ({config.label.clusters})"
-    yield from _objective(config)
     yield from _cross_encoder(config)
     for name in ("teacher", "distill"):
         section = getattr(config, name)
@@ -37,37 +37,6 @@ def impossible_combinations(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.dim * bits % 8:
         yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"
     yield from _measures(config)
-    yield from _compare(config)
-    yield from _tune(config)
-
-
-def _objective(config: Config) -> Iterator[tuple[str, str]]:
-    from ckd_ray.distill.objectives import objective_of
-
-    yield from objective_of(config).mistakes(config)
-
-
-def _compare(config: Config) -> Iterator[tuple[str, str]]:
-    from ckd_ray.compare.plan import problems
-
-    yield from problems(config)
-    chosen = config.compare.objectives or []
-    for key, values in (("objectives", chosen), ("seeds", config.compare.seeds)):
-        for i, value in enumerate(values):
-            if value in values[:i]:
-                yield f"compare.{key}[{i}]", f"{value!r} is listed twice"
-
-
-def _tune(config: Config) -> Iterator[tuple[str, str]]:
-    from ckd_ray.tune.space import problems, steps_a_measurement
-
-    yield from problems(config)
-    if config.tune.grace > config.tune.measurements:
-        yield "tune.grace", f"must be at most tune.measurements ({config.tune.measurements})"
-    elif config.tune.grace * steps_a_measurement(config) > config.distill.steps:
-        yield "tune.grace", f"a trial of distill.steps ({config.distill.steps}) ends before that many measurements"
-    if config.tune.gpus_per_trial > 1 and config.tune.gpus_per_trial % 1:
-        yield "tune.gpus_per_trial", "expected a share of one GPU, or a whole number of them"
 
 
 def _collection(config: Config) -> Iterator[tuple[str, str]]:
@@ -104,8 +73,6 @@ def _cross_encoder(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _measures(config: Config) -> Iterator[tuple[str, str]]:
-    from ckd_ray.evaluate.names import cannot_compute, computed, parse_measure
-
     evaluate = config.evaluate
     seen: set[str] = set()
     for i, name in enumerate(evaluate.measures):

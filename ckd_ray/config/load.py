@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from ckd_ray.config.checks import impossible_combinations
 from ckd_ray.config.schema import Config
 from ckd_ray.errors import UserError
 
@@ -44,12 +43,16 @@ def _line(problem: Problem) -> str:
     return f"  {problem.path}: {problem.message}" if problem.path else f"  {problem.message}"
 
 
-def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+Check = Callable[[Config], Iterator[tuple[str, str]]]
+
+
+def read_config(path: str | None, overrides: Sequence[str], check: Check) -> Config:
+    """Read a configuration and check it; `ckd_ray.checks.load_config` is this with every check there is.
 
     Args:
         path: a YAML file; None reads the quick start that comes with the package.
         overrides: `key.path=value`, the value in YAML; later ones win. A mapping is merged into the section it names.
+        check: yields (path of a key, what is wrong) for combinations of keys that cannot work.
 
     Raises:
         ConfigError: with every problem of the file, the overrides and their combination.
@@ -64,7 +67,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     config = _validate(tree, problems)
     if config is not None:
         known = {problem.path for problem in problems}
-        problems += [Problem(*found) for found in impossible_combinations(config) if found[0] not in known]
+        problems += [Problem(*found) for found in check(config) if found[0] not in known]
     if problems or config is None:
         raise ConfigError(source, problems)
     return config

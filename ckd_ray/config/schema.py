@@ -243,7 +243,7 @@ class LabelConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """The student. The formulas stand at the top of `ckd_ray/distill/losses.py`.
+    """The student. The formulas stand at the top of `ckd_ray/collective/losses.py`.
 
     `objective`: where the target comes from. `loss`: how the student is compared with a teacher: `kl` (published),
     `margin`, `mixture` or `decoupled`. `teacher_weight`: the teacher's share of the target (mixture, 0 to 1), or the

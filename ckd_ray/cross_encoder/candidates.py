@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import Int64Array, Positives
-from ckd_ray.retrieve.rankings import part_file, part_matrix, read_ranking_part
-from ckd_ray.retrieve.stream import query_spans
-from ckd_ray.store.files import join
+from ckd_ray.data.positives import Int64Array, Positives
+from ckd_ray.files import join
+from ckd_ray.ray_util.parts import part_file, query_spans
+from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ckd_ray.embed.encoder import Precision, computing, token_budget_batches
 from ckd_ray.errors import UserError
+from ckd_ray.model.encoder import Precision, computing, token_budget_batches
 from ckd_ray.model.sources import resolve_backbone
 
 Int32Array = npt.NDArray[np.int32]

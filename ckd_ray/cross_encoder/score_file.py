@@ -22,9 +22,9 @@ from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.data import Collection
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
+from ckd_ray.files import filesystem_of, is_local, join, make_folder
 from ckd_ray.progress import Progress, say
-from ckd_ray.retrieve.stream import query_spans
-from ckd_ray.store.files import filesystem_of, is_local, join, make_folder
+from ckd_ray.ray_util.parts import query_spans
 
 _MOST_SPILLS = 256
 _ROW = np.dtype([("query", "<i4"), ("passage", "<i4"), ("score", "<f4"), ("line", "<i8")])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import filesystem_of
+from ckd_ray.files import filesystem_of
 
 _ROWS_A_BLOCK = 1 << 18
 _COLUMNS = ("query_id", "passage_id", "score")

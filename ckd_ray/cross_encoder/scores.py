@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ckd_ray.retrieve.rankings import part_name
-from ckd_ray.store.files import filesystem_of, is_local, join, read_json, write_atomic
+from ckd_ray.files import filesystem_of, is_local, join, read_json, write_atomic
+from ckd_ray.ray_util.parts import part_name
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
 NO_PASSAGE = 2**31 - 1

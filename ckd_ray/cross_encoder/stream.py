@@ -20,14 +20,14 @@ from ckd_ray.config import CrossEncoderConfig
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer, absolute_folder
 from ckd_ray.cross_encoder.scores import write_scores
-from ckd_ray.embed.encoder import Precision
-from ckd_ray.embed.pool import place_pool
-from ckd_ray.embed.through_pool import through_pool
-from ckd_ray.processes import actor_device, die_when_aborted
+from ckd_ray.data.collection import collection_once
+from ckd_ray.files import exists, join, make_folder, read_json, write_json_atomic
+from ckd_ray.model.encoder import Precision
 from ckd_ray.progress import Progress, say
-from ckd_ray.retrieve.rankings import part_file, part_name, parts_present
-from ckd_ray.retrieve.stream import collection_once, query_spans
-from ckd_ray.store.files import exists, join, make_folder, read_json, write_json_atomic
+from ckd_ray.ray_util.actor_pool import place_pool
+from ckd_ray.ray_util.parts import part_file, part_name, parts_present, query_spans
+from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.through_pool import through_pool
 
 PLAN = "plan.json"
 

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
+from ckd_ray.files import join, new_folder, remove_stale, sha256_of, signatures, write_json_atomic
 from ckd_ray.progress import say
-from ckd_ray.store.files import join, new_folder, remove_stale, sha256_of, signatures, write_json_atomic
 
 SCHEMA_VERSION = 1
 ROWS_A_GROUP = 256  # training reads passages at random, a row group each

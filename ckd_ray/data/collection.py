@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.store.cache import ShardCache
-from ckd_ray.store.files import exists, filesystem_of, is_local, join, list_files, read_object, sha256_of
+from ckd_ray.files import exists, file_signature, filesystem_of, is_local, join, list_files, read_object, sha256_of
+from ckd_ray.files.cache import ShardCache
 
 Int64Array = npt.NDArray[np.int64]
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
@@ -232,3 +232,13 @@ class Collection:
             table["passage_id"].to_pylist(),
             table["relevance"].to_numpy().astype(np.int64),
         )
+
+
+def collection_once(run: str) -> Collection:
+    """The collection, opened as a store is."""
+    return _collection(run, *file_signature(join(run, "corpus", "manifest.json")))
+
+
+@lru_cache(maxsize=2)
+def _collection(run: str, size: int, changed: int) -> Collection:
+    return Collection.open(run)

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import filesystem_of
+from ckd_ray.files import filesystem_of
 
 _BLOCK = 8 << 20
 _LONGEST_LINE = 64 << 20

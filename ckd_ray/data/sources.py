@@ -19,7 +19,7 @@ from ckd_ray.config.schema import Split
 from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import exists, filesystem_of, is_folder, join, list_files, list_folders
+from ckd_ray.files import exists, filesystem_of, is_folder, join, list_files, list_folders
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 

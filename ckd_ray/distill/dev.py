@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import Int64Array, Positives
+from ckd_ray.data.positives import Int64Array, Positives
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.embed.encoder import Precision, computing, default_token_budget, token_budget_batches
 from ckd_ray.errors import UserError
+from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
+from ckd_ray.model.encoder import Precision, computing, default_token_budget, token_budget_batches
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import exists, join
 
 CUTOFF = 10
 _SAMPLE = 8  # sampled passages for each of the pool

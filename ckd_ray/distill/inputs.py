@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import Batch, BatchPlan, Int64Array, Positives, valid_mask
-from ckd_ray.distill.groups import OVERHEAD, OVERHEAD_GPU, even_bounds, length_groups
+from ckd_ray.data.positives import Int64Array, Positives
+from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
+from ckd_ray.files import join
 from ckd_ray.model import ColBERTTokenizer
+from ckd_ray.model.length_groups import OVERHEAD, OVERHEAD_GPU, even_bounds, length_groups
 from ckd_ray.model.tokenizer import Int32Array
 from ckd_ray.retrieve.rankings import read_ranking_matrix
-from ckd_ray.store.files import join
 
 
 @dataclass

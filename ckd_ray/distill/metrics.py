@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ckd_ray.store.files import filesystem_of, join, list_files, write_atomic
+from ckd_ray.files import filesystem_of, join, list_files, write_atomic
 
 Record = dict[str, Any]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import BatchPlan, Positives, valid_mask
-from ckd_ray.embed.encoder import Precision, computing
+from ckd_ray.data.positives import Positives
+from ckd_ray.distill.batches import BatchPlan, valid_mask
 from ckd_ray.model import ColBERT, maxsim
+from ckd_ray.model.encoder import Precision, computing
 
 # The scale in standard deviations of a query's scores over random passages: training at such a scale about doubles the
 # spread, so a trained model has the same scale with half the factor.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckd_ray.collective.labels import ExpansionReader
-from ckd_ray.distill.batches import Int64Array
+from ckd_ray.data.positives import Int64Array
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.files import join
+from ckd_ray.labels.files import ExpansionReader
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import join
 
 Rows = tuple[Tensor, Tensor]
 

@@ -24,9 +24,9 @@ from ckd_ray.distill.placement import Placement, plan_workers
 from ckd_ray.distill.targets import targets_of
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError
+from ckd_ray.files import filesystem_of, is_local, join, last_part, new_folder, parent
 from ckd_ray.model.colbert import read_settings
 from ckd_ray.progress import Progress
-from ckd_ray.store.files import filesystem_of, is_local, join, last_part, new_folder, parent
 
 # `ray.train.report` blocks for one period of the controller's polling; two seconds by default is most of a short run.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -29,11 +29,11 @@ from ckd_ray.distill.metrics import Record, write_part
 from ckd_ray.distill.scale import measured_scale
 from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.embed.encoder import Precision
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
-from ckd_ray.processes import die_when_aborted
-from ckd_ray.store.files import local_copy
+from ckd_ray.model.encoder import Precision
+from ckd_ray.ray_util.processes import die_when_aborted
 
 # Trying again cannot mend these: bad input, a broken shard, a diverged loss, a batch that a GPU has no room for.
 FINAL_ERRORS = (UserError, JobError, FloatingPointError, torch.OutOfMemoryError)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.processes import leave_a_lost_gpu
-from ckd_ray.store.files import delete, exists, read_object, write_json_atomic
+from ckd_ray.files import delete, exists, read_object, write_json_atomic
+from ckd_ray.ray_util.processes import leave_a_lost_gpu
 
 if TYPE_CHECKING:
-    from ckd_ray.embed.encoder import Encoded
+    from ckd_ray.model.encoder import Encoded
 
 # Deaths before a shard is looked into, and deaths of one text alone before it is called bad: nodes are lost as well.
 _TRIES, _TRIES_ALONE = 3, 2
@@ -165,7 +165,7 @@ def _said(error: Exception) -> str:
 
 def with_gaps(encoded: Encoded, count: int, bad: dict[int, str]) -> Encoded:
     """The same rows for `count` texts, of which the bad ones have none."""
-    from ckd_ray.embed.encoder import Encoded
+    from ckd_ray.model.encoder import Encoded
 
     if not bad:
         return encoded

@@ -16,11 +16,11 @@ import torch
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
+from ckd_ray.files import delete, exists, is_whole, join, read_json, write_json_atomic
 from ckd_ray.progress import say
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
 from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
-from ckd_ray.store.files import delete, exists, is_whole, join, read_json, write_json_atomic
 
 _SAMPLE = "sample"
 # Consecutive passages that are drawn together: few reads, and still spread over the corpus.

@@ -27,15 +27,9 @@ import ray
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
 from ckd_ray.embed.careful import TRIES, CarefulEncoder, with_gaps
-from ckd_ray.embed.pool import Pool, place_pool
 from ckd_ray.embed.survey import close, whole_shards
-from ckd_ray.embed.through_pool import through_pool
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.processes import actor_device, die_when_aborted
-from ckd_ray.progress import Progress, say
-from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
-from ckd_ray.store.codec import load_codec
-from ckd_ray.store.files import (
+from ckd_ray.files import (
     beside,
     delete,
     exists,
@@ -46,10 +40,16 @@ from ckd_ray.store.files import (
     read_object,
     write_json_atomic,
 )
+from ckd_ray.progress import Progress, say
+from ckd_ray.ray_util.actor_pool import Pool, place_pool
+from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.through_pool import through_pool
+from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
+from ckd_ray.store.codec import load_codec
 from ckd_ray.store.shard import BrokenShardError, read_header
 
 if TYPE_CHECKING:
-    from ckd_ray.embed.encoder import Encoded
+    from ckd_ray.model.encoder import Encoded
 
 PLAN, SET_ASIDE = "plan.json", ".set-aside.json"
 # A shard costs a file, a task and a line of the manifest, however little it holds. 140 million texts make 11,506 shards
@@ -400,8 +400,8 @@ def load_encoder(job: EmbedJob, threads: int) -> Encoder:
     """The model of a job's checkpoint on the actor's device, with so many CPU threads."""
     import torch
 
-    from ckd_ray.embed.encoder import PooledEncoder, TextEncoder
     from ckd_ray.model import ColBERT
+    from ckd_ray.model.encoder import PooledEncoder, TextEncoder
     from ckd_ray.model.pooled import PooledModel
 
     torch.set_num_threads(min(threads, os.cpu_count() or 1))

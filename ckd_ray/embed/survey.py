@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
+from ckd_ray.files import list_files
 from ckd_ray.store import ShardHeader, close_store, intact_shards, take_stock
-from ckd_ray.store.files import list_files
 from ckd_ray.store.writing import Stock
 
 _SHARDS_A_TASK = 64

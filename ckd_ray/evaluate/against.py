@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckd_ray.errors import UserError
-from ckd_ray.evaluate.compare import compare_values, render, same_queries
-from ckd_ray.pipeline.finished import FinishedRun, reading
+from ckd_ray.evaluate.paired import compare_values, render, same_queries
+from ckd_ray.files import exists, join, list_files, read_object, write_json_atomic
 from ckd_ray.progress import without_keys
-from ckd_ray.store.files import exists, join, list_files, read_object, write_json_atomic
+from ckd_ray.runs.finished import FinishedRun, reading
 
 # Settings of the evaluation under which values mean something else, and those that only may.
 _MUST_AGREE = ("relevance_threshold", "skip_same_id")

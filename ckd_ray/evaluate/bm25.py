@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ckd_ray.data import Collection
-from ckd_ray.retrieve.rankings import part_file, write_ranking_part
-from ckd_ray.retrieve.stream import query_spans
-from ckd_ray.store.files import join, make_folder
+from ckd_ray.files import join, make_folder
+from ckd_ray.ray_util.parts import part_file, query_spans
+from ckd_ray.retrieve.rankings import write_ranking_part
 
 K1, B = 1.5, 0.75  # bm25s' own defaults, in Lucene's variant of the formula
 _WORD = re.compile(r"(?u)\b\w\w+\b")

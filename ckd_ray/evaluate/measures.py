@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ckd_ray.evaluate.names import parse_measure
+from ckd_ray.config.measures import parse_measure
 
 
 @dataclass(frozen=True)

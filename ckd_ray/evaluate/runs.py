@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.store.files import write_atomic
+from ckd_ray.files import write_atomic
 
 # The least difference that survives the six decimals of a run file, whatever they round to.
 _LEAST_STEP = 2e-6

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ckd_ray.errors import UserError
-from ckd_ray.store.files import file_signature, join, list_files, sha256_of
+from ckd_ray.files import file_signature, join, list_files, sha256_of
 
 PACKAGE_PREFIX = "package:"
 # Files beside a model that say nothing of what it computes.

@@ -16,14 +16,14 @@ from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.measures import Measures
+from ckd_ray.files import delete, join, new_folder, read_json, write_json_atomic
 from ckd_ray.model.sources import signature
-from ckd_ray.pipeline.artefact import is_made, make, manifest_of, remove_altered
-from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.evaluation import measure_rankings, measure_system
-from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.stages import skips_own_passage
 from ckd_ray.progress import say
-from ckd_ray.store.files import delete, join, new_folder, read_json, write_json_atomic
+from ckd_ray.runs.artifact import is_made, make, manifest_of, remove_altered
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from ckd_ray.model.pooled import PooledModel

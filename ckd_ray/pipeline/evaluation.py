@@ -14,20 +14,21 @@ import pandas as pd
 
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
-from ckd_ray.evaluate.compare import compare
 from ckd_ray.evaluate.measures import Measures, measure_parts
+from ckd_ray.evaluate.paired import compare
 from ckd_ray.evaluate.runs import falling_scores, without_own_passage, write_trec_run
 from ckd_ray.evaluate.table import TABLE, build_table
-from ckd_ray.pipeline.artefact import MANIFEST, identity_of, make, reopen
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.files import exists, join, write_json_atomic
 from ckd_ray.pipeline.stages import skips_own_passage
 from ckd_ray.progress import say, without_keys
-from ckd_ray.retrieve.rankings import part_file, read_ranking_part
+from ckd_ray.ray_util.parts import part_file, query_spans
+from ckd_ray.retrieve.rankings import read_ranking_part
 from ckd_ray.retrieve.servers import SearchSettings, serving
-from ckd_ray.retrieve.stream import RetrieveJob, query_spans, retrieve
+from ckd_ray.retrieve.stream import RetrieveJob, retrieve
+from ckd_ray.runs.artifact import MANIFEST, identity_of, make, reopen
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import exists, join, write_json_atomic
 
 Found = dict[str, dict[str, Measures]]  # split -> system -> measures
 

@@ -7,11 +7,7 @@ from typing import Any
 
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
-from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
-from ckd_ray.model.exchange.card import Facts, model_card
-from ckd_ray.pipeline.artefact import is_of
-from ckd_ray.store.files import (
+from ckd_ray.files import (
     beside,
     exists,
     filesystem_of,
@@ -23,6 +19,10 @@ from ckd_ray.store.files import (
     read_json,
     write_atomic,
 )
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
+from ckd_ray.pipeline.card import Facts, model_card
+from ckd_ray.runs.artifact import is_of
 
 ROLES = ("student", "teacher")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckd_ray.config import Config
-from ckd_ray.pipeline.context import RunContext
+from ckd_ray.files import copy_folder, exists
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.progress import say
-from ckd_ray.store.files import copy_folder, exists
+from ckd_ray.runs.directory import RunContext
 
 # What does not depend on the teacher: copied from generation to generation rather than made again.
 _SHARED = ("corpus", "queries", "baselines")

@@ -6,10 +6,10 @@ from typing import Any
 
 import ray
 
-from ckd_ray.pipeline.context import RunContext
+from ckd_ray.files import delete, exists, join, list_folders
 from ckd_ray.progress import say
+from ckd_ray.runs.directory import RunContext
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import delete, exists, join, list_folders
 from ckd_ray.store.writing import MANIFEST
 
 # The folders of a run that hold stores.

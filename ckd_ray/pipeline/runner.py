@@ -12,12 +12,12 @@ from ckd_ray import __version__
 from ckd_ray.config import Config
 from ckd_ray.distill.task import checkpoints_of
 from ckd_ray.errors import LostRayError, UserError
-from ckd_ray.pipeline.artefact import MANIFEST, identity_of, is_made, make, manifest_of, remove_altered
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.lock import run_lock
+from ckd_ray.files import delete, write_json_atomic
 from ckd_ray.pipeline.stages import BESIDE, Stage, check_stage_names, made_of, needed
 from ckd_ray.progress import duration, say, without_secrets
-from ckd_ray.store.files import delete, write_json_atomic
+from ckd_ray.runs.artifact import MANIFEST, identity_of, is_made, make, manifest_of, remove_altered
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.lock import run_lock
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from ckd_ray.config import Config
 from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
 from ckd_ray.errors import UserError
+from ckd_ray.files import file_signature
 from ckd_ray.model.sources import signature
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.fingerprint import fingerprint
-from ckd_ray.store.files import file_signature
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
 
 # Keys of a training that count where it is measured on dev.
 _MEASURING = frozenset({"patience", "dev_queries", "dev_passages"})

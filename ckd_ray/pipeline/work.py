@@ -12,15 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ckd_ray.collective.labels import manifest_of_labels
-from ckd_ray.collective.stream import (
-    CELLS,
-    CrowdedCells,
-    LabelJob,
-    ServerVotes,
-    find_special_cells,
-    label as label_queries,
-)
 from ckd_ray.config import Config
 from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.cross_encoder.candidates import CandidateReader
@@ -31,24 +22,10 @@ from ckd_ray.distill.callbacks import load_callbacks
 from ckd_ray.distill.targets import degenerate, targets_of
 from ckd_ray.distill.task import TrainingTask, checkpoints_of
 from ckd_ray.distill.trainer import TrainingOutcome, fit
-from ckd_ray.embed.encoder import choose_precision
 from ckd_ray.embed.learn_codec import with_codec
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.errors import UserError
-from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.model.exchange import load_any
-from ckd_ray.model.pooled import PooledModel
-from ckd_ray.pipeline.artefact import identity_of
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.fingerprint import fingerprint
-from ckd_ray.pipeline.stages import distill_seed, scored_depth
-from ckd_ray.progress import Progress, say
-from ckd_ray.retrieve.faiss_index import DIGEST
-from ckd_ray.retrieve.servers import SearchSettings, serving
-from ckd_ray.retrieve.shard_range import choose_engine
-from ckd_ray.retrieve.stream import RetrieveJob, measured_recall, retrieve as retrieve_queries
-from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import (
+from ckd_ray.files import (
     delete,
     exists,
     filesystem_of,
@@ -61,6 +38,29 @@ from ckd_ray.store.files import (
     read_json,
     write_json_atomic,
 )
+from ckd_ray.labels.files import manifest_of_labels
+from ckd_ray.labels.stage import (
+    CELLS,
+    CrowdedCells,
+    LabelJob,
+    ServerVotes,
+    find_special_cells,
+    label as label_queries,
+)
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.encoder import choose_precision
+from ckd_ray.model.exchange import load_any
+from ckd_ray.model.pooled import PooledModel
+from ckd_ray.pipeline.stages import distill_seed, scored_depth
+from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.faiss_index import DIGEST
+from ckd_ray.retrieve.servers import SearchSettings, serving
+from ckd_ray.retrieve.shard_range import choose_engine
+from ckd_ray.retrieve.stream import RetrieveJob, measured_recall, retrieve as retrieve_queries
+from ckd_ray.runs.artifact import identity_of
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
+from ckd_ray.store import EmbeddingStore
 
 
 def collection(context: RunContext, made_of: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from ckd_ray.cluster.prices import hourly
-from ckd_ray.embed.pool import Node
 from ckd_ray.errors import UserError
+from ckd_ray.jobs.prices import hourly
 from ckd_ray.plan.hardware import ACCELERATORS, ATTACHED, INSTANCES
+from ckd_ray.ray_util.actor_pool import Node
 
 _GIB = 2**30
 

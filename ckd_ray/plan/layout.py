@@ -10,7 +10,6 @@ from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.distill.placement import place_workers
-from ckd_ray.embed.pool import plan_pool
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
 from ckd_ray.pipeline.stages import needed
@@ -19,6 +18,7 @@ from ckd_ray.plan.cluster import PlannedCluster
 from ckd_ray.plan.estimate import Layout
 from ckd_ray.plan.search_time import Servers
 from ckd_ray.plan.sizes import Sizes
+from ckd_ray.ray_util.actor_pool import plan_pool
 from ckd_ray.retrieve.servers import SearchSettings, plan_servers
 from ckd_ray.retrieve.shard_range import choose_engine
 

@@ -29,9 +29,9 @@ from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.objectives import BASELINE, objective_of
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.embed.encoder import Encoded, TextEncoder, choose_precision
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
+from ckd_ray.model.encoder import Encoded, TextEncoder, choose_precision
 from ckd_ray.plan.cluster import accelerator_of
 from ckd_ray.plan.measure_search import search_rates
 from ckd_ray.plan.rates import Rates, StepRate

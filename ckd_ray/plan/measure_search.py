@@ -17,23 +17,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ckd_ray.collective.feedback import expand_depths
-from ckd_ray.collective.labels import manifest_of_labels, write_labels
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.evaluate.measures import measure_parts
 from ckd_ray.evaluate.runs import falling_scores, write_trec_run
+from ckd_ray.files import write_json_atomic
+from ckd_ray.labels.feedback import expand_depths
+from ckd_ray.labels.files import manifest_of_labels, write_labels
 from ckd_ray.model import ColBERT
+from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.centroids import CentroidIndex, probe
 from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all
 from ckd_ray.retrieve.faiss_index import candidate_passages, choose_subquantizers
 from ckd_ray.retrieve.merge import merge_top
-from ckd_ray.retrieve.rankings import part_file, read_ranking_part, write_ranking_matrix, write_ranking_part
+from ckd_ray.retrieve.rankings import read_ranking_part, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.rows import FlatRows, ShardRows
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import Residual
-from ckd_ray.store.files import write_json_atomic
 
 _BATCH = 256  # queries a part, as in retrieve/stream.py
 _CELLS = 4096

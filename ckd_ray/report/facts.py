@@ -10,11 +10,11 @@ from typing import Any
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
-from ckd_ray.pipeline.finished import FinishedRun
+from ckd_ray.files import exists, filesystem_of, join, list_files, read_json
+from ckd_ray.labels.labelled_run import labels_of
 from ckd_ray.pipeline.stages import STAGES
-from ckd_ray.report.labelled_run import labels_of
 from ckd_ray.report.wins import Example, examples, extremes
-from ckd_ray.store.files import exists, filesystem_of, join, list_files, read_json
+from ckd_ray.runs.finished import FinishedRun
 
 _EXAMPLES = 15  # won and lost queries a split, each
 _LABELS = 4
@@ -143,9 +143,9 @@ def _wins(run: FinishedRun, measures: dict[str, Any]) -> list[SplitWins]:
 def _labels(run: FinishedRun) -> list[dict[str, Any]]:
     """Some training queries as `ckd-ray inspect` shows them, evenly spaced over the split."""
     needed = [join(folder, "manifest.json") for folder in (labels_of(run), join(run.base, "embeddings"))]
-    if not all(map(exists, needed)) or importlib.util.find_spec("ckd_ray.report.inspect") is None:
+    if not all(map(exists, needed)) or importlib.util.find_spec("ckd_ray.labels.inspect") is None:
         return []
-    from ckd_ray.report.inspect import inspect_query
+    from ckd_ray.labels.inspect import inspect_query
 
     collection = Collection.open(run.base)
     ids = collection.queries("train").ids

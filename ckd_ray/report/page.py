@@ -7,11 +7,11 @@ import hashlib
 from html import escape
 from importlib import resources
 
-from ckd_ray.pipeline.finished import FinishedRun, reading
+from ckd_ray.files import write_atomic
 from ckd_ray.progress import without_secrets
 from ckd_ray.report import sections, trials
 from ckd_ray.report.facts import Facts, gather
-from ckd_ray.store.files import write_atomic
+from ckd_ray.runs.finished import FinishedRun, reading
 
 _SECTIONS = (
     ("table", "Student against the others", sections.table),

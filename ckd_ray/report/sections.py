@@ -12,10 +12,10 @@ import yaml
 
 from ckd_ray.distill.objectives import BASELINE, OBJECTIVES
 from ckd_ray.distill.targets import degenerate, targets_of
+from ckd_ray.labels.inspect import by_depth
 from ckd_ray.progress import duration
 from ckd_ray.report.closing import differences, systems, worth
 from ckd_ray.report.facts import Facts, SplitWins
-from ckd_ray.report.inspect import by_depth
 from ckd_ray.report.plots import Interval, Series, bar, histogram, intervals, lines, number
 from ckd_ray.report.wins import Example
 

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from ckd_ray.data import Collection
 from ckd_ray.evaluate.runs import without_own_passage
+from ckd_ray.files import join, list_files
 from ckd_ray.retrieve.rankings import read_ranking_part
-from ckd_ray.store.files import join, list_files
 
 SHOWN = 3
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.files import is_whole, sha256_of, write_atomic
 from ckd_ray.progress import say
 from ckd_ray.retrieve.rows import RangeRows
-from ckd_ray.store.files import is_whole, sha256_of, write_atomic
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]

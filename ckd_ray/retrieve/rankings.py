@@ -17,26 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ckd_ray.store.files import filesystem_of, is_local, join, list_files, write_atomic
+from ckd_ray.files import filesystem_of, is_local, join, write_atomic
+from ckd_ray.ray_util.parts import part_file
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-
-
-def part_name(split: str, part: int) -> str:
-    """The stem of a part's files: rankings, labels and scores of the same consecutive queries are named alike."""
-    return f"{split}-{part:06d}"
-
-
-def part_file(split: str, part: int) -> str:
-    """The Parquet file of a part."""
-    return part_name(split, part) + ".parquet"
-
-
-def parts_present(folder: str) -> set[str]:
-    """Parquet files of the finished parts in a folder in which each part has an array beside it (labels, scores)."""
-    names = set(list_files(folder))
-    return {n for n in names if n.endswith(".parquet") and n.removesuffix(".parquet") + ".npy" in names}
 
 
 def write_ranking_part(

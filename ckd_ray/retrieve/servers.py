@@ -20,8 +20,8 @@ import ray
 import torch
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.processes import actor_device, die_when_aborted
 from ckd_ray.progress import say
+from ckd_ray.ray_util.processes import actor_device, die_when_aborted
 from ckd_ray.retrieve.int8 import choose_first_pass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange

@@ -4,24 +4,20 @@ rankings."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
-from ckd_ray.data import Collection
+from ckd_ray.data.collection import collection_once
+from ckd_ray.files import join, list_files, make_folder
 from ckd_ray.progress import Progress
-from ckd_ray.retrieve.rankings import part_file, read_ranking_matrix, write_ranking_matrix, write_ranking_part
+from ckd_ray.ray_util.parts import part_file, query_spans, run_parts
+from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
-from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import file_signature, join, list_files, make_folder
+from ckd_ray.store.embeddings import open_once
 
-_QUERIES_A_PART = 256
 _RECALL_OPERATIONS = 6e11
-# Ray Data keeps a few kilobytes a block and looks through all of them; beyond this many, parts share a block.
-_MOST_BLOCKS = 2048
 
 
 @dataclass(frozen=True)
@@ -33,11 +29,6 @@ class RetrieveJob:
     queries: str
     out: str
     depth: int
-
-
-def query_spans(num_queries: int, size: int = _QUERIES_A_PART) -> list[tuple[int, int]]:
-    """(first, stop) of every part; the same for any number of workers."""
-    return [(first, min(first + size, num_queries)) for first in range(0, num_queries, size)]
 
 
 def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage: str = "retrieve") -> None:
@@ -76,41 +67,6 @@ def measured_recall(
     hits = [len(np.intersect1d(t[t >= 0], f)) for t, f in zip(truth_BK, found_BK, strict=True)]
     recall = sum(hits) / max(1, int((truth_BK >= 0).sum()))
     return {f"recall_at_{depth}": round(recall, 4), "recall_queries": size}
-
-
-def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any]) -> Any:
-    """Rows that `work` returns, one a part, as Ray Data finishes them; the driver sees nothing else."""
-    if not missing:
-        return iter(())
-    items = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
-        work,
-        fn_kwargs=arguments,
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=0.25,
-    )
-    return dataset.iter_rows()
-
-
-def open_once(uri: str) -> EmbeddingStore:
-    """A store, opened once a process, and once more when it was written anew since."""
-    return _store(uri, *file_signature(join(uri, "manifest.json")))
-
-
-@lru_cache(maxsize=8)
-def _store(uri: str, size: int, changed: int) -> EmbeddingStore:
-    return EmbeddingStore.open(uri)
-
-
-def collection_once(run: str) -> Collection:
-    """The collection, opened as a store is."""
-    return _collection(run, *file_signature(join(run, "corpus", "manifest.json")))
-
-
-@lru_cache(maxsize=2)
-def _collection(run: str, size: int, changed: int) -> Collection:
-    return Collection.open(run)
 
 
 def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup) -> pa.Table:

@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ckd_ray.data import Collection
-from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.errors import UserError
+from ckd_ray.files import exists, join, local_copy
 from ckd_ray.model import ColBERT
+from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.model.tokenizer import ColBERTTokenizer
-from ckd_ray.pipeline.artefact import is_of
-from ckd_ray.pipeline.finished import FinishedRun, reading
+from ckd_ray.runs.artifact import is_of
+from ckd_ray.runs.finished import FinishedRun, reading
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import exists, join, local_copy
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.store.files import filesystem_of, join, write_atomic
+from ckd_ray.files import filesystem_of, join, write_atomic
 
 Bytes = npt.NDArray[np.uint8]
 

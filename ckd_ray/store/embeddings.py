@@ -10,6 +10,7 @@ import resource
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
+from ckd_ray.files import file_signature, filesystem_of, is_local, is_whole, join, read_object
+from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, Codec, load_codec
-from ckd_ray.store.files import filesystem_of, is_local, is_whole, join, read_object
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, shard_name
 from ckd_ray.store.writing import FREQUENCIES, LENGTHS, MANIFEST, SCHEMA_VERSION
 
@@ -232,3 +233,13 @@ class EmbeddingStore:
             digests[CODEC_FILE] = self.manifest["codec_digest"]
         wrong = [name for name, digest in digests.items() if not is_whole(join(self.uri, name), digest)]
         return [*wrong, CODEC_RECORD] if CODEC_FILE in wrong else wrong
+
+
+def open_once(uri: str) -> EmbeddingStore:
+    """A store, opened once a process, and once more when it was written anew since."""
+    return _store(uri, *file_signature(join(uri, "manifest.json")))
+
+
+@lru_cache(maxsize=8)
+def _store(uri: str, size: int, changed: int) -> EmbeddingStore:
+    return EmbeddingStore.open(uri)

@@ -31,9 +31,9 @@ import pyarrow.ipc as ipc
 import torch
 
 from ckd_ray.errors import JobError
-from ckd_ray.store.cache import ShardCache
+from ckd_ray.files import filesystem_of, is_local, parent, write_atomic
+from ckd_ray.files.cache import ShardCache
 from ckd_ray.store.codec import Codec, bytes_per_token, load_codec
-from ckd_ray.store.files import filesystem_of, is_local, parent, write_atomic
 
 SCHEMA_VERSION = 2
 _HEADER, _FREQUENCY_IDS, _FREQUENCY_COUNTS = b"ckd_ray.shard", b"ckd_ray.df_ids", b"ckd_ray.df_counts"

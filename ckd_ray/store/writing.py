@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ckd_ray.errors import JobError
-from ckd_ray.store.files import filesystem_of, join, list_files, write_atomic, write_json_atomic
+from ckd_ray.files import filesystem_of, join, list_files, write_atomic, write_json_atomic
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, ShardHeader, read_lengths, shard_name
 
 MANIFEST = "manifest.json"

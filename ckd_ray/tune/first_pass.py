@@ -15,24 +15,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ckd_ray.collective.labels import ExpansionReader
 from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
-from ckd_ray.collective.stream import LabelJob
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import Positives
+from ckd_ray.data.collection import collection_once
+from ckd_ray.data.positives import Positives
 from ckd_ray.distill.dev import mean_reciprocal_rank
 from ckd_ray.errors import UserError
-from ckd_ray.pipeline.artefact import make, manifest_of
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.fingerprint import fingerprint
+from ckd_ray.files import join, read_json
+from ckd_ray.labels.files import ExpansionReader
+from ckd_ray.labels.stage import LabelJob
 from ckd_ray.pipeline.work import search_settings, write_labels_of
 from ckd_ray.progress import Progress
+from ckd_ray.ray_util.parts import query_spans, run_parts
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.retrieve.servers import serving
-from ckd_ray.retrieve.stream import RetrieveJob, collection_once, open_once, query_spans, retrieve, run_parts
+from ckd_ray.retrieve.stream import RetrieveJob, retrieve
+from ckd_ray.runs.artifact import make, manifest_of
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
+from ckd_ray.runs.layout import labels_name
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import join, read_json
-from ckd_ray.tune.space import Values, labels_name, with_values
+from ckd_ray.store.embeddings import open_once
+from ckd_ray.tune.space import Values, with_values
 
 _SPLIT = "dev"
 

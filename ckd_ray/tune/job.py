@@ -16,20 +16,21 @@ from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.against import Side, compare_runs
-from ckd_ray.pipeline.artefact import manifest_of
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.fingerprint import fingerprint
-from ckd_ray.pipeline.finished import open_finished
-from ckd_ray.pipeline.lock import run_lock
+from ckd_ray.files import delete, exists, join, read_json, write_atomic, write_json_atomic
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.pipeline.stages import distill_seed, needed
 from ckd_ray.pipeline.work import distill_task
 from ckd_ray.progress import say, without_keys, without_secrets
-from ckd_ray.store.files import delete, exists, join, read_json, write_atomic, write_json_atomic
+from ckd_ray.runs.artifact import manifest_of
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.fingerprint import fingerprint
+from ckd_ray.runs.finished import open_finished
+from ckd_ray.runs.layout import FOLDER, labels_folder
+from ckd_ray.runs.lock import run_lock
 from ckd_ray.tune.first_pass import first_pass, seconds_of
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import search, shown, trial_task
-from ckd_ray.tune.space import FOLDER, Values, candidates, labels_folder, space_of, split, values_of, with_values
+from ckd_ray.tune.space import Values, candidates, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester, check_installed, importance
 
 WINNER = f"{FOLDER}/best"

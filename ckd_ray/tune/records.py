@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ckd_ray.files import join, list_files, make_folder, read_json, write_json_atomic
 from ckd_ray.progress import without_secrets
-from ckd_ray.store.files import join, list_files, make_folder, read_json, write_json_atomic
 from ckd_ray.tune.space import Values
 
 State = Literal["running", "finished", "stopped", "failed"]

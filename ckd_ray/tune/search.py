@@ -23,8 +23,8 @@ from ckd_ray.config import Config
 from ckd_ray.distill.placement import Placement
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.files import delete, filesystem_of, is_local, join
 from ckd_ray.progress import duration, say, without_secrets
-from ckd_ray.store.files import delete, filesystem_of, is_local, join
 from ckd_ray.tune.records import Records, State, Trial
 from ckd_ray.tune.space import Values, steps_a_measurement
 from ckd_ray.tune.suggest import Suggester

@@ -15,11 +15,10 @@ from typing import Any, get_args
 import numpy as np
 from pydantic import ValidationError
 
+from ckd_ray.config.checks import schema_problems
 from ckd_ray.config.schema import Config
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
-from ckd_ray.pipeline.fingerprint import fingerprint
 
-FOLDER = "tune"  # below the run
 # Keys that the teacher's scores depend on: their worth shows without any training (`first_pass`).
 OF_THE_TEACHER = (
     "label.feedback_passages",
@@ -191,10 +190,10 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 def candidates(config: Config, space: Mapping[str, Parameter], count: int, seed: int) -> list[Values]:
     """Up to `count` different combinations, those of the configuration itself first: the whole grid when it is that
     small, else drawn. Combinations that cannot work are left out."""
-    from ckd_ray.config.checks import impossible_combinations
 
     def works(values: Values) -> bool:
-        return not any(True for _ in impossible_combinations(with_values(config, values)))
+        tried = with_values(config, values)
+        return not any((*schema_problems(tried), *objective_of(tried).mistakes(tried)))
 
     found = [values_of(config, space)]
     if math.prod(p.size for p in space.values()) <= count:
@@ -215,18 +214,18 @@ def steps_a_measurement(config: Config) -> int:
     return max(1, config.distill.steps // config.tune.measurements)
 
 
-def labels_name(label: Mapping[str, Any]) -> str:
-    """The folder's name for labels of these settings (a section `label`), the same for all that share them."""
-    return f"labels-{fingerprint(label=dict(label))[:12]}"
+def tune_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """What is wrong with section `tune`: (path, sentence)."""
+    yield from _space_problems(config)
+    if config.tune.grace > config.tune.measurements:
+        yield "tune.grace", f"must be at most tune.measurements ({config.tune.measurements})"
+    elif config.tune.grace * steps_a_measurement(config) > config.distill.steps:
+        yield "tune.grace", f"a trial of distill.steps ({config.distill.steps}) ends before that many measurements"
+    if config.tune.gpus_per_trial > 1 and config.tune.gpus_per_trial % 1:
+        yield "tune.gpus_per_trial", "expected a share of one GPU, or a whole number of them"
 
 
-def labels_folder(label: Mapping[str, Any]) -> str:
-    """Where a search keeps labels of other settings than the run's, below the run."""
-    return f"{FOLDER}/{labels_name(label)}"
-
-
-def problems(config: Config) -> Iterator[tuple[str, str]]:
-    """What is wrong with `tune.space`: (path, sentence)."""
+def _space_problems(config: Config) -> Iterator[tuple[str, str]]:
     for key, spec in (config.tune.space or {}).items():
         path = f"tune.space.{key}"
         if key not in KEYS:

@@ -171,7 +171,7 @@ def test_ctrl_c_in_training_exits_with_130_and_keeps_the_checkpoints(
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, tiny_backbone: str, tiny_collection: str) -> None:
     from ckd_ray.errors import UserError
-    from ckd_ray.pipeline.lock import run_lock
+    from ckd_ray.runs.lock import run_lock
 
     run = str(tmp_path / "run")
     with run_lock(run):
@@ -192,8 +192,8 @@ def test_what_others_print_does_not_reach_standard_output(
     """Ray prints warnings of its daemons there; `--json` promises one object and nothing else."""
     from contextlib import contextmanager
 
-    import ckd_ray.cluster.connect
-    import ckd_ray.cluster.nodes
+    import ckd_ray.jobs.nodes
+    import ckd_ray.ray_util.session
     from ckd_ray.cli import put, session
 
     @contextmanager
@@ -202,8 +202,8 @@ def test_what_others_print_does_not_reach_standard_output(
         yield
 
     monkeypatch.setattr("ckd_ray.progress._quiet", False)  # put back afterwards: the session below is a quiet one
-    monkeypatch.setattr(ckd_ray.cluster.connect, "connected", noisy)
-    monkeypatch.setattr(ckd_ray.cluster.nodes, "check_nodes_see", lambda config: None)
+    monkeypatch.setattr(ckd_ray.ray_util.session, "connected", noisy)
+    monkeypatch.setattr(ckd_ray.jobs.nodes, "check_nodes_see", lambda config: None)
     with session(None, [], None, True):
         print("(raylet) WARNING: 8 PYTHON worker processes have been started")
         put({"done": True})
@@ -246,13 +246,13 @@ def test_an_error_of_a_task_is_told_without_ray_s_traceback(
 def test_what_goes_on_after_ctrl_c_does_not_begin_anew(
     options: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ckd_ray.cluster.again import same_command
+    from ckd_ray.ray_util.again import same_command
 
     def command(**_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit):
         guarded(command)(**options)
-    assert said in capsys.readouterr().err and said.startswith(same_command()), "cluster/watch.py says the same"
+    assert said in capsys.readouterr().err and said.startswith(same_command()), "ray_util/watch.py says the same"
     guarded(lambda: None)()
     assert same_command() == "the same command"

@@ -14,20 +14,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ckd_ray.collective.labels import ExpansionReader
-from ckd_ray.collective.stream import LabelJob, label_part
 from ckd_ray.config.schema import LabelConfig
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import write_trec_run
-from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.files import write_json_atomic
+from ckd_ray.labels.files import ExpansionReader
+from ckd_ray.labels.inspect import inspect_query, nearest_ids, render
+from ckd_ray.labels.labelled_run import LabelledRun
+from ckd_ray.labels.stage import LabelJob, label_part
+from ckd_ray.labels.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
 from ckd_ray.report.facts import gather
-from ckd_ray.report.inspect import inspect_query, nearest_ids, render
-from ckd_ray.report.labelled_run import LabelledRun
-from ckd_ray.report.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
 from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.runs.finished import open_finished
+from ckd_ray.runs.layout import labels_folder
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import write_json_atomic
-from ckd_ray.tune.space import labels_folder
 from tests.labelled import ranked_run
 from tests.support import write_collection
 

@@ -14,7 +14,7 @@ import torch
 
 from ckd_ray.errors import UserError
 from ckd_ray.model.tokenizer import ColBERTTokenizer
-from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.runs.finished import open_finished
 from ckd_ray.search import scan as scanning
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.search.searcher import Hit, Match, Searcher, token_spans

@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from ckd_ray.checks import load_config
 from ckd_ray.compare.job import run_compare
-from ckd_ray.config import Config, load_config
+from ckd_ray.config import Config
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.against import Side, compare_runs
 from ckd_ray.evaluate.runs import read_trec_run
-from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.evaluation import measure_system
-from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.finished import open_finished
 from tests.support import overrides
 
 OBJECTIVES = "compare.objectives=[collective]"

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ckd_ray.config import CrossEncoderConfig, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import CrossEncoderConfig
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.cross_encoder import stream
 from ckd_ray.cross_encoder.stream import CrossEncoderJob, agreed_precision, score_candidates
@@ -23,9 +24,10 @@ from ckd_ray.data import build_collection
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.files import write_json_atomic
 from ckd_ray.model import ColBERT, ColBERTSettings, maxsim
-from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
-from ckd_ray.store.files import write_json_atomic
+from ckd_ray.ray_util.parts import part_file
+from ckd_ray.retrieve.rankings import write_ranking_matrix, write_ranking_part
 from tests.support import classifier, overrides
 
 QUERIES, DEPTH = 24, 5

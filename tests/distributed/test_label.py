@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.collective.stream import CrowdedCells, LabelJob, ServerVotes, find_special_cells, label
-from ckd_ray.config import load_config
-from ckd_ray.embed.encoder import Encoded
+from ckd_ray.checks import load_config
+from ckd_ray.labels.labelled_run import LabelledRun
+from ckd_ray.labels.stage import CrowdedCells, LabelJob, ServerVotes, find_special_cells, label
+from ckd_ray.labels.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
+from ckd_ray.model.encoder import Encoded
 from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.report.labelled_run import LabelledRun
-from ckd_ray.report.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
 from ckd_ray.retrieve import stream
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.store import EmbeddingStore

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ckd_ray.collective.labels import ExpansionReader
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection, build
 from ckd_ray.distill.inputs import InputReader
@@ -25,13 +24,15 @@ from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import read_trec_run
+from ckd_ray.labels.files import ExpansionReader
 from ckd_ray.model import ColBERT
-from ckd_ray.pipeline import artefact, work
+from ckd_ray.pipeline import work
 from ckd_ray.pipeline.baselines import measure_baselines
-from ckd_ray.pipeline.context import RunContext
 from ckd_ray.pipeline.generations import run_generations
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.pipeline.stages import STAGE_NAMES
+from ckd_ray.runs import artifact as artefact
+from ckd_ray.runs.directory import RunContext
 from ckd_ray.store import EmbeddingStore, shard_name
 from tests.support import classifier, flip_bit, overrides
 

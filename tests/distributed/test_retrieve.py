@@ -74,7 +74,8 @@ def test_a_server_gives_no_answer_from_a_shard_that_was_changed_under_it(ray_ses
 
 def test_recall_is_measured_and_not_assumed(ray_session: None, tmp_path: Path) -> None:
     """Rankings that miss a known share of the exact top are reported with that share."""
-    from ckd_ray.retrieve.rankings import part_file, write_ranking_matrix, write_ranking_part
+    from ckd_ray.ray_util.parts import part_file
+    from ckd_ray.retrieve.rankings import write_ranking_matrix, write_ranking_part
 
     documents, asked = clustered(300, 12)
     store = write(tmp_path / "passages", documents, 2)

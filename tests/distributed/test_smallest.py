@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.pipeline.runner import run_stages
 from tests.support import WORDS, overrides
 

@@ -21,7 +21,7 @@ from ray.train import UserCallback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.config.schema import TrainingConfig
 from ckd_ray.data import build_collection
 from ckd_ray.distill.inputs import InputReader

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ckd_ray.collective.feedback import expand_ranked
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.config.schema import LabelConfig
 from ckd_ray.data import Collection
+from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
-from ckd_ray.pipeline.context import RunContext
+from ckd_ray.runs.directory import RunContext
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.tune.job import run_tune
 from tests.support import overrides

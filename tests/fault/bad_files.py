@@ -80,7 +80,7 @@ def _collection(kind: str, name: str, content: Content, *more: str) -> Callable[
     """Build a sound small collection in which one file is replaced (None: is missing); says what came of it."""
 
     def meet(given: Given) -> str:
-        from ckd_ray.config import load_config
+        from ckd_ray.checks import load_config
         from ckd_ray.data import build_collection
 
         folder = given.folder / "in"
@@ -173,7 +173,7 @@ def _ir_datasets(corpus: str, *more: str) -> Callable[[Given], Any]:
         from ir_datasets.datasets.base import Dataset
         from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries
 
-        from ckd_ray.config import load_config
+        from ckd_ray.checks import load_config
         from ckd_ray.data import build_collection
 
         class Local:
@@ -237,7 +237,7 @@ def _trec(content: bytes | None) -> Callable[[Given], Any]:
 
 def _config(text: str | bytes | None, *overrides: str) -> Callable[[Given], Any]:
     def meet(given: Given) -> str:
-        from ckd_ray.config import load_config
+        from ckd_ray.checks import load_config
 
         path = given.folder / "c.yaml"
         if text is not None:
@@ -411,8 +411,8 @@ def _run(command: str, name: str, content: Content) -> Callable[[Given], Any]:
 
     def meet(given: Given) -> str:
         from ckd_ray.evaluate.against import Side
-        from ckd_ray.pipeline.finished import open_finished
         from ckd_ray.report.page import write_report
+        from ckd_ray.runs.finished import open_finished
 
         run = _copied(given)
         _put(run / name, content)
@@ -532,7 +532,7 @@ def _all() -> list[BadFile]:
 
 
 def _odd_ids(given: Given) -> str:
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.data import Collection, build_collection
 
     ids = ['"quoted"', "with space", "ид-7", "😀", "a'b\\c", "<b>"]
@@ -546,7 +546,7 @@ def _odd_ids(given: Given) -> str:
 
 
 def _missing_scores(given: Given) -> str:
-    from ckd_ray.store.files import file_signature
+    from ckd_ray.files import file_signature
 
     return str(file_signature(str(given.folder / "x.tsv")))
 

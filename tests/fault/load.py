@@ -102,7 +102,7 @@ def many_shards(folder: Path, shards: int) -> dict[str, Any]:
 
 def build_from(source: str, out: str, result: Any) -> None:
     """One of the builders: its passages, and its most memory in MiB."""
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.data import Collection, build_collection
     from ckd_ray.progress import set_quiet
 
@@ -118,7 +118,7 @@ def many_files(folder: Path, files: int) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.data import source_signature
 
     source = folder / "source"
@@ -191,7 +191,8 @@ def rank_by_chance(batch: dict[str, Any], rankings: str) -> Any:
     """A part of rankings: five passages of sixty for each query, drawn from the part's number."""
     import pyarrow as pa
 
-    from ckd_ray.retrieve.rankings import part_file, write_ranking_part
+    from ckd_ray.ray_util.parts import part_file
+    from ckd_ray.retrieve.rankings import write_ranking_part
 
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     top = np.random.default_rng(part).random((stop - first, 60)).argsort(axis=1)[:, :5]
@@ -208,11 +209,10 @@ def many_queries(folder: Path, queries: int) -> dict[str, Any]:
     import pyarrow.parquet as pq
     import ray
 
-    from ckd_ray.cluster.connect import _quiet_data
-    from ckd_ray.collective.stream import CELLS, CrowdedCells, LabelJob, find_special_cells, label
     from ckd_ray.config import LabelConfig
-    from ckd_ray.retrieve.rankings import part_file
-    from ckd_ray.retrieve.stream import query_spans, run_parts
+    from ckd_ray.labels.stage import CELLS, CrowdedCells, LabelJob, find_special_cells, label
+    from ckd_ray.ray_util.parts import part_file, query_spans, run_parts
+    from ckd_ray.ray_util.session import _quiet_data
     from tests.evidence import hand_made_run
     from tests.support import tiny_bert, write_collection
 
@@ -264,8 +264,8 @@ def many_tasks(count: int) -> dict[str, Any]:
     """Parts of no work through Ray Data: what the driver holds."""
     import ray
 
-    from ckd_ray.cluster.connect import _quiet_data
-    from ckd_ray.retrieve.stream import query_spans, run_parts
+    from ckd_ray.ray_util.parts import query_spans, run_parts
+    from ckd_ray.ray_util.session import _quiet_data
 
     ray.init(address="local", num_cpus=2, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
     _quiet_data()

@@ -17,9 +17,9 @@ def main(run: str, out: str, calls_path: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from ckd_ray.cluster.connect import _quiet_data
     from ckd_ray.config import EmbedConfig
     from ckd_ray.embed.stream import embed_texts, plan_shards
+    from ckd_ray.ray_util.session import _quiet_data
     from tests.fault.stand_in import Calls, identity, job_of, make_encoder
 
     quiet = {"object_store_memory": 80 * 2**20}

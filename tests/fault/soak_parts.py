@@ -33,23 +33,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckd_ray.collective import stream as label_stream
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.embed import stream as embed_stream
-from ckd_ray.embed.encoder import Encoded, TextEncoder
-from ckd_ray.embed.pool import Pool
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.evaluate.measures import measure_parts
 from ckd_ray.evaluate.runs import write_trec_run
+from ckd_ray.files import delete, join
+from ckd_ray.labels import stage as label_stream
 from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.pipeline.artefact import make
+from ckd_ray.model.encoder import Encoded, TextEncoder
 from ckd_ray.pipeline.evaluation import RankedParts, labelled_parts, write_measures
 from ckd_ray.progress import set_quiet
+from ckd_ray.ray_util.actor_pool import Pool
 from ckd_ray.retrieve import stream as retrieve_stream
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
+from ckd_ray.runs.artifact import make
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import delete, join
 from tests.fault.soak import Fault, _flip, _foreign, _full, _truncate, cut_address_space
 from tests.fault.soak_command import clock_in_reach
 from tests.support import overrides, tiny_bert, write_collection
@@ -388,7 +389,7 @@ def main() -> None:
     import ir_measures  # noqa: F401
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: F401
 
-    from ckd_ray.embed import fused  # noqa: F401
+    from ckd_ray.model import fused  # noqa: F401
 
     soak, number = Soak(folder, arguments.seed), 0
     try:

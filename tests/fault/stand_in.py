@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.data import Collection, build_collection
-from ckd_ray.embed.encoder import Encoded
 from ckd_ray.embed.stream import EmbedJob
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.encoder import Encoded
 from tests.support import overrides
 
 DIM = 16

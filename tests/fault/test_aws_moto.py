@@ -32,8 +32,8 @@ import sys, yaml
 from click import ClickException
 from ray.autoscaler.sdk import bootstrap_config, create_or_update_cluster
 from ray.autoscaler._private.providers import _get_node_provider
-from ckd_ray.cluster.aws import prepare_account
-from ckd_ray.cluster.placeholders import check_launcher_filled_in
+from ckd_ray.jobs.aws import prepare_account
+from ckd_ray.jobs.placeholders import check_launcher_filled_in
 config = yaml.safe_load(open(sys.argv[1]))
 check_launcher_filled_in(config, sys.argv[1])
 print("\\n".join(prepare_account(config)), flush=True)
@@ -49,7 +49,7 @@ provider.create_node(full["available_node_types"]["gpu"]["node_config"], tags, 1
 CLOSE = """
 import sys, yaml
 from ray.autoscaler._private.util import prepare_config
-from ckd_ray.cluster.aws import prepare_account
+from ckd_ray.jobs.aws import prepare_account
 print("\\n".join(prepare_account(prepare_config(yaml.safe_load(open(sys.argv[1]))))))
 """
 DOWN = """

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from ckd_ray.config import EmbedConfig
-from ckd_ray.embed.encoder import Encoded
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
 from ckd_ray.errors import JobError
 from ckd_ray.model.colbert import load_tokenizer
+from ckd_ray.model.encoder import Encoded
 from ckd_ray.store import EmbeddingStore, shard_name
 from tests.fault.stand_in import StandIn, contents, identity, job_of, make_encoder, prepare_run
 

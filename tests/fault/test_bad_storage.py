@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.files import join, list_files, make_folder, read_json, sha256_of, write_atomic, write_json_atomic
+from ckd_ray.files.cache import FOLDER_VARIABLE
 from ckd_ray.store import EmbeddingStore, shard_name
-from ckd_ray.store.cache import FOLDER_VARIABLE
-from ckd_ray.store.files import join, list_files, make_folder, read_json, sha256_of, write_atomic, write_json_atomic
 from tests.fault.bad_storage import BadStorage
 from tests.fault.test_s3 import write_store
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.pipeline.runner import StageReport, run_stages
 from ckd_ray.store import EmbeddingStore, Shard, shard_name

@@ -14,21 +14,12 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 
+from ckd_ray.checks import load_config
 from ckd_ray.collective import Expansions
-from ckd_ray.collective.labels import ExpansionReader, write_labels
-from ckd_ray.config import load_config
 from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.pipeline import lock
-from ckd_ray.pipeline.finished import open_finished
-from ckd_ray.pipeline.lock import run_lock
-from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
-from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
-from ckd_ray.store.codec import Float16
-from ckd_ray.store.files import (
+from ckd_ray.files import (
     beside,
     delete,
     exists,
@@ -45,6 +36,15 @@ from ckd_ray.store.files import (
     write_atomic,
     write_json_atomic,
 )
+from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
+from ckd_ray.labels.files import ExpansionReader, write_labels
+from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.pipeline.runner import run_stages
+from ckd_ray.runs import lock
+from ckd_ray.runs.finished import open_finished
+from ckd_ray.runs.lock import run_lock
+from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
+from ckd_ray.store.codec import Float16
 from tests.support import overrides
 
 moto_server = pytest.importorskip("moto.server")
@@ -94,7 +94,7 @@ def test_an_upload_is_visible_when_it_is_whole(bucket: str) -> None:
     with pytest.raises(RuntimeError):
         write_atomic(join(bucket, "uploads", "b"), fail)
     code = (
-        "import os, signal, sys\nfrom ckd_ray.store.files import filesystem_of\n"
+        "import os, signal, sys\nfrom ckd_ray.files import filesystem_of\n"
         "fs, path = filesystem_of(sys.argv[1])\nstream = fs.open_output_stream(path)\n"
         "stream.write(bytes(24 << 20))\nprint(stream.tell(), flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )

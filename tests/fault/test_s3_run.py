@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckd_ray.files import filesystem_of, join, local_copy, make_folder, read_json, write_json_atomic
 from ckd_ray.model import ColBERT
-from ckd_ray.store.files import filesystem_of, join, local_copy, make_folder, read_json, write_json_atomic
 from tests.fault.s3_server import Server
 from tests.support import overrides
 

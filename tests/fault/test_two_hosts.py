@@ -22,8 +22,8 @@ import torch
 import yaml
 
 from ckd_ray.evaluate.runs import read_trec_run
+from ckd_ray.files import sha256_of
 from ckd_ray.model import ColBERT
-from ckd_ray.store.files import sha256_of
 from tests.fault.netns_hosts import Hosts, missing
 from tests.support import overrides, write_collection
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ckd_ray.collective import collective_loss, teacher_scores
-from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.model import ColBERT, ColBERTSettings, maxsim
+from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.retrieve.merge import merge_top
 
 HERE = Path(__file__).parent

@@ -14,16 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ckd_ray.checks import load_config
 from ckd_ray.compare.table import System, build_table
-from ckd_ray.config import load_config
 from ckd_ray.data import Collection, build_collection
-from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.report import sections
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page, write_report
 from ckd_ray.report.plots import Interval, Series, histogram, intervals, lines, number, thinned, ticks
 from ckd_ray.report.wins import examples, extremes
 from ckd_ray.retrieve.rankings import write_ranking_part
+from ckd_ray.runs.finished import open_finished
 from tests.evidence import EVIL_ID, evil_collection, hand_made_run
 from tests.support import write_collection
 

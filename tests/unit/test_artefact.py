@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ckd_ray.pipeline import artefact, digests
-from ckd_ray.pipeline.artefact import identity_of, is_made, make, manifest_of, remove_altered, reopen
+from ckd_ray.runs import artifact as artefact, digests
+from ckd_ray.runs.artifact import identity_of, is_made, make, manifest_of, remove_altered, reopen
 from tests.support import flip_bit
 
 

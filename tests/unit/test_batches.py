@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from ckd_ray.config.schema import TrainingConfig
-from ckd_ray.distill.batches import Batch, BatchPlan, Positives, rank_strata, valid_mask
+from ckd_ray.data.positives import Positives
+from ckd_ray.distill.batches import Batch, BatchPlan, rank_strata, valid_mask
 from ckd_ray.distill.dev import mean_reciprocal_rank, top_of_rows
-from ckd_ray.distill.groups import even_bounds, length_groups
 from ckd_ray.distill.inputs import worker_slice
 from ckd_ray.distill.placement import parse_workers
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
+from ckd_ray.model.length_groups import even_bounds, length_groups
 
 
 def positives(*labels: list[int]) -> Positives:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_ray.embed.encoder import TextEncoder
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.store import shard_name
 from tests.evidence import store_of
 from tests.support import WORDS

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ckd_ray.errors import UserError
+from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.store import BrokenShardError, Shard, shard_name, write_shard
-from ckd_ray.store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.store.codec import Float16
 
 

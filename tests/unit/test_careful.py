@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ckd_ray.embed.careful import _MOST_TRIES, CarefulEncoder, with_gaps
-from ckd_ray.embed.encoder import Encoded
 from ckd_ray.errors import JobError
+from ckd_ray.model.encoder import Encoded
 
 
 class Died(BaseException):

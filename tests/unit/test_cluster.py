@@ -14,22 +14,23 @@ from typing import Any
 import pytest
 import yaml
 
-from ckd_ray.cluster import nodes
-from ckd_ray.cluster.bundle import CONFIG_NAME, check_for_job, holds_secret, input_paths, write_bundle
-from ckd_ray.cluster.confirm import confirmed
-from ckd_ray.cluster.follow import Printer
-from ckd_ray.cluster.home import local_folder
-from ckd_ray.cluster.jobs import BEGIN, MARK, JobRequest
-from ckd_ray.cluster.launcher import object_stream
-from ckd_ray.cluster.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
-from ckd_ray.cluster.nodes import look_at
-from ckd_ray.cluster.prices import hourly, price_of
-from ckd_ray.cluster.remote import ClusterOptions
-from ckd_ray.cluster.target import parse_target
-from ckd_ray.cluster.token import ensure_token
-from ckd_ray.cluster.tunnel import Tunnel
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.errors import UserError
+from ckd_ray.jobs import nodes
+from ckd_ray.jobs.bundle import CONFIG_NAME, check_for_job, holds_secret, input_paths, write_bundle
+from ckd_ray.jobs.confirm import confirmed
+from ckd_ray.jobs.follow import Printer
+from ckd_ray.jobs.home import local_folder
+from ckd_ray.jobs.launcher import object_stream
+from ckd_ray.jobs.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
+from ckd_ray.jobs.nodes import look_at
+from ckd_ray.jobs.prices import hourly, price_of
+from ckd_ray.jobs.remote import ClusterOptions
+from ckd_ray.jobs.submit import BEGIN, MARK, JobRequest
+from ckd_ray.jobs.tunnel import Tunnel
+from ckd_ray.ray_util.target import parse_target
+from ckd_ray.ray_util.token import ensure_token
 
 LOCAL = Path(__file__).parents[2] / "cluster" / "local.yaml"
 
@@ -353,7 +354,7 @@ def test_a_log_is_taken_apart_whatever_its_pieces(capsys: pytest.CaptureFixture[
 
 def test_standard_output_is_for_the_object_even_of_children(tmp_path: Path) -> None:
     code = (
-        "import subprocess\nfrom ckd_ray.cluster.launcher import object_stream\n"
+        "import subprocess\nfrom ckd_ray.jobs.launcher import object_stream\n"
         "with object_stream() as objects:\n"
         "    print('python')\n    subprocess.run(['echo', 'child'])\n    print('{}', file=objects)\nprint('after')\n"
     )

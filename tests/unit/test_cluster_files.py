@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ckd_ray.cluster.placeholders import check_launcher_filled_in
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.errors import UserError
+from ckd_ray.jobs.placeholders import check_launcher_filled_in
 from ckd_ray.store.codec import bytes_per_token
 
 ROOT = Path(__file__).parents[2]

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from ckd_ray.cluster import launcher as ray_launcher
-from ckd_ray.cluster.aws import prepare_account
-from ckd_ray.cluster.home import bring_home
-from ckd_ray.cluster.launcher_file import read_launcher_file
-from ckd_ray.cluster.placeholders import check_config_filled_in, check_launcher_filled_in
-from ckd_ray.cluster.remote import ClusterOptions, Command, run_remote
-from ckd_ray.cluster.target import parse_target
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.jobs import launcher as ray_launcher
+from ckd_ray.jobs.aws import prepare_account
+from ckd_ray.jobs.home import bring_home
+from ckd_ray.jobs.launcher_file import read_launcher_file
+from ckd_ray.jobs.placeholders import check_config_filled_in, check_launcher_filled_in
+from ckd_ray.jobs.remote import ClusterOptions, Command, run_remote
+from ckd_ray.ray_util.target import parse_target
 
 ROOT = Path(__file__).parents[2]
 PROFILE = "ray-autoscaler-v1"

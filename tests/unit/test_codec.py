@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.errors import UserError
 from ckd_ray.store.codec import (
     CODEC_FILE,

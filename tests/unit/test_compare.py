@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckd_ray.checks import load_config
 from ckd_ray.compare import job
 from ckd_ray.compare.plan import objectives, variants
 from ckd_ray.compare.table import System, build_table, render_markdown, render_text
-from ckd_ray.config import ConfigError, load_config
+from ckd_ray.config import ConfigError
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate import bm25
 from ckd_ray.evaluate.significance import holm
 from ckd_ray.pipeline.baselines import measure_baselines
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.pipeline.stages import STAGES, made_of
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.finished import open_finished
 from tests.support import overrides, write_collection
 
 

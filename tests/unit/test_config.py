@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ckd_ray.config import Config, ConfigError, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config, ConfigError
 from ckd_ray.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

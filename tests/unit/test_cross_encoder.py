@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckd_ray.config import ConfigError, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.collective.losses import BatchScores, kl
+from ckd_ray.config import ConfigError
 from ckd_ray.cross_encoder import score_file
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer, absolute_folder
@@ -24,11 +26,11 @@ from ckd_ray.cross_encoder.scores import CrossScores, keep_scored, write_scores
 from ckd_ray.cross_encoder.stream import queries_a_part
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.data.problems import InputError
-from ckd_ray.distill.losses import BatchScores, kl
 from ckd_ray.errors import UserError
+from ckd_ray.files import write_json_atomic
 from ckd_ray.pipeline.stages import made_of, needed
-from ckd_ray.retrieve.rankings import part_file, write_ranking_part
-from ckd_ray.store.files import write_json_atomic
+from ckd_ray.ray_util.parts import part_file
+from ckd_ray.retrieve.rankings import write_ranking_part
 from tests.support import classifier, overrides
 
 DEPTH = 5

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.data import Collection, InputError, build_collection, source_signature
 from ckd_ray.data.docstrings import Entry, read_docstrings, split_docstring
 from ckd_ray.data.lines import read_lines

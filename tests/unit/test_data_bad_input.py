@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.data import Collection, InputError, build_collection
 from ckd_ray.data.docstrings import docstring_source
 from ckd_ray.data.problems import Problems

@@ -10,24 +10,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ckd_ray.collective.labels import ExpansionReader, manifest_of_labels
 from ckd_ray.collective.scores import counted_rows, expansion_weights
-from ckd_ray.collective.stream import LabelJob, label_part
 from ckd_ray.config.schema import DistillConfig, LabelConfig
 from ckd_ray.distill.dev import mean_reciprocal_rank
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
+from ckd_ray.files import write_json_atomic
+from ckd_ray.labels.files import ExpansionReader, manifest_of_labels
+from ckd_ray.labels.inspect import inspect_query, render
+from ckd_ray.labels.labelled_run import LabelledRun
+from ckd_ray.labels.stage import LabelJob, label_part
+from ckd_ray.labels.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.model import ColBERT
-from ckd_ray.pipeline.finished import open_finished
 from ckd_ray.report.facts import gather
-from ckd_ray.report.inspect import inspect_query, render
-from ckd_ray.report.labelled_run import LabelledRun
 from ckd_ray.report.sections import labels as labels_section
-from ckd_ray.report.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.runs.finished import open_finished
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.files import write_json_atomic
 from ckd_ray.tune import first_pass
 from tests.labelled import ranked_run
 

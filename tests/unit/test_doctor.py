@@ -16,10 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from ckd_ray.cluster import check_access, check_machine, check_ray, check_target, check_tls
-from ckd_ray.cluster.check import Check, as_json, render
-from ckd_ray.cluster.target import parse_target
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
+from ckd_ray.doctor import (
+    access as check_access,
+    machine as check_machine,
+    ray_version as check_ray,
+    target as check_target,
+    tls as check_tls,
+)
+from ckd_ray.doctor.check import Check, as_json, render
+from ckd_ray.ray_util.target import parse_target
 
 
 def only(checks: Iterator[Check], name: str | None = None) -> Check:

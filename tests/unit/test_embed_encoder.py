@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ckd_ray.embed.encoder import PooledEncoder, TextEncoder, _ranges, choose_precision, token_budget_batches
-from ckd_ray.embed.fused import FusedLinear, fuse_linears
-from ckd_ray.embed.int8 import Int8Linear, quantise_linears
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.encoder import PooledEncoder, TextEncoder, _ranges, choose_precision, token_budget_batches
+from ckd_ray.model.fused import FusedLinear, fuse_linears
+from ckd_ray.model.int8 import Int8Linear, quantise_linears
 from ckd_ray.model.pooled import PooledModel, load_pooled_tokenizer, pool
 from tests.support import WORDS
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from ckd_ray.errors import UserError
-from ckd_ray.evaluate.compare import compare, render, same_queries
 from ckd_ray.evaluate.measures import Measures, measure_parts, measure_run
+from ckd_ray.evaluate.paired import compare, render, same_queries
 from ckd_ray.evaluate.runs import falling_scores, read_trec_run, without_own_passage, write_trec_run
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
 from ckd_ray.evaluate.table import build_table, render_table

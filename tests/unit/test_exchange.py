@@ -19,8 +19,8 @@ from torch import Tensor
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, maxsim
 from ckd_ray.model.exchange import FORMATS, load_any, write_export
-from ckd_ray.model.exchange.card import Facts, model_card
 from ckd_ray.model.sources import signature
+from ckd_ray.pipeline.card import Facts, model_card
 from ckd_ray.pipeline.export import export_run, write_student_card
 from tests.support import WORDS
 
@@ -338,7 +338,7 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
 
 def test_import_as_teacher_or_backbone(model: ColBERT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The pipeline's own loading: a folder's settings stand and are told, another dimension is an error."""
-    from ckd_ray.config import load_config
+    from ckd_ray.checks import load_config
     from ckd_ray.pipeline.work import _load
 
     folder = str(exported(model, tmp_path / "m", "pylate"))

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from ckd_ray.collective.losses import BatchScores
 from ckd_ray.config.schema import Config, DistillConfig, Section
-from ckd_ray.distill.losses import BatchScores
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, LOSS_KEYS, OBJECTIVES
 from ckd_ray.pipeline.stages import STAGES
 

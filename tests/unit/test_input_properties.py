@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.cross_encoder.score_rows import read_scores
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.data.problems import Problems

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ckd_ray.collective import Expansions, labels as label_files
-from ckd_ray.collective.feedback import expand_ranked
-from ckd_ray.collective.labels import ExpansionReader, write_labels
+from ckd_ray.collective import Expansions
 from ckd_ray.config.schema import LabelConfig
-from ckd_ray.embed.encoder import Encoded
 from ckd_ray.errors import JobError
-from ckd_ray.retrieve.rankings import part_name
+from ckd_ray.labels import files as label_files
+from ckd_ray.labels.feedback import expand_ranked
+from ckd_ray.labels.files import ExpansionReader, write_labels
+from ckd_ray.model.encoder import Encoded
+from ckd_ray.ray_util.parts import part_name
 from tests.labelled import write_store
 
 DIM, CLUSTERS, A_PART = 8, 6, 5

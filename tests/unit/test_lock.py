@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from ckd_ray.errors import UserError
-from ckd_ray.pipeline import lock
-from ckd_ray.pipeline.lock import run_lock
+from ckd_ray.runs import lock
+from ckd_ray.runs.lock import run_lock
 
 HOLD = (
-    "import sys, time\nfrom ckd_ray.pipeline.lock import run_lock\n"
+    "import sys, time\nfrom ckd_ray.runs.lock import run_lock\n"
     "with run_lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)\n"
 )
 
@@ -122,7 +122,7 @@ def test_a_lock_that_says_nothing_holds_nothing(tmp_path: Path, content: str) ->
 def test_many_that_come_at_once_hold_it_one_after_the_other(tmp_path: Path) -> None:
     """Over the lock of a dead process, three start together: never two at a time hold the run."""
     code = (
-        "import os, sys, time\nfrom ckd_ray.errors import UserError\nfrom ckd_ray.pipeline.lock import run_lock\n"
+        "import os, sys, time\nfrom ckd_ray.errors import UserError\nfrom ckd_ray.runs.lock import run_lock\n"
         "run, got = sys.argv[1], 0\nend = time.time() + 2\n"
         "while time.time() < end:\n"
         "    try:\n"

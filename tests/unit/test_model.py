@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_ray.embed.encoder import TextEncoder, choose_precision, token_budget_batches
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
+from ckd_ray.model.encoder import TextEncoder, choose_precision, token_budget_batches
 from ckd_ray.model.sources import resolve_backbone
 from tests.support import WORDS
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ckd_ray
-from ckd_ray.config import load_config
+from ckd_ray.checks import load_config
 from ckd_ray.cross_encoder.classifier import PairClassifier
 from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import build_collection

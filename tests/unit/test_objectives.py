@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective import collective_loss, teacher_scores
+from ckd_ray.collective.losses import BatchScores, LossRows
 from ckd_ray.config.schema import DistillConfig
-from ckd_ray.distill.losses import BatchScores, LossRows
 from ckd_ray.distill.objectives import OBJECTIVES
 from ckd_ray.distill.targets import degenerate
 from ckd_ray.model.maxsim import maxsim

@@ -13,14 +13,14 @@ from ckd_ray.cli import _fail
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.against import Side, compare_runs
+from ckd_ray.files import check_inside, delete_inside
+from ckd_ray.files.cache import FOLDER_VARIABLE, ShardCache
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import load_any
 from ckd_ray.model.sources import resolve_backbone
-from ckd_ray.pipeline.artefact import make
-from ckd_ray.pipeline.finished import FinishedRun
 from ckd_ray.progress import printable, say, without_keys, without_secrets
-from ckd_ray.store.cache import FOLDER_VARIABLE, ShardCache
-from ckd_ray.store.files import check_inside, delete_inside
+from ckd_ray.runs.artifact import make
+from ckd_ray.runs.finished import FinishedRun
 from ckd_ray.tune.records import Records, Trial
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
@@ -163,11 +163,11 @@ def test_a_terminal_is_shown_no_control_characters(
     assert printable(evil + "\n\tok") == "a ?[31mred? ?2J ?txet??\n\tok"
     say(evil)
     _fail(evil, 2)
-    import ckd_ray.report.inspect
+    import ckd_ray.labels.inspect
     from ckd_ray.cli import inspect
 
-    monkeypatch.setattr(ckd_ray.report.inspect, "inspect_query", lambda *_: SimpleNamespace())
-    monkeypatch.setattr(ckd_ray.report.inspect, "render", lambda _: evil)
+    monkeypatch.setattr(ckd_ray.labels.inspect, "inspect_query", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(ckd_ray.labels.inspect, "render", lambda _: evil)
     inspect("run", "q", 1, False)
     told = capsys.readouterr().err
     assert told.count("red") == 3 and not any(c in told for c in "\x1b\x07\x9b\u202e\ud800\r")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ckd_ray.cluster.prices import hourly
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
+from ckd_ray.files import join, make_folder, write_atomic
+from ckd_ray.jobs.prices import hourly
 from ckd_ray.plan import estimate as e
 from ckd_ray.plan.cluster import Machines, PlannedCluster, accelerator_of, read_cluster, this_machine
 from ckd_ray.plan.job import GivenSizes, make_plan, parse_prices
@@ -22,7 +24,6 @@ from ckd_ray.plan.search_time import Servers, search_parts, vote_parts
 from ckd_ray.plan.show import render
 from ckd_ray.plan.sizes import Sizes, count_collection
 from ckd_ray.plan.space import encoder_bytes, stage_memory, stage_storage, training_bytes
-from ckd_ray.store.files import join, make_folder, write_atomic
 from tests.support import overrides
 
 MS_MARCO = Sizes(8_841_823, {"train": 502_939, "dev": 6_980}, 510_000, 75.0, 68.0, 335.0, counted=False)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ckd_ray.config import load_config
-from ckd_ray.embed.pool import Node, place_pool, plan_pool
+from ckd_ray.checks import load_config
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
-from ckd_ray.pipeline.fingerprint import fingerprint
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.progress import duration
+from ckd_ray.ray_util.actor_pool import Node, place_pool, plan_pool
+from ckd_ray.runs.fingerprint import fingerprint
 from tests.support import overrides, write_collection
 
 
@@ -74,9 +74,9 @@ def test_more_than_a_gpu_is_refused(gpus: float) -> None:
 def test_what_other_jobs_hold_is_waited_for_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     total = [Node(8)]
     seen = iter([[Node(0)], [Node(0)], [Node(8)]])  # a look at the totals, one that finds nothing free, one that does
-    monkeypatch.setattr("ckd_ray.embed.pool.cluster_nodes", lambda: (total, next(seen)))
+    monkeypatch.setattr("ckd_ray.ray_util.actor_pool.cluster_nodes", lambda: (total, next(seen)))
     assert place_pool(8, "auto", limit=100).actors == 8 and next(seen, None) is None
-    monkeypatch.setattr("ckd_ray.embed.pool.cluster_nodes", lambda: (total, [Node(3)]))
+    monkeypatch.setattr("ckd_ray.ray_util.actor_pool.cluster_nodes", lambda: (total, [Node(3)]))
     assert place_pool("auto", "auto", limit=100, patience=0.1).actors == 3
     with pytest.raises(UserError, match=r"other jobs(.|\n)*8 asked for; 1 node with 3 CPU(.|\n)*of 1 node with 8 CPU"):
         place_pool(8, "auto", limit=100, patience=0.1)

@@ -9,12 +9,15 @@ import sys
 import pytest
 import torch
 
-from ckd_ray import processes
 from ckd_ray.errors import UserError
-from ckd_ray.processes import actor_device, leave_a_lost_gpu
+from ckd_ray.ray_util import processes
+from ckd_ray.ray_util.processes import actor_device, leave_a_lost_gpu
 
 IN_THE_WAY = "import ctypes, os, signal, threading; ctypes.CDLL(None).signal(signal.SIGABRT, ctypes.c_void_p(1)); "
-OURS = "from ckd_ray.processes import die_when_aborted as f; t = threading.Thread(target=f); t.start(); t.join(); "
+OURS = (
+    "from ckd_ray.ray_util.processes import die_when_aborted as f; "
+    "t = threading.Thread(target=f); t.start(); t.join(); "
+)
 ABORTED = "os.kill(os.getpid(), signal.SIGABRT)"
 
 

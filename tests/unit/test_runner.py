@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ckd_ray.config import load_config
-from ckd_ray.pipeline.context import RunContext
-from ckd_ray.pipeline.finished import open_finished
+from ckd_ray.checks import load_config
 from ckd_ray.pipeline.runner import _record
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.finished import open_finished
 
 
 def test_keys_in_uris_are_not_written_into_the_run(tmp_path: Path) -> None:

@@ -10,6 +10,16 @@ import pytest
 import torch
 
 from ckd_ray.errors import JobError
+from ckd_ray.files import (
+    filesystem_of,
+    join,
+    new_folder,
+    parent,
+    read_json,
+    remove_stale,
+    write_atomic,
+    write_json_atomic,
+)
 from ckd_ray.store import (
     BrokenShardError,
     EmbeddingStore,
@@ -21,16 +31,6 @@ from ckd_ray.store import (
 )
 from ckd_ray.store.codec import Codec, Float16
 from ckd_ray.store.codec_training import train_codec
-from ckd_ray.store.files import (
-    filesystem_of,
-    join,
-    new_folder,
-    parent,
-    read_json,
-    remove_stale,
-    write_atomic,
-    write_json_atomic,
-)
 from ckd_ray.store.shard import document_frequencies, read_header
 from ckd_ray.store.writing import FREQUENCIES, LENGTHS, close_store, take_stock
 

@@ -11,15 +11,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.config import Config, load_config
+from ckd_ray.checks import load_config
+from ckd_ray.config import Config
 from ckd_ray.config.load import ConfigError
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
-from ckd_ray.pipeline.context import RunContext
+from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.layout import labels_folder
 from ckd_ray.tune import job
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import trial_task
-from ckd_ray.tune.space import Parameter, candidates, labels_folder, parse, space_of, split, values_of, with_values
+from ckd_ray.tune.space import Parameter, candidates, parse, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester
 from tests.support import overrides, write_collection
 
@@ -336,7 +338,7 @@ def test_a_search_that_goes_on_keeps_what_the_first_pass_found_and_its_seconds(
 
 
 def test_the_first_pass_counts_what_an_earlier_try_has_made(tmp_path: Path) -> None:
-    from ckd_ray.pipeline.artefact import make
+    from ckd_ray.runs.artifact import make
     from ckd_ray.tune.first_pass import _timed, seconds_of
 
     out = str(tmp_path / "rankings")

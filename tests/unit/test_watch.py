@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 
-from ckd_ray.cluster import watch
+from ckd_ray.ray_util import watch
 
 
 @pytest.fixture()

@@ -11,8 +11,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckd_ray.collective.losses import BatchScores, LossRows
     from ckd_ray.config.schema import Config, DistillConfig
-    from ckd_ray.distill.losses import BatchScores, LossRows
 
 Problems = Iterator[tuple[str, str]]  # (path of the key, what is wrong and how to mend it)
 
@@ -42,7 +42,7 @@ class Objective:
 
     Attributes:
         name: as in `distill.objective`.
-        formula: the target or loss, for `training.json`, in the notation of `ckd_ray.distill.losses`.
+        formula: the target or loss, for `training.json`, in the notation of `ckd_ray.collective.losses`.
         scores: where the teacher's scores come from.
         stages: stages whose artefacts it reads besides those that every distillation reads.
         own_keys: keys of `distill` that it reads and some other objective does not, `distill.loss` and what follows
@@ -117,7 +117,7 @@ class Objective:
         Raises:
             ValueError: the teacher's scores are missing. FloatingPointError: scores are not finite.
         """
-        from ckd_ray.distill import losses
+        from ckd_ray.collective import losses
 
         if not self.has_teacher:
             return losses.contrastive(scores, scale=scale, smoothing=settings.smoothing if self.own_keys else 0.0)

@@ -1,0 +1,36 @@
+"""Every check of a configuration, and the one function that reads a configuration with all of them.
+
+The schema knows its own keys. The objective, the comparison and the search each know more about theirs, and stand above
+it, so the checks come together here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ckd_ray.compare.plan import compare_problems
+from ckd_ray.config import Config, read_config
+from ckd_ray.config.checks import schema_problems
+from ckd_ray.distill.objectives import objective_of
+from ckd_ray.tune.space import tune_problems
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file; None reads the quick start that comes with the package.
+        overrides: `key.path=value`, the value in YAML; later ones win. A mapping is merged into the section it names.
+
+    Raises:
+        ConfigError: with every problem of the file, the overrides and their combination.
+    """
+    return read_config(path, overrides, all_problems)
+
+
+def all_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """(path of the key, what is wrong and how to mend it) for every combination of keys that cannot work."""
+    yield from schema_problems(config)
+    yield from objective_of(config).mistakes(config)
+    yield from compare_problems(config)
+    yield from tune_problems(config)

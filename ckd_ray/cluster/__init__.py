@@ -1,1 +1,0 @@
-"""`--cluster`: where the job runs."""

@@ -1,0 +1,147 @@
+"""Paths and URIs: which file system is behind one, what is there, and deleting it.
+
+A path is local, or a URI that `pyarrow.fs` opens (`s3://`, `gs://`, `file://`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ckd_ray.errors import UserError
+
+# With pauses that double up to 20 s, so many attempts outlast three quarters of a minute without the object store (S3).
+_ATTEMPTS = 8
+
+
+def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system behind `uri` and the path inside it; a plain path (also ~/...) is a local file, made absolute."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return _patient(*pafs.FileSystem.from_uri(uri))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(
+            "this storage cannot be opened",
+            where=uri,
+            expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
+            found=str(error).splitlines()[0],
+        ) from error
+
+
+def _patient(fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem, str]:
+    """The same; on S3 with more attempts a request than the three of a URI, which are over in two seconds."""
+    if not isinstance(fs, pafs.S3FileSystem):
+        return fs, path
+    (options,) = fs.__reduce__()[1]
+    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)), path
+
+
+def is_local(uri: str) -> bool:
+    """True when `uri` names a file of this machine, so that it can be renamed and memory-mapped."""
+    return isinstance(filesystem_of(uri)[0], pafs.LocalFileSystem)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` appended, slashes put where they belong; options of a URI (`?scheme=http`) stay at its end."""
+    path, options = _split_options(uri)
+    return "/".join([path.rstrip("/"), *parts]) + options
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    path, options = _split_options(uri)
+    return path.rstrip("/").rpartition("/")[0] + options
+
+
+def last_part(uri: str) -> str:
+    """The name of the file or folder itself, without the options of a URI."""
+    return _split_options(uri)[0].rstrip("/").rpartition("/")[2]
+
+
+def beside(uri: str, ending: str) -> str:
+    """`uri` with `ending` at the end of its name."""
+    path, options = _split_options(uri)
+    return path.rstrip("/") + ending + options
+
+
+def _split_options(uri: str) -> tuple[str, str]:
+    """A local path may hold a question mark; in a URI it starts the options of the file system."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return path, mark + options
+
+
+def exists(uri: str) -> bool:
+    """True when `uri` is a file or a folder."""
+    fs, path = filesystem_of(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_folder(uri: str) -> bool:
+    """True when `uri` is a folder; on object stores, when there are objects below it and none of its own name."""
+    fs, path = filesystem_of(uri)
+    return fs.get_file_info(path).type == pafs.FileType.Directory
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """Names (not paths) of the files right below `uri` that end with `suffix`, sorted; a missing folder is empty."""
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`, sorted; a missing folder is empty."""
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
+
+
+def make_folder(uri: str) -> None:
+    """Create the folder `uri` and those above it."""
+    fs, path = filesystem_of(uri)
+    fs.create_dir(path, recursive=True)
+
+
+def delete(uri: str) -> None:
+    """Remove a file or a whole folder; nothing happens when it is not there."""
+    fs, path = filesystem_of(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def delete_inside(folder: str, name: str) -> None:
+    """Remove the file `name` (a path in `folder`).
+
+    Raises:
+        UserError: the name, or a link on the way, leads out of the folder; then nothing is removed.
+    """
+    check_inside([name], folder)
+    uri = join(folder, name)
+    if is_local(folder):
+        base, target = (os.path.realpath(filesystem_of(u)[1]) for u in (folder, parent(uri)))
+        if os.path.commonpath([base, target]) != base:
+            fix = "delete the file yourself if it is yours, and run again"
+            raise UserError("a link leads out of its folder", where=uri, found=target, fix=fix)
+    delete(uri)
+
+
+def check_inside(names: Iterable[str], where: str) -> None:
+    """Raises UserError for a name that leads out of its folder: names in a manifest, or keys of an object store, may
+    have been written by anybody."""
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        if not name or "\0" in name or ".." in parts or parts[0] == "":
+            raise UserError(
+                "a name leads out of its folder",
+                where=where,
+                expected="names of files below it",
+                found=repr(name[:80]),
+                fix="this was not written by ckd-ray: do not use it",
+            )

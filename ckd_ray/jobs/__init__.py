@@ -1,0 +1,1 @@
+"""Jobs on a cluster: the launcher, submitting, following, the tunnel."""

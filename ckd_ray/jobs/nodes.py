@@ -1,0 +1,195 @@
+"""The nodes of a running cluster: waiting for those that are still starting, and whether all see what the job needs.
+
+On one node nothing is asked. On several, one small task a node looks at the input files and at the run's storage,
+before the first stage begins: a file that only the driver's machine has would else fail hours later, on another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ckd_ray.config import Config
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.files import filesystem_of, is_local, make_folder
+from ckd_ray.jobs.bundle import input_paths
+from ckd_ray.jobs.submit import NODES_VARIABLE
+from ckd_ray.progress import duration, say
+
+_WAIT_FOR_NODES_S = 900.0
+_ANSWER_WITHIN_S = 120.0
+_SEEN_WITHIN_S = 5.0
+_SAMPLE = 1 << 16
+
+# Of one path: None when it is not there, else {name below it: size and a digest of its ends}.
+Seen = dict[str, str] | None
+
+
+def wait_for_nodes() -> None:
+    """Where the job was told how many nodes its cluster always has (NODES_VARIABLE), wait until they are there.
+
+    What a stage does with the machines it finds is decided when it begins. After a quarter of an hour it goes on with
+    what there is: spot machines may be out of stock.
+    """
+    wanted = int(os.environ.get(NODES_VARIABLE) or 1)
+    if wanted == 1:
+        return
+    started = told = time.monotonic()
+    while (have := len(_alive())) < wanted:
+        now = time.monotonic()
+        if now - started > _WAIT_FOR_NODES_S:
+            say(f"{have} of {wanted} nodes are there after {duration(now - started)}; going on with them")
+            return
+        if now - told >= 15 or now - started < 1:
+            say(f"waiting for nodes: {have} of {wanted}")
+            told = now
+        time.sleep(1)
+
+
+def check_nodes_see(config: Config) -> None:
+    """Every node that is alive sees the local input files, as they are here, and `run.storage`.
+
+    Raises:
+        UserError: with the nodes that do not.
+    """
+    nodes = _alive()
+    if len(nodes) < 2:
+        return
+    inputs = [(key, filesystem_of(value)[1]) for key, value in input_paths(config) if is_local(value)]
+    storage = filesystem_of(config.run.storage)[1] if is_local(config.run.storage) else None
+    if not inputs and storage is None:
+        return
+    with _probe(storage) as probe:
+        mine = {key: look_at(path) for key, path in inputs}
+        theirs = _ask(nodes, [path for _, path in inputs], probe)
+    for position, (key, path) in enumerate(inputs):
+        if mine[key] is None:
+            raise UserError("this path does not exist", where=key, found=path)
+        missing = [name for name, (seen, _) in theirs.items() if seen[position] is None]
+        other = [name for name, (seen, _) in theirs.items() if seen[position] not in (None, mine[key])]
+        if missing or other:
+            _refuse(key, path, missing, other)
+    if storage is not None:
+        blind = [name for name, (_, sees) in theirs.items() if not sees]
+        if blind:
+            raise UserError(
+                "not every node sees this folder, or may write to it",
+                where="run.storage",
+                expected="a shared file system that all nodes mount at this path, or a URI such as s3://bucket/runs",
+                found=f"{storage}, which is not shared with {_list(blind)}",
+            )
+
+
+def look_at(path: str) -> Seen:
+    """Names, sizes and a digest of both ends of the file, or of the files in the folder and one folder below it.
+
+    A time of change would differ between copies that are the same; whole contents would take minutes.
+    """
+    root = Path(path)
+    if root.is_file():
+        return {"": _sign(root)}
+    if not root.is_dir():
+        return None
+    files = (file for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file())
+    return {file.relative_to(root).as_posix(): _sign(file) for file in files if not file.name.startswith(".")}
+
+
+def _sign(file: Path) -> str:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(_SAMPLE))
+        stream.seek(max(0, size - _SAMPLE))
+        digest.update(stream.read(_SAMPLE))
+    return f"{size}:{digest.hexdigest()}"
+
+
+class _probe:
+    """A file with a new name in `storage`, for the others to find; a context manager that removes all of them."""
+
+    def __init__(self, storage: str | None) -> None:
+        self.path = f"{storage}/.probe-{uuid.uuid4().hex[:12]}" if storage else None
+
+    def __enter__(self) -> str | None:
+        if self.path:
+            try:
+                make_folder(os.path.dirname(self.path))
+                Path(self.path).write_text("ckd-ray")
+            except OSError as error:
+                raise UserError("this folder cannot be written to", where="run.storage", found=str(error)) from error
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        if self.path:
+            with suppress(OSError):
+                os.remove(self.path)
+
+
+def _answer(paths: Sequence[str], probe: str | None) -> tuple[list[Seen], bool]:
+    """On each node: what it sees of `paths`, and whether it finds the probe and may write beside it."""
+    seen = [look_at(path) for path in paths]
+    if probe is None:
+        return seen, True
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    while not os.path.exists(probe):  # NFS shows a new file within seconds
+        if time.monotonic() > deadline:
+            return seen, False
+        time.sleep(0.2)
+    mine = f"{probe}-{uuid.uuid4().hex[:8]}"
+    try:
+        Path(mine).write_text("ckd-ray")
+        os.remove(mine)
+    except OSError:
+        return seen, False
+    return seen, True
+
+
+def _ask(nodes: list[dict[str, Any]], paths: list[str], probe: str | None) -> dict[str, tuple[list[Seen], bool]]:
+    """The answer of every node that gives one, by its name; a node that dies meanwhile will not work either."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_answer)
+    asked = {
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(paths, probe)
+        for node in nodes
+    }
+    answers: dict[str, tuple[list[Seen], bool]] = {}
+    deadline = time.monotonic() + _ANSWER_WITHIN_S
+    for name, reference in asked.items():
+        try:
+            answers[name] = ray.get(reference, timeout=max(1.0, deadline - time.monotonic()))
+        except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
+            raise JobError(f"node {name} cannot run ckd-ray: {str(error).strip().splitlines()[-1]}") from error
+        except ray.exceptions.RayError as error:
+            say(f"node {name} gives no answer, and is left out of the check ({type(error).__name__})")
+    return answers
+
+
+def _refuse(key: str, path: str, missing: list[str], other: list[str]) -> None:
+    found = [f"it is missing on {_list(missing)}"] if missing else []
+    found += [f"there are other contents on {_list(other)}"] if other else []
+    raise UserError(
+        "not every node sees this path",
+        where=f"{key} {path}",
+        expected="the same files on all nodes: a shared file system, or a URI such as s3://bucket/folder",
+        found="; ".join(found),
+    )
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,1 @@
+"""The label stage, the files of labels, and tools that read them."""

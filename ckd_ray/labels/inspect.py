@@ -1,0 +1,214 @@
+"""`ckd-ray inspect RUN QUERY_ID`: why a query has its labels. Reads the run's files; needs no Ray.
+
+Shapes: N passages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from ckd_ray.errors import UserError
+from ckd_ray.files import filesystem_of, join
+from ckd_ray.labels.labelled_run import SPLIT, LabelledRun, vocabulary
+from ckd_ray.ray_util.parts import part_file
+from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.runs.finished import reading
+
+Int64Array = npt.NDArray[np.int64]
+_WORDS = 14
+
+
+def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
+    """What `inspect` shows of a training query, as one object: see `render`.
+
+    Args:
+        run: a run, or a variant of one, as `open_finished` takes it.
+        top: passages of the ranking that are compared, besides the labelled ones.
+
+    Raises:
+        UserError: no run, no labels, or no such query (names the nearest ids).
+    """
+    with reading(run):
+        return _inspected(LabelledRun.open(run), query_id, top)
+
+
+def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
+    query = _find(opened, query_id)
+    ranking = read_ranking_matrix(join(opened.run, "rankings"), SPLIT)[query].astype(np.int64)
+    ranking = ranking[ranking >= 0]
+    labelled = opened.positives.of(query)
+    passages = np.concatenate([ranking[:top], labelled[~np.isin(labelled, ranking[:top])]])
+    label = _label_row(opened, query)
+    feedback = ranking[: len(label["feedback_ids"])]
+    labelled_ids = set(opened.collection.passage_ids(labelled))
+    settings, depths = opened.settings, opened.expansions.depths
+    return {
+        "run": opened.folder,
+        "query_id": query_id,
+        "split": SPLIT,
+        "text": opened.queries.texts[query],
+        "labelled": _passages(opened, labelled),
+        "feedback": [{**p, "labelled": p["passage_id"] in labelled_ids} for p in _passages(opened, feedback)],
+        "expansion": _expansion(opened, query, label),
+        "settings": {
+            "temperature": settings.temperature,
+            "beta": settings.beta,
+            "expansion_share": settings.expansion_share,
+            "expansion_size": settings.expansion_size,
+            "zero_row_floor": settings.zero_row_floor,
+            **({"feedback_passages": list(depths)} if depths else {}),
+        },
+        "passages": _compared(opened, query, passages, ranking, labelled),
+    }
+
+
+def _find(opened: LabelledRun, query_id: str) -> int:
+    ids = opened.queries.ids
+    if query_id in ids:
+        return ids.index(query_id)
+    for split in opened.collection.splits:
+        if split != SPLIT and query_id in opened.collection.queries(split).ids:
+            raise UserError(
+                f"query {query_id!r} is one of split {split}; labels are made for training queries",
+                where="QUERY_ID",
+                fix=f"choose one of split {SPLIT}, such as {ids[0]}",
+            )
+    near = nearest_ids(query_id, ids)
+    raise UserError(
+        "no such query",
+        where="QUERY_ID",
+        expected=f"the id of a training query; nearest: {', '.join(near)}",
+        found=query_id,
+    )
+
+
+def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -> list[str]:
+    """The ids that read most like `wanted`. Similarity is looked at among the `pool` ids with the longest common
+    beginning, since it takes seconds over half a million."""
+    if len(ids) > pool:
+
+        def common(other: str) -> int:
+            return next((i for i, (a, b) in enumerate(zip(wanted, other, strict=False)) if a != b), len(other))
+
+        ids = sorted(ids, key=common, reverse=True)[:pool]
+    return difflib.get_close_matches(wanted, ids, count, 0.0)
+
+
+def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
+    """The query's row of `labels/*.parquet`, without the vectors."""
+    part, row = divmod(query, opened.expansions.queries_per_part)
+    fs, path = filesystem_of(join(opened.labels, part_file(SPLIT, part)))
+    columns = ["feedback_ids", "idf", "token_ids", *(["depths"] if opened.expansions.depths else [])]
+    table = pq.read_table(path, filesystem=fs, columns=columns)
+    found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
+    return found
+
+
+def _passages(opened: LabelledRun, indices: Int64Array) -> list[dict[str, Any]]:
+    ids, texts = opened.collection.passage_ids(indices), opened.collection.texts(indices)
+    return [{"passage_id": i, "text": _first_words(t)} for i, t in zip(ids, texts, strict=True)]
+
+
+def _first_words(text: str) -> str:
+    words = text.split()
+    return " ".join(words[:_WORDS]) + (" ..." if len(words) > _WORDS else "")
+
+
+def _expansion(opened: LabelledRun, query: int, label: dict[str, Any]) -> list[dict[str, Any]]:
+    """All kept centroids, heaviest first; `weight` is 0 for those that do not count. Of several depths one after
+    another, with `depth`."""
+    tokens = vocabulary(opened.run)
+    depths = label.get("depths", [])
+    weights = opened.centroid_weights(query, label["idf"], depths)
+    found: list[dict[str, Any]] = [
+        {
+            "token": tokens.get(token, f"[{token}]"),
+            "token_id": token,
+            "idf": idf,
+            "weight": weight,
+        }
+        for token, idf, weight in zip(label["token_ids"], label["idf"], weights, strict=True)
+    ]
+    return [{**entry, "depth": depth} for entry, depth in zip(found, depths, strict=True)] if depths else found
+
+
+def by_depth(found: dict[str, Any]) -> list[tuple[int | None, list[dict[str, Any]]]]:
+    """The centroids of the object of `inspect_query`, depth by depth; None is the depth when there is only one."""
+    depths = found["settings"].get("feedback_passages")
+    if depths is None:
+        return [(None, found["expansion"])]
+    return [(depth, [e for e in found["expansion"] if e["depth"] == depth]) for depth in depths]
+
+
+def _compared(
+    opened: LabelledRun, query: int, passages_N: Int64Array, ranking: Int64Array, labelled: Int64Array
+) -> list[dict[str, Any]]:
+    """One entry a passage, in the order of the ranking; labelled passages that were not retrieved come last."""
+    if not len(passages_N):
+        return []
+    found = opened.distributions(query, passages_N)
+    rank_of = {p: rank for rank, p in enumerate(ranking.tolist(), 1)}
+    columns = {name: getattr(found, name).tolist() for name in vars(found)}
+    entries = []
+    for i, (index, passage) in enumerate(zip(passages_N.tolist(), _passages(opened, passages_N), strict=True)):
+        values = {name: column[i] for name, column in columns.items()}
+        entry = {**passage, "rank": rank_of.get(index), "labelled": index in labelled.tolist(), **values}
+        entries.append(entry)
+    return sorted(entries, key=lambda e: e["rank"] or len(ranking) + 1)
+
+
+def render(found: dict[str, Any]) -> str:
+    """The object of `inspect_query` for people."""
+    lines = [f"query {found['query_id']} ({found['split']}): {found['text']}", "", "labelled"]
+    lines += [f"  {p['passage_id']}  {p['text']}" for p in found["labelled"]] or ["  nothing: it is not trained on"]
+    lines += ["", "feedback (the top of the teacher's ranking; * is labelled)"]
+    for p in found["feedback"]:
+        lines.append(f"  {p['passage_id']}{' *' if p['labelled'] else ''}  {p['text']}")
+    if not found["feedback"]:
+        lines.append("  nothing was retrieved")
+    s = found["settings"]
+    blocks = by_depth(found)
+    counting = sum(len(centroids[: s["expansion_size"]]) for _, centroids in blocks)
+    lines += ["", f"expansion ({counting} of {len(found['expansion'])} centroids count; {_strength(s)})"]
+    lines += [f"  {'token':<20}{'idf':>8}{'weight':>9}"]
+    for depth, centroids in blocks:
+        lines += [] if depth is None else [f"  from the top {depth} of the feedback"]
+        lines += _centroids(centroids, s["expansion_size"])
+    lines += _probabilities(found)
+    return "\n".join(lines)
+
+
+def _centroids(found: list[dict[str, Any]], size: int) -> list[str]:
+    lines = [f"  {e['token']:<20}{e['idf']:>8.3f}{e['weight']:>9.4f}" for e in found[:size]]
+    rest = ", ".join(f"{e['token']} {e['idf']:.2f}" for e in found[size:])
+    return [*lines, f"  not counted: {rest}"] if rest else lines
+
+
+def _strength(settings: dict[str, Any]) -> str:
+    if settings["beta"] == "auto":
+        return f"together they hold {settings['expansion_share']:.0%} of the teacher's weight"
+    depths = len(settings.get("feedback_passages", ()))
+    return f"weight = beta x idf / {depths}, the number of depths" if depths else "weight = beta x idf"
+
+
+def _probabilities(found: dict[str, Any]) -> list[str]:
+    s, rows = found["settings"], found["passages"]
+    head = (
+        f"probabilities: a softmax over these {len(rows)} passages alone, at temperature {s['temperature']}; "
+        f"collective with beta {s['beta']}, expansion_size {s['expansion_size']}"
+        f"{', zero_row_floor' if s['zero_row_floor'] else ''}"
+    )
+    note = "as in training, the labelled passage (*) is raised to the highest score"
+    lines = ["", head, note, f"  {'rank':>5}{'one-hot':>10}{'teacher':>10}{'collective':>12}  passage"]
+    for row in rows:
+        rank = f"{row['rank']}" if row["rank"] else "-"
+        lines.append(
+            f"  {rank:>5}{row['one_hot']:>10.4f}{row['teacher']:>10.4f}{row['collective']:>12.4f}  "
+            f"{row['passage_id']}{' *' if row['labelled'] else ''}  {row['text']}"
+        )
+    return lines

@@ -1,0 +1,146 @@
+"""The label stage: feedback passages and collective expansion of every training query (docs/method.md, step 4).
+
+Runs on Ray Data, a file of labels a batch of queries; the mathematics is in `feedback.py` and `expand.py` and knows
+nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+
+from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
+from ckd_ray.config import LabelConfig
+from ckd_ray.data.collection import collection_once
+from ckd_ray.files import exists, file_signature, join, local_copy, make_folder
+from ckd_ray.labels.feedback import expand_depths, nest
+from ckd_ray.labels.files import write_labels
+from ckd_ray.progress import Progress, say
+from ckd_ray.ray_util.parts import part_file, parts_present, query_spans, run_parts
+from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
+from ckd_ray.retrieve.servers import ServerGroup
+from ckd_ray.store.embeddings import open_once
+
+# The cells that special tokens crowd, in the folder of the labels that they helped to make.
+CELLS = "special_cells.safetensors"
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """Label the queries of `split` from the rankings in `rankings` and the teacher's `passages`, into `out`."""
+
+    run: str
+    split: str
+    checkpoint: str
+    passages: str
+    rankings: str
+    out: str
+    settings: LabelConfig
+
+
+@dataclass(frozen=True)
+class ServerVotes:
+    """The nearest token embeddings of the whole store vote, found by the servers that hold its shards."""
+
+    servers: ServerGroup
+    voters: int
+
+    def __call__(self, vectors_MD: Tensor) -> npt.NDArray[np.int64]:
+        return self.servers.nearest_tokens(vectors_MD.numpy(), self.voters)
+
+
+@dataclass(frozen=True)
+class CrowdedCells:
+    """The feedback's own tokens vote, and the cells at `uri` tell which centroids special tokens surround."""
+
+    uri: str
+
+    def crowded(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
+        """See `SpecialCells.crowded`."""
+        return _cells_once(self.uri, *file_signature(self.uri)).crowded(vectors_MD)
+
+
+Votes = ServerVotes | CrowdedCells | None
+
+
+def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
+    """Write the missing parts. Returns the queries a part, for the manifest.
+
+    Args:
+        votes: who names the centroids' tokens; None: the feedback's own tokens alone.
+    """
+    make_folder(job.out)
+    spans = query_spans(num_queries)
+    present = parts_present(job.out)
+    missing = [i for i in range(len(spans)) if part_file(job.split, i) not in present]
+    done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
+    with Progress("label", num_queries, "queries", done=done) as progress:
+        for row in run_parts(missing, spans, _label_part, {"job": job, "votes": votes}):
+            progress.advance(int(row["queries"]))
+    return spans[0][1] - spans[0][0] if spans else 1
+
+
+def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
+    """Make the cells at `uri` unless an earlier try has; in a task of its own, so that the driver stays small.
+    Returns `uri`."""
+    if not exists(uri):
+        say(f"  looking where special tokens stand, in a sample of up to {SAMPLE:,} token embeddings")
+        ray.get(ray.remote(num_cpus=1)(_find_special_cells).remote(uri, job, seed))
+    return uri
+
+
+def _find_special_cells(uri: str, job: LabelJob, seed: int) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else needs the cores now
+    SpecialCells.of_store(open_once(job.passages), _silent_ids(job.checkpoint), seed=seed).save(uri)
+
+
+@lru_cache(maxsize=2)
+def _cells_once(uri: str, size: int, changed: int) -> SpecialCells:
+    return SpecialCells.load(uri)
+
+
+@lru_cache(maxsize=2)
+def _silent_ids(checkpoint: str) -> Any:
+    from ckd_ray.model.colbert import load_tokenizer
+
+    with local_copy(checkpoint) as folder:
+        return load_tokenizer(folder).silent_ids
+
+
+def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
+    part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
+    label_part(job, votes, part, first, stop)
+    return pa.table({"part": [part], "queries": [stop - first]})
+
+
+def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) -> None:
+    """Label the queries [first, stop), those of ranking part `part`, and write the part's files."""
+    table = read_ranking_part(join(job.rankings, part_file(job.split, part)))
+    feedback_BF = part_matrix(table, first, stop - first, job.settings.depths[-1]).astype(np.int64)
+    expansions = expand_depths(
+        open_once(job.passages),
+        feedback_BF,
+        job.settings,
+        neighbours=votes if isinstance(votes, ServerVotes) else None,
+        silent_ids=_silent_ids(job.checkpoint),
+        crowded=votes.crowded if isinstance(votes, CrowdedCells) else None,
+    )
+    present_BF = feedback_BF >= 0
+    write_labels(
+        job.out,
+        job.split,
+        part,
+        query_ids=collection_once(job.run).queries_between(job.split, first, stop).ids,
+        feedback_ids=nest(collection_once(job.run).passage_ids(feedback_BF[present_BF]), present_BF.sum(axis=1)),
+        expansions=expansions,
+        clusters=job.settings.clusters,
+    )

@@ -1,0 +1,143 @@
+"""Where Ray comes from: a running cluster, an address, or a fresh one inside this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.progress import say
+from ckd_ray.ray_util.token import has_token, keep_private, use_token
+from ckd_ray.ray_util.watch import watched
+
+# Blocks that travel through the object store are token ids of a few shards; embeddings never do. A small store is
+# enough, and leaves the memory to the encoders.
+_LOCAL_OBJECT_STORE = 512 * 2**20
+
+
+@contextmanager
+def connected(target: str | None) -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Args:
+        target: None joins a running Ray (RAY_ADDRESS, or the one on this machine) and else starts one in place;
+            `local` always starts one; anything else is a Ray address.
+
+    Raises:
+        UserError: the address cannot be reached, or refuses our token.
+    """
+    # At ERROR it shows the traceback of an error that we tell in a line.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR" if os.environ.get("CKD_RAY_TRACEBACK") else "CRITICAL")
+    use_token()
+    import ray
+
+    _start(target)
+    with watched(ray.shutdown):
+        _quiet_data()
+        keep_private()
+        yield
+
+
+def _start(target: str | None) -> None:
+    import ray
+    from ray._private.utils import read_ray_address
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if target is None and not os.environ.get("RAY_ADDRESS"):
+        try:
+            _reach(read_ray_address() or "", "this machine's Ray")
+            ray.init(address="auto", **quiet)
+            say(f"joined the running Ray ({_size()})")
+            return
+        except OSError:  # none, or one whose head is gone without having said so: Ray would wait minutes for it
+            target = "local"
+    if target == "local":
+        os.environ.pop("RAY_ADDRESS", None)
+        # Ray ends a worker that has idled for a second; to load torch and transformers anew takes five of a core.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        try:
+            ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **quiet)
+        except Exception as error:  # a start that takes too long is a plain Exception
+            raise JobError(f"Ray did not start here: {error}") from error
+        say(f"started Ray in place ({_size()})")
+        return
+    address = target or os.environ["RAY_ADDRESS"]
+    try:
+        _reach(address, "--cluster" if target else "RAY_ADDRESS")
+        ray.init(address=address, **quiet)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # OSError holds ConnectionError and TimeoutError
+        raise UserError(
+            "this Ray cannot be joined",
+            where="--cluster" if target else "RAY_ADDRESS",
+            expected="the address of a running head node (HOST:6379)",
+            found=f"{address}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            fix="check that the head runs and that both sides hold the same token (RAY_AUTH_TOKEN, ~/.ray/auth_token)",
+        ) from error
+    say(f"joined Ray at {address} ({_size()})")
+
+
+def _reach(address: str, where: str) -> None:
+    """Knock first: Ray itself waits for minutes where nobody answers, and says nothing of the token where it is not let
+    in. `auto` and ray:// addresses are left to Ray.
+
+    Raises:
+        UserError: the head refuses our token.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "://" in address:
+        return
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    if _refused(address):
+        raise UserError(
+            "this Ray asks for a token, and refuses ours" if has_token() else "this Ray asks for a token",
+            where=where,
+            expected="the token that its head was started with",
+            found=address,
+            fix="put it into ~/.ray/auth_token (mode 0600) or RAY_AUTH_TOKEN; --cluster local starts a Ray of your own",
+        )
+
+
+def _refused(address: str) -> bool:
+    """Asks the head a question that anybody with the token may ask, as Ray's own first one."""
+    try:
+        import grpc
+        from ray._private.grpc_utils import init_grpc_channel
+    except ImportError:  # Ray without its extra `default`: ray.init finds out, more slowly
+        return False
+    from ray.exceptions import AuthenticationError
+
+    try:
+        channel = init_grpc_channel(address)
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=5)
+    except AuthenticationError:
+        return True
+    except grpc.RpcError as error:
+        return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    channel.close()
+    return False
+
+
+def _size() -> str:
+    import ray
+
+    have = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    gpus = f", {have['GPU']:g} GPU" if have.get("GPU") else ""
+    return f"{nodes} node{'s' if nodes > 1 else ''}, {have.get('CPU', 0):g} CPU{gpus}"
+
+
+def _quiet_data() -> None:
+    """Our own progress lines replace Ray Data's bars and plan print-outs; our own errors come back as what they are."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.issue_detectors_config.detectors = []

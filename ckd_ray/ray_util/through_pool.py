@@ -1,0 +1,102 @@
+"""Ray Data streams units of work through tasks that prepare them into a pool of actors that hold a model.
+
+A unit (a shard of texts, a part of queries) is one row and one batch, so that a dead actor costs what it was working on
+and the one that waited. Only rows of figures come back. A pool that does not start, or a stream that stands still,
+ends with numbers and is no silent hang.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+from ckd_ray.errors import JobError
+from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
+
+# Ray Data keeps a few kilobytes a block and looks through all of them; beyond this many, units share a block.
+_MOST_BLOCKS = 2048
+# From asking for the actors to one of them having loaded the model.
+_START_TIMEOUT_S = 900
+# Without any unit finished, anywhere. A shard of 16,384 texts takes minutes on a CPU with a small encoder.
+_NO_PROGRESS_TIMEOUT_S = 4 * 3600
+
+
+def through_pool(
+    work: list[dict[str, int]],
+    pool: Pool,
+    *,
+    prepare: Callable[..., Any],
+    prepare_arguments: dict[str, Any],
+    actor: type,
+    actor_arguments: dict[str, Any],
+    smaller: str,
+) -> Iterator[dict[str, Any]]:
+    """Rows that the actors return, one a unit, as they are finished.
+
+    Args:
+        work: the units, small.
+        prepare: (a unit as a numpy batch of one row, **prepare_arguments) to a table of one row.
+        actor: its instances take such a table and return one of figures.
+        smaller: what to do when a unit takes longer than the limit, for the message.
+
+    Raises:
+        JobError: no actor started in time, or no unit was finished for hours.
+    """
+    dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), _MOST_BLOCKS))
+    dataset = dataset.map_batches(
+        prepare,
+        fn_kwargs=prepare_arguments,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=pool.feeder_cpus,
+        compute=ray.data.TaskPoolStrategy(size=pool.feeders),
+    )
+    dataset = dataset.map_batches(
+        actor,
+        fn_constructor_kwargs=actor_arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=pool.cpus_per_actor,
+        num_gpus=pool.gpus_per_actor or None,
+        # All at once from the start; the pool may be smaller for a while, as it is when a node is lost.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=pool.actors, initial_size=pool.actors, max_tasks_in_flight_per_actor=2
+        ),
+    )
+    # An actor that waits for its first unit is not too many.
+    dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
+    dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
+    dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    try:
+        yield from _rows(dataset)
+    except ray.exceptions.GetTimeoutError as error:
+        total, free = cluster_nodes()
+        raise JobError(
+            f"{pool} did not all start within {_START_TIMEOUT_S} s; the cluster: {describe(total)}; "
+            f"free now: {describe(free)}"
+        ) from error
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        hours = _NO_PROGRESS_TIMEOUT_S / 3600
+        raise JobError(
+            f"nothing was finished for {hours:g} hours by {pool}; the cluster: {describe(cluster_nodes()[0])}. "
+            f"{smaller}"
+        ) from error
+
+
+def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set. An error that ends it does not keep the actors alive.
+
+    Ray Data ends its actors by dropping their handles. The frames in an error's traceback hold such handles, and with
+    them the CPUs and GPUs, for as long as somebody keeps the error.
+    """
+    try:
+        yield from dataset.iter_rows()
+    except BaseException as error:
+        chain: list[BaseException] = [error]
+        for one in chain:  # grows while it is read
+            traceback.clear_frames(one.__traceback__)
+            chain += [e for e in (one.__cause__, one.__context__) if e is not None and e not in chain]
+        raise

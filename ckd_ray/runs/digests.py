@@ -1,0 +1,46 @@
+"""SHA-256 of many files: a few here, more than a quarter of a gibibyte in Ray tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckd_ray.files import join, sha256_of
+
+_BYTES_A_TASK = 1 << 28
+
+
+def digests_of(folder: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The SHA-256 of each file of `folder`.
+
+    Args:
+        sizes: its path in the folder -> its bytes.
+    """
+    groups = _groups(sizes)
+    parts = _in_tasks(folder, groups) if len(groups) > 1 else [_digests(folder, group) for group in groups]
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _in_tasks(folder: str, groups: list[list[str]]) -> list[dict[str, str]]:
+    import ray  # slow to import, and many who look at an artefact have no need of it
+
+    if not ray.is_initialized():
+        return [_digests(folder, group) for group in groups]
+    task = ray.remote(num_cpus=0.5)(_digests)
+    return ray.get([task.remote(folder, group) for group in groups])
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names, in their order, so that a group has `_BYTES_A_TASK` bytes or one file."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = _BYTES_A_TASK
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _digests(folder: str, names: list[str]) -> dict[str, str]:
+    return {name: sha256_of(join(folder, name)) for name in names}
