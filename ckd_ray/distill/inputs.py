@@ -150,7 +150,7 @@ class InputReader:
     def _parts(self, queries_b: Int64Array, passages_n: Int64Array) -> tuple[list[Part], list[Int64Array]]:
         """The parts, and which of the passages stand in each group of each part, one after the other."""
         query_ids, query_mask = self.tokenizer.queries([self.query_texts[i] for i in queries_b.tolist()])
-        tokens = self.tokenizer.passages(self.collection.texts(passages_n))
+        tokens = self.tokenizer.passages(self.collection.texts(passages_n), self.task.settings.doc_maxlen)
         lengths = np.array([len(ids) for ids in tokens], np.int64)
         count = min(self.task.settings.accumulate, len(queries_b))
         parts, all_groups = [], []

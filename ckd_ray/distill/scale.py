@@ -34,12 +34,14 @@ def measured_scale(
     trained: bool,
     seed: int,
     precision: Precision,
+    doc_maxlen: int | None = None,
 ) -> float:
     """The scale for a training that starts from `model`, from its scores of 32 training queries and 64 passages: their
     labels and as many others, drawn from `seed`.
 
     Args:
         trained: whether the model ranks by MaxSim already, or its projection is new.
+        doc_maxlen: most tokens of a passage in the training; `model.doc_maxlen` when None.
     """
     plan = BatchPlan(
         positives,
@@ -58,7 +60,8 @@ def measured_scale(
                 x.to(model.device) for x in model.tokenizer.queries([texts[i] for i in batch.queries_B.tolist()])
             ]
             queries_BQD = model.encode_queries(*queries)
-            ids, mask = model.tokenizer.pad(model.tokenizer.passages(collection.texts(batch.passages_BM.reshape(-1))))
+            passages = collection.texts(batch.passages_BM.reshape(-1))
+            ids, mask = model.tokenizer.pad(model.tokenizer.passages(passages, doc_maxlen))
             rows = model.encode_passages(ids.to(model.device), mask.to(model.device))
         scores_BN = maxsim(queries_BQD, *rows, similarity=model.settings.similarity)
     finally:

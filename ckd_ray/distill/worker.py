@@ -197,6 +197,7 @@ class _Loop:
             scale = measured_scale(
                 model, self.reader.collection, self.reader.positives,
                 trained=self.task.stage != "teacher", seed=self.task.seed, precision=precision,
+                doc_maxlen=self.task.settings.doc_maxlen,
             )  # fmt: skip
             if self.world > 1:  # workers on different processors may differ in the last digits
                 agreed = torch.tensor(scale, dtype=torch.float64, device=self.state.device)

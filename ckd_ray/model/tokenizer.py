@@ -74,9 +74,14 @@ class ColBERTTokenizer:
         )
         return [head + ids + tail for ids in encoded["input_ids"]]
 
-    def passages(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Ids of [CLS] [D] tokens [SEP] for every text, at most `doc_maxlen` of them, without padding."""
-        return [np.array(ids, np.int32) for ids in self.framed(texts, self.doc_marker_id, self.settings.doc_maxlen)]
+    def passages(self, texts: Sequence[str], maxlen: int | None = None) -> list[Int32Array]:
+        """Ids of [CLS] [D] tokens [SEP] for every text, at most `doc_maxlen` of them, without padding.
+
+        Args:
+            maxlen: a smaller limit than `doc_maxlen`, for training.
+        """
+        limit = min(maxlen or self.settings.doc_maxlen, self.settings.doc_maxlen)
+        return [np.array(ids, np.int32) for ids in self.framed(texts, self.doc_marker_id, limit)]
 
     def queries(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of [CLS] [Q] tokens [SEP] [MASK] ... and the attention mask, both int64 of shape (B, Q).
