@@ -139,9 +139,8 @@ class TrainingConfig(Section):
     else one. `share_negatives` lets every query meet the passages of all workers; without it the loss depends on their
     number. `ema` is the decay of a moving average of the weights, which is then the result.
 
-    `doc_maxlen`: training reads at most so many tokens of a passage; null reads as many as `model.doc_maxlen`. The index
-    holds passages at `model.doc_maxlen` either way. Training on the first 96 tokens costs half the time of 180, and the
-    model ranks passages of 180 as well as they can be (docs/evidence.md).
+    `doc_maxlen`: training reads at most so many tokens of a passage; null reads as many as `model.doc_maxlen`. The
+    index holds passages at `model.doc_maxlen` either way. Training on the first 96 tokens takes half the time of 180.
 
     `score_scale` divides the model's scores before the softmax of its loss. MaxSim adds up one similarity a query row,
     so scores lie tens apart and an undivided softmax sees the best passage alone. `auto` takes the scale that the
@@ -262,6 +261,9 @@ class DistillConfig(TrainingConfig):
 
     `beta`: strength of the expansion, a factor of its idf weights (the paper's 1), or `auto`: the weights of a query
     are scaled so that the expansion holds `expansion_share` of the teacher's total weight, whatever the collection.
+    `encoder_share`, `bm25_share`: the parts that the encoder as it is (cosine of its pooled vectors) and BM25 have in
+    the teacher's score, as shares of its spread over a query's candidates. `auto` fits them to the labels of the
+    training queries; 0 leaves the scorer out.
     `zero_row_floor` is the clip of the published training score, for parity and for trial.
 
     `teacher_embeddings`: `store` reads the teacher's rows, so that its encoder never runs; `recompute` runs it on every
@@ -282,6 +284,8 @@ class DistillConfig(TrainingConfig):
     smoothing: Share = 0.0
     beta: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
     expansion_share: Share = 0.3
+    encoder_share: Auto | Share = "auto"
+    bm25_share: Auto | Share = "auto"
     expansion_size: Positive = 10
     sampling: Literal["uniform", "strata"] = "strata"
     negatives_depth: Positive = 100

@@ -23,6 +23,7 @@ from ckd_ray.data.positives import Int64Array, Positives
 from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
+from ckd_ray.ensemble.reader import EnsembleReader
 from ckd_ray.files import join
 from ckd_ray.model import ColBERTTokenizer
 from ckd_ray.model.length_groups import OVERHEAD, OVERHEAD_GPU, even_bounds, length_groups
@@ -50,6 +51,7 @@ class StepInputs:
         positives_B: column of each query's positive among the N passages; valid_BN: see `valid_mask`.
         teacher: None for objectives without a teacher.
         scores_BN: the teacher's scores, where they are not computed from `teacher`; scored_BN: which pairs have one.
+        ensemble_BN: what further scorers add to the teacher's scores.
     """
 
     step: int
@@ -60,6 +62,7 @@ class StepInputs:
     teacher: TeacherInputs | None
     scores_BN: Tensor | None = None
     scored_BN: Tensor | None = None
+    ensemble_BN: Tensor | None = None
 
     def to(self, device: torch.device) -> StepInputs:
         """A copy on `device`."""
@@ -121,6 +124,9 @@ class InputReader:
         dim = tokenizer.settings.dim
         self.teacher = TeacherReader(task, dim) if task.objective.reads_rows else None
         reads_pairs = task.objective.reads_pairs
+        scorers = task.objective.scorers(student) if student else ()
+        folder = join(task.run, "ensemble")
+        self.ensemble = EnsembleReader.open(folder, student, scorers) if student and scorers else None
         self.cross_scores = CrossScores.open(join(task.run, "cross_scores")) if reads_pairs else None
 
     def read(self, step: int) -> StepInputs:
@@ -132,9 +138,12 @@ class InputReader:
         scope = batch if self.task.settings.share_negatives else Batch(queries_b, batch.passages_BM[mine])
         teacher = None if self.teacher is None else self.teacher.read(queries_b, [passages_n[g] for g in groups])
         positives_B = torch.arange(len(scope.queries_B)) * scope.passages_BM.shape[1]
-        valid_BN, scores_BN, scored_BN = torch.from_numpy(valid_mask(scope, self.positives)), None, None
+        valid_BN = torch.from_numpy(valid_mask(scope, self.positives))
+        scores_BN = scored_BN = ensemble_BN = None
+        passages_N = scope.passages_BM.reshape(-1)
+        if self.ensemble is not None:
+            ensemble_BN, scored_BN = self.ensemble.of_batch(scope.queries_B, passages_N)
         if self.cross_scores is not None:
-            passages_N = scope.passages_BM.reshape(-1)
             scores_BN, scored_BN = self.cross_scores.of_batch(scope.queries_B, passages_N, positives_B, valid_BN)
         return StepInputs(
             step=step,
@@ -145,6 +154,7 @@ class InputReader:
             teacher=teacher,
             scores_BN=scores_BN,
             scored_BN=scored_BN,
+            ensemble_BN=ensemble_BN,
         )
 
     def _parts(self, queries_b: Int64Array, passages_n: Int64Array) -> tuple[list[Part], list[Int64Array]]:

@@ -145,12 +145,15 @@ class TrainingStep:
         if self.shares:
             passages = 1 + task.settings.negatives
             scores_KBN = gather_scores(scores_KBN, [passages * count for count in self.counts])
+        teacher_BN = scores_KBN[1].detach() if inputs.teacher is not None else inputs.scores_BN
+        if teacher_BN is not None and inputs.ensemble_BN is not None:
+            teacher_BN = teacher_BN + inputs.ensemble_BN
         scores = BatchScores(
             student_BN=scores_KBN[0],
             positives_B=inputs.positives_B,
             valid_BN=inputs.valid_BN,
             list_size=1 + task.settings.negatives,
-            teacher_BN=scores_KBN[1].detach() if inputs.teacher is not None else inputs.scores_BN,
+            teacher_BN=teacher_BN,
             scored_BN=inputs.scored_BN,
         )
         if task.distillation is None:

@@ -16,12 +16,12 @@ from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.measures import Measures
-from ckd_ray.files import delete, join, new_folder, read_json, write_json_atomic
+from ckd_ray.files import delete, exists, join, new_folder, read_json, write_json_atomic
 from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.evaluation import measure_rankings, measure_system
 from ckd_ray.pipeline.stages import skips_own_passage
 from ckd_ray.progress import say
-from ckd_ray.runs.artifact import is_made, make, manifest_of, remove_altered
+from ckd_ray.runs.artifact import MANIFEST, is_made, make, manifest_of, remove_altered, reopen
 from ckd_ray.runs.directory import RunContext
 from ckd_ray.runs.fingerprint import fingerprint
 
@@ -88,7 +88,7 @@ def _encoder(context: RunContext, splits: list[str]) -> str:
         model = _load(context.config.model.backbone)
 
         def work() -> dict[str, Any]:
-            _embed(context, model, splits, embeddings)
+            embed_encoder(context, splits, model)
             found = measure_system(context, "encoder", embeddings, splits, folder, engine="exact")
             return _written(context, "encoder", folder, found)
 
@@ -116,14 +116,27 @@ def _load(backbone: str) -> PooledModel:
         raise LeftOutError(f"model.backbone {backbone}: {error.problem}{found}") from error
 
 
-def _embed(context: RunContext, model: PooledModel, splits: list[str], out: str) -> None:
-    """One row a text, streamed into stores as those of teacher and student are; the model lies beside them, where all
-    workers see it."""
+def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | None = None) -> None:
+    """Embed the corpus and the queries of `splits` with the encoder as it is, unless they are there: one row a text,
+    streamed into stores as those of teacher and student are. The model lies beside them, where all workers see it.
+
+    Args:
+        model: the encoder; loaded when it is None and needed.
+
+    Raises:
+        LeftOutError: the backbone is a ColBERT model, or cannot be loaded.
+    """
     from ckd_ray.pipeline.work import embed_all
 
+    out = context.path(ENCODER_EMBEDDINGS)
     collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
     settings = encoder_settings(context.config)
-    print_of, checkpoint = fingerprint(collection=collection, splits=splits, **settings), join(out, "encoder")
+    print_of, checkpoint = fingerprint(collection=collection, **settings), join(out, "encoder")
+    if not all(exists(join(out, f"queries.{split}", MANIFEST)) for split in splits):
+        reopen(out)  # they were made for other splits
+    if is_made(out, print_of):
+        return
+    model = model or _load(context.config.model.backbone)
 
     def work() -> None:
         with new_folder(checkpoint) as folder:

@@ -97,6 +97,17 @@ def _label(config: Config) -> dict[str, Any]:
     return settings
 
 
+def _ensemble(config: Config) -> dict[str, Any]:
+    scorers = objective_of(config).scorers(config.distill)
+    backbone = signature(config.model.backbone) or config.model.backbone
+    return {
+        "scorers": list(scorers),
+        "depth": config.distill.negatives_depth,
+        "positive_grade": config.collection.positive_grade,
+        **({"backbone": backbone, "precision": config.embed.precision} if "encoder" in scorers else {}),
+    }
+
+
 def _cross_encoder(config: Config) -> dict[str, Any]:
     c = config.cross_encoder
     if c.scores is not None:
@@ -151,7 +162,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
 
 
 def _distill_inputs(config: Config) -> tuple[str, ...]:
-    return ("collection", "teacher", "embed", "retrieve", *objective_of(config).stages)
+    return ("collection", "teacher", "embed", "retrieve", *objective_of(config).stages(config.distill))
 
 
 def _work(name: str) -> Callable[[RunContext, str], dict[str, Any]]:
@@ -172,6 +183,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("embed", "embeddings", lambda c: ("collection", "teacher"), _embed, _work("embed")),
     Stage("retrieve", "rankings", lambda c: ("embed",), _retrieve, _work("retrieve")),
     Stage("label", "labels", lambda c: ("retrieve",), _label, _work("label")),
+    Stage("ensemble", "ensemble", lambda c: ("retrieve",), _ensemble, _work("ensemble")),
     Stage("cross_encoder", "cross_scores", lambda c: ("retrieve",), _cross_encoder, _work("cross_encoder")),
     Stage("distill", "student", _distill_inputs, _distill, _work("distill"), whole=True),
     Stage("evaluate", "evaluation", lambda c: ("distill", "embed"), _evaluate, _work("evaluate")),

@@ -175,6 +175,13 @@ def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
     return "exact" if engine == "exact" else "estimate"
 
 
+def ensemble(context: RunContext, made_of: str) -> dict[str, Any]:
+    """Score every training query's candidates with the encoder as it is and with BM25."""
+    from ckd_ray.pipeline.ensemble import score_with_ensemble
+
+    return score_with_ensemble(context)
+
+
 def cross_encoder(context: RunContext, made_of: str) -> dict[str, Any]:
     """Take the scores of (query, candidate) pairs from a file, or produce them with a classifier."""
     config = context.config

@@ -44,7 +44,7 @@ class Objective:
         name: as in `distill.objective`.
         formula: the target or loss, for `training.json`, in the notation of `ckd_ray.collective.losses`.
         scores: where the teacher's scores come from.
-        stages: stages whose artefacts it reads besides those that every distillation reads.
+        stages: stages whose artefacts it reads with these settings, besides those that every distillation reads.
         own_keys: keys of `distill` that it reads and some other objective does not, `distill.loss` and what follows
             from it aside.
         problems: what is wrong with a configuration that uses it, besides what `mistakes` finds for all objectives.
@@ -55,7 +55,7 @@ class Objective:
     name: str
     formula: str
     scores: TeacherScores = TeacherScores.NONE
-    stages: tuple[str, ...] = ()
+    stages: Callable[[DistillConfig], tuple[str, ...]] = field(default=lambda settings: ())
     own_keys: frozenset[str] = frozenset()
     problems: Callable[[Config], Problems] = field(default=lambda config: iter(()))
     in_comparison: Callable[[Config], dict[str, Any]] = field(default=lambda config: {})
@@ -79,6 +79,13 @@ class Objective:
     def reads_pairs(self) -> bool:
         """Whether a step reads scores of pairs."""
         return self.scores is TeacherScores.PAIRS
+
+    def scorers(self, settings: DistillConfig) -> tuple[str, ...]:
+        """The further scorers whose scores are part of the teacher's, in this order."""
+        if not self.reads_expansions:
+            return ()
+        shares = {"encoder": settings.encoder_share, "bm25": settings.bm25_share}
+        return tuple(name for name, share in shares.items() if share)
 
     def keys(self, settings: DistillConfig) -> frozenset[str]:
         """The keys of `distill` that this objective reads with these settings and that not every objective reads."""

@@ -22,7 +22,7 @@ CROSS_ENCODER = Objective(
     name="cross_encoder",
     formula="distill.loss with s_T = the scores of another teacher, over the pairs that it has scored",
     scores=TeacherScores.PAIRS,
-    stages=("cross_encoder",),
+    stages=lambda settings: ("cross_encoder",),
     own_keys=frozenset({"smoothing"}),
     problems=_problems,
 )
