@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckd_ray.data import Collection
-from ckd_ray.distill.objectives import objective_of
+from ckd_ray.distill.objectives import scorers_of
 from ckd_ray.ensemble.stage import SCORERS, EnsembleJob, score_ensemble
 from ckd_ray.files import join, read_json
 from ckd_ray.pipeline.baselines import ENCODER_EMBEDDINGS, LeftOutError, embed_encoder
@@ -17,7 +17,7 @@ def score_with_ensemble(context: RunContext) -> dict[str, Any]:
     """Fill `ensemble/`: a folder of scores for each scorer, and `weights.json`. A scorer that cannot be had is left
     out, and a line says why."""
     config = context.config
-    scorers = set(objective_of(config).scorers(config.distill))
+    scorers = set(scorers_of(config.distill))
     if "encoder" in scorers:
         try:
             embed_encoder(context, ["train"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.config.schema import TrainingConfig
-from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
+from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of, scorers_of
 from ckd_ray.errors import UserError
 from ckd_ray.files import file_signature
 from ckd_ray.model.sources import signature
@@ -98,7 +98,7 @@ def _label(config: Config) -> dict[str, Any]:
 
 
 def _ensemble(config: Config) -> dict[str, Any]:
-    scorers = objective_of(config).scorers(config.distill)
+    scorers = scorers_of(config.distill)
     backbone = signature(config.model.backbone) or config.model.backbone
     return {
         "scorers": list(scorers),

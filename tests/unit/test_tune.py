@@ -109,7 +109,8 @@ def test_what_an_objective_does_not_take_is_not_varied() -> None:
     assert "distill.temperature" not in space_of(config("distill.objective=contrastive"))
     of_teacher = {"distill.loss", "distill.temperature", "distill.teacher_weight", "distill.smoothing"}
     assert space_of(config("distill.objective=self_distillation")).keys() == of_teacher
-    assert space_of(config()).keys() == {*of_teacher, "distill.expansion_share", "distill.expansion_size"}
+    of_collective = {f"distill.{key}" for key in ("expansion_share", "expansion_size", "encoder_share", "bm25_share")}
+    assert space_of(config()).keys() == {*of_teacher, *of_collective}
     free = config("tune.space={distill.temperature: {loguniform: [0.5, 8]}, distill.beta: {choice: [auto, 0.3]}}")
     assert space_of(free)["distill.beta"].values == ("auto", 0.3)
     with pytest.raises(ConfigError, match="changes nothing for objective contrastive"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckd_ray.distill.objectives.base import LOSS_KEYS, Objective, TeacherScores
+from ckd_ray.distill.objectives.base import LOSS_KEYS, Objective, TeacherScores, scorers_of
 from ckd_ray.distill.objectives.collective import COLLECTIVE
 from ckd_ray.distill.objectives.contrastive import CONTRASTIVE
 from ckd_ray.distill.objectives.cross_encoder import CROSS_ENCODER
@@ -33,4 +33,13 @@ def objective_of(config: Config) -> Objective:
     return OBJECTIVES[config.distill.objective]
 
 
-__all__ = ["BASELINE", "CONDITIONAL_KEYS", "LOSS_KEYS", "OBJECTIVES", "Objective", "TeacherScores", "objective_of"]
+__all__ = [
+    "BASELINE",
+    "CONDITIONAL_KEYS",
+    "LOSS_KEYS",
+    "OBJECTIVES",
+    "Objective",
+    "TeacherScores",
+    "objective_of",
+    "scorers_of",
+]

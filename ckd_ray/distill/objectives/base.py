@@ -81,11 +81,8 @@ class Objective:
         return self.scores is TeacherScores.PAIRS
 
     def scorers(self, settings: DistillConfig) -> tuple[str, ...]:
-        """The further scorers whose scores are part of the teacher's, in this order."""
-        if not self.reads_expansions:
-            return ()
-        shares = {"encoder": settings.encoder_share, "bm25": settings.bm25_share}
-        return tuple(name for name, share in shares.items() if share)
+        """The further scorers whose scores are part of the teacher's."""
+        return scorers_of(settings) if self.reads_expansions else ()
 
     def keys(self, settings: DistillConfig) -> frozenset[str]:
         """The keys of `distill` that this objective reads with these settings and that not every objective reads."""
@@ -139,6 +136,12 @@ class Objective:
         if settings.loss == "mixture":
             return losses.kl(scores, teacher_weight=settings.teacher_weight, **shared)
         return losses.kl(scores, margin=settings.margin if settings.loss == "margin" else 0.0, **shared)
+
+
+def scorers_of(settings: DistillConfig) -> tuple[str, ...]:
+    """The scorers of the ensemble that have a share."""
+    shares = {"encoder": settings.encoder_share, "bm25": settings.bm25_share}
+    return tuple(name for name, share in shares.items() if share)
 
 
 def _beta_keys(objective: Objective, settings: DistillConfig) -> frozenset[str]:
