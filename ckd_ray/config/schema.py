@@ -251,7 +251,7 @@ class DistillConfig(TrainingConfig):
 
     `objective`: where the target comes from. `loss`: how the student is compared with a teacher: `kl` (published),
     `margin`, `mixture` or `decoupled`. `teacher_weight`: the teacher's share of the target (mixture, 0 to 1), or the
-    factor of its part of the loss (decoupled). `margin`: how far the label stands above the best other passage, in
+    factor of its part of the loss (decoupled); `auto` is 0.5 and 2. `margin`: how far the label stands above the best other passage, in
     units of the temperature. `temperature` divides the teacher's scores; `auto` follows the spread of each query's
     scores. `denoise` leaves out of the label's comparison what the teacher scores within so many temperatures of the
     label; null keeps everything.
@@ -278,7 +278,7 @@ class DistillConfig(TrainingConfig):
     objective: Objective = "collective"
     loss: Literal["kl", "margin", "mixture", "decoupled"] = "decoupled"
     temperature: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
-    teacher_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    teacher_weight: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
     margin: Annotated[float, Field(ge=0, le=100)] = 1.0
     denoise: Annotated[float, Field(ge=0, le=100)] | None = None
     smoothing: Share = 0.0

@@ -53,7 +53,7 @@ KEYS = (
 STANDARD: dict[str, dict[str, Any]] = {
     "distill.loss": {"choice": ["decoupled", "mixture", "kl"]},
     "distill.temperature": {"choice": ["auto", 1.0, 2.0, 4.0, 8.0]},
-    "distill.teacher_weight": {"choice": [0.25, 0.5, 1.0]},
+    "distill.teacher_weight": {"choice": ["auto", 0.5, 1.0]},
     "distill.encoder_share": {"choice": ["auto", 0.0, 0.2, 0.4]},
     "distill.bm25_share": {"choice": ["auto", 0.0, 0.1, 0.2]},
     "distill.smoothing": {"choice": [0.0, 0.02, 0.1]},

@@ -33,6 +33,8 @@ LOSS_KEYS: Mapping[str, frozenset[str]] = {
     "mixture": frozenset({"teacher_weight"}),
     "decoupled": frozenset({"teacher_weight"}),
 }
+# What `teacher_weight: auto` is for a loss. That of `decoupled` was chosen on dev (docs/evidence.md).
+AUTO_TEACHER_WEIGHT: Mapping[str, float] = {"mixture": 0.5, "decoupled": 2.0}
 _TEACHER_KEYS = frozenset({"loss", "temperature", "denoise"})
 
 
@@ -102,7 +104,7 @@ class Objective:
                 "loss decoupled orders a query's own candidates: it needs 2 or more (7 is usual); the published loss, "
                 "distill.loss: kl, does with 1",
             )
-        if d.loss == "mixture" and d.teacher_weight > 1:
+        if d.loss == "mixture" and d.teacher_weight != "auto" and d.teacher_weight > 1:
             yield "distill.teacher_weight", "is the teacher's share of the target of loss mixture: it must be at most 1"
 
     def all_keys(self) -> frozenset[str]:
@@ -132,10 +134,14 @@ class Objective:
             "denoise": settings.denoise,
         }
         if settings.loss == "decoupled":
-            return losses.decoupled(scores, teacher_weight=settings.teacher_weight, **shared)
+            return losses.decoupled(scores, teacher_weight=_teacher_weight(settings), **shared)
         if settings.loss == "mixture":
-            return losses.kl(scores, teacher_weight=settings.teacher_weight, **shared)
+            return losses.kl(scores, teacher_weight=_teacher_weight(settings), **shared)
         return losses.kl(scores, margin=settings.margin if settings.loss == "margin" else 0.0, **shared)
+
+
+def _teacher_weight(settings: DistillConfig) -> float:
+    return AUTO_TEACHER_WEIGHT[settings.loss] if settings.teacher_weight == "auto" else settings.teacher_weight
 
 
 def scorers_of(settings: DistillConfig) -> tuple[str, ...]:
