@@ -251,10 +251,10 @@ class DistillConfig(TrainingConfig):
 
     `objective`: where the target comes from. `loss`: how the student is compared with a teacher: `kl` (published),
     `margin`, `mixture` or `decoupled`. `teacher_weight`: the teacher's share of the target (mixture, 0 to 1), or the
-    factor of its part of the loss (decoupled); `auto` is 0.5 and 2. `margin`: how far the label stands above the best other passage, in
-    units of the temperature. `temperature` divides the teacher's scores; `auto` follows the spread of each query's
-    scores. `denoise` leaves out of the label's comparison what the teacher scores within so many temperatures of the
-    label; null keeps everything.
+    factor of its part of the loss (decoupled); `auto` is 0.5 and 2. `margin`: how far the label stands above the best
+    other passage, in units of the temperature. `temperature` divides the teacher's scores; `auto` follows the spread of
+    each query's scores. `denoise` leaves out of the label's comparison what the teacher scores within so many
+    temperatures of the label; null keeps everything.
 
     `negatives`: candidates of the query's own ranking in each batch, drawn from its top `negatives_depth`; `sampling`:
     evenly (`uniform`), or one of each of as many strata of rank, which are narrow at the top (`strata`).
