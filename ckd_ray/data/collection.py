@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
@@ -193,6 +194,15 @@ class Collection:
         bounds = [0, *(np.flatnonzero(np.diff(at)) + 1).tolist(), len(unique)]
         found = [chunks[at[a]].take(rows.slice(a, b - a)) for a, b in pairwise(bounds)]
         return pa.concat_arrays(found).take(pa.array(where)).to_pylist()
+
+    def passage_index(self, ids: Iterable[str]) -> dict[str, int]:
+        """Passage id -> dense index, of those `ids` that the collection has. Goes once over all ids."""
+        chunks, firsts = self._ids
+        wanted, found = pa.array(sorted(set(ids)), pa.string()), dict[str, int]()
+        for chunk, first in zip(chunks, firsts.tolist(), strict=True):
+            rows = np.flatnonzero(pc.is_in(chunk, value_set=wanted.cast(chunk.type)).to_numpy(zero_copy_only=False))
+            found.update(zip(chunk.take(pa.array(rows)).to_pylist(), (rows + first).tolist(), strict=True))
+        return found
 
     def queries(self, split: str) -> Queries:
         """All queries of a split; a part of a large split is better read by `queries_between`."""

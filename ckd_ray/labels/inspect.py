@@ -1,4 +1,4 @@
-"""`ckd-ray inspect RUN QUERY_ID`: why a query has its labels. Reads the run's files; needs no Ray.
+"""`ckd-ray inspect RUN QUERY_ID`: why a query has its labels. Needs no Ray.
 
 Shapes: N passages.
 """
@@ -14,56 +14,74 @@ import pyarrow.parquet as pq
 
 from ckd_ray.errors import UserError
 from ckd_ray.files import filesystem_of, join
-from ckd_ray.labels.labelled_run import SPLIT, LabelledRun, vocabulary
+from ckd_ray.labels.labelled_run import SPLIT, LabelledRun
 from ckd_ray.ray_util.parts import part_file
-from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.runs.finished import reading
 
 Int64Array = npt.NDArray[np.int64]
-_WORDS = 14
 
 
 def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
-    """What `inspect` shows of a training query, as one object: see `render`.
+    """The facts that `inspect` shows of a training query; `render` makes them text.
 
     Args:
-        run: a run, or a variant of one, as `open_finished` takes it.
-        top: passages of the ranking that are compared, besides the labelled ones.
+        run: a run, or a variant of one, by what `open_finished` accepts.
+        top: passages of the ranking to compare, besides the labelled ones.
 
     Raises:
         UserError: no run, no labels, or no such query (names the nearest ids).
     """
     with reading(run):
-        return _inspected(LabelledRun.open(run), query_id, top)
+        return inspect_labelled(LabelledRun.open(run), query_id, top)
 
 
-def _inspected(opened: LabelledRun, query_id: str, top: int) -> dict[str, Any]:
+def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 14) -> dict[str, Any]:
+    """`inspect_query` for a run that is open; `words` is the length at which texts of passages are cut."""
     query = _find(opened, query_id)
-    ranking = read_ranking_matrix(join(opened.run, "rankings"), SPLIT)[query].astype(np.int64)
+    ranking = opened.rankings[query].astype(np.int64)
     ranking = ranking[ranking >= 0]
     labelled = opened.positives.of(query)
-    passages = np.concatenate([ranking[:top], labelled[~np.isin(labelled, ranking[:top])]])
     label = _label_row(opened, query)
     feedback = ranking[: len(label["feedback_ids"])]
     labelled_ids = set(opened.collection.passage_ids(labelled))
     settings, depths = opened.settings, opened.expansions.depths
+    names = ("temperature", "beta", "expansion_share", "expansion_size", "zero_row_floor")
+
+    def shown(indices: Int64Array) -> list[dict[str, Any]]:
+        ids, texts = opened.collection.passage_ids(indices), opened.collection.texts(indices)
+        return [{"passage_id": i, "text": _first_words(t, words)} for i, t in zip(ids, texts, strict=True)]
+
+    def compared() -> list[dict[str, Any]]:
+        """One entry a passage, in the order of the ranking; labelled passages that were not retrieved come last."""
+        passages_N = opened.with_labelled(query, ranking[:top])
+        if not len(passages_N):
+            return []
+        columns = vars(opened.distributions(query, passages_N))
+        rank_of = {p: rank for rank, p in enumerate(ranking.tolist(), 1)}
+        entries = [
+            {
+                **passage,
+                "rank": rank_of.get(index),
+                "labelled": index in labelled.tolist(),
+                **{name: float(column[i]) for name, column in columns.items()},
+            }
+            for i, (index, passage) in enumerate(zip(passages_N.tolist(), shown(passages_N), strict=True))
+        ]
+        return sorted(entries, key=lambda e: e["rank"] or len(ranking) + 1)
+
     return {
         "run": opened.folder,
         "query_id": query_id,
         "split": SPLIT,
         "text": opened.queries.texts[query],
-        "labelled": _passages(opened, labelled),
-        "feedback": [{**p, "labelled": p["passage_id"] in labelled_ids} for p in _passages(opened, feedback)],
+        "labelled": shown(labelled),
+        "feedback": [{**p, "labelled": p["passage_id"] in labelled_ids} for p in shown(feedback)],
         "expansion": _expansion(opened, query, label),
         "settings": {
-            "temperature": settings.temperature,
-            "beta": settings.beta,
-            "expansion_share": settings.expansion_share,
-            "expansion_size": settings.expansion_size,
-            "zero_row_floor": settings.zero_row_floor,
+            **{name: getattr(settings, name) for name in names},
             **({"feedback_passages": list(depths)} if depths else {}),
         },
-        "passages": _compared(opened, query, passages, ranking, labelled),
+        "passages": compared(),
     }
 
 
@@ -88,8 +106,8 @@ def _find(opened: LabelledRun, query_id: str) -> int:
 
 
 def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -> list[str]:
-    """The ids that read most like `wanted`. Similarity is looked at among the `pool` ids with the longest common
-    beginning, since it takes seconds over half a million."""
+    """The `count` ids most similar to `wanted`, among the `pool` ids that share the longest prefix with it: half a
+    million comparisons would take seconds."""
     if len(ids) > pool:
 
         def common(other: str) -> int:
@@ -109,61 +127,33 @@ def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
     return found
 
 
-def _passages(opened: LabelledRun, indices: Int64Array) -> list[dict[str, Any]]:
-    ids, texts = opened.collection.passage_ids(indices), opened.collection.texts(indices)
-    return [{"passage_id": i, "text": _first_words(t)} for i, t in zip(ids, texts, strict=True)]
-
-
-def _first_words(text: str) -> str:
+def _first_words(text: str, count: int) -> str:
     words = text.split()
-    return " ".join(words[:_WORDS]) + (" ..." if len(words) > _WORDS else "")
+    return " ".join(words[:count]) + (" ..." if len(words) > count else "")
 
 
 def _expansion(opened: LabelledRun, query: int, label: dict[str, Any]) -> list[dict[str, Any]]:
-    """All kept centroids, heaviest first; `weight` is 0 for those that do not count. Of several depths one after
-    another, with `depth`."""
-    tokens = vocabulary(opened.run)
+    """All kept centroids, heaviest first; `weight` is 0 beyond `distill.expansion_size`. Several depths follow one
+    another, and each entry names its `depth`."""
     depths = label.get("depths", [])
     weights = opened.centroid_weights(query, label["idf"], depths)
     found: list[dict[str, Any]] = [
-        {
-            "token": tokens.get(token, f"[{token}]"),
-            "token_id": token,
-            "idf": idf,
-            "weight": weight,
-        }
+        {"token": opened.vocabulary.get(token, f"[{token}]"), "token_id": token, "idf": idf, "weight": weight}
         for token, idf, weight in zip(label["token_ids"], label["idf"], weights, strict=True)
     ]
     return [{**entry, "depth": depth} for entry, depth in zip(found, depths, strict=True)] if depths else found
 
 
 def by_depth(found: dict[str, Any]) -> list[tuple[int | None, list[dict[str, Any]]]]:
-    """The centroids of the object of `inspect_query`, depth by depth; None is the depth when there is only one."""
+    """(depth, centroids) of what `inspect_query` returns; the depth is None when the labels have one only."""
     depths = found["settings"].get("feedback_passages")
     if depths is None:
         return [(None, found["expansion"])]
     return [(depth, [e for e in found["expansion"] if e["depth"] == depth]) for depth in depths]
 
 
-def _compared(
-    opened: LabelledRun, query: int, passages_N: Int64Array, ranking: Int64Array, labelled: Int64Array
-) -> list[dict[str, Any]]:
-    """One entry a passage, in the order of the ranking; labelled passages that were not retrieved come last."""
-    if not len(passages_N):
-        return []
-    found = opened.distributions(query, passages_N)
-    rank_of = {p: rank for rank, p in enumerate(ranking.tolist(), 1)}
-    columns = {name: getattr(found, name).tolist() for name in vars(found)}
-    entries = []
-    for i, (index, passage) in enumerate(zip(passages_N.tolist(), _passages(opened, passages_N), strict=True)):
-        values = {name: column[i] for name, column in columns.items()}
-        entry = {**passage, "rank": rank_of.get(index), "labelled": index in labelled.tolist(), **values}
-        entries.append(entry)
-    return sorted(entries, key=lambda e: e["rank"] or len(ranking) + 1)
-
-
 def render(found: dict[str, Any]) -> str:
-    """The object of `inspect_query` for people."""
+    """What `inspect_query` returns, as text."""
     lines = [f"query {found['query_id']} ({found['split']}): {found['text']}", "", "labelled"]
     lines += [f"  {p['passage_id']}  {p['text']}" for p in found["labelled"]] or ["  nothing: it is not trained on"]
     lines += ["", "feedback (the top of the teacher's ranking; * is labelled)"]

@@ -1,4 +1,4 @@
-"""A run opened for reading its labels, and the distributions that training would take its targets from. No Ray.
+"""A run opened to read its labels, and the distributions that training takes its targets from. Needs no Ray.
 
 Shapes: N passages, Q query rows, E expansion embeddings, D dimensions, L rows a passage.
 """
@@ -24,6 +24,7 @@ from ckd_ray.data.positives import Positives
 from ckd_ray.errors import UserError
 from ckd_ray.files import exists, filesystem_of, join, last_part, read_json
 from ckd_ray.labels.files import ExpansionReader
+from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.runs.finished import FinishedRun, open_finished
 from ckd_ray.runs.layout import labels_folder
 from ckd_ray.store import EmbeddingStore
@@ -35,12 +36,12 @@ SPLIT = "train"
 
 @dataclass(frozen=True)
 class Distributions:
-    """What each way of labelling says about the same passages; every array is (N,) and sums to 1.
+    """The probabilities that each kind of label gives the same N passages; each array is (N,) and sums to 1.
 
     Attributes:
-        one_hot: 1 at the labelled passage (shared out when there are several; 0 everywhere when there is none).
-        teacher: soft labels without expansion; collective: with it.
-        teacher_scores, collective_scores: the scores behind them.
+        one_hot: 1 at the labelled passage, equal shares at several ones, 0 everywhere without one.
+        teacher: soft labels without expansion embeddings; collective: with them.
+        teacher_scores, collective_scores: the scores that these two are softmaxes of.
     """
 
     one_hot: Tensor
@@ -51,12 +52,12 @@ class Distributions:
 
 
 class LabelledRun:
-    """Opened by `LabelledRun.open(run)`; what is not asked for is not read.
+    """Opened by `LabelledRun.open(run)`. Nothing is read before it is needed.
 
     Attributes:
-        folder: what was opened; run: what holds collection, teacher, embeddings and rankings, the same but for a
-            variant (see `FinishedRun`); labels: where its labels are.
-        config: that of `folder`.
+        folder: the run, or the variant, that was opened; run: the run that holds its collection, teacher, embeddings
+            and rankings (see `FinishedRun`); labels: the folder of its labels.
+        config: the configuration of `folder`.
     """
 
     def __init__(self, finished: FinishedRun, labels: str) -> None:
@@ -71,12 +72,16 @@ class LabelledRun:
 
     @classmethod
     def open(cls, run: str) -> LabelledRun:
-        """A run, or a variant of one, as `open_finished` takes it.
+        """Open a run, or a variant of one, by what `open_finished` accepts.
 
         Raises:
-            UserError: it is no run, or its label stage has not finished; says which command finishes it.
+            UserError: it is not a run, or its label stage has not finished; names the command that finishes it.
         """
-        finished = open_finished(run)
+        return cls.of(open_finished(run))
+
+    @classmethod
+    def of(cls, finished: FinishedRun) -> LabelledRun:
+        """Like `open`, for a run that is open already."""
         labels = labels_of(finished)
         if not exists(join(labels, "manifest.json")):
             name = finished.record["config"]["run"]["name"]
@@ -106,12 +111,33 @@ class LabelledRun:
         """The teacher's similarity, from its checkpoint."""
         return read_json(join(self.run, "teacher", "colbert.json"))["similarity"]
 
-    def distributions(self, query: int, passages_N: Int64Array) -> Distributions:
-        """The three distributions over `passages_N` for a query (dense indices).
+    @cached_property
+    def rankings(self) -> npt.NDArray[Any]:
+        """The teacher's rankings of the training queries, (Q, depth): best first, -1 where a ranking ends."""
+        return read_ranking_matrix(join(self.run, "rankings"), SPLIT)
 
-        As in training, a labelled passage is raised to the highest score, and when there are several, each is the
-        positive in turn while the others are left out; the mean over these turns is shown. A query without a label
-        takes no part in training: its scores are softmaxed as they are.
+    @cached_property
+    def vocabulary(self) -> dict[int, str]:
+        """Token id to token, from the teacher's tokenizer.json, which is the vocabulary that labels refer to."""
+        # Not with `transformers`, whose import takes seconds.
+        from tokenizers import Tokenizer
+
+        fs, path = filesystem_of(join(self.run, "teacher", "tokenizer.json"))
+        with fs.open_input_stream(path) as stream:
+            tokenizer = Tokenizer.from_str(stream.read().decode("utf-8"))
+        return {i: token for token, i in tokenizer.get_vocab().items()}
+
+    def with_labelled(self, query: int, ranking: npt.NDArray[np.integer]) -> Int64Array:
+        """The passages of a ranking of the query, then the labelled ones that are not among them."""
+        ranked, labelled = ranking[ranking >= 0].astype(np.int64), self.positives.of(query)
+        return np.concatenate([ranked, labelled[~np.isin(labelled, ranked)]])
+
+    def distributions(self, query: int, passages_N: Int64Array) -> Distributions:
+        """The three distributions of a query over `passages_N` (dense indices).
+
+        As in training, the labelled passage is raised to the highest score. Of several labelled passages each is the
+        positive once, without the others, and the result is the mean. A query without a label is not trained on; its
+        scores are softmaxed as they are.
         """
         s = self.settings
         expansions, idf = self.expansions.select(np.array([query]), s.expansion_size)
@@ -131,16 +157,16 @@ class LabelledRun:
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
 
     def centroid_weights(self, query: int, idf: Sequence[float], depths: Sequence[int] = ()) -> list[float]:
-        """What each of a query's centroids (of each depth, highest idf first) weighs in its teacher's score; 0 behind
+        """The weight of each centroid of a query (of each depth, highest idf first) in the teacher's score; 0 beyond
         `distill.expansion_size`.
 
         Args:
-            depths: the depth of each, where the labels have several.
+            depths: the depth of each centroid, where the labels have several.
         """
         queries = self._queries.gather(np.array([query])).embeddings_TD[None]
         size = self.settings.expansion_size
         block = np.searchsorted(self.expansions.depths, depths) if len(depths) else np.zeros(len(idf), np.int64)
-        place = np.arange(len(idf)) - np.searchsorted(block, block)  # inside of its block
+        place = np.arange(len(idf)) - np.searchsorted(block, block)  # within its block
         counts = np.flatnonzero(place < size)
         at = block[counts] * size + place[counts]
         counting_1E = torch.zeros(1, self.expansions.blocks * size, dtype=torch.float64)
@@ -161,7 +187,7 @@ class LabelledRun:
         valid_BN = (~labelled_N).repeat(len(positives_B), 1)
         valid_BN[torch.arange(len(positives_B)), positives_B] = True
         scores_BN = scores_N.repeat(len(positives_B), 1)
-        # The other passages are the query's candidates, over which `temperature: auto` takes the spread.
+        # `temperature: auto` takes the spread over the query's candidates, which are these passages.
         rows = BatchScores(scores_BN, positives_B, valid_BN, 1, scores_BN)
         temperature_B = temperatures(rows, self.settings.temperature)
         if not len(turns):
@@ -170,23 +196,10 @@ class LabelledRun:
 
 
 def labels_of(finished: FinishedRun) -> str:
-    """The folder with the labels that the student of a run is distilled from: a search keeps those of other settings
-    than the run's beside them."""
+    """The folder of the labels that the student of a run is distilled from. A search keeps labels of other settings
+    than the run's in folders of their own."""
     if finished.folder != finished.base and exists(join(finished.base, "run.json")):
         mine = finished.record.get("config", {}).get("label")
         if mine and mine != read_json(join(finished.base, "run.json")).get("config", {}).get("label"):
             return join(finished.base, labels_folder(mine))
     return join(finished.base, "labels")
-
-
-def vocabulary(run: str) -> dict[int, str]:
-    """Token id to token, from the teacher's tokenizer.json; read without `transformers`, whose import takes seconds.
-
-    The ids that labels hold are those of the file that the teacher was saved with.
-    """
-    from tokenizers import Tokenizer
-
-    fs, path = filesystem_of(join(run, "teacher", "tokenizer.json"))
-    with fs.open_input_stream(path) as stream:
-        tokenizer = Tokenizer.from_str(stream.read().decode("utf-8"))
-    return {i: token for token, i in tokenizer.get_vocab().items()}

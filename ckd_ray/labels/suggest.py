@@ -1,8 +1,9 @@
 """`ckd-ray label --suggest FILE`: unlabelled passages that the labels call relevant, for annotators.
 
-A passage's score for a query is its collective probability: the soft label that training gives it, over the top
-`distill.negatives_depth` of the ranking and the labelled passages (see `LabelledRun.distributions`). The best over all
-queries are kept, and no more than that is ever held: parts of the rankings stream by, each is reduced where it is read.
+The score of a passage for a query is its collective probability: the soft label that training gives it, over the top
+`distill.negatives_depth` of the ranking and the labelled passages (see `LabelledRun.distributions`). The pairs of
+highest score over all queries are kept. Each part of the rankings is reduced where it is read, so that memory does not
+grow with the number of queries.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class SuggestSettings:
     least: float = 0.1
 
     def check(self) -> None:
-        """Raises UserError for what makes no sense."""
+        """Raises UserError for a setting out of range."""
         if self.top < 1:
             raise UserError("must be 1 or more", where="--suggest-top", found=str(self.top))
         if not 0 <= self.least <= 1:
@@ -43,18 +44,16 @@ class SuggestSettings:
 
 
 def suggestions_of_part(run: LabelledRun, part: int, first: int, stop: int, settings: SuggestSettings) -> pa.Table:
-    """The best unlabelled passages of the queries [first, stop), which are those of a ranking part, highest first."""
+    """The most probable unlabelled passages of the queries [first, stop), which ranking part `part` holds."""
     columns = ["query_index", "rank", "passage_index"]
     table = read_ranking_part(join(run.run, "rankings", part_file(SPLIT, part)), columns)
     depth = run.settings.negatives_depth
-    rankings = part_matrix(table, first, stop - first, depth).astype(np.int64)
+    rankings = part_matrix(table, first, stop - first, depth)
     rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for query, ranking in zip(range(first, stop), rankings, strict=True):
-        labelled = run.positives.of(query)
-        ranked = ranking[ranking >= 0]
-        passages = np.concatenate([ranked, labelled[~np.isin(labelled, ranked)]])
-        if not len(ranked) or not len(labelled):
-            continue  # a query without a label takes no part in training: its labels are never read
+        labelled, passages = run.positives.of(query), run.with_labelled(query, ranking)
+        if ranking[0] < 0 or not len(labelled):
+            continue  # training does not read the labels of a query without a labelled passage
         score = run.distributions(query, passages).collective.numpy()
         chosen = np.flatnonzero((score >= settings.least) & ~np.isin(passages, labelled))
         rows["query"] += [query] * len(chosen)
@@ -66,13 +65,13 @@ def suggestions_of_part(run: LabelledRun, part: int, first: int, stop: int, sett
 
 
 def best(table: pa.Table, top: int) -> pa.Table:
-    """The `top` of highest score; equal ones in the order of queries and passages, whatever order they came in."""
+    """The `top` rows of highest score; equal scores in the order of queries and passages."""
     order = np.lexsort((table["passage"].to_numpy(), table["query"].to_numpy(), -table["score"].to_numpy()))
     return table.take(pa.array(order[:top]))
 
 
 def merge(parts: Iterable[pa.Table], top: int) -> pa.Table:
-    """The best of all parts; holds twice `top` rows and one part at most."""
+    """The best rows of all parts; holds at most twice `top` rows and one part."""
     kept = _SCHEMA.empty_table()
     for part in parts:
         kept = pa.concat_tables([kept, part])
@@ -89,10 +88,10 @@ def write_suggestions(uri: str, table: pa.Table) -> None:
 
 
 def suggest(run: str, file: str, settings: SuggestSettings) -> int:
-    """Go over a labelled run on Ray Data and write `file`. Returns the number of suggestions.
+    """Read a labelled run with Ray Data and write `file`. Returns the number of suggestions.
 
     Raises:
-        UserError: the run has no labels, or a setting makes no sense.
+        UserError: the run has no labels, or a setting is out of range.
     """
     from ckd_ray.progress import Progress
     from ckd_ray.ray_util.parts import query_spans, run_parts

@@ -1,32 +1,43 @@
-"""`ckd-ray report RUN`: one HTML file with everything in it, that opens without a network and runs only our script."""
+"""`ckd-ray report RUN`: one HTML file with everything in it. It needs no network and runs no script but its own."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from html import escape
 from importlib import resources
+from typing import Any
 
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from markupsafe import Markup
+
+from ckd_ray.evaluate.table import SYSTEMS
 from ckd_ray.files import write_atomic
-from ckd_ray.progress import without_secrets
-from ckd_ray.report import sections, trials
+from ckd_ray.labels.inspect import by_depth
+from ckd_ray.progress import duration, without_secrets
+from ckd_ray.report import curves, plots, trials
 from ckd_ray.report.facts import Facts, gather
 from ckd_ray.runs.finished import FinishedRun, reading
 
-_SECTIONS = (
-    ("table", "Student against the others", sections.table),
-    ("comparison", "Objectives compared", sections.comparison),
-    ("search", "Search for settings", trials.search),
-    ("curves", "Training", sections.curves),
-    ("wins", "Queries won and lost", sections.wins),
-    ("labels", "Labels", sections.labels),
-    ("stages", "Stages", sections.stages),
-    ("environment", "Environment and configuration", sections.environment),
-)
+# Each is a template of this name; one that has nothing to show is left out.
+_SECTIONS = {
+    "labels": "What the labels look like",
+    "wins": "Queries won and lost",
+    "table": "Student against the others",
+    "comparison": "Objectives compared",
+    "search": "Search for settings",
+    "curves": "Training",
+    "stages": "Stages",
+    "environment": "Environment and configuration",
+}
 
 
 def write_report(run: FinishedRun, out: str | None = None) -> str:
-    """Write the page of a run; `RUN/report.html` unless `out` says where. Returns where it is."""
+    """Write the page of a run to `out`, by default `RUN/report.html`. Returns where it is.
+
+    Raises:
+        UserError: a file of the run is missing, or is not what ckd-ray writes.
+    """
     where = out or run.path("report.html")
     with reading(run.folder):
         page = render_page(gather(run)).encode()
@@ -35,29 +46,54 @@ def write_report(run: FinishedRun, out: str | None = None) -> str:
 
 
 def render_page(facts: Facts) -> str:
-    """The page as text. The policy in its head lets no script run but ours, which is named by its hash."""
-    script = _asset("page.js")
-    shown = [(name, title, body) for name, title, make in _SECTIONS if (body := make(facts))]
-    main = "".join(f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in shown)
-    values = {
-        "title": escape(f"{facts.run.name}: ckd-ray report"),
-        "script_hash": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": _asset("page.css"),
-        "header": sections.header(facts),
-        "nav": "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in shown),
-        "main": main,
-        "footer": f"<p>{escape(facts.run.folder)}</p>",
-        "script": script,
+    """The page as text. Its policy lets no script run but ours, which it names by its hash.
+
+    Raises:
+        ValueError: a value that the page needs is missing in the files of the run.
+    """
+    templates, script = _templates(), _asset("page.js")
+    try:
+        bodies = {name: templates.get_template(f"{name}.html").render(facts=facts) for name in _SECTIONS}
+        page = templates.get_template("page.html").render(
+            facts=facts,
+            sections=[(name, title, Markup(bodies[name])) for name, title in _SECTIONS.items() if bodies[name].strip()],
+            style=_asset("page.css"),
+            script=script,
+            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+    return without_secrets(page)  # a page is passed on
+
+
+def _templates() -> Environment:
+    found = Environment(
+        loader=PackageLoader("ckd_ray.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Any] = {
+        "fixed": "{:.4f}".format,
+        "signed": "{:+.4f}".format,
+        "percent": "{:.0%}".format,
+        "count": "{:,}".format,
+        "number": plots.number,
+        "in_words": trials.in_words,
+        "duration": duration,
+        "system": lambda name: SYSTEMS.get(name, name),  # as people read it
+        "yaml": _as_yaml,
     }
-    # The template is cut once, so that braces in what is filled in mean nothing.
-    parts = _asset("page.html").split("{{")
-    page = parts[0]
-    for part in parts[1:]:
-        name, _, rest = part.partition("}}")
-        # A page is passed on: keys in URIs are hidden wherever they came from.
-        page += (values[name] if name in ("script", "style", "script_hash") else without_secrets(values[name])) + rest
-    return page
+    found.filters |= filters
+    found.globals |= {"plots": plots, "curves": curves, "trials": trials, "by_depth": by_depth}
+    return found
 
 
-def _asset(name: str) -> str:
-    return resources.files("ckd_ray.report").joinpath(name).read_text(encoding="utf-8")
+def _as_yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _asset(name: str) -> Markup:
+    """A file beside the templates that is no template: braces in it mean nothing to Jinja."""
+    return Markup(resources.files("ckd_ray.report").joinpath("templates").joinpath(name).read_text(encoding="utf-8"))  # noqa: S704

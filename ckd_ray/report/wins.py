@@ -1,48 +1,120 @@
-"""Which queries the student answers better than the teacher, which worse, and what both put on top."""
+"""Which queries the student answers better than another system, which worse, and the top results of both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection as Some, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import csv
 
 from ckd_ray.data import Collection
-from ckd_ray.evaluate.runs import without_own_passage
-from ckd_ray.files import join, list_files
-from ckd_ray.retrieve.rankings import read_ranking_part
+from ckd_ray.evaluate.runs import without_space
+from ckd_ray.evaluate.table import STUDENT
+from ckd_ray.files import exists, filesystem_of, join, read_json
+from ckd_ray.runs.finished import FinishedRun
 
-SHOWN = 3
+SHOWN = 3  # passages of a system, and labelled ones
+_EXAMPLES = 15  # won and lost queries, each, of a split and another system
+_LENGTH = 360  # characters of a passage
+
+Values = Mapping[str, float]  # query id -> value of a measure
+Ranked = Mapping[str, Sequence[str]]  # query id -> passage ids, best first
 
 
-@dataclass
+class Labelled(NamedTuple):
+    """A relevant passage, with its rank under both systems; None where it is not in the ranking."""
+
+    passage_id: str
+    text: str
+    grade: int
+    other_rank: int | None
+    student_rank: int | None
+
+
+class Hit(NamedTuple):
+    """One of the first results of a system."""
+
+    rank: int
+    passage_id: str
+    text: str
+    labelled: bool
+
+
+@dataclass(frozen=True)
 class Example:
-    """A query with its values and results under both systems.
-
-    Attributes:
-        labelled: the relevant passages of highest grade: (passage id, text, grade, rank of the teacher, rank of the
-            student); None: not within the depth.
-        tops: system -> the first few (rank, passage id, text, labelled).
-    """
+    """A query with its values under the other system and the student, its relevant passages of highest grade, and the
+    first results of each system."""
 
     query_id: str
     text: str
-    teacher: float
+    other: float
     student: float
-    labelled: list[tuple[str, str, int, int | None, int | None]] = field(default_factory=list)
-    tops: dict[str, list[tuple[int, str, str, bool]]] = field(default_factory=dict)
+    labelled: list[Labelled]
+    tops: dict[str, list[Hit]]
 
     @property
     def gain(self) -> float:
-        """Student minus teacher."""
-        return self.student - self.teacher
+        """Student minus the other system."""
+        return self.student - self.other
 
 
-def extremes(teacher: dict[str, float], student: dict[str, float], count: int) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True)
+class SplitWins:
+    """Differences of the student from `other` on a split, under one measure: of all queries, and the extreme ones with
+    their texts."""
+
+    split: str
+    measure: str
+    other: str
+    gains: list[float]
+    won: list[Example]
+    lost: list[Example]
+
+
+def wins_of(run: FinishedRun, measures: Mapping[str, Any]) -> list[SplitWins]:
+    """The student against the encoder as it is and against the teacher, on each split, the last one first.
+
+    Args:
+        measures: `evaluation/measures.json`.
+    """
+    collection, own = Collection.open(run.base), run.path("evaluation")
+    # A variant measures its student alone; the teacher was measured by the comparison or by the run.
+    places = {
+        "encoder": [join(run.base, "baselines", "encoder")],
+        "teacher": [own, join(run.base, "compare", "teacher"), join(run.base, "evaluation")],
+        STUDENT: [own],
+    }
+    threshold = int(measures.get("settings", {}).get("relevance_threshold", 1))
+    found = []
+    for split in reversed(list(measures["splits"])):
+        if split not in collection.splits:
+            continue
+        files = {name: [join(folder, f"{name}.{split}") for folder in folders] for name, folders in places.items()}
+        stems = {name: next((s for s in some if exists(f"{s}.per_query.json")), None) for name, some in files.items()}
+        values = {name: read_json(f"{stem}.per_query.json") for name, stem in stems.items() if stem}
+        compared = []
+        for other in [name for name in values if name != STUDENT and STUDENT in values]:
+            measure = next((m for m in values[STUDENT] if m in values[other]), None)
+            if measure is not None:
+                pair = {name: values[name][measure] for name in (other, STUDENT)}
+                compared.append((other, measure, pair, extremes(pair[other], pair[STUDENT], _EXAMPLES)))
+        wanted = {query for *_, (won, lost) in compared for query in (*won, *lost)}
+        ranked = {name: read_ranked(f"{stem}.run", wanted) for name, stem in stems.items() if stem}
+        for other, measure, pair, (won, lost) in compared:
+            two = {name: ranked[name] for name in (other, STUDENT)}
+            shown = examples(collection, split, won + lost, pair, two, relevance_threshold=threshold)
+            gains = [pair[STUDENT][q] - pair[other][q] for q in pair[STUDENT] if q in pair[other]]
+            found.append(SplitWins(split, measure, other, gains, shown[: len(won)], shown[len(won) :]))
+    return found
+
+
+def extremes(other: Values, student: Values, count: int) -> tuple[list[str], list[str]]:
     """(ids won, ids lost), the largest difference first, at most `count` each; ties in the order of the queries."""
-    gains = [(q, student[q] - teacher[q]) for q in student if q in teacher]
+    gains = [(q, student[q] - other[q]) for q in student if q in other]
     won = sorted((g for g in gains if g[1] > 0), key=lambda g: -g[1])[:count]
     lost = sorted((g for g in gains if g[1] < 0), key=lambda g: g[1])[:count]
     return [q for q, _ in won], [q for q, _ in lost]
@@ -51,89 +123,82 @@ def extremes(teacher: dict[str, float], student: dict[str, float], count: int) -
 def examples(
     collection: Collection,
     split: str,
-    chosen: list[str],
-    values: dict[str, dict[str, float]],
-    rankings: dict[str, str],
+    chosen: Sequence[str],
+    values: Mapping[str, Values],
+    ranked: Mapping[str, Ranked],
     *,
-    skip_same_id: bool,
     relevance_threshold: int = 1,
-    length: int = 360,
 ) -> list[Example]:
-    """The chosen queries with texts; only what is shown is read.
+    """The chosen queries with texts.
 
     Args:
-        values: system -> query id -> value; rankings: system -> folder of its rankings.
+        values, ranked: the other system first, then the student; ids of passages as in a TREC run.
         relevance_threshold: the grade from which a passage counts as labelled, as in the measures.
-        length: characters of a passage.
     """
-    queries = collection.queries(split)
+    queries, qrels = collection.queries(split), collection.qrels(split)
     text_of = dict(zip(queries.ids, queries.texts, strict=True))
-    wanted = set(chosen)
-    qrels = collection.qrels(split)
-    labels: dict[str, list[tuple[str, int, int]]] = {}
-    for query, passage, index, grade in zip(
-        qrels.query_ids, qrels.passage_ids, qrels.passage_index.tolist(), qrels.relevance.tolist(), strict=True
+    relevant: dict[str, list[tuple[str, int]]] = {query: [] for query in chosen}
+    for query, passage, grade in zip(qrels.query_ids, qrels.passage_ids, qrels.relevance.tolist(), strict=True):
+        if query in relevant and grade >= relevance_threshold:
+            relevant[query].append((passage, grade))
+    for labels in relevant.values():
+        labels.sort(key=lambda label: -label[1])
+    tops = {name: {q: list(found.get(q, ()))[:SHOWN] for q in chosen} for name, found in ranked.items()}
+    ids = {p for found in tops.values() for top in found.values() for p in (*top, *map(unquote, top))}
+    ids |= {p for labels in relevant.values() for p, _ in labels[:SHOWN]}
+    passages = _texts(collection, ids)
+    other, student = values
+
+    def rank(system: str, query: str, passage: str) -> int | None:
+        found = list(ranked.get(system, {}).get(query, ()))
+        return found.index(without_space(passage)) + 1 if without_space(passage) in found else None
+
+    def hit(place: int, written: str, query: str) -> Hit:
+        passage = written if written in passages else unquote(written)
+        return Hit(place, passage, passages.get(passage, ""), passage in dict(relevant[query]))
+
+    return [
+        Example(
+            query,
+            text_of[query],
+            values[other][query],
+            values[student][query],
+            [Labelled(p, passages[p], g, rank(other, query, p), rank(student, query, p)) for p, g in labels[:SHOWN]],
+            {name: [hit(i, p, query) for i, p in enumerate(top[query], 1)] for name, top in tops.items() if top[query]},
+        )
+        for query, labels in relevant.items()
+    ]
+
+
+def _texts(collection: Collection, ids: Some[str]) -> dict[str, str]:
+    """Passage id -> the beginning of its text."""
+    index = collection.passage_index(ids)
+    texts = [" ".join(text.split()) for text in collection.texts(list(index.values()))]
+    cut = [text if len(text) <= _LENGTH else text[:_LENGTH].rsplit(" ", 1)[0] + " …" for text in texts]
+    return dict(zip(index, cut, strict=True))
+
+
+def read_ranked(uri: str, wanted: Some[str]) -> dict[str, list[str]]:
+    """Query id -> passage ids as they are written in a TREC run, best first, of the `wanted` queries. Reads in blocks,
+    until all are found; empty where there is no such file."""
+    query_of = {without_space(query): query for query in wanted}
+    fs, path = filesystem_of(uri)
+    if not query_of or not exists(uri) or not fs.get_file_info(path).size:
+        return {}
+    names, found = ["query_id", "q0", "doc_id", "rank", "score", "tag"], dict[str, list[str]]()
+    with (
+        fs.open_input_stream(path) as stream,
+        csv.open_csv(
+            stream,
+            csv.ReadOptions(column_names=names),
+            csv.ParseOptions(delimiter=" ", quote_char=False),
+            csv.ConvertOptions(include_columns=["query_id", "doc_id"], column_types=dict.fromkeys(names, pa.string())),
+        ) as blocks,
     ):
-        if query in wanted and grade >= relevance_threshold:
-            labels.setdefault(query, []).append((passage, index, grade))
-    ranked = {system: _rankings(folder, split, wanted, skip_same_id) for system, folder in rankings.items()}
-    found = []
-    for query in chosen:
-        example = Example(query, text_of[query], values["teacher"][query], values["student"][query])
-        relevant = sorted(labels.get(query, []), key=lambda label: -label[2])
-        positive = {passage for passage, _, _ in relevant}
-        for system, by_query in ranked.items():
-            rows = by_query.get(query)
-            top = rows[rows["rank"] <= SHOWN] if rows is not None else None
-            if top is None:
-                continue
-            texts = _texts(collection, top["passage_index"].tolist(), length)
-            example.tops[system] = [
-                (int(rank), str(passage), text, passage in positive)
-                for rank, passage, text in zip(top["rank"], top["doc_id"], texts, strict=True)
-            ]
-        shown = relevant[:SHOWN]
-        texts = _texts(collection, [index for _, index, _ in shown], length)
-        for (passage, _, grade), text in zip(shown, texts, strict=True):
-            ranks = [_rank_of(ranked.get(system, {}).get(query), passage) for system in ("teacher", "student")]
-            example.labelled.append((passage, text, grade, ranks[0], ranks[1]))
-        found.append(example)
+        for block in blocks:
+            rows = block.filter(pc.is_in(block["query_id"], value_set=pa.array(list(query_of), pa.string())))
+            for query, passage in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+                found.setdefault(query_of[query], []).append(passage)
+            if len(found) == len(query_of) and not len(rows):
+                break  # the lines of a query stand together
     return found
-
-
-def _texts(collection: Collection, indices: list[int], length: int) -> list[str]:
-    texts = (" ".join(text.split()) for text in collection.texts(indices))
-    return [text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " …" for text in texts]
-
-
-def _rank_of(rows: pd.DataFrame | None, passage: str) -> int | None:
-    if rows is None:
-        return None
-    at = rows.loc[rows["doc_id"] == passage, "rank"]
-    return int(at.iloc[0]) if len(at) else None
-
-
-def _rankings(folder: str, split: str, wanted: set[str], skip_same_id: bool) -> dict[str, pd.DataFrame]:
-    """query id -> its results (doc_id, rank, passage_index), reading one part at a time until all are found."""
-    found: dict[str, pd.DataFrame] = {}
-    for name in _parts(folder, split):
-        table = read_ranking_part(join(folder, name), ["query_id", "passage_id", "rank", "passage_index"])
-        rows: Any = table.filter(pc.is_in(table["query_id"], value_set=_as_array(wanted))).to_pandas()
-        rows = rows.rename(columns={"passage_id": "doc_id"})
-        if skip_same_id:
-            rows = without_own_passage(rows, int(rows["rank"].max()) if len(rows) else 1)
-        for query, group in rows.groupby("query_id"):
-            found[str(query)] = group.sort_values("rank")
-        if len(found) == len(wanted):
-            break
-    return found
-
-
-def _parts(folder: str, split: str) -> Iterable[str]:
-    return [n for n in list_files(folder, ".parquet") if n.rpartition("-")[0] == split]
-
-
-def _as_array(values: set[str]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(sorted(values), pa.string())

@@ -16,9 +16,6 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.runs.digests import digests_of
-from ckd_ray.runs.fingerprint import fingerprint
-from ckd_ray.progress import say
 from ckd_ray.files import (
     check_inside,
     delete,
@@ -31,6 +28,9 @@ from ckd_ray.files import (
     remove_stale,
     write_json_atomic,
 )
+from ckd_ray.progress import say
+from ckd_ray.runs.digests import digests_of
+from ckd_ray.runs.fingerprint import fingerprint
 
 MANIFEST, MAKING = "manifest.json", "making.json"
 SCHEMA_VERSION = 1

@@ -18,4 +18,3 @@ def labels_name(label: Mapping[str, Any]) -> str:
 def labels_folder(label: Mapping[str, Any]) -> str:
     """Where a search keeps labels of other settings than the run's, below the run."""
     return f"{FOLDER}/{labels_name(label)}"
-
