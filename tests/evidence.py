@@ -111,6 +111,7 @@ def _rank(
     config: Config,
 ) -> Measures:
     from ckd_ray.evaluate.measures import measure_parts
+    from ckd_ray.evaluate.runs import write_trec_run
     from ckd_ray.pipeline.evaluation import RankedParts, labelled_parts
 
     queries, rankings = opened.queries(split), run / "evaluation" / "rankings" / system
@@ -126,4 +127,5 @@ def _rank(
         passage_ids=opened.passage_ids(indices.ravel()),
     )
     parts = RankedParts(str(rankings), split, len(queries.ids))
+    write_trec_run(str(run / "evaluation" / f"{system}.{split}.run"), parts, "hand")
     return measure_parts(labelled_parts(parts, opened), config.evaluate.measures)

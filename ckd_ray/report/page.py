@@ -54,9 +54,11 @@ def render_page(facts: Facts) -> str:
     templates, script = _templates(), _asset("page.js")
     try:
         bodies = {name: templates.get_template(f"{name}.html").render(facts=facts) for name in _SECTIONS}
+        # Markup: the templates have escaped it.
+        sections = [(name, title, Markup(bodies[name])) for name, title in _SECTIONS.items() if bodies[name].strip()]  # noqa: S704
         page = templates.get_template("page.html").render(
             facts=facts,
-            sections=[(name, title, Markup(bodies[name])) for name, title in _SECTIONS.items() if bodies[name].strip()],
+            sections=sections,
             style=_asset("page.css"),
             script=script,
             script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from markupsafe import escape
 
 from ckd_ray.config.schema import LabelConfig
 from ckd_ray.errors import UserError
@@ -23,7 +24,9 @@ from ckd_ray.labels.inspect import inspect_query, nearest_ids, render
 from ckd_ray.labels.labelled_run import LabelledRun
 from ckd_ray.labels.stage import LabelJob, label_part
 from ckd_ray.labels.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
+from ckd_ray.labels.summary import summarize_labels
 from ckd_ray.report.facts import gather
+from ckd_ray.report.page import render_page
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.runs.layout import labels_folder
@@ -159,8 +162,38 @@ def test_a_search_s_winner_has_labels_and_settings_of_its_own(run: Path, tmp_pat
     assert len(inspect_query(str(made), "q0")["feedback"]) == 3
     write_json_atomic(str(made / "embeddings" / "manifest.json"), {"made_of": "m"})
     facts = gather(open_finished(str(winner)))
-    assert facts.labels and {(len(f["feedback"]), f["settings"]["temperature"]) for f in facts.labels} == {(1, 3.0)}
+    assert facts.labels
+    assert {(len(f["feedback"]), f["settings"]["temperature"]) for f in facts.labels["examples"]} == {(1, 3.0)}
+    shown = render_page(facts)
+    assert shown.count("what collective labels raise") == len(facts.labels["examples"]) == 4
+    for example in facts.labels["examples"]:
+        for passage in example["passages"]:
+            assert escape(passage["passage_id"]) in shown and f"{passage['collective']:.3f}" in shown
     assert [stage["seconds"] for stage in facts.stages if stage["name"] == "label"] == [4321.0]
+
+
+def test_the_summary_of_labels_is_the_literal_one(run: Path) -> None:
+    opened = LabelledRun.open(str(run))
+    depth, ranking = opened.settings.negatives_depth, read_ranking_matrix(str(run / "rankings"), "train")
+    found = summarize_labels(opened, 1000)
+    assert found["queries"] == [f"q{i}" for i in range(24) if i != 1] and found["labelled_queries"] == 23
+    for kind, beta in (("teacher", 0.0), ("collective", BETA)):
+        rows, raising = [], []
+        for query in [int(q[1:]) for q in found["queries"]]:
+            labelled = {0: [0, 1], 2: [59]}.get(query, [query])
+            passages = ranking[query, :depth].tolist()
+            passages += [p for p in labelled if p not in passages]
+            p = literal(run, query, passages, labelled, beta)
+            others = [float(v) for v, passage in zip(p, passages, strict=True) if passage not in labelled]
+            entropy = -sum(float(v) * np.log(v) for v in p if v > 0)
+            relevant = sum(v >= found["threshold"] for v in others)
+            raising += [f"q{query}"] * (relevant > 0)
+            rows.append((entropy, entropy / np.log(len(p)), 1 - sum(others), relevant, relevant > 0))
+        names = ("entropy", "entropy_share", "label_mass", "relevant", "share")
+        assert [found["kinds"][kind][name] for name in names] == pytest.approx(np.mean(rows, axis=0), abs=1e-4)
+        assert kind == "teacher" or found["raising"] == raising
+    assert found["kinds"]["one_hot"]["label_mass"] == 1 and found["kinds"]["one_hot"]["relevant"] == 0
+    assert len(summarize_labels(opened, 5)["queries"]) == 5
 
 
 def test_nearest_ids_of_many() -> None:

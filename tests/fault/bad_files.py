@@ -442,7 +442,7 @@ _FINISHED: list[tuple[str, str, str, Content]] = [
     ("report", "a comparison of words", "evaluation/comparison.json", '{"dev": {"MRR@10": {"teacher": "high"}}}'),
     ("report", "a collection's manifest without rows", "corpus/manifest.json", '{"splits": {}}'),
     ("report", "losses that are no JSON", "student/metrics.jsonl", "loss 0.5\n"),
-    ("report", "a ranking that is no Parquet", "evaluation/rankings/student/dev-000000.parquet", b"PAR1"),
+    ("report", "a run that is no TREC run", "evaluation/student.dev.run", "PAR1\n"),
     ("evaluate --against", "no values of queries", "evaluation/student.dev.per_query.json", "[]"),
     ("evaluate --against", "values in words", "evaluation/student.dev.per_query.json", '{"MRR@10": {"q1": "high"}}'),
     ("search", "no store", "student_embeddings/passages/manifest.json", None),

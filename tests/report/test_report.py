@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import html
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from ckd_ray.checks import load_config
 from ckd_ray.compare.table import System, build_table
 from ckd_ray.data import Collection, build_collection
-from ckd_ray.report import sections
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page, write_report
 from ckd_ray.report.plots import Interval, Series, histogram, intervals, lines, number, thinned, ticks
-from ckd_ray.report.wins import examples, extremes
-from ckd_ray.retrieve.rankings import write_ranking_part
+from ckd_ray.report.wins import examples, extremes, read_ranked
 from ckd_ray.runs.finished import open_finished
 from tests.evidence import EVIL_ID, evil_collection, hand_made_run
 from tests.support import write_collection
@@ -40,6 +38,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str) -> Path:
     (made / "compare").mkdir()
     (made / "compare" / "table.json").write_text(json.dumps(table))
     (made / "tune").mkdir()
+    baseline = made / "baselines" / "encoder"  # as if the encoder as it is ranked like the teacher
+    baseline.mkdir(parents=True)
+    for path in (made / "evaluation").glob("teacher.*"):
+        shutil.copy(path, baseline / path.name.replace("teacher", "encoder"))
     (made / "tune" / "summary.json").write_text(json.dumps(search()))
     return made
 
@@ -138,24 +140,22 @@ def test_every_text_of_a_run_stays_text(run: Path, tmp_path: Path) -> None:
     assert [tag for tag, _ in elements.tags].count("script") == 1 and "hidden@" not in page
     assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
     assert not [name for _, attributes in elements.tags for name in attributes if name in ("autofocus", "src")]
-    assert page.count(html.escape(HOSTILE)) > 20
+    assert page.count(escape(HOSTILE)) > 20
 
 
-def test_passages_that_were_set_aside_are_named() -> None:
+def test_passages_that_were_set_aside_are_named(run: Path) -> None:
     figures = {"count": 60, "unit": "passages", "set_aside": ["p17", "<p42>"]}
-    facts = SimpleNamespace(stages=[{"name": "embed", "folder": "embeddings", "seconds": 1.0, "figures": figures}])
-    page = sections.stages(facts)  # type: ignore[arg-type]
-    assert "2 passages could not be encoded and were set aside" in page and "&lt;p42&gt;" in page
+    stages = [{"name": "embed", "folder": "embeddings", "seconds": 1.0, "figures": figures}]
+    page = render_page(dataclasses.replace(gather(open_finished(str(run))), stages=stages))
+    text = " ".join(page.split())
+    assert "2 passages could not be encoded and were set aside" in text and "&lt;p42&gt;" in text
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
     elements = parsed(page)
     assert elements.open == []
     sections = [a["id"] for tag, a in elements.tags if tag == "section"]
-    assert sections[:5] == ["table", "comparison", "search", "curves", "wins"] and sections[-2:] == [
-        "stages",
-        "environment",
-    ]
+    assert sections == ["wins", "table", "comparison", "search", "curves", "stages", "environment"]
     for _, attributes in elements.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), name
@@ -165,7 +165,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
 
 
 def test_nothing_from_the_collection_becomes_markup(page: str) -> None:
-    assert EVIL_ID not in page and html.escape(EVIL_ID) in page
+    assert EVIL_ID not in page and escape(EVIL_ID) in page
     assert "<img" not in page and "&lt;img src=x onerror=alert(2)&gt;" in page
     assert "<b>collective" not in page and "&lt;b&gt;collective&lt;/b&gt;" in page
 
@@ -188,7 +188,11 @@ def test_the_numbers_are_those_of_the_run(run: Path, page: str) -> None:
         name: json.loads((run / "evaluation" / f"{name}.dev.per_query.json").read_text())["MRR@10"]
         for name in ("teacher", "student")
     }
-    dev = next(w for w in facts.wins if w.split == "dev")
+    assert [(w.split, w.other) for w in facts.wins] == [(s, o) for s in ("test", "dev") for o in ("encoder", "teacher")]
+    against_encoder, dev = (w for w in facts.wins if w.split == "dev")
+    assert against_encoder.gains == dev.gains and [e.query_id for e in against_encoder.won] == [
+        e.query_id for e in dev.won
+    ]
     assert len(dev.gains) == 6 and sum(dev.gains) == pytest.approx(
         sum(per_query["student"].values()) - sum(per_query["teacher"].values())
     )
@@ -198,7 +202,7 @@ def test_the_numbers_are_those_of_the_run(run: Path, page: str) -> None:
         )
         _, _, grade, before, after = example.labelled[0]
         assert grade == 1
-        assert example.teacher == pytest.approx(1 / before if before and before <= 10 else 0)
+        assert example.other == pytest.approx(1 / before if before and before <= 10 else 0)
         assert example.student == pytest.approx(1 / after if after and after <= 10 else 0)
         assert [rank for rank, *_ in example.tops["student"]] == [1, 2, 3]
     assert dev.won or dev.lost
@@ -208,7 +212,7 @@ def test_the_first_screen_says_what_a_user_would_have_instead(page: str) -> None
     first = page[page.index("<header>") : page.index("</header>")]
     assert "The student is not better than the encoder as it is" in first
     for name in ("encoder as it is", "BM25", "teacher", "student"):
-        assert f"<td class=l>{name}</td>" in first
+        assert f'<td class="l">{name}</td>' in first
     assert "a third is left out: &lt;script&gt;" in first
 
 
@@ -232,26 +236,25 @@ def test_passages_below_the_threshold_are_not_shown_as_labelled(tmp_path: Path) 
     config = load_config(None, ["collection.format=msmarco", f"collection.path={folder}"])
     build_collection(config.collection, str(tmp_path / "run"))
     collection = Collection.open(str(tmp_path / "run"))
-    write_ranking_part(
-        str(tmp_path / "dev-000000.parquet"),
-        first_query=0,
-        query_ids=["q24"],
-        scores_BK=np.array([[3.0, 2.0, 1.0]], np.float32),
-        passages_BK=np.array([[4, 2, 5]]),
-        passage_ids=["p4", "p2", "p5"],
-    )
     values = {"teacher": {"q24": 0.0}, "student": {"q24": 1.0}}
-    rankings = dict.fromkeys(values, str(tmp_path))
+    ranked = {name: {"q24": ["p4", "p2", "p5"]} for name in values}
 
     def shown(threshold: int) -> tuple[list[tuple[str, int, int | None]], list[bool]]:
-        (found,) = examples(
-            collection, "dev", ["q24"], values, rankings, skip_same_id=False, relevance_threshold=threshold
-        )
+        (found,) = examples(collection, "dev", ["q24"], values, ranked, relevance_threshold=threshold)
         assert [passage for _, passage, _, _ in found.tops["student"]] == ["p4", "p2", "p5"]
         return [(p, grade, rank) for p, _, grade, _, rank in found.labelled], [top[3] for top in found.tops["student"]]
 
     assert shown(1) == ([("p5", 3, 3), ("p3", 2, None), ("p6", 2, None)], [False, True, True])
     assert shown(3) == ([("p5", 3, 3)], [False, False, True])
+
+
+def test_rankings_are_read_from_trec_runs(tmp_path: Path) -> None:
+    """Ids are written with white space encoded; quotes and NA are ids like others."""
+    (tmp_path / "s.run").write_text('q%201 Q0 "p 1 3.0 t\nq%201 Q0 NA 2 2.0 t\nq2 Q0 p1 1 9.0 t\nq3 Q0 p%202 1 9.0 t\n')
+    found = read_ranked(str(tmp_path / "s.run"), {"q 1", "q3", "q9"})
+    assert found == {"q 1": ['"p', "NA"], "q3": ["p%202"]}
+    (tmp_path / "empty.run").touch()
+    assert read_ranked(str(tmp_path / "empty.run"), {"q3"}) == read_ranked(str(tmp_path / "none.run"), {"q3"}) == {}
 
 
 def test_the_threshold_is_that_of_the_measures(run: Path, tmp_path: Path) -> None:
@@ -332,10 +335,10 @@ def test_a_browser_opens_it_without_an_error_and_its_script_works(page: str, tmp
 
 
 def test_a_search_is_shown_with_its_best_trial_and_a_slice_for_every_key(page: str) -> None:
-    part = page[page.index('<section id="search">') : page.index('<section id="curves">')]
+    part = " ".join(page[page.index('<section id="search">') : page.index('<section id="curves">')].split())
     assert "trial 2: distill.temperature 1.5 (0.25)" in part and "25 % of the time" in part
     assert part.count("<figure") == 3 and "distill.temperature, importance 0.90" in part
-    drawn = part[: part.index("<div class=slices>")]
+    drawn = part[: part.index('<div class="slices">')]
     assert drawn.count("<polyline") == 3  # the failed one has no line
     assert drawn.rindex("trial 2: temperature 1.5") > drawn.rindex("trial 0: temperature 0.25")  # drawn last, on top
     assert "failed: &lt;script&gt;alert(1)&lt;/script&gt;" in part

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ckd_ray.report.sections import labels as labels_section
 
 from ckd_ray.collective.scores import counted_rows, expansion_weights
 from ckd_ray.config.schema import DistillConfig, LabelConfig
@@ -24,7 +25,6 @@ from ckd_ray.labels.stage import LabelJob, label_part
 from ckd_ray.labels.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.model import ColBERT
 from ckd_ray.report.facts import gather
-from ckd_ray.report.sections import labels as labels_section
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.store import EmbeddingStore
