@@ -165,7 +165,7 @@ def test_a_search_s_winner_has_labels_and_settings_of_its_own(run: Path, tmp_pat
     assert facts.labels
     assert {(len(f["feedback"]), f["settings"]["temperature"]) for f in facts.labels["examples"]} == {(1, 3.0)}
     shown = render_page(facts)
-    assert shown.count("what collective labels raise") == len(facts.labels["examples"]) == 4
+    assert shown.count("likeliest other passages under collective labels") == len(facts.labels["examples"]) == 4
     for example in facts.labels["examples"]:
         for passage in example["passages"]:
             assert escape(passage["passage_id"]) in shown and f"{passage['collective']:.3f}" in shown
