@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
-
 from ckd_ray.files import list_files
 
 _QUERIES_A_PART = 256
@@ -41,6 +39,8 @@ def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, argum
     if not missing:
         return iter(())
     items = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
+    import ray  # not at the top: `inspect` reads parts, and has to start without Ray
+
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
         work,
         fn_kwargs=arguments,

@@ -68,11 +68,18 @@ def render_page(facts: Facts) -> str:
     return without_secrets(page)  # a page is passed on
 
 
+class _Missing(StrictUndefined):
+    """A value that the files of a run lack: an error that names it, in a number's format as well."""
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+
 def _templates() -> Environment:
     found = Environment(
         loader=PackageLoader("ckd_ray.report"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=_Missing,
         trim_blocks=True,
         lstrip_blocks=True,
     )
