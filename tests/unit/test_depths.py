@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ckd_ray.report.sections import labels as labels_section
 
 from ckd_ray.collective.scores import counted_rows, expansion_weights
 from ckd_ray.config.schema import DistillConfig, LabelConfig
@@ -25,6 +24,7 @@ from ckd_ray.labels.stage import LabelJob, label_part
 from ckd_ray.labels.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.model import ColBERT
 from ckd_ray.report.facts import gather
+from ckd_ray.report.page import render_page
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.store import EmbeddingStore
@@ -212,5 +212,5 @@ def test_inspect_shows_each_depth(run: Path) -> None:
     assert [line.split()[0] for line in lines[second + 1 : second + 1 + SIZE]] == [e["token"] for e in shown[SIZE:]]
     assert sum("not counted" in line for line in lines) == 2
     assert any(f"({2 * SIZE} of {len(found['expansion'])} centroids count" in line for line in lines)
-    page = labels_section(gather(open_finished(str(run))))
+    page = render_page(gather(open_finished(str(run))))
     assert "from the top 1 of the feedback" in page and "from the top 3 of the feedback" in page
