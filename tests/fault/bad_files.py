@@ -1,6 +1,6 @@
 """Bad input for every reader, made on the spot: what is wrong, and the call that a command makes of it.
 
-`python -m tests.fault.bad_files --write docs/bad_input.md` writes the table of what each is told.
+`python -m tests.fault.bad_files --write docs/reference/bad_input.md` writes the table of what each is told.
 """
 
 from __future__ import annotations
@@ -555,12 +555,12 @@ CASES = _all()
 
 
 def table(outcomes: dict[BadFile, str]) -> str:
-    """docs/bad_input.md."""
+    """docs/reference/bad_input.md."""
     lines = [
-        "# Bad input, and what is said of it",
+        "# Bad input, and the message for it",
         "",
-        f"{len(outcomes)} inputs, made and read by `pytest tests/fault/test_bad_files.py`; this table is written by",
-        "`python -m tests.fault.bad_files --write docs/bad_input.md` and compared by a test. The number is the exit status",
+        f"{len(outcomes)} inputs, made and read by `pytest tests/fault/test_bad_files.py`. This table is written by",
+        "`python -m tests.fault.bad_files --write docs/reference/bad_input.md` and compared by a test. The number is the exit status",
         "of the command: 2, the input is wrong; 1, what a run has written is damaged (the file is named, and `ckd-ray train`",
         "makes broken shards again by itself); 0, the input is taken, with what is counted of it. No input",
         "ends in a traceback, and none is left out without being counted: what is read = what is kept + what is reported.",

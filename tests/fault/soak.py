@@ -1,7 +1,7 @@
 """Runs the whole job on a tiny collection again and again, breaks something at a random moment of every stage, and
 compares what comes out with an undisturbed run.
 
-    python -m tests.fault.soak --faults 200 --seed 1 --out docs/faults.json
+    python -m tests.fault.soak --faults 200 --seed 1 --out tests/fault/faults.json
 
 A command that stops must say why in one message, without a traceback, and must complete when it is given again. Needs
 Linux, and root for the kinds that mount a small tmpfs (they are left out otherwise). `--minutes` ends it earlier.

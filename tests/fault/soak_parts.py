@@ -1,6 +1,6 @@
 """The stages without Ray and without training, in a process that is forked, broken and started again many times.
 
-    python -m tests.fault.soak_parts --faults 200 --seed 1 --out docs/faults_parts.json
+    python -m tests.fault.soak_parts --faults 200 --seed 1 --out tests/fault/faults_parts.json
 
 Collection, embed, retrieve, label and the measuring of `evaluate` run with the product's own functions, in one process;
 where the product hands units of work to Ray they are done one after the other. What is left out is Ray: see `soak.py`.

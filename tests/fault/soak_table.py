@@ -1,7 +1,7 @@
 """The records of both soaks as Markdown, and several records of the one with Ray as a single one.
 
-python -m tests.fault.soak_table docs/faults.json docs/faults_parts.json docs/faults.md
-python -m tests.fault.soak_table --together docs/faults.json MONDAY.json TUESDAY.json
+python -m tests.fault.soak_table tests/fault/faults.json tests/fault/faults_parts.json docs/explanation/faults.md
+python -m tests.fault.soak_table --together tests/fault/faults.json MONDAY.json TUESDAY.json
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def together(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as docs/faults.md."""
+    """The record as docs/explanation/faults.md."""
     usual = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in record["undisturbed_seconds"].items())
     machine, stops = record["machine"], record["stop_seconds"]
     lines = [
@@ -87,7 +87,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def table_of_parts(record: dict[str, Any]) -> str:
-    """The record of `soak_parts` as a section of docs/faults.md."""
+    """The record of `soak_parts` as a section of docs/explanation/faults.md."""
     lines = [
         "## Without Ray",
         "",

@@ -47,5 +47,5 @@ def test_the_table_is_current() -> None:
     others = [name for name in libraries if not version(name).startswith(pins[name])]
     if others or len(_OUTCOMES) < len(CASES):
         pytest.skip(f"other versions of {', '.join(others)}" if others else "not all cases were run")
-    fresh = "python -m tests.fault.bad_files --write docs/bad_input.md"
-    assert (ROOT / "docs" / "bad_input.md").read_text() == table({c: _OUTCOMES[c] for c in CASES}), fresh
+    fresh = "python -m tests.fault.bad_files --write docs/reference/bad_input.md"
+    assert (ROOT / "docs" / "reference" / "bad_input.md").read_text() == table({c: _OUTCOMES[c] for c in CASES}), fresh
