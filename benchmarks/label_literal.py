@@ -1,4 +1,4 @@
-"""The published label step (docs/method.md, step 4), a query at a time: what the expansion benchmarks compare with.
+"""The published label step (method.md, step 4), a query at a time: what the expansion benchmarks compare with.
 
 Per query: scikit-learn's Lloyd from the published start (numpy where scikit-learn is missing), one faiss call for the
 10 neighbours of its centroids, Python dictionaries for the votes.

@@ -2,7 +2,7 @@
 
     python benchmarks/teacher_quality.py --run DIR [--quick]
 
-The top 100 of exact search without expansion are ranked again by the teacher's score (docs/method.md, step 5), for the
+The top 100 of exact search without expansion are ranked again by the teacher's score (method.md, step 5), for the
 dev queries (MRR@10) and the test queries (nDCG@10) of a finished run (up to `embed`), with and without
 `distill.zero_row_floor`, for several beta and sizes of the expansion. Differences come with a paired randomisation
 test. Then the same for the votes: the teacher's top 10 with approximate votes against exact ones. `--quick` takes 100

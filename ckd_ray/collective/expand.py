@@ -1,4 +1,4 @@
-"""Collective knowledge of queries: the expansion embeddings of a whole batch at once (docs/method.md, step 4).
+"""Collective knowledge of queries: the expansion embeddings of a whole batch at once (method.md, step 4).
 
 Shapes: B queries, K clusters, T points of a query, D dimensions, M centroids of the batch, V voters, E kept embeddings.
 """

@@ -1,6 +1,6 @@
 """k-means of many queries at once: a deterministic start, then Lloyd's algorithm until each has converged.
 
-Source: docs/method.md step 4 ("Collective Relevance Labeling for Passage Retrieval", NAACL 2022, section 3). When
+Source: method.md step 4 ("Collective Relevance Labeling for Passage Retrieval", NAACL 2022, section 3). When
 to stop and what becomes of empty clusters follow scikit-learn's Lloyd, which the published code calls.
 
 Every operation is over one query's own rows and columns. When a caller pads each query to a size that the
@@ -44,7 +44,7 @@ def _shares(clusters: int, passages: int) -> tuple[int, ...]:
 
 
 def start_positions(lengths: Sequence[int], clusters: int) -> list[int]:
-    """Rows, among the concatenated passages of a query, that seed its clusters (docs/method.md step 4).
+    """Rows, among the concatenated passages of a query, that seed its clusters (method.md step 4).
 
     The clusters are shared out evenly over the passages, at linspace(0, K, P + 1) rounded down, and seeded at
     evenly spaced token positions in each. K = min(clusters, tokens). Empty passages take no part. A passage

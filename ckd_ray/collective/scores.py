@@ -1,4 +1,4 @@
-"""The teacher's score: its own MaxSim, plus that of the expansion (docs/method.md, step 5).
+"""The teacher's score: its own MaxSim, plus that of the expansion (method.md, step 5).
 
 Shapes: B queries, Q rows, E expansion embeddings (M depths of e each), N passages, L rows a passage, D dimensions.
 """
@@ -23,7 +23,7 @@ def expansion_weights(
 ) -> Tensor:
     """What each expansion embedding weighs beside the query's own rows, which weigh 1 each.
 
-    With a number: beta * idf (docs/method.md, step 4), whose sum depends on the size of the collection. With `auto`:
+    With a number: beta * idf (method.md, step 4), whose sum depends on the size of the collection. With `auto`:
     idf in proportion, scaled to share / (1 - share) * Q, so that the expansion holds `share` of the total weight of the
     teacher's score on any collection, for any length of the query and the expansion. A query without an expansion (idf
     0 everywhere) keeps weights of 0.

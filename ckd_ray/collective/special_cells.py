@@ -1,7 +1,7 @@
 """Where in the embedding space special tokens stand alone: what votes without a search need to know of the collection.
 
 The 10 nearest of all token embeddings vote for a centroid's token, and special tokens among them do not count
-(docs/method.md, step 4). Without a search over the collection the query's own feedback votes; but three passages hold
+(method.md, step 4). Without a search over the collection the query's own feedback votes; but three passages hold
 three [CLS] each, and cannot show that the collection would send [CLS] only, which drops the centroid. The cells tell:
 k-means over a bounded sample of the store, and which of its cells hold hardly anything but special tokens. On MedQuAD
 that elects the exact neighbours' token for 79 % of the centroids; IVF-PQ, as published, does for 76 %, the feedback

@@ -1,4 +1,4 @@
-"""Which token a centroid stands for, and what that token weighs (docs/method.md, step 4).
+"""Which token a centroid stands for, and what that token weighs (method.md, step 4).
 
 Shapes: M centroids, V voters (neighbours) a centroid, nearest first.
 """

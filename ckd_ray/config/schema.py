@@ -145,7 +145,7 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """The keys that the training of the teacher and of the student share.
 
-    The defaults are for a small pretrained encoder with a new projection (docs/evidence.md); configs/published.yaml has
+    The defaults are for a small pretrained encoder with a new projection (evidence.md); configs/published.yaml has
     the published ones. MaxSim adds one similarity for each query row, so the scores of passages lie tens apart, and an
     undivided softmax gives the best passage everything. `score_scale` prevents that (`ckd_ray.distill.scale`).
 
@@ -264,7 +264,7 @@ class RetrieveConfig(Section):
 
 
 class LabelConfig(Section):
-    """Collective knowledge (docs/method.md step 4).
+    """Collective knowledge (method.md step 4).
 
     Attributes:
         feedback_passages: Passages that an expansion is computed from. A list of 1 to 8 ascending depths ([1, 3, 5])

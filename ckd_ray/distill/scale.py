@@ -3,7 +3,7 @@
 MaxSim adds one similarity for each query row. With 32 rows the scores of random passages lie several units apart and
 the label tens of units above them, so an undivided softmax gives the label everything, the loss is 0.000 in most steps,
 and what training still does is to widen the gaps further. Dividing by the spread of the scores keeps every passage of
-the batch in the loss, for any encoder, query length and similarity. Measured in docs/evidence.md. Shapes: B queries, N
+the batch in the loss, for any encoder, query length and similarity. Measured in evidence.md. Shapes: B queries, N
 passages.
 """
 

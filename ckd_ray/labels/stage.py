@@ -1,4 +1,4 @@
-"""The label stage: feedback passages and collective expansion of every training query (docs/method.md, step 4).
+"""The label stage: feedback passages and collective expansion of every training query (method.md, step 4).
 
 Runs on Ray Data, a file of labels a batch of queries; the mathematics is in `feedback.py` and `expand.py` and knows
 nothing of Ray.

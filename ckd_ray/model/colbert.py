@@ -1,6 +1,6 @@
 """ColBERT on any `transformers` encoder: a projection to D numbers a token, rows of unit length.
 
-Source: docs/method.md steps 1 and 2; Khattab and Zaharia, SIGIR 2020. Shapes: B queries, Q rows a query, N passages,
+Source: method.md steps 1 and 2; Khattab and Zaharia, SIGIR 2020. Shapes: B queries, Q rows a query, N passages,
 L rows a passage, D dimensions.
 """
 
@@ -149,7 +149,7 @@ class ColBERT(nn.Module):
         return F.normalize(self.projection(hidden).float(), dim=-1)
 
     def encode_queries(self, ids_BQ: Tensor, mask_BQ: Tensor) -> Tensor:
-        """Unit rows of shape (B, Q, D), float32; augmentation tokens included (docs/method.md step 1).
+        """Unit rows of shape (B, Q, D), float32; augmentation tokens included (method.md step 1).
 
         Without `query_expansion` the rows after the text are zero.
         """

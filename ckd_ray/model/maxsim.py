@@ -1,6 +1,6 @@
 """MaxSim, the late interaction of ColBERT: every query row takes its best passage row.
 
-Source: docs/method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query,
+Source: method.md, *Notation*: MaxSim(Q, P) = sum_i max_j sim(Q_i, P_j). Shapes: B queries, Q rows a query,
 N passages, L rows a passage, D dimensions.
 """
 

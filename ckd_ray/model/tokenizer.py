@@ -24,7 +24,7 @@ class ColBERTTokenizer:
 
     Attributes:
         skip_ids: ids of punctuation, which give no passage embedding when `mask_punctuation` is on.
-        silent_ids: ids that may not vote for a centroid's token: special tokens and [unused*] (docs/method.md, step 4).
+        silent_ids: ids that may not vote for a centroid's token: special tokens and [unused*] (method.md, step 4).
     """
 
     def __init__(self, tokenizer: Any, settings: ColBERTSettings) -> None:

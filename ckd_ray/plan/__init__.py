@@ -1,1 +1,1 @@
-"""`ckd-ray plan`: time, memory, storage and cost of every stage, before anything is paid (docs/plan.md)."""
+"""`ckd-ray plan`: time, memory, storage and cost of every stage, before anything is paid (plan.md)."""

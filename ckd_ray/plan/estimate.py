@@ -24,7 +24,7 @@ from ckd_ray.store.codec import bytes_per_token
 from ckd_ray.store.codec_training import choose_centroids, sample_size
 
 # Fixed times of Ray's stages, as multiples of what a new process takes to import everything (`process_start_s`), and
-# seconds that do not depend on it. Read off the times of the files of one quick start (docs/plan.md).
+# seconds that do not depend on it. Read off the times of the files of one quick start (plan.md).
 EMBED_START = (1.0, 5.0)
 SERVE_START = (1.0, 2.0)
 TRAIN_START = (2.0, 4.0)

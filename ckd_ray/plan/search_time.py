@@ -167,7 +167,7 @@ def _centroids(
 
 
 def vote_parts(config: Config, sizes: Sizes, rates: Rates, layout: Layout, count: int) -> list[Part]:
-    """Votes of the collection for q * clusters centroids of each depth (docs/method.md, step 4).
+    """Votes of the collection for q * clusters centroids of each depth (method.md, step 4).
 
     `exact`: 2 q clusters V D operations on the servers' CPUs, and `nearest_vector_s` a centroid in each. `faiss`: an
     index of their own, and its search.

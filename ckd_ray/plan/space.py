@@ -1,6 +1,6 @@
 """Bytes: what a stage leaves in the run directory, and what its processes hold at their peak. Arithmetic alone.
 
-Constants were read off finished runs of MedQuAD (docs/plan.md).
+Constants were read off finished runs of MedQuAD (plan.md).
 """
 
 from __future__ import annotations

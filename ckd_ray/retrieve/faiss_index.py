@@ -1,4 +1,4 @@
-"""IVF-PQ over token embeddings, for candidate passages and nearest tokens (docs/method.md, steps 2 to 4).
+"""IVF-PQ over token embeddings, for candidate passages and nearest tokens (method.md, steps 2 to 4).
 
 Shapes: T stored token embeddings, M vectors, k neighbours, B queries, Q rows, D dimensions.
 """

@@ -1,4 +1,4 @@
-"""One shard of token embeddings: an Arrow IPC file, memory-mapped, that describes and checks itself (docs/store.md).
+"""One shard of token embeddings: an Arrow IPC file, memory-mapped, that describes and checks itself (store.md).
 
 A shard holds a run of consecutive passages. Its single record batch has a row a passage:
 
@@ -173,7 +173,7 @@ def _digest(header: ShardHeader, *columns: npt.NDArray[Any]) -> str:
 
 
 def document_frequencies(lengths: Int32Array, token_ids: Int32Array) -> tuple[Int32Array, Int32Array]:
-    """Token ids that occur and the number of passages that hold each (df, docs/method.md step 2)."""
+    """Token ids that occur and the number of passages that hold each (df, method.md step 2)."""
     passages = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
     pairs = np.unique(passages << 32 | token_ids.astype(np.int64))
     ids, counts = np.unique(pairs & 0xFFFFFFFF, return_counts=True)

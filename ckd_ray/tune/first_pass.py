@@ -1,7 +1,7 @@
 """The first pass of a search: settings of the labels, judged without any training.
 
 A label is as good as the teacher that writes it. So for every combination of settings the teacher ranks dev: the top of
-its plain ranking is ranked again by its score with that expansion (docs/method.md, step 5), and MRR@10 tells.
+its plain ranking is ranked again by its score with that expansion (method.md, step 5), and MRR@10 tells.
 Candidates come from the whole collection, by the engine of the retrieve stage. Shapes: B queries, N = depth candidates,
 E expansion embeddings, Q and L rows, D dimensions.
 """

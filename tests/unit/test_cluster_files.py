@@ -134,7 +134,7 @@ def test_kuberay_has_fields_of_the_crd_a_token_and_no_open_service() -> None:
 
 
 def test_the_published_recipe_is_kept() -> None:
-    """docs/method.md, step by step: every setting stands in the file, whatever the defaults are."""
+    """method.md, step by step: every setting stands in the file, whatever the defaults are."""
     config = load_config(str(ROOT / "configs" / "published.yaml"))
     assert config.run.storage.startswith("s3://") and config.model.backbone == "bert-base-uncased"
     model = config.model

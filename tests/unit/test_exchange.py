@@ -73,7 +73,7 @@ def test_round_trip(model: ColBERT, tmp_path: Path, fmt: str, changes: dict[str,
     for (name, a), (other, b) in zip(mine.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
     assert torch.equal(scores(mine), scores(again))
-    # docs/exchange.md: on unit rows l2 is 2 s - 2 Q.
+    # exchange.md: on unit rows l2 is 2 s - 2 Q.
     assert torch.allclose(scores(again, "l2"), 2 * scores(mine) - 2 * 8, atol=1e-5)
     assert not [p.name for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
 

@@ -33,7 +33,7 @@ LOSS_KEYS: Mapping[str, frozenset[str]] = {
     "mixture": frozenset({"teacher_weight"}),
     "decoupled": frozenset({"teacher_weight"}),
 }
-# What `teacher_weight: auto` is for a loss. That of `decoupled` was chosen on dev (docs/evidence.md).
+# What `teacher_weight: auto` is for a loss. That of `decoupled` was chosen on dev (evidence.md).
 AUTO_TEACHER_WEIGHT: Mapping[str, float] = {"mixture": 0.5, "decoupled": 2.0}
 _TEACHER_KEYS = frozenset({"loss", "temperature", "denoise"})
 

@@ -1,5 +1,5 @@
-"""The teacher with the collective knowledge of its feedback passages (docs/method.md, steps 4 and 5), and with further
-scorers: the encoder as it is, and BM25 (docs/method.md, "The ensemble")."""
+"""The teacher with the collective knowledge of its feedback passages (method.md, steps 4 and 5), and with further
+scorers: the encoder as it is, and BM25 (method.md, "The ensemble")."""
 
 from __future__ import annotations
 

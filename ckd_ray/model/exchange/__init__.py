@@ -1,6 +1,6 @@
 """Models to and from other libraries: sentence-transformers, PyLate, colbert-ai, the published `.dnn`, bare encoders.
 
-How scores relate, what each library cannot hold and which versions were tested: docs/exchange.md.
+How scores relate, what each library cannot hold and which versions were tested: exchange.md.
 """
 
 from __future__ import annotations
