@@ -299,7 +299,7 @@ class DistillConfig(TrainingConfig):
         loss: The loss that compares the student with its teacher; `kl` is the published one.
         temperature: Divides the teacher's scores; `auto` follows the spread of each query's scores.
         teacher_weight: The teacher's share of the target (mixture, 0 to 1), or the factor of its part of the loss
-            (decoupled).
+            (decoupled); `auto` is 0.5 and 2.
         margin: How far the label is above the best other passage (margin), in units of the temperature.
         denoise: Leave out negatives that the teacher scores within this many temperatures of the label or above it;
             null keeps all.
@@ -327,7 +327,7 @@ class DistillConfig(TrainingConfig):
     objective: Objective = "collective"
     loss: Literal["kl", "margin", "mixture", "decoupled"] = "decoupled"
     temperature: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
-    teacher_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    teacher_weight: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
     margin: Annotated[float, Field(ge=0, le=100)] = 1.0
     denoise: Annotated[float, Field(ge=0, le=100)] | None = None
     smoothing: Share = 0.0
