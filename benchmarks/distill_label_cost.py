@@ -74,7 +74,7 @@ class _Labels:
         self.queries = EmbeddingStore.open(str(run.folder / "embeddings" / "queries.train"))
         config = Config.model_validate(run.config)
         self.settings, self.depth, count = config.label, config.retrieve.depth, self.queries.num_passages
-        self.silent = run.model().tokenizer.silent_ids
+        self.silent = run.model().tokenizer.special_token_ids
         search = search_settings(config, self.store, count)
         self.engine, self.votes = search.engine, vote_way(config, self.store, count)
         started = time.perf_counter()
@@ -102,7 +102,7 @@ class _Labels:
             passages_BK,
             self.settings,
             neighbours=(lambda v: self.range.nearest_token_ids(v, self.settings.voters)[1]) if searched else None,
-            silent_ids=self.silent,
+            special_token_ids=self.silent,
             crowded=self.cells.crowded if self.cells else None,
         )
 

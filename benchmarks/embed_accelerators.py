@@ -25,7 +25,8 @@ from ckd_ray.checks import load_config
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import build_collection
 from ckd_ray.embed.stream import EmbedJob, embed_texts
-from ckd_ray.model.encoder import Encoded, token_budget_batches
+from ckd_ray.model.encoder import Encoded
+from ckd_ray.model.length_buckets import token_budget_batches
 from ckd_ray.progress import set_quiet
 
 SECONDS_A_BATCH = 0.2

@@ -67,7 +67,7 @@ class Bench:
             note(f"exact search for {len(chosen)} queries")
             queries_BQD = asked.gather(chosen).embeddings_TD.float().view(len(chosen), -1, store.dim)
             top = ExactIndex(rows_TD, store.lengths()).search(queries_BQD, settings.feedback_passages)[1]
-        silent = load_tokenizer(str(run.folder / "teacher")).silent_ids
+        silent = load_tokenizer(str(run.folder / "teacher")).special_token_ids
         return cls(run, np.asarray(top, np.int64), FlatRows(rows_TD, store.lengths()), token_ids_T, silent, settings)
 
     @cached_property
@@ -83,7 +83,7 @@ class Bench:
             feedback_BF,
             self.settings,
             neighbours=None,
-            silent_ids=self.silent,
+            special_token_ids=self.silent,
             crowded=cells.crowded,
         )
 
@@ -136,7 +136,7 @@ _worker: dict[str, Any] = {}
 def _start(run: Any, cells: str) -> None:
     """In a process of its own, as a task of the stage is: one thread, the store mapped, the cells read."""
     torch.set_num_threads(1)
-    silent = load_tokenizer(str(run.folder / "teacher")).silent_ids
+    silent = load_tokenizer(str(run.folder / "teacher")).special_token_ids
     bench = Bench(run, np.zeros((0, 3), np.int64), None, None, silent, LabelConfig())  # type: ignore[arg-type]
     _worker.update(bench=bench, cells=SpecialCells.load(cells))
 
@@ -158,7 +158,7 @@ def _agreement(bench: Bench, cells: Any, index: Any, queries: int) -> dict[str, 
     elected = {"estimate": bench.expand(cells, feedback_BF)}
     for name, votes in ways.items():
         elected[name] = expand_ranked(
-            bench.run.passages, feedback_BF, bench.settings, neighbours=votes, silent_ids=bench.silent
+            bench.run.passages, feedback_BF, bench.settings, neighbours=votes, special_token_ids=bench.silent
         )
     found = {}
     for name in ("estimate", "ivfpq", "feedback"):

@@ -79,7 +79,7 @@ class Bench:
         shards = [self.store.shard(i) for i in range(self.store.num_shards)]
         self.rows_TD = torch.cat([s.embeddings() for s in shards])
         self.token_ids_T = np.concatenate([s.token_ids for s in shards])
-        self.silent = load_tokenizer(str(run.folder / "teacher")).silent_ids
+        self.silent = load_tokenizer(str(run.folder / "teacher")).special_token_ids
         self.similarity = read_json(str(run.folder / "teacher" / "colbert.json"))["similarity"]
         self.ids = run.collection.passage_ids(np.arange(self.store.num_passages))
 
@@ -114,7 +114,7 @@ class Bench:
             split.candidates_BN[:, : self.settings.feedback_passages],
             self.settings,
             neighbours=votes,
-            silent_ids=self.silent,
+            special_token_ids=self.silent,
             crowded=cells.crowded if cells else None,
         )
 

@@ -1,4 +1,5 @@
-"""The two ways in which a command fails: by the user's input (exit status 2) or by the job (exit status 1)."""
+"""The two ways in which a command fails, by the user's input (exit status 2) or by the job (exit status 1), and what
+an error of another library says in one line."""
 
 from __future__ import annotations
 
@@ -37,3 +38,25 @@ class JobError(RuntimeError):
 
 class LostRayError(JobError):
     """The Ray of this process is gone, so nothing that needs it can be tried any more."""
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error's message, cut to `most` characters; the name of its type when it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, which is what was raised when a traceback stands before it.
+
+    Advice on debugging follows a line that holds "CUDA error", so that line is taken where there is one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "CUDA error" in line), lines[-1])
+
+
+def described(error: BaseException) -> str:
+    """Type and message; for an error of a Ray task or actor also those of the error that was raised there."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException) and cause is not error:
+        return f"{type(error).__name__}: {described(cause)}"
+    return f"{type(error).__name__}: {last_line(error)}"

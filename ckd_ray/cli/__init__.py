@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ckd_ray.cli.jobs import ClusterOption, job_command
-from ckd_ray.errors import JobError, LostRayError, UserError
+from ckd_ray.errors import JobError, LostRayError, UserError, described
 from ckd_ray.ray_util.again import remember, same_command
 
 app = typer.Typer(
@@ -73,7 +73,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("CKD_RAY_TRACEBACK"):
                 raise
             hint = "CKD_RAY_TRACEBACK=1 shows the traceback"
-            code = _fail(f"{type(error).__name__}: {_root_cause(error)}\n  ({hint})", 1)
+            code = _fail(f"{described(error)}\n  ({hint})", 1)
         else:
             return
         raise typer.Exit(code)
@@ -100,14 +100,6 @@ def _fail(message: str, code: int) -> int:
 def _told(error: BaseException) -> str:
     """The message of our own error. Raised in a task or an actor, it comes with Ray's traceback around it."""
     return str(getattr(error, "cause", error)).partition(_HINT_OF_RAY_DATA)[0]
-
-
-def _root_cause(error: BaseException) -> str:
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException) and cause is not error:
-        return f"{type(cause).__name__}: {_root_cause(cause)}"
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
 
 
 _object_stream: TextIO | None = None

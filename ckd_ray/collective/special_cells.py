@@ -55,14 +55,14 @@ class SpecialCells:
 
     @classmethod
     def of_store(
-        cls, store: EmbeddingStore, silent_ids: npt.NDArray[np.integer], *, seed: int, sample: int = SAMPLE
+        cls, store: EmbeddingStore, special_token_ids: npt.NDArray[np.integer], *, seed: int, sample: int = SAMPLE
     ) -> SpecialCells:
         """Learn the cells from about `sample` token embeddings of the store.
 
         The sample follows from the passages and the seed, not from the shards.
         """
         read = store.gather(sample_passages(store.num_passages, store.num_tokens, sample, seed))
-        return cls.learn(read.embeddings_TD, np.isin(read.token_ids, silent_ids), seed=seed)
+        return cls.learn(read.embeddings_TD, np.isin(read.token_ids, special_token_ids), seed=seed)
 
     @classmethod
     def learn(cls, rows_SD: Tensor, special_S: BoolArray, *, seed: int, cells: int | None = None) -> SpecialCells:

@@ -12,15 +12,15 @@ IntArray = npt.NDArray[np.integer]
 Int64Array = npt.NDArray[np.int64]
 
 
-def elect_tokens(neighbours_MV: IntArray, silent_ids: IntArray) -> tuple[Int64Array, Int64Array]:
+def elect_tokens(neighbours_MV: IntArray, special_token_ids: IntArray) -> tuple[Int64Array, Int64Array]:
     """The most frequent token id among each centroid's neighbours, and its votes.
 
-    Special tokens and [unused*] (`silent_ids`) and -1 (no neighbour) do not count. A tie goes to the token met first,
-    nearest first. A centroid for which no vote is left gets token -1 and 0 votes.
+    Special tokens and [unused*] (`special_token_ids`) and -1 (no neighbour) do not count. A tie goes to the token met
+    first, nearest first. A centroid for which no vote is left gets token -1 and 0 votes.
     """
     ids_MV = np.asarray(neighbours_MV, np.int64)
     counts_MV = (ids_MV[:, :, None] == ids_MV[:, None, :]).sum(2)
-    counts_MV[(ids_MV < 0) | np.isin(ids_MV, silent_ids)] = 0
+    counts_MV[(ids_MV < 0) | np.isin(ids_MV, special_token_ids)] = 0
     if ids_MV.shape[1] == 0:
         return np.full(len(ids_MV), -1, np.int64), np.zeros(len(ids_MV), np.int64)
     winner_M = counts_MV.argmax(1)  # the first of equals

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckd_ray.data import Collection
-from ckd_ray.data.positives import Int64Array, Positives
+from ckd_ray.data.positives import Int64Array
 from ckd_ray.files import join
 from ckd_ray.ray_util.parts import part_file, query_spans
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
@@ -34,10 +34,7 @@ class CandidateReader:
     def __init__(self, run: str, positive_grade: int, depth: int) -> None:
         collection = Collection.open(run)
         self.num_queries = collection.num_queries("train")
-        qrels = collection.qrels("train")
-        self.positives = Positives.from_qrels(
-            self.num_queries, qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade
-        )
+        self.positives = collection.positives("train", positive_grade)
         self.rankings, self.depth = join(run, "rankings"), depth
 
     def read(self, first: int, stop: int) -> Candidates:

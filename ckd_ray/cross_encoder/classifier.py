@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ckd_ray.errors import UserError
-from ckd_ray.model.encoder import Precision, computing, token_budget_batches
+from ckd_ray.errors import UserError, first_line
+from ckd_ray.model.encoder import Precision, computing
+from ckd_ray.model.length_buckets import token_budget_batches
 from ckd_ray.model.sources import resolve_backbone
 
 Int32Array = npt.NDArray[np.int32]
@@ -176,12 +177,11 @@ def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # broken files make transformers, tokenizers and torch raise errors of any kind
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             "the cross-encoder cannot be loaded",
             where=_KEY,
             expected=f"a folder or hub id that transformers' {kind.__name__} reads",
-            found=f"{source}: {said[0][:300]}",
+            found=f"{source}: {first_line(error)}",
         ) from error
     finally:
         logging.set_verbosity(before)

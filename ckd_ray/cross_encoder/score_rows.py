@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import filesystem_of
 
 _ROWS_A_BLOCK = 1 << 18
@@ -81,7 +81,7 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
                 "a column has another type",
                 where=f"{uri}, rows {row} and on",
                 expected="ids that can be read as strings and scores that are numbers",
-                found=str(error).splitlines()[0],
+                found=first_line(error),
             ) from None
         lines = np.arange(row, row + len(batch))
         empty = np.flatnonzero(ids[0].is_null().to_numpy(False) | ids[1].is_null().to_numpy(False))

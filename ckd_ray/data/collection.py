@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
+from ckd_ray.data.positives import Positives
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import exists, file_signature, filesystem_of, is_local, join, list_files, read_object, sha256_of
@@ -243,9 +244,15 @@ class Collection:
             table["relevance"].to_numpy().astype(np.int64),
         )
 
+    def positives(self, split: str, grade: int) -> Positives:
+        """The passages of every query of a split with a label of at least `grade`."""
+        qrels = self.qrels(split)
+        rows = qrels.query_index, qrels.passage_index, qrels.relevance
+        return Positives.from_qrels(self.num_queries(split), *rows, grade)
+
 
 def collection_once(run: str) -> Collection:
-    """The collection, opened as a store is."""
+    """The collection of a run, opened once a process, and again when it has been written anew."""
     return _collection(run, *file_signature(join(run, "corpus", "manifest.json")))
 
 

@@ -23,12 +23,7 @@ class Positives:
 
     @classmethod
     def from_qrels(
-        cls,
-        num_queries: int,
-        query_index: Int64Array,
-        passage_index: Int64Array,
-        relevance: Int64Array,
-        grade: int,
+        cls, num_queries: int, query_index: Int64Array, passage_index: Int64Array, relevance: Int64Array, grade: int
     ) -> Positives:
         """Labels with `relevance >= grade`; a query may end up with none."""
         chosen = relevance >= grade

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ckd_ray.data.positives import Positives
 from ckd_ray.errors import UserError
+from ckd_ray.model.length_buckets import ranges
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -151,19 +152,13 @@ class _LabelledPairs:
         starts_B = positives.offsets[queries_B]
         self.counts_B = positives.offsets[queries_B + 1] - starts_B
         self.rows = np.repeat(np.arange(len(queries_B)), self.counts_B)
-        self.passages = positives.passages[_ranges(starts_B, self.counts_B)]
+        self.passages = positives.passages[ranges(starts_B, self.counts_B)]
         self._width = num_passages
         self._keys = self.rows * num_passages + self.passages
 
     def hold(self, rows: Int64Array, passages: Int64Array) -> BoolArray:
         """True where passages[i] is labelled for the query of rows[i]."""
         return np.isin(rows * self._width + passages, self._keys)
-
-
-def _ranges(starts: Int64Array, counts: Int64Array) -> Int64Array:
-    """starts[0], starts[0] + 1, ... of counts[0] numbers, then those of the next."""
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
@@ -184,7 +179,7 @@ def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
     labels = _LabelledPairs(positives, batch.queries_B, int(flat.max(initial=0)) + 1)
     first = np.searchsorted(by_passage, labels.passages, side="left")
     hits = np.searchsorted(by_passage, labels.passages, side="right") - first
-    valid[np.repeat(labels.rows, hits), order[_ranges(first, hits)]] = False
+    valid[np.repeat(labels.rows, hits), order[ranges(first, hits)]] = False
     valid[rows, rows * batch.passages_BM.shape[1]] = True
     return valid
 

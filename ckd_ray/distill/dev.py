@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ckd_ray.data import Collection
-from ckd_ray.data.positives import Int64Array, Positives
+from ckd_ray.data.positives import Int64Array
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
-from ckd_ray.model.encoder import Precision, computing, default_token_budget, token_budget_batches
+from ckd_ray.model.encoder import Precision, computing
+from ckd_ray.model.length_buckets import default_token_budget, token_budget_batches
 from ckd_ray.store import EmbeddingStore
 
 CUTOFF = 10
@@ -54,10 +55,7 @@ class DevMeasure:
         self.task, self.rank, self.world, self.device, self.precision = task, rank, world, device, precision
         self.model, self.similarity = model, model.settings.similarity
         collection = Collection.open(task.run)
-        queries, qrels = collection.queries("dev"), collection.qrels("dev")
-        positives = Positives.from_qrels(
-            len(queries.texts), qrels.query_index, qrels.passage_index, qrels.relevance, task.positive_grade
-        )
+        queries, positives = collection.queries("dev"), collection.positives("dev", task.positive_grade)
         labelled = positives.labelled_queries
         if not len(labelled):
             raise UserError("no dev query has a labelled passage", where=f"{task.stage}.evaluate_every")

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import Collection
-from ckd_ray.data.positives import Int64Array, Positives
+from ckd_ray.data.positives import Int64Array
 from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
 from ckd_ray.ensemble.reader import EnsembleReader
 from ckd_ray.files import join
 from ckd_ray.model import ColBERTTokenizer
-from ckd_ray.model.length_groups import OVERHEAD, OVERHEAD_GPU, even_bounds, length_groups
+from ckd_ray.model.length_buckets import GPU_OVERHEAD, OVERHEAD, even_parts, length_groups
 from ckd_ray.model.tokenizer import Int32Array
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 
@@ -101,14 +101,7 @@ class InputReader:
         self.mine = worker_slice(task.settings.batch_size, rank, world)
         self.collection = Collection.open(task.run)
         self.query_texts = self.collection.queries("train").texts
-        qrels = self.collection.qrels("train")
-        self.positives = Positives.from_qrels(
-            len(self.query_texts),
-            qrels.query_index,
-            qrels.passage_index,
-            qrels.relevance,
-            task.positive_grade,
-        )
+        self.positives = self.collection.positives("train", task.positive_grade)
         student = task.distillation
         rankings = read_ranking_matrix(join(task.run, "rankings"), "train") if student else None
         self.plan = BatchPlan(
@@ -165,10 +158,9 @@ class InputReader:
         count = min(self.task.settings.accumulate, len(queries_b))
         parts, all_groups = [], []
         # Parts hold neighbours in length, which are then grouped once more, and as many tokens each.
-        by_length = np.argsort(lengths, kind="stable")
-        members_of = np.split(by_length, even_bounds(lengths[by_length], count))
-        for rows, members in zip(np.array_split(np.arange(len(queries_b)), count), members_of, strict=True):
-            found = length_groups(lengths[members], OVERHEAD_GPU if self.on_gpu else OVERHEAD)
+        rows_of = np.array_split(np.arange(len(queries_b)), count)
+        for rows, members in zip(rows_of, even_parts(lengths, count), strict=True):
+            found = length_groups(lengths[members], GPU_OVERHEAD if self.on_gpu else OVERHEAD)
             groups = [members[group] for group in found]
             span = slice(rows[0], rows[-1] + 1)
             parts.append(Part(query_ids[span], query_mask[span], [self._pad(tokens, group) for group in groups]))

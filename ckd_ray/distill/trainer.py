@@ -23,7 +23,7 @@ from ckd_ray.distill.objectives import CONDITIONAL_KEYS
 from ckd_ray.distill.placement import Placement, plan_workers
 from ckd_ray.distill.targets import targets_of
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.errors import JobError
+from ckd_ray.errors import JobError, last_line
 from ckd_ray.files import filesystem_of, is_local, join, last_part, new_folder, parent
 from ckd_ray.model.colbert import read_settings
 from ckd_ray.progress import Progress
@@ -200,9 +200,7 @@ def _cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    told = [line for line in lines if "CUDA error" in line] or lines[-1:]  # advice on debugging follows the former
-    return told[0] if told else type(error).__name__
+    return last_line(error)
 
 
 class _followed:

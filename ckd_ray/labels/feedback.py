@@ -27,7 +27,7 @@ def expand_ranked(
     settings: LabelConfig,
     *,
     neighbours: Neighbours | None,
-    silent_ids: Any,
+    special_token_ids: Any,
     crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
 ) -> Expansions:
     """The expansions of queries whose feedback passages are known.
@@ -37,7 +37,7 @@ def expand_ranked(
             expansion (its teacher is then the teacher without expansion).
         neighbours: finds the voters in the collection, see `expand`; None: the feedback's own tokens vote.
         crowded: see `expand`.
-        silent_ids: token ids that do not vote.
+        special_token_ids: token ids that do not vote.
 
     Raises:
         JobError: the store holds numbers that are not finite; names the passage.
@@ -55,7 +55,7 @@ def expand_ranked(
             neighbours=neighbours,
             document_frequencies=store.document_frequencies,
             num_passages=store.num_passages,
-            special_ids=silent_ids,
+            special_ids=special_token_ids,
             clusters=settings.clusters,
             voters=settings.voters,
             tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
@@ -75,7 +75,7 @@ def expand_depths(
     settings: LabelConfig,
     *,
     neighbours: Neighbours | None,
-    silent_ids: Any,
+    special_token_ids: Any,
     crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
 ) -> dict[int, Expansions]:
     """For each depth of `settings.feedback_passages` the expansions from the top `depth` of the feedback; see
@@ -86,7 +86,7 @@ def expand_depths(
             feedback_BF[:, :depth],
             settings,
             neighbours=neighbours,
-            silent_ids=silent_ids,
+            special_token_ids=special_token_ids,
             crowded=crowded,
         )
         for depth in settings.depths

@@ -101,10 +101,7 @@ class LabelledRun:
     @cached_property
     def positives(self) -> Positives:
         """Labelled passages of the training queries, from collection.positive_grade on."""
-        qrels = self.collection.qrels(SPLIT)
-        grade = self.config["collection"]["positive_grade"]
-        count = len(self.queries.ids)
-        return Positives.from_qrels(count, qrels.query_index, qrels.passage_index, qrels.relevance, grade)
+        return self.collection.positives(SPLIT, self.config["collection"]["positive_grade"])
 
     @cached_property
     def similarity(self) -> Any:

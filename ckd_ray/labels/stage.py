@@ -100,7 +100,7 @@ def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
 
 def _find_special_cells(uri: str, job: LabelJob, seed: int) -> None:
     torch.set_num_threads(os.cpu_count() or 1)  # nothing else needs the cores now
-    SpecialCells.of_store(open_once(job.passages), _silent_ids(job.checkpoint), seed=seed).save(uri)
+    SpecialCells.of_store(open_once(job.passages), _special_token_ids(job.checkpoint), seed=seed).save(uri)
 
 
 @lru_cache(maxsize=2)
@@ -109,11 +109,11 @@ def _cells_once(uri: str, size: int, changed: int) -> SpecialCells:
 
 
 @lru_cache(maxsize=2)
-def _silent_ids(checkpoint: str) -> Any:
+def _special_token_ids(checkpoint: str) -> Any:
     from ckd_ray.model.colbert import load_tokenizer
 
     with local_copy(checkpoint) as folder:
-        return load_tokenizer(folder).silent_ids
+        return load_tokenizer(folder).special_token_ids
 
 
 def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
@@ -131,7 +131,7 @@ def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) ->
         feedback_BF,
         job.settings,
         neighbours=votes if isinstance(votes, ServerVotes) else None,
-        silent_ids=_silent_ids(job.checkpoint),
+        special_token_ids=_special_token_ids(job.checkpoint),
         crowded=votes.crowded if isinstance(votes, CrowdedCells) else None,
     )
     present_BF = feedback_BF >= 0

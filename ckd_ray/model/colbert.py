@@ -7,6 +7,7 @@ L rows a passage, D dimensions.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.model.tokenizer import ColBERTTokenizer
@@ -26,11 +27,8 @@ PROJECTION_FILE = "projection.safetensors"
 
 
 class ColBERT(nn.Module):
-    """An encoder, its tokenizer and the projection.
-
-    Make one with `ColBERT.from_pretrained` (a checkpoint) or `ColBERT.from_backbone` (a bare encoder and a new
-    projection); the constructor only puts the parts together.
-    """
+    """An encoder, its tokenizer and the projection, loaded by `ColBERT.from_pretrained` (a checkpoint) or
+    `ColBERT.from_backbone` (a bare encoder and a new projection)."""
 
     def __init__(self, backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> None:
         super().__init__()
@@ -72,14 +70,13 @@ class ColBERT(nn.Module):
             UserError: a file is missing or the shapes do not fit.
         """
         folder = Path(folder)
-        for name in (SETTINGS_FILE, PROJECTION_FILE, "config.json"):
-            if not (folder / name).is_file():
-                raise UserError(
-                    "not a ckd-ray checkpoint",
-                    where=str(folder),
-                    expected=f"a folder with config.json, model.safetensors, {PROJECTION_FILE} and {SETTINGS_FILE}",
-                    found=", ".join(sorted(p.name for p in folder.glob("*"))[:12]) or "nothing",
-                )
+        if not all((folder / name).is_file() for name in (SETTINGS_FILE, PROJECTION_FILE, "config.json")):
+            raise UserError(
+                "not a ckd-ray checkpoint",
+                where=str(folder),
+                expected=f"a folder with config.json, model.safetensors, {PROJECTION_FILE} and {SETTINGS_FILE}",
+                found=", ".join(sorted(p.name for p in folder.glob("*"))[:12]) or "nothing",
+            )
         settings = read_settings(folder)
         backbone, tokenizer = load_transformers(str(folder), str(folder))
         weight = _read_projection(folder / PROJECTION_FILE)
@@ -89,7 +86,7 @@ class ColBERT(nn.Module):
     def from_parts(
         cls, backbone: Any, tokenizer: Any, settings: ColBERTSettings, weight_DH: Tensor, *, where: str
     ) -> ColBERT:
-        """A model of a loaded encoder and its projection, a matrix of `settings.dim` rows over H hidden numbers.
+        """A model of a loaded encoder and its projection (D, H); H hidden numbers.
 
         Raises:
             UserError: the matrix does not fit, or the encoder cannot hold the lengths; `where` names the source.
@@ -157,27 +154,23 @@ class ColBERT(nn.Module):
         return rows_BQD if self.settings.query_expansion else rows_BQD * mask_BQ[:, :, None]
 
     def encode_passages(self, ids_NL: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit rows (N, L, D), float32, and keep_NL: False on padding and dropped punctuation.
-
-        The rows where keep_NL is False hold no meaning: pass keep_NL on to `maxsim` as the passage mask.
-        """
+        """Unit rows (N, L, D), float32, and keep_NL, the passage mask of `maxsim`: False on padding and punctuation."""
         return self.rows(ids_NL, mask_NL), self.keep_mask(ids_NL, mask_NL)
 
     def keep_mask(self, ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
-        """Bool (N, L): tokens that are neither padding nor dropped punctuation."""
+        """Bool (N, L): tokens that are neither padding nor in `skip_ids`."""
         return mask_NL.bool() & ~torch.isin(ids_NL, self.skip_ids)
 
     def forward(
         self, query_ids_BQ: Tensor, query_mask_BQ: Tensor, passage_ids_NL: Tensor, passage_mask_NL: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and passages in one call, as DDP wants it: (queries_BQD, passages_NLD, keep_NL)."""
+        """Queries and passages in one call, as DDP requires: (queries_BQD, passages_NLD, keep_NL)."""
         queries_BQD = self.encode_queries(query_ids_BQ, query_mask_BQ)
-        passages_NLD, keep_NL = self.encode_passages(passage_ids_NL, passage_mask_NL)
-        return queries_BQD, passages_NLD, keep_NL
+        return queries_BQD, *self.encode_passages(passage_ids_NL, passage_mask_NL)
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """True when `folder` holds a checkpoint of ours."""
+    """True when `folder` holds a checkpoint of ckd-ray."""
     return (Path(folder) / SETTINGS_FILE).is_file()
 
 
@@ -202,20 +195,23 @@ def _read_projection(path: Path) -> Tensor:
         weight = load_file(path)["weight"]
     except (SafetensorError, OSError, KeyError) as error:
         found = "no tensor weight" if isinstance(error, KeyError) else str(error)[:200]
-        raise UserError(
-            "the projection cannot be read", where=str(path), expected="safetensors", found=found
-        ) from error
+        problem = "the projection cannot be read"
+        raise UserError(problem, where=str(path), expected="safetensors", found=found) from error
     if not torch.isfinite(weight).all():
         raise UserError("the projection holds numbers that are not finite", where=str(path))
     return weight
 
 
-def load_tokenizer(folder: str | Path) -> ColBERTTokenizer:
-    """The tokenizer of a checkpoint alone, for processes that only feed an encoder."""
+def read_tokenizer(folder: str | Path) -> Any:
+    """The fast tokenizer of a folder or hub id, as `transformers` loads it; code that comes with it is never run."""
     from transformers import AutoTokenizer
 
-    settings = read_settings(folder)
-    return ColBERTTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True), settings)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+
+
+def load_tokenizer(folder: str | Path) -> ColBERTTokenizer:
+    """The tokenizer of a checkpoint without its weights."""
+    return ColBERTTokenizer(read_tokenizer(folder), read_settings(folder))
 
 
 def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
@@ -224,11 +220,11 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     Raises:
         UserError: transformers cannot read it, or weights of the encoder are missing.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
     from transformers.utils import logging
 
-    _check_parts(Path(folder))
-    # It would report the pooler, which is dropped below, as missing or newly initialised at every load.
+    _check_weight_index(Path(folder))
+    # transformers would report the pooler, which is dropped below, as missing at every load.
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -236,13 +232,13 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
         backbone, loaded = AutoModel.from_pretrained(
             folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # broken files make transformers and tokenizers raise errors of any kind
         raise UserError(
             "the encoder cannot be loaded",
             where=source,
             expected="a folder or hub id that transformers' AutoModel and AutoTokenizer read",
-            found=next(iter(str(error).strip().splitlines()), type(error).__name__)[:300],
+            found=first_line(error),
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -254,14 +250,18 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
             expected=f"weights named as in a saved {type(backbone).__name__}",
             found=f"no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} ({len(missing)} in all)",
         )
-    # The pooler gives nothing to token embeddings, and a parameter without a gradient stops DDP.
+    return without_pooler(backbone), tokenizer
+
+
+def without_pooler(backbone: Any) -> Any:
+    """Token embeddings do not depend on the pooler, and a parameter without a gradient stops DDP."""
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
-    return backbone, tokenizer
+    return backbone
 
 
-def _check_parts(folder: Path) -> None:
-    """An index of weights in several files names files of its own folder; another would be read from elsewhere."""
+def _check_weight_index(folder: Path) -> None:
+    """Refuses an index of weights that names files outside of its own folder: transformers would read them."""
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else []:
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -278,7 +278,7 @@ def _check_parts(folder: Path) -> None:
 
 
 def check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
-    """A ColBERT model of colbert-ai or PyLate under a hub id would lose its projection without a word."""
+    """Refuses a ColBERT model of colbert-ai or PyLate under a hub id, which would silently lose its projection."""
     of_colbert_ai = "HF_ColBERT" in (backbone.config.architectures or [])
     if of_colbert_ai or {"[Q] ", "[D] "} <= tokenizer.get_vocab().keys():
         raise UserError(
@@ -292,8 +292,6 @@ def check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
 
 def _with_markers(backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> ColBERTSettings:
     """Vocabularies without [unused0] (RoBERTa, SentencePiece) get two new tokens for [Q] and [D]."""
-    from dataclasses import replace
-
     vocabulary = tokenizer.get_vocab()
     if settings.query_marker in vocabulary and settings.doc_marker in vocabulary:
         return settings

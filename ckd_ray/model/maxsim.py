@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Similarities held at a time, in numbers. Passages are taken in chunks of that size, so memory does not grow with N,
-# and on a CPU the maximum reads what the matrix product has just left in the cache.
+# Similarities of a block of passages, in numbers: memory does not grow with N, and on a CPU the maximum reads from the
+# cache what the matrix product has just written.
 _BLOCK = 1 << 21
 _BLOCK_GPU = 1 << 25
-# The similarity of a query row with a passage that has no rows: that of opposite unit rows, the least there can be.
-_NOTHING = {"l2": -4.0, "cosine": -1.0}
+# The similarity of a query row with a passage without rows: that of opposite unit rows, the least possible.
+_EMPTY = {"l2": -4.0, "cosine": -1.0}
 
 
 def maxsim(
@@ -43,7 +43,7 @@ def maxsim(
         weights_BQ: a factor for each query row; ones when None. Rows of weight 0 add nothing.
         similarity: `l2`: -|a - b|^2. `cosine`: <a, b> / (|a| |b|), also for rows that are not unit; a zero row has
             cosine 0.
-        zero_row_floor: put a zero row beside every passage, as padding does in the published training score: no
+        zero_row_floor: add a zero row to every passage, as padding does in the published training score: no
             maximum falls below -|a|^2 (l2) or 0 (cosine).
 
     Returns:
@@ -83,14 +83,14 @@ def _scores(
     if similarity == "l2":
         best_BQN = 2 * best_BQN - a_BQD.square().sum(-1, keepdim=True)
     if not zero_row_floor:
-        best_BQN = best_BQN.masked_fill(empty_N, _NOTHING[similarity])
+        best_BQN = best_BQN.masked_fill(empty_N, _EMPTY[similarity])
     if weights_BQ is None:
         return best_BQN.sum(1)
     return torch.einsum("bqn,bq->bn", best_BQN, weights_BQ.to(dtype))
 
 
 def _check(queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor | None, similarity: str) -> None:
-    if similarity not in _NOTHING:
+    if similarity not in _EMPTY:
         raise ValueError(f"similarity: expected l2 or cosine, got {similarity!r}")
     if queries.ndim != 3 or passages.ndim != 3 or queries.shape[2] != passages.shape[2]:
         raise ValueError(
@@ -132,9 +132,9 @@ class _BestRow(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BQN: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        a_RD, b_NLD, where_RN, nothing_RN = ctx.saved_tensors
+        a_RD, b_NLD, where_RN, empty_RN = ctx.saved_tensors
         num_passages, length, dim = b_NLD.shape
-        grad_RN = grad_BQN.reshape(len(a_RD), num_passages).masked_fill(nothing_RN, 0.0)
+        grad_RN = grad_BQN.reshape(len(a_RD), num_passages).masked_fill(empty_RN, 0.0)
         grad_a, grad_b = torch.zeros_like(a_RD), b_NLD.new_zeros(num_passages * length, dim)
         grad_bias = b_NLD.new_zeros(num_passages * length)
         flat_RN = where_RN + torch.arange(num_passages, device=where_RN.device) * length

@@ -1,4 +1,4 @@
-"""Tokenisation of queries and passages for ColBERT: markers, [MASK] augmentation, and the tokens that do not count.
+"""Tokenisation of queries and passages for ColBERT: markers, [MASK] augmentation and tokens without an embedding.
 
 Shapes: B queries, Q = query_maxlen rows a query, N passages.
 """
@@ -23,8 +23,9 @@ class ColBERTTokenizer:
     """Wraps a fast `transformers` tokenizer.
 
     Attributes:
-        skip_ids: ids of punctuation, which give no passage embedding when `mask_punctuation` is on.
-        silent_ids: ids that may not vote for a centroid's token: special tokens and [unused*] (method.md, step 4).
+        skip_ids: ids that give no passage embedding: those of punctuation when `mask_punctuation` is on.
+        special_token_ids: ids of special tokens and [unused*], which do not vote for a centroid's token (step 4 of
+            method.md).
     """
 
     def __init__(self, tokenizer: Any, settings: ColBERTSettings) -> None:
@@ -37,7 +38,10 @@ class ColBERTTokenizer:
         self.query_marker_id = self._marker(settings.query_marker)
         self.doc_marker_id = self._marker(settings.doc_marker)
         self.skip_ids = self._skip_ids()
-        self.silent_ids = self._silent_ids()
+        unused = [i for token, i in tokenizer.get_vocab().items() if token.startswith("[unused")]
+        markers = [i for i in (self.query_marker_id, self.doc_marker_id) if i is not None]
+        marks = [self.mask_id, self.cls_id, self.sep_id, self.pad_id]
+        self.special_token_ids = np.array(sorted({*tokenizer.all_special_ids, *unused, *markers, *marks}), np.int32)
 
     def _marker(self, token: str) -> int | None:
         if not token:
@@ -53,14 +57,8 @@ class ColBERTTokenizer:
             return np.array(sorted(self.hf.convert_tokens_to_ids(list(tokens))), np.int32)
         return punctuation_ids(self.hf) if self.settings.mask_punctuation else np.empty(0, np.int32)
 
-    def _silent_ids(self) -> Int32Array:
-        unused = {i for token, i in self.hf.get_vocab().items() if token.startswith("[unused")}
-        markers = {i for i in (self.query_marker_id, self.doc_marker_id) if i is not None}
-        marks = {self.mask_id, self.cls_id, self.sep_id, self.pad_id}
-        return np.array(sorted(set(self.hf.all_special_ids) | unused | markers | marks), np.int32)
-
     def framed(self, texts: Sequence[str], marker_id: int | None, maxlen: int) -> list[list[int]]:
-        """Ids of [CLS] marker tokens [SEP], the tokens cut so that the whole fits into `maxlen`."""
+        """Ids of [CLS] marker tokens [SEP], at most `maxlen` of them."""
         if not texts:
             return []
         head, tail = [self.cls_id] + ([] if marker_id is None else [marker_id]), [self.sep_id]
@@ -112,7 +110,7 @@ class ColBERTTokenizer:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def keeps(self, token_ids: Int32Array) -> npt.NDArray[np.bool_]:
-        """True where a (non-padding) passage token gives an embedding: everywhere but on punctuation."""
+        """True where a passage token gives an embedding: it is not in `skip_ids`."""
         return ~np.isin(token_ids, self.skip_ids)
 
 
@@ -123,7 +121,7 @@ def punctuation_ids(tokenizer: Any) -> Int32Array:
 
 
 def _first(*candidates: int | None, what: str) -> int:
-    for candidate in candidates:
-        if candidate is not None:
-            return int(candidate)
-    raise UserError(f"the tokenizer has no {what} token", fix="choose an encoder trained with masked tokens (BERT)")
+    found = next((candidate for candidate in candidates if candidate is not None), None)
+    if found is None:
+        raise UserError(f"the tokenizer has no {what} token", fix="choose an encoder trained with masked tokens (BERT)")
+    return int(found)

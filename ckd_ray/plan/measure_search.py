@@ -263,7 +263,7 @@ def _labels(run: str, config: Config, model: ColBERT, store: EmbeddingStore, ran
         def label(name: str, chosen: Any) -> Any:
             folder = Path(run) / name
             folder.mkdir(exist_ok=True)
-            found = expand_depths(store, feedback[chosen], settings, neighbours=None, silent_ids=silent)
+            found = expand_depths(store, feedback[chosen], settings, neighbours=None, special_token_ids=silent)
             write_labels(
                 str(folder),
                 "train",

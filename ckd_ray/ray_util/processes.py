@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 
 
 def die_when_aborted() -> None:
@@ -38,7 +38,7 @@ def actor_device() -> str:
             "Ray has given this process a GPU that PyTorch cannot use",
             where=f"machine {ray.util.get_node_ip_address()}",
             expected="a driver and a build of PyTorch that fit the GPU",
-            found=f"PyTorch {torch.__version__}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            found=f"PyTorch {torch.__version__}: {first_line(error)}",
             fix="ckd-ray doctor on that machine says more; or start its Ray with --num-gpus=0",
         ) from None
     return "cuda"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.progress import say
 from ckd_ray.ray_util.token import has_token, keep_private, use_token
 from ckd_ray.ray_util.watch import watched
@@ -76,7 +76,7 @@ def _start(target: str | None) -> None:
             "this Ray cannot be joined",
             where="--cluster" if target else "RAY_ADDRESS",
             expected="the address of a running head node (HOST:6379)",
-            found=f"{address}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            found=f"{address}: {first_line(error)}",
             fix="check that the head runs and that both sides hold the same token (RAY_AUTH_TOKEN, ~/.ray/auth_token)",
         ) from error
     say(f"joined Ray at {address} ({_size()})")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import exists, filesystem_of, join, last_part, list_folders, parent, read_object
 
 
@@ -75,10 +75,9 @@ def reading(run: str) -> Iterator[None]:
     except UserError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
-        said = (str(error).splitlines() or [""])[0][:400]
         raise UserError(
             "a file of this run is missing, or is not what ckd-ray writes",
             where=run,
-            found=f"{type(error).__name__}: {said}",
+            found=f"{type(error).__name__}: {first_line(error, 400)}",
             fix="ckd-ray train, with the configuration of this run, makes missing files again; --from STAGE others",
         ) from error

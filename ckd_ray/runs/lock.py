@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import delete, filesystem_of, is_local, join, make_folder
 
 LOCK = ".lock"
@@ -65,7 +65,7 @@ def _writable(run: str) -> Iterator[None]:
         raise UserError(
             "the run directory cannot be written",
             where=run,
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             fix="choose another run.storage, or see to its permissions",
         ) from error
 

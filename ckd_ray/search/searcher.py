@@ -117,7 +117,7 @@ class Searcher:
 def _real_tokens(tokenizer: ColBERTTokenizer, query: str) -> tuple[list[int], list[str]]:
     """Rows of the query that stand for its own words (not for markers or [MASK]), and their tokens."""
     ids = tokenizer.queries([query])[0][0].numpy()
-    real = np.flatnonzero(~np.isin(ids, tokenizer.silent_ids) & tokenizer.keeps(ids.astype(np.int32)))
+    real = np.flatnonzero(~np.isin(ids, tokenizer.special_token_ids) & tokenizer.keeps(ids.astype(np.int32)))
     return real.tolist(), tokenizer.hf.convert_ids_to_tokens(ids[real].tolist())
 
 

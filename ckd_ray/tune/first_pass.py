@@ -18,7 +18,6 @@ import pyarrow as pa
 from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.data import Collection
 from ckd_ray.data.collection import collection_once
-from ckd_ray.data.positives import Positives
 from ckd_ray.distill.dev import mean_reciprocal_rank
 from ckd_ray.errors import UserError
 from ckd_ray.files import join, read_json
@@ -144,11 +143,7 @@ def _judge_part(
     first, stop = (int(batch[name][0]) for name in ("first", "stop"))
     queries, passages = (open_once(join(run, "embeddings", name)) for name in (f"queries.{_SPLIT}", "passages"))
     similarity = read_json(join(checkpoint, "colbert.json"))["similarity"]
-    collection = collection_once(run)
-    qrels = collection.qrels(_SPLIT)
-    positives = Positives.from_qrels(
-        collection.num_queries(_SPLIT), qrels.query_index, qrels.passage_index, qrels.relevance, positive_grade
-    )
+    positives = collection_once(run).positives(_SPLIT, positive_grade)
     top_BN = np.asarray(read_ranking_matrix(rankings, _SPLIT)[first:stop])
     rows_BQD = queries.gather(np.arange(first, stop)).embeddings_TD.reshape(stop - first, -1, queries.dim).float()
     readers = {way["labels"]: ExpansionReader.open(way["labels"], _SPLIT) for way in ways}

@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from ckd_ray.config import Config
 from ckd_ray.distill.placement import Placement
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, UserError, last_line
 from ckd_ray.files import delete, filesystem_of, is_local, join
 from ckd_ray.progress import duration, say, without_secrets
 from ckd_ray.tune.records import Records, State, Trial
@@ -310,7 +310,10 @@ class _Ledger(tune.Callback):
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         mine = self._of(trial)
         if mine is not None:
-            self.records.end(mine, "failed", _cause(trial))
+            error = trial.get_error()
+            self.records.end(
+                mine, "failed", last_line(getattr(error, "cause", None) or error) if error else "no message"
+            )
             self.table.row(mine)
 
 
@@ -319,14 +322,6 @@ class _NoTables(TrialProgressCallback):
 
     def _print(self, msg: str) -> None:
         pass
-
-
-def _cause(trial: Any) -> str:
-    """The last line of the trial's error, which is the message of what was raised."""
-    error = getattr(trial, "get_error", lambda: None)()
-    error = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
 
 
 def _replay(asha: ASHAScheduler, records: Records) -> None:

@@ -77,7 +77,7 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
     every = torch.cat(rows)
     token_ids = np.concatenate([passages.shard(i).token_ids for i in range(passages.num_shards)])
     qrels = Collection.open(context.run).qrels("dev")
-    silent = load_tokenizer(context.path("teacher")).silent_ids
+    silent = load_tokenizer(context.path("teacher")).special_token_ids
 
     def similarity(a_RD: torch.Tensor, passage_LD: torch.Tensor) -> torch.Tensor:
         return -torch.cdist(a_RD, passage_LD).square().amin(1)
@@ -91,7 +91,7 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
             top_BN[:, :3],
             labels,
             neighbours=lambda v: token_ids[torch.cdist(v.double(), every).topk(10, largest=False).indices.numpy()],
-            silent_ids=silent,
+            special_token_ids=silent,
         )
         kept, weights = expansions.select(config.distill.expansion_size, entry["values"]["distill.beta"])
         ranks = []

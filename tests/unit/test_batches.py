@@ -14,7 +14,7 @@ from ckd_ray.distill.inputs import worker_slice
 from ckd_ray.distill.placement import parse_workers
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
-from ckd_ray.model.length_groups import even_bounds, length_groups
+from ckd_ray.model.length_buckets import even_parts, length_groups
 
 
 def positives(*labels: list[int]) -> Positives:
@@ -197,17 +197,17 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_parts_have_as_many_tokens_each_and_none_is_empty() -> None:
-    assert even_bounds(np.array([10, 10, 10, 10, 20, 20]), 2).tolist() == [4]
-    assert even_bounds(np.array([1, 1, 1, 1, 180]), 4).tolist() == [2, 3, 4]
-    assert even_bounds(np.array([180, 1, 1, 1]), 4).tolist() == [1, 2, 3]
+    assert [p.tolist() for p in even_parts(np.array([10, 10, 20, 10, 10, 20]), 2)] == [[0, 1, 3, 4], [2, 5]]
+    assert [p.tolist() for p in even_parts(np.array([1, 180, 1, 1, 1]), 4)] == [[0, 2], [3], [4], [1]]
+    assert [p.tolist() for p in even_parts(np.array([180, 1, 1, 1]), 4)] == [[1], [2], [3], [0]]
     random = np.random.default_rng(3)
     for parts in (1, 2, 8):
         for _ in range(50):
-            lengths = np.sort(random.integers(5, 181, random.integers(parts, 200)))
-            found = np.split(lengths, even_bounds(lengths, parts))
+            lengths = random.integers(5, 181, random.integers(parts, 200))
+            found = [lengths[part] for part in even_parts(lengths, parts)]
             assert len(found) == parts and all(len(part) for part in found)
-            assert np.concatenate(found).tolist() == lengths.tolist()
+            assert np.concatenate(found).tolist() == np.sort(lengths).tolist()
             if len(lengths) > 20 * parts:
                 assert max(map(np.sum, found)) - lengths.sum() / parts <= 180
     with pytest.raises(ValueError, match="3 parts of 2 texts"):
-        even_bounds(np.array([1, 2]), 3)
+        even_parts(np.array([1, 2]), 3)

@@ -15,9 +15,9 @@ from hypothesis import given, settings, strategies as st
 
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.model.encoder import PooledEncoder, TextEncoder, _ranges, choose_precision, token_budget_batches
-from ckd_ray.model.fused import FusedLinear, fuse_linears
-from ckd_ray.model.int8 import Int8Linear, quantise_linears
+from ckd_ray.model.encoder import PooledEncoder, TextEncoder, choose_precision
+from ckd_ray.model.length_buckets import ranges, token_budget_batches
+from ckd_ray.model.linears import FusedLinear, Int8Linear, fuse_linears, quantise_linears
 from ckd_ray.model.pooled import PooledModel, load_pooled_tokenizer, pool
 from tests.support import WORDS
 
@@ -60,7 +60,7 @@ def test_batches_take_every_passage_once_within_the_budget(lengths: list[int], b
 def test_ranges_are_ranges(pairs: list[tuple[int, int]]) -> None:
     literal = [start + i for start, count in pairs for i in range(count)]
     starts, counts = (np.array([p[k] for p in pairs], np.int64) for k in (0, 1))
-    assert _ranges(starts, counts).tolist() == literal
+    assert ranges(starts, counts).tolist() == literal
 
 
 @pytest.mark.parametrize("budget", [16, 64, 1000, 100_000])

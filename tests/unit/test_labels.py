@@ -112,7 +112,7 @@ def store(tmp_path: Path, lengths: list[int], tokens: int | None = None) -> obje
 
 def ask(passages: object, feedback: list[list[int]], **more: object) -> Expansions:
     settings = LabelConfig(clusters=CLUSTERS, token_vote="feedback", **more)
-    return expand_ranked(passages, np.array(feedback), settings, neighbours=None, silent_ids=SILENT)
+    return expand_ranked(passages, np.array(feedback), settings, neighbours=None, special_token_ids=SILENT)
 
 
 def test_odd_rankings_have_a_defined_outcome(tmp_path: Path) -> None:

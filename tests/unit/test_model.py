@@ -10,7 +10,8 @@ import torch
 
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
-from ckd_ray.model.encoder import TextEncoder, choose_precision, token_budget_batches
+from ckd_ray.model.encoder import TextEncoder, choose_precision
+from ckd_ray.model.length_buckets import token_budget_batches
 from ckd_ray.model.sources import resolve_backbone
 from tests.support import WORDS
 

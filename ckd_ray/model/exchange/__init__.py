@@ -5,7 +5,6 @@ How scores relate, what each library cannot hold and which versions were tested:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ckd_ray import __version__
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import ColBERT
 from ckd_ray.model.exchange import colbert_ai, published, pylate, sentence_transformers
-from ckd_ray.model.exchange.detect import EXPORT_FILE, Kind, encoder_folder, kind_of
+from ckd_ray.model.exchange.detect import EXPORT_FILE, Kind, encoder_folder, kind_of, write_json
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import resolve_backbone
 
@@ -34,15 +33,10 @@ _READERS: dict[str, Callable[[Path, ColBERTSettings], ColBERT]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and where it came from; `untrained` when its projection was drawn at random."""
+    """A model and what it was read from; the projection of a bare `encoder` is drawn at random."""
 
     model: ColBERT
     kind: Kind
-
-    @property
-    def untrained(self) -> bool:
-        """A bare encoder has no projection of its own."""
-        return self.kind == "encoder"
 
 
 def load_any(
@@ -60,8 +54,7 @@ def load_any(
     Raises:
         UserError: what lies there is not accepted, is broken, or has a setting that has no counterpart here.
     """
-    where = resolve_backbone(source)
-    path = Path(where)
+    path = Path(resolve_backbone(source))
     if not path.exists():
         return Loaded(ColBERT.from_backbone(source, defaults, seed=seed, dropout=dropout), "encoder")
     kind = kind_of(path)
@@ -90,5 +83,5 @@ def write_export(model: ColBERT, folder: str | Path, fmt: str) -> list[str]:
     folder = Path(folder)
     notes = FORMATS[fmt](model, folder)
     record = {"ckd_ray": __version__, "format": fmt, "settings": model.settings.to_dict(), "differences": notes}
-    (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / EXPORT_FILE, record)
     return notes

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import ColBERT, load_transformers
 from ckd_ray.model.exchange import tokens
-from ckd_ray.model.exchange.detect import METADATA, exported_similarity, read_object
-from ckd_ray.model.exchange.modules import write_json
+from ckd_ray.model.exchange.detect import METADATA, exported_similarity, read_object, write_json
 from ckd_ray.model.exchange.weights import as_matrix, read_tensor
 from ckd_ray.model.settings import ColBERTSettings
 
@@ -25,7 +24,7 @@ NAME = "colbert-ai"
 
 def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
     """The model in a checkpoint folder of colbert-ai; what it does not say has colbert-ai's own default."""
-    metadata = read_object(folder / METADATA) if (folder / METADATA).is_file() else {}
+    metadata = read_object(folder / METADATA, optional=True)
     if isinstance(metadata.get("config"), dict):
         metadata = metadata["config"]
     similarity = exported_similarity(folder)
@@ -34,8 +33,7 @@ def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
     backbone, hf = load_transformers(str(folder), str(folder))
     settings = settings_of(metadata, weight.shape[0], str(folder / METADATA))
     model = ColBERT.from_parts(backbone, hf, settings, weight, where=str(folder))
-    if not tokens.inserted_as_ours(hf, model.tokenizer):
-        raise tokens.unlike(str(folder), NAME)
+    tokens.check_inserted(hf, model.tokenizer, str(folder), NAME)
     return model
 
 
@@ -73,12 +71,7 @@ def write(model: ColBERT, folder: Path) -> list[str]:
     weights = {f"{prefix}.{name}": t.detach().cpu().clone() for name, t in model.backbone.state_dict().items()}
     weights["linear.weight"] = model.projection.weight.detach().float().cpu().clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for frame in (False, True):
-        tokens.write_tokenizer(model.tokenizer, folder, frame=frame)
-        if tokens.inserted_as_ours(tokens.read_tokenizer(folder), model.tokenizer):
-            break
-    else:
-        raise tokens.unlike("--format colbert", NAME)
+    tokens.write_inserting_tokenizer(model.tokenizer, folder, "--format colbert", NAME)
     write_json(
         folder / METADATA,
         {
@@ -101,15 +94,14 @@ def write(model: ColBERT, folder: Path) -> list[str]:
 
 def _check(model: ColBERT) -> None:
     s = model.settings
-    problems = []
-    if not s.mask_punctuation or s.skip_tokens is not None:
-        problems.append("passages that keep their punctuation (colbert-ai 0.2 cannot encode them)")
-    if not s.query_expansion:
-        problems.append("queries without augmentation")
-    if not s.query_marker or not s.doc_marker:
-        problems.append("no markers")
-    if model.tokenizer.pad_id == model.tokenizer.mask_id:
-        problems.append("one token for both padding and [MASK]")
+    punctuation = not s.mask_punctuation or s.skip_tokens is not None
+    found = {
+        "passages that keep their punctuation (colbert-ai 0.2 cannot encode them)": punctuation,
+        "queries without augmentation": not s.query_expansion,
+        "no markers": not s.query_marker or not s.doc_marker,
+        "one token for both padding and [MASK]": model.tokenizer.pad_id == model.tokenizer.mask_id,
+    }
+    problems = [problem for problem, is_so in found.items() if is_so]
     if problems:
         raise UserError(
             "colbert-ai cannot hold this model",

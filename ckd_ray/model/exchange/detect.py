@@ -14,7 +14,8 @@ Kind = Literal["ckd-ray", "sentence-transformers", "pylate", "colbert-ai", "publ
 MODULES = "modules.json"
 LIBRARY = "config_sentence_transformers.json"
 METADATA = "artifact.metadata"
-# Ours beside an export: it says that the folder may be replaced, and what the other library has no name for.
+# Written by ckd-ray into an export: it says that the folder may be replaced, and holds what the other library has no
+# name for.
 EXPORT_FILE = "ckd_ray_export.json"
 # Keys that PyLate writes into `LIBRARY`; `model_type` is not always among them.
 _PYLATE_KEYS = {"query_prefix", "document_prefix", "do_query_expansion", "attend_to_expansion_tokens"}
@@ -38,19 +39,15 @@ def kind_of(path: Path) -> Kind:
         return "ckd-ray"
     if (path / MODULES).is_file():
         return _of_modules(path)
-    config = read_object(path / "config.json") if (path / "config.json").is_file() else None
-    if config is not None and ((path / METADATA).is_file() or "HF_ColBERT" in (config.get("architectures") or [])):
-        return "colbert-ai"
-    if config is None:
-        names = sorted(entry.name for entry in path.iterdir())
-        raise UserError(
-            "no model in this folder", where=str(path), expected=ACCEPTED, found=", ".join(names[:12]) or "nothing"
-        )
-    return "encoder"
+    if not (path / "config.json").is_file():
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:12])
+        raise UserError("no model in this folder", where=str(path), expected=ACCEPTED, found=names or "nothing")
+    architectures = read_object(path / "config.json").get("architectures") or []
+    return "colbert-ai" if (path / METADATA).is_file() or "HF_ColBERT" in architectures else "encoder"
 
 
 def _of_modules(path: Path) -> Kind:
-    library = read_object(path / LIBRARY) if (path / LIBRARY).is_file() else {}
+    library = read_object(path / LIBRARY, optional=True)
     types = [str(module.get("type", "")) for module in read_list(path / MODULES)]
     if library.get("model_type") == "MultiVectorEncoder":
         return "sentence-transformers"
@@ -61,10 +58,8 @@ def _of_modules(path: Path) -> Kind:
 
 
 def exported_similarity(path: Path) -> Literal["l2", "cosine"] | None:
-    """The similarity that an export of ours was trained with; None in folders that others made."""
-    if not (path / EXPORT_FILE).is_file():
-        return None
-    found = read_object(path / EXPORT_FILE).get("settings", {}).get("similarity")
+    """The similarity of the model that ckd-ray exported to `path`; None in folders that others made."""
+    found = read_object(path / EXPORT_FILE, optional=True).get("settings", {}).get("similarity")
     return found if found in ("l2", "cosine") else None
 
 
@@ -86,8 +81,10 @@ def inside(folder: Path, part: str) -> Path:
     return target
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+def read_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; empty when the file is missing and `optional`."""
+    if optional and not path.is_file():
+        return {}
     value = _read(path)
     if not isinstance(value, dict):
         raise UserError("not a JSON object", where=str(path), found=type(value).__name__)
@@ -109,3 +106,9 @@ def _read(path: Path) -> Any:
         raise UserError("a file of the model is missing", where=str(path), expected=path.name) from error
     except ValueError as error:
         raise UserError("not valid JSON", where=str(path), found=str(error)) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON; makes the folder."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

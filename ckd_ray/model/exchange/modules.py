@@ -5,7 +5,6 @@ Shapes: D dimensions of the projection, H hidden numbers of the encoder.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ckd_ray.errors import UserError
-from ckd_ray.model.exchange.detect import LIBRARY, MODULES, inside, read_list, read_object
+from ckd_ray.model.exchange.detect import MODULES, inside, read_list, read_object, write_json
 from ckd_ray.model.exchange.weights import as_matrix, read_tensor
 
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -32,10 +31,8 @@ class Module:
 
 def read_modules(folder: Path, allowed: set[str]) -> list[Module]:
     """The steps of modules.json, the first a Transformer; UserError for a step whose class is not `allowed`."""
-    modules = []
-    for entry in read_list(folder / MODULES):
-        name = str(entry.get("type", ""))
-        modules.append(Module(name.rpartition(".")[2], inside(folder, str(entry.get("path", ""))), name))
+    named = [(str(e.get("type", "")), str(e.get("path", ""))) for e in read_list(folder / MODULES)]
+    modules = [Module(name.rpartition(".")[2], inside(folder, path), name) for name, path in named]
     strange = [m.type for m in modules if m.kind not in allowed]
     if strange or not modules or modules[0].kind != "Transformer":
         raise UserError(
@@ -54,9 +51,7 @@ def read_projection(folder: Path, modules: list[Module]) -> Tensor:
         UserError: no dense layer, or one that is not linear.
     """
     product: Tensor | None = None
-    for module in modules:
-        if module.kind != "Dense":
-            continue
+    for module in (m for m in modules if m.kind == "Dense"):
         matrix = _read_dense(module.folder)
         if product is not None and matrix.shape[1] != product.shape[0]:
             raise UserError(
@@ -76,13 +71,9 @@ def _read_dense(folder: Path) -> Tensor:
     activation = str(config.get("activation_function", IDENTITY))
     reads = config.get("module_input_name", "token_embeddings")
     writes = config.get("module_output_name") or reads
-    problems = []
-    if config.get("bias", False):
-        problems.append("a bias")
-    if not activation.endswith(".Identity"):
-        problems.append(f"the activation {activation}")
-    if reads != "token_embeddings" or writes != "token_embeddings":
-        problems.append(f"{reads} as input and {writes} as output")
+    problems = ["a bias"] if config.get("bias", False) else []
+    problems += [] if activation.endswith(".Identity") else [f"the activation {activation}"]
+    problems += [] if reads == writes == "token_embeddings" else [f"{reads} as input and {writes} as output"]
     if problems:
         raise UserError(
             "this dense layer is no projection of token embeddings by a matrix alone",
@@ -115,19 +106,8 @@ def write_dense(folder: Path, weight: Tensor, config: dict[str, Any]) -> None:
     save_file({"linear.weight": weight.detach().float().cpu().contiguous()}, folder / "model.safetensors")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON; makes the folder."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_library(folder: Path) -> dict[str, Any]:
-    """config_sentence_transformers.json, empty when it is missing."""
-    return read_object(folder / LIBRARY) if (folder / LIBRARY).is_file() else {}
-
-
 def read_transformer(folder: Path) -> dict[str, Any]:
-    """The settings of the Transformer step, by whichever of the names that versions gave the file."""
+    """The settings of the Transformer step; versions of the library gave the file different names."""
     for name in ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json"):
         if (folder / name).is_file():
             return read_object(folder / name)
@@ -135,10 +115,7 @@ def read_transformer(folder: Path) -> dict[str, Any]:
 
 
 def check_case(settings: dict[str, Any], hf: Any, where: Path) -> None:
-    """`do_lower_case` of the Transformer step counts only where the tokenizer does not do it itself."""
+    """Raises UserError when texts are lowered by `do_lower_case` of the Transformer step and not by the tokenizer."""
     if settings.get("do_lower_case") and hf.tokenize("Aa B") != hf.tokenize("aa b"):
-        raise UserError(
-            "the model lowers the case of texts outside of its tokenizer",
-            where=str(where),
-            expected="do_lower_case false",
-        )
+        problem = "the model lowers the case of texts outside of its tokenizer"
+        raise UserError(problem, where=str(where), expected="do_lower_case false")

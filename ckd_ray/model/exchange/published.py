@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ckd_ray.errors import UserError
-from ckd_ray.model.colbert import ColBERT
+from ckd_ray.errors import UserError, first_line
+from ckd_ray.model.colbert import ColBERT, read_tokenizer, without_pooler
 from ckd_ray.model.exchange import tokens
 from ckd_ray.model.exchange.weights import as_matrix, load_torch
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import resolve_backbone
+
+_ENCODER_FIX = "model.backbone must name the encoder that the checkpoint was trained from"
 
 
 def read(file: Path, defaults: ColBERTSettings, encoder: str | None) -> ColBERT:
@@ -35,8 +37,7 @@ def read(file: Path, defaults: ColBERTSettings, encoder: str | None) -> ColBERT:
     _fill(backbone, state, weight, file, encoder)
     settings = _settings(arguments, weight.shape[0], defaults, str(file))
     model = ColBERT.from_parts(backbone, hf, settings, weight, where=str(file))
-    if not tokens.inserted_as_ours(hf, model.tokenizer):
-        raise tokens.unlike(encoder, "the published code")
+    tokens.check_inserted(hf, model.tokenizer, encoder, "the published code")
     return model
 
 
@@ -58,24 +59,22 @@ def _contents(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _empty_encoder(encoder: str, file: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel
 
     try:
         folder = resolve_backbone(encoder)
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+        hf = read_tokenizer(folder)
     except Exception as error:  # broken files make transformers and tokenizers raise errors of any kind
         raise UserError(
             "a .dnn file holds neither tokenizer nor configuration, and these were not found",
             where=str(file),
             expected=f"{encoder} as a folder or hub id that transformers reads",
-            found=next(iter(str(error).strip().splitlines()), type(error).__name__)[:300],
+            found=first_line(error),
             fix="name the encoder as model.backbone and the file as teacher.checkpoint, or put config.json and the "
             "tokenizer's files beside it",
         ) from error
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None
-    return backbone.float(), hf
+    return without_pooler(backbone).float(), hf
 
 
 def _fill(backbone: Any, state: dict[str, Tensor], weight: Tensor, file: Path, encoder: str) -> None:
@@ -90,38 +89,30 @@ def _fill(backbone: Any, state: dict[str, Tensor], weight: Tensor, file: Path, e
             where=str(file),
             expected=f"those of {encoder}, such as {prefix}{missing[0]}",
             found=", ".join(list(state)[:4]) or "nothing",
-            fix="model.backbone must name the encoder that the checkpoint was trained from",
+            fix=_ENCODER_FIX,
         )
     odd = [n for n, t in wanted.items() if prefix + n in state and state[prefix + n].shape != t.shape]
     if odd or weight.shape[1] != backbone.config.hidden_size:
         name = prefix + odd[0] if odd else "linear.weight"
-        expected = tuple(wanted[odd[0]].shape) if odd else ("dim", backbone.config.hidden_size)
-        found = tuple(state[name].shape) if odd else tuple(weight.shape)
-        raise UserError(
-            f"{name} does not fit {encoder}",
-            where=str(file),
-            expected=str(expected),
-            found=str(found),
-            fix="model.backbone must name the encoder that the checkpoint was trained from",
-        )
+        expected = str(tuple(wanted[odd[0]].shape) if odd else ("dim", backbone.config.hidden_size))
+        found = str(tuple((state[name] if odd else weight).shape))
+        problem = f"{name} does not fit {encoder}"
+        raise UserError(problem, where=str(file), expected=expected, found=found, fix=_ENCODER_FIX)
     backbone.load_state_dict({n: state[prefix + n] for n in wanted if prefix + n in state}, strict=False)
 
 
 def _settings(arguments: dict[str, Any], dim: int, defaults: ColBERTSettings, where: str) -> ColBERTSettings:
-    def said(name: str, otherwise: Any) -> Any:
-        value = arguments.get(name)
-        return otherwise if value is None else value
-
-    similarity = said("similarity", defaults.similarity)
+    values = {name: value for name, value in arguments.items() if value is not None}
+    similarity = values.get("similarity", defaults.similarity)
     if similarity not in ("l2", "cosine"):
         raise UserError("an unknown similarity", where=where, expected="l2 or cosine", found=str(similarity))
     return ColBERTSettings(
         dim=dim,
-        query_maxlen=int(said("query_maxlen", defaults.query_maxlen)),
-        doc_maxlen=int(said("doc_maxlen", defaults.doc_maxlen)),
-        mask_punctuation=bool(said("mask_punctuation", defaults.mask_punctuation)),
+        query_maxlen=int(values.get("query_maxlen", defaults.query_maxlen)),
+        doc_maxlen=int(values.get("doc_maxlen", defaults.doc_maxlen)),
+        mask_punctuation=bool(values.get("mask_punctuation", defaults.mask_punctuation)),
         similarity=similarity,
-        query_marker=str(said("query_token_id", "[unused0]")),
-        doc_marker=str(said("doc_token_id", "[unused1]")),
-        attend_to_mask=bool(said("attend_to_mask_tokens", False)),
+        query_marker=str(values.get("query_token_id", "[unused0]")),
+        doc_marker=str(values.get("doc_token_id", "[unused1]")),
+        attend_to_mask=bool(values.get("attend_to_mask_tokens", False)),
     )

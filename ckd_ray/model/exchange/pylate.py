@@ -12,15 +12,13 @@ from typing import Any
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import ColBERT, load_transformers
 from ckd_ray.model.exchange import tokens
-from ckd_ray.model.exchange.detect import LIBRARY, exported_similarity
+from ckd_ray.model.exchange.detect import LIBRARY, exported_similarity, read_object, write_json
 from ckd_ray.model.exchange.modules import (
     check_case,
-    read_library,
     read_modules,
     read_projection,
     read_transformer,
     write_dense,
-    write_json,
     write_modules,
 )
 from ckd_ray.model.settings import ColBERTSettings
@@ -30,7 +28,7 @@ NAME = "PyLate"
 
 def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
     """The model in a folder that PyLate saved; what the folder does not say is taken from `defaults`."""
-    library = read_library(folder)
+    library = read_object(folder / LIBRARY, optional=True)
     modules = read_modules(folder, {"Transformer", "Dense"})
     weight = read_projection(folder, modules)
     encoder = modules[0].folder
@@ -54,8 +52,7 @@ def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
         **skip,
     )
     model = ColBERT.from_parts(backbone, hf, settings, weight, where=str(folder))
-    if not tokens.inserted_as_ours(hf, model.tokenizer):
-        raise tokens.unlike(str(folder), NAME)
+    tokens.check_inserted(hf, model.tokenizer, str(folder), NAME)
     return model
 
 
@@ -70,11 +67,7 @@ def write(model: ColBERT, folder: Path) -> list[str]:
     """Write `model` for PyLate into the empty `folder`; returns what differs there, as sentences."""
     s, tokenizer = model.settings, model.tokenizer
     model.backbone.save_pretrained(folder, safe_serialization=True)
-    tokens.write_tokenizer(tokenizer, folder, frame=False)
-    if not tokens.inserted_as_ours(tokens.read_tokenizer(folder), tokenizer):
-        tokens.write_tokenizer(tokenizer, folder, frame=True)
-        if not tokens.inserted_as_ours(tokens.read_tokenizer(folder), tokenizer):
-            raise tokens.unlike("--format pylate", NAME)
+    tokens.write_inserting_tokenizer(tokenizer, folder, "--format pylate", NAME)
     write_modules(folder, [("sentence_transformers.models.Transformer", ""), ("pylate.models.Dense.Dense", "1_Dense")])
     write_dense(folder / "1_Dense", model.projection.weight, {"use_residual": False})
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": s.doc_maxlen - 1, "do_lower_case": False})

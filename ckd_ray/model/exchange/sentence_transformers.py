@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ckd_ray.errors import UserError
-from ckd_ray.model.colbert import ColBERT, load_transformers
+from ckd_ray.model.colbert import ColBERT, load_transformers, read_tokenizer
 from ckd_ray.model.exchange import tokens
-from ckd_ray.model.exchange.detect import LIBRARY, exported_similarity, read_object
+from ckd_ray.model.exchange.detect import LIBRARY, exported_similarity, read_object, write_json
 from ckd_ray.model.exchange.modules import (
     Module,
     check_case,
-    read_library,
     read_modules,
     read_projection,
     read_transformer,
     write_dense,
-    write_json,
     write_modules,
 )
 from ckd_ray.model.settings import ColBERTSettings
@@ -38,7 +36,7 @@ _TYPES = [
 
 def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
     """The model in a folder that a MultiVectorEncoder saved; what the folder does not say is taken from `defaults`."""
-    library = read_library(folder)
+    library = read_object(folder / LIBRARY, optional=True)
     modules = read_modules(folder, {"Transformer", "Dense", "MultiVectorMask", "Normalize"})
     weight = read_projection(folder, modules)
     _check_normalised(folder, modules)
@@ -68,22 +66,21 @@ def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
 
 
 def _check_normalised(folder: Path, modules: list[Module]) -> None:
-    last = modules[-1]
-    for module in modules:
-        if module.kind == "Normalize":
-            config = read_object(module.folder / "config.json") if (module.folder / "config.json").is_file() else {}
-            if config.get("module_input_name") == "token_embeddings":
-                return
-    raise UserError(
-        "the token embeddings of this model are not normalised",
-        where=str(folder),
-        expected="a Normalize module for token_embeddings",
-        found=f"{last.type} as the last module",
-    )
+    configs = [read_object(m.folder / "config.json", optional=True) for m in modules if m.kind == "Normalize"]
+    if not any(config.get("module_input_name") == "token_embeddings" for config in configs):
+        raise UserError(
+            "the token embeddings of this model are not normalised",
+            where=str(folder),
+            expected="a Normalize module for token_embeddings",
+            found=f"{modules[-1].type} as the last module",
+        )
 
 
 def _marker(hf: Any, prompt: str, folder: Path) -> str:
-    marker = tokens.marker_in(hf, prompt)
+    """The vocabulary token that a prompt stands for, "" for none."""
+    if not prompt.strip():
+        return ""
+    marker = next((token for token in (prompt, prompt.strip()) if token in hf.get_vocab()), None)
     if marker is None:
         raise UserError(
             "a prompt of several tokens has no counterpart here",
@@ -101,14 +98,10 @@ def _expansion(
     if expansion is None:
         length = int(transformer.get("query_length") or defaults.query_maxlen)
         return {"query_maxlen": length, "attend_to_mask": False, "query_expansion": False}
-    token = expansion.get("token")
-    problems = []
-    if expansion.get("strategy") != "fixed":
-        problems.append(f"strategy {expansion.get('strategy')!r}")
-    if token is not None and token != hf.mask_token:
-        problems.append(f"token {token!r}")
-    if mask is None:
-        problems.append("no MultiVectorMask module, so the added tokens are not scored")
+    strategy, token = expansion.get("strategy"), expansion.get("token")
+    problems = [] if strategy == "fixed" else [f"strategy {strategy!r}"]
+    problems += [] if token in (None, hf.mask_token) else [f"token {token!r}"]
+    problems += ["no MultiVectorMask module, so the added tokens are not scored"] if mask is None else []
     if problems:
         raise UserError(
             "this way of widening queries has no counterpart here",
@@ -179,7 +172,7 @@ def _write_prompts(model: ColBERT, folder: Path) -> tuple[str, str]:
     markers = [m for m in (s.query_marker, s.doc_marker) if m]
     for frame in (False, True):
         tokens.write_tokenizer(tokenizer, folder, special=markers, frame=frame)
-        hf = tokens.read_tokenizer(folder)
+        hf = read_tokenizer(folder)
         for end in (" ", ""):
             prompts = [m + end if m and not m.endswith(" ") else m for m in (s.query_marker, s.doc_marker)]
             if tokens.prompted_as_ours(hf, tokenizer, prompts[0], prompts[1]):

@@ -1,22 +1,23 @@
-"""Tokens as the other libraries make them, and the check that they come out as ours.
+"""Tokens as the other libraries make them, and the check that their ids are ours.
 
 The others let the tokenizer put [CLS] and [SEP], and then insert the marker as the second token (PyLate, colbert-ai) or
-write it before the text (sentence-transformers). We frame the ids ourselves. Both are the same for the tokenizers of
-BERT and its like; here that is seen, not believed.
+write it before the text (sentence-transformers). ckd-ray frames the ids itself. For the tokenizers of BERT and its like
+the results are the same; every import and export checks that they are.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ckd_ray.errors import UserError
+from ckd_ray.model.colbert import read_tokenizer
+from ckd_ray.model.exchange.detect import write_json
 from ckd_ray.model.tokenizer import ColBERTTokenizer, punctuation_ids
 
 # Case, punctuation, digits, other scripts, an unknown sign, the empty text, and more than any model holds.
-PROBES = (
+_PROBES = (
     "what is late interaction?",
     'ColBERT (2020): one vector a token - not one a text; see e.g. "Khattab & Zaharia"!',
     "3.14 µg/l of naïve Größe 東京 🙂",
@@ -25,40 +26,34 @@ PROBES = (
 )
 
 
-def inserted(hf: Any, texts: Sequence[str], marker_id: int | None, maxlen: int) -> list[list[int]]:
-    """As PyLate and colbert-ai: the tokenizer's own frame, then the marker as second token."""
-    room = maxlen - (marker_id is not None)
-    rows = hf(list(texts), truncation=True, max_length=room)["input_ids"]
-    return [list(ids) if marker_id is None else [*ids[:1], marker_id, *ids[1:]] for ids in rows]
-
-
-def prompted(hf: Any, texts: Sequence[str], prompt: str, maxlen: int) -> list[list[int]]:
-    """As sentence-transformers: the prompt before the text."""
-    return [list(ids) for ids in hf([prompt + t for t in texts], truncation=True, max_length=maxlen)["input_ids"]]
-
-
-def ours(tokenizer: ColBERTTokenizer, *, query: bool) -> list[list[int]]:
-    """Our ids of the probes, without augmentation."""
+def _frames(tokenizer: ColBERTTokenizer) -> tuple[tuple[int | None, int], tuple[int | None, int]]:
+    """(marker id, most tokens) of queries and of passages."""
     settings = tokenizer.settings
-    if query:
-        return tokenizer.framed(PROBES, tokenizer.query_marker_id, settings.query_maxlen)
-    return tokenizer.framed(PROBES, tokenizer.doc_marker_id, settings.doc_maxlen)
+    return (tokenizer.query_marker_id, settings.query_maxlen), (tokenizer.doc_marker_id, settings.doc_maxlen)
 
 
-def inserted_as_ours(hf: Any, tokenizer: ColBERTTokenizer) -> bool:
-    """Whether a library that inserts markers makes our ids with the tokenizer `hf`."""
-    s = tokenizer.settings
-    queries = inserted(hf, PROBES, tokenizer.query_marker_id, s.query_maxlen)
-    passages = inserted(hf, PROBES, tokenizer.doc_marker_id, s.doc_maxlen)
-    return queries == ours(tokenizer, query=True) and passages == ours(tokenizer, query=False)
+def _inserted_as_ours(hf: Any, tokenizer: ColBERTTokenizer) -> bool:
+    for marker, maxlen in _frames(tokenizer):
+        inserted = [] if marker is None else [marker]
+        rows = hf(list(_PROBES), truncation=True, max_length=maxlen - len(inserted))["input_ids"]
+        if [[*ids[:1], *inserted, *ids[1:]] for ids in rows] != tokenizer.framed(_PROBES, marker, maxlen):
+            return False
+    return True
+
+
+def check_inserted(hf: Any, tokenizer: ColBERTTokenizer, where: str, library: str) -> None:
+    """Raises UserError unless `library`, which inserts the marker as second token, makes our ids with `hf`."""
+    if not _inserted_as_ours(hf, tokenizer):
+        raise unlike(where, library)
 
 
 def prompted_as_ours(hf: Any, tokenizer: ColBERTTokenizer, query_prompt: str, doc_prompt: str) -> bool:
-    """Whether a library that writes prompts makes our ids with the tokenizer `hf`."""
-    s = tokenizer.settings
-    queries = prompted(hf, PROBES, query_prompt, s.query_maxlen)
-    passages = prompted(hf, PROBES, doc_prompt, s.doc_maxlen)
-    return queries == ours(tokenizer, query=True) and passages == ours(tokenizer, query=False)
+    """Whether a library that writes a prompt before the text makes our ids with the tokenizer `hf`."""
+    for prompt, (marker, maxlen) in zip((query_prompt, doc_prompt), _frames(tokenizer), strict=True):
+        rows = hf([prompt + text for text in _PROBES], truncation=True, max_length=maxlen)["input_ids"]
+        if [list(ids) for ids in rows] != tokenizer.framed(_PROBES, marker, maxlen):
+            return False
+    return True
 
 
 def unlike(where: str, library: str) -> UserError:
@@ -70,8 +65,17 @@ def unlike(where: str, library: str) -> UserError:
     )
 
 
+def write_inserting_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, where: str, library: str) -> None:
+    """Write the tokenizer for a `library` that inserts the marker as second token; UserError when its ids differ."""
+    for frame in (False, True):
+        write_tokenizer(tokenizer, folder, frame=frame)
+        if _inserted_as_ours(read_tokenizer(folder), tokenizer):
+            return
+    raise unlike(where, library)
+
+
 def write_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, *, special: Iterable[str] = (), frame: bool) -> None:
-    """The tokenizer as tokenizer.json with a configuration that transformers 4 and 5 both read.
+    """Write the tokenizer as tokenizer.json, with a configuration that transformers 4 and 5 both read.
 
     Args:
         special: tokens that are to be read as one token wherever they stand in a text.
@@ -80,7 +84,7 @@ def write_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, *, special: Itera
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.processors import TemplateProcessing
 
-    hf = tokenizer.hf
+    hf, settings = tokenizer.hf, tokenizer.settings
     backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
@@ -99,7 +103,6 @@ def write_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, *, special: Itera
     roles |= {"mask_token": hf.mask_token, "cls_token": cls, "sep_token": sep}
     roles = {role: token for role, token in roles.items() if token is not None}
     others = [t for t in [*(str(t) for t in hf.all_special_tokens), *special] if t not in roles.values()]
-    settings = tokenizer.settings
     config = {
         **roles,
         "additional_special_tokens": list(dict.fromkeys(others)),
@@ -108,18 +111,11 @@ def write_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, *, special: Itera
         "model_max_length": max(settings.doc_maxlen, settings.query_maxlen),
         "padding_side": "right",
         "truncation_side": hf.truncation_side,
-        # The file alone says how texts are read; a class of its own would put its defaults over that.
+        # tokenizer.json alone says how texts are read; a class of its own would put its defaults over that.
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(roles, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, as transformers loads it."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, use_fast=True)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", roles)
 
 
 def with_padding_token(hf: Any, backbone: Any) -> Any:
@@ -140,16 +136,6 @@ def skip_words(tokenizer: ColBERTTokenizer) -> list[str]:
 def skip_settings(hf: Any, ids: Iterable[int]) -> dict[str, Any]:
     """The values of `mask_punctuation` and `skip_tokens` that skip exactly these ids."""
     wanted = sorted(set(ids))
-    if not wanted:
-        return {"mask_punctuation": False, "skip_tokens": None}
-    if wanted == punctuation_ids(hf).tolist():
-        return {"mask_punctuation": True, "skip_tokens": None}
-    return {"mask_punctuation": False, "skip_tokens": tuple(str(t) for t in hf.convert_ids_to_tokens(wanted))}
-
-
-def marker_in(hf: Any, prompt: str | None) -> str | None:
-    """The vocabulary token that a prefix or prompt stands for, "" for none, None when it is no single token."""
-    if not prompt or not prompt.strip():
-        return ""
-    vocabulary = hf.get_vocab()
-    return next((t for t in (prompt, prompt.strip()) if t in vocabulary), None)
+    punctuation = bool(wanted) and wanted == punctuation_ids(hf).tolist()
+    others = None if punctuation or not wanted else tuple(str(t) for t in hf.convert_ids_to_tokens(wanted))
+    return {"mask_punctuation": punctuation, "skip_tokens": others}

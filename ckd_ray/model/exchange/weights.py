@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.exchange.detect import read_object
 
 
@@ -19,12 +19,11 @@ def load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             "this torch file is not read",
             where=str(path),
             expected="tensors, numbers, text, lists and dicts (torch.load with weights_only)",
-            found=first[:300],
+            found=first_line(error),
             fix="if you trust its source, open it there and save the state dict alone",
         ) from error
 
