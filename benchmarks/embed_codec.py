@@ -120,7 +120,7 @@ def code_again(store: EmbeddingStore, out: str, name: str) -> EmbeddingStore:
         )
         headers.append(header)
         size += written
-    write_manifest(out, "benchmark", headers, size)
+    write_manifest(out, "benchmark", len(headers))
     return EmbeddingStore.open(out)
 
 

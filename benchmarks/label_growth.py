@@ -76,7 +76,7 @@ def measure(passages: int, folder: Path) -> dict[str, float]:
             codec=codec,
         )
         headers.append(header)
-    write_manifest(str(folder), "growth", headers, 0)
+    write_manifest(str(folder), "growth", len(headers))
     store = EmbeddingStore.open(str(folder))
     _, asked = _embed(10**7, 10**7 + QUERIES, centres)
     queries = asked[: QUERIES * QUERY_ROWS].view(QUERIES, QUERY_ROWS, DIM)

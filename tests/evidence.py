@@ -59,7 +59,7 @@ def store_of(model: ColBERT, texts: list[str], out: Path, *, queries: bool = Fal
             codec=Float16(model.settings.dim),
         )
         headers.append(header)
-    write_manifest(str(out), "hand", headers, 1)
+    write_manifest(str(out), "hand", len(headers))
     return EmbeddingStore.open(str(out))
 
 

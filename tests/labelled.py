@@ -38,7 +38,7 @@ def write_store(folder: Path, encoded: Encoded, shards: int) -> EmbeddingStore:
             codec=Float16(encoded.embeddings_TD.shape[1]),
         )
         headers.append(header)
-    write_manifest(str(folder), "f", headers, 0)
+    write_manifest(str(folder), "f", len(headers))
     return EmbeddingStore.open(str(folder))
 
 

@@ -5,11 +5,5 @@ from ckd_ray.data.collection import Collection, Qrels, Queries
 from ckd_ray.data.problems import InputError
 
 __all__ = [
-    "Collection",
-    "CollectionManifest",
-    "InputError",
-    "Qrels",
-    "Queries",
-    "build_collection",
-    "source_signature",
-]
+    "Collection", "CollectionManifest", "InputError", "Qrels", "Queries", "build_collection", "source_signature",
+]  # fmt: skip

@@ -1,6 +1,6 @@
-"""From a source to `corpus/` and `queries/`: everything that is wrong with a collection is found here.
+"""From a source to `corpus/` and `queries/`; all checks of a collection as a whole are made here.
 
-The corpus is streamed: what is held is one block of texts, eight bytes an id (to find duplicates), and the labels.
+The corpus is streamed. Memory holds one block of texts, eight bytes an id (to find duplicates), and the labels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ Advance = Callable[[int, int | None], None]
 
 @dataclass
 class CollectionManifest:
-    """What was built: sizes, what was found odd but kept, and the fingerprint of the contents."""
+    """Sizes of a built collection, counts of what is odd but kept, and the fingerprint of the contents."""
 
     num_passages: int
     fingerprint: str
@@ -54,10 +55,11 @@ class CollectionManifest:
 
 @dataclass
 class _Split:
-    """Queries and labels of a split; labels learn their passage's dense index while the corpus streams by.
+    """Queries and labels of a split.
 
-    What was read and is not there: labels that say the same as an earlier one (`repeated`), and, where all splits share
-    a file, queries that this split has no label of (`elsewhere`).
+    Attributes:
+        repeated: labels that were read and are left out, since they repeat an earlier one.
+        elsewhere: queries that were read from a file of all splits and have no label in this one.
     """
 
     ids: list[str]
@@ -70,9 +72,8 @@ class _Split:
 def build_collection(settings: CollectionConfig, out: str, *, progress: Advance | None = None) -> CollectionManifest:
     """Read the configured collection and write `out`/queries and `out`/corpus.
 
-    With `limit` the corpus keeps every labelled passage, however many there are, and the first others up to that many
-    in all, so that no query loses its label; the manifest records the limit. (Docstrings are cut before they are
-    labelled.)
+    With `limit` the corpus keeps every labelled passage, however many there are, so that no query loses its label, and
+    the first others up to `limit` passages in all. (Docstrings are cut before they are labelled.)
 
     Raises:
         InputError: lists what is wrong, with file and line; up to 20 problems at once.
@@ -99,12 +100,12 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
             manifest.fingerprint = digest.hexdigest()
             _write_manifest(queries, manifest, sum(s["queries"] for s in manifest.splits.values()))
         _write_manifest(folder, manifest, writer.count)
-    _tell(manifest, source)
+    _report(manifest, source)
     return manifest
 
 
 def source_signature(settings: CollectionConfig) -> str:
-    """Changes when the input files (size, time of change) or installed packages (version) do; reads no contents.
+    """Changes with the input files (size, time of change) or installed packages (version); reads no contents.
 
     Raises:
         UserError: a file is missing.
@@ -124,12 +125,8 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
         if not _is_id(row, "query", problems):
             continue
         if row.id in where:
-            problems.add(
-                row.where,
-                "a duplicate query id",
-                expected="unique ids",
-                found=f"{shorten(row.id)}, also at {where[row.id]}",
-            )
+            found = f"{shorten(row.id)}, also at {where[row.id]}"
+            problems.add(row.where, "a duplicate query id", expected="unique ids", found=found)
         else:
             where[row.id] = row.where
             ids.append(row.id)
@@ -140,25 +137,16 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
     for label in source.qrels(split, problems):
         key = (label.query_id, label.passage_id)
         if label.query_id not in where:
-            problems.add(
-                label.where,
-                "a label of an unknown query",
-                expected=f"a query of split {split}",
-                found=shorten(label.query_id),
-            )
-        elif key in seen:
-            if seen[key].relevance == label.relevance:
-                repeated += 1
-            else:
-                problems.add(
-                    label.where,
-                    "a second grade for the same query and passage",
-                    expected=f"{seen[key].relevance} as at {seen[key].where}",
-                    found=str(label.relevance),
-                )
-        else:
+            expected = f"a query of split {split}"
+            problems.add(label.where, "a label of an unknown query", expected=expected, found=shorten(label.query_id))
+        elif key not in seen:
             seen[key] = label
             labels.append(label)
+        elif seen[key].relevance == label.relevance:
+            repeated += 1
+        else:
+            problem, expected = "a second grade for the same query and passage", f"{seen[key].relevance} as at "
+            problems.add(label.where, problem, expected=expected + seen[key].where, found=str(label.relevance))
     elsewhere = 0
     if source.shared_queries:
         labelled = {label.query_id for label in labels}
@@ -169,7 +157,7 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
 
 
 def _is_id(row: TextRow, what: str, problems: Problems) -> bool:
-    """Notes an id that is empty, or that the tools which measure rankings would cut off (they are written in C)."""
+    """Notes an empty id, and one with a NUL, at which the tools in C that measure rankings would cut it."""
     if row.id.strip() and "\0" not in row.id:
         return True
     problem = f"a NUL character in a {what} id" if row.id.strip() else f"an empty {what} id"
@@ -178,7 +166,11 @@ def _is_id(row: TextRow, what: str, problems: Problems) -> bool:
 
 
 class _CorpusWriter:
-    """Writes passages as they come: Parquet files, and the ids once more as a memory-mapped Arrow file."""
+    """Writes a stream of passages: Parquet files, and the ids as a memory-mapped Arrow file.
+
+    Attributes:
+        wanted: labelled passage ids; their dense indices are filled in.
+    """
 
     def __init__(self, folder: str, wanted: dict[str, int], limit: int | None, progress: Advance) -> None:
         self.folder, self.wanted, self.limit, self.progress = folder, wanted, limit, progress
@@ -246,7 +238,7 @@ class _CorpusWriter:
         self.progress(self.count, None)
 
     def _bytes(self, names: list[str], texts: list[str]) -> bytes:
-        """What the fingerprint takes in; texts that UTF-8 cannot hold are mended in place, and counted."""
+        """The input of the fingerprint; texts that UTF-8 cannot hold are replaced in place, and counted."""
         try:
             return _hashable(names, texts)
         except UnicodeEncodeError:
@@ -256,11 +248,9 @@ class _CorpusWriter:
             return _hashable(names, texts)
 
     def duplicates(self) -> set[str]:
-        """Ids that came twice (at most a message's worth): found by 8-byte hashes, confirmed on the ids themselves."""
+        """Ids that occur twice, 20 at most: found by 8-byte hashes, confirmed by the ids themselves."""
         found: set[str] = set()
-        if not self._hashes:
-            return found
-        hashes = np.concatenate(self._hashes)
+        hashes = np.concatenate([np.empty(0, np.uint64), *self._hashes])
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         same = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
@@ -282,13 +272,13 @@ class _CorpusWriter:
 
 
 def _hashable(names: list[str], texts: list[str]) -> bytes:
-    """Lengths in front, so that no two different lists read alike."""
+    """Texts with their lengths, so that different lists give different bytes."""
     rows = zip(names, texts, strict=True)
     return "".join([f"{len(name)}:{len(text)}:{name}{text}" for name, text in rows]).encode()
 
 
 def _name_duplicates(source: Source, names: set[str], problems: Problems) -> None:
-    """Both places of each duplicate, by reading the source once more: places are not kept while it streams."""
+    """Reads the source again for both places of each duplicate, since places are not kept."""
     if not names:
         return
     first: dict[str, str] = {}
@@ -303,40 +293,28 @@ def _name_duplicates(source: Source, names: set[str], problems: Problems) -> Non
 
 
 def _storable(text: str) -> str:
-    """Lone surrogates (JSON can hold them) have no UTF-8 form and become the replacement character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+    """Lone surrogates, which JSON can hold and UTF-8 cannot, become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _check_training(splits: dict[str, _Split], settings: CollectionConfig, problems: Problems) -> None:
-    """Without one labelled training query there is nothing to learn from; better said here than by the teacher.
-
-    Said only where nothing else is wrong: broken lines are the likelier cause.
-    """
-    split = splits.get("train")
-    if split is None or problems.lines or any(row.relevance >= settings.positive_grade for row in split.labels):
-        return
-    problems.add(
-        f"split {settings.train}",
-        "no training query has a positive label",
-        expected=f"a label of grade {settings.positive_grade} (collection.positive_grade) or more",
-        found=f"{len(split.ids)} queries, {len(split.labels)} labels",
-    )
+    """Notes that no training query has a positive label, unless other problems are the likelier cause."""
+    split, grade = splits.get("train"), settings.positive_grade
+    if split is not None and not problems.lines and all(row.relevance < grade for row in split.labels):
+        problems.add(
+            f"split {settings.train}",
+            "no training query has a positive label",
+            expected=f"a label of grade {grade} (collection.positive_grade) or more",
+            found=f"{len(split.ids)} queries, {len(split.labels)} labels",
+        )
 
 
 def _check_labels(splits: dict[str, _Split], wanted: dict[str, int], problems: Problems) -> None:
     for split in splits.values():
         for label in split.labels:
             if wanted[label.passage_id] < 0:
-                problems.add(
-                    label.where,
-                    "a label of an unknown passage",
-                    expected="a passage id of the corpus",
-                    found=shorten(label.passage_id),
-                )
+                problem, found = "a label of an unknown passage", shorten(label.passage_id)
+                problems.add(label.where, problem, expected="a passage id of the corpus", found=found)
 
 
 def _write_split(
@@ -369,27 +347,18 @@ def _write_split(
 
 
 def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> None:
-    names = sorted(n for n in os.listdir(folder) if n.endswith((".parquet", ".arrow")))
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".parquet", ".arrow"))
     files: list[dict[str, Any]] = [
-        {
-            "name": n,
-            "rows": _rows(os.path.join(folder, n)),
-            "bytes": os.path.getsize(os.path.join(folder, n)),
-            "sha256": sha256_of(os.path.join(folder, n)),
-        }
-        for n in names
+        {"name": p.name, "rows": _rows(str(p)), "bytes": p.stat().st_size, "sha256": sha256_of(str(p))} for p in paths
     ]
+    counts = ("splits", "empty_passages", "mended_passages", "cut_by_limit", "limit")
     value = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": manifest.fingerprint,
         "rows": rows,
         "bytes": sum(int(f["bytes"]) for f in files),
         "files": files,
-        "splits": manifest.splits,
-        "empty_passages": manifest.empty_passages,
-        "mended_passages": manifest.mended_passages,
-        "cut_by_limit": manifest.cut_by_limit,
-        "limit": manifest.limit,
+        **{name: getattr(manifest, name) for name in counts},
     }
     write_json_atomic(os.path.join(folder, "manifest.json"), value)
 
@@ -401,28 +370,24 @@ def _rows(path: str) -> int:
         return int(ipc.open_file(source).read_all().num_rows)
 
 
-def _tell(manifest: CollectionManifest, source: Source) -> None:
-    if manifest.empty_passages:
-        say(f"collection: {manifest.empty_passages:,} passages are empty; they are kept, though little can find them")
-    if manifest.mended_passages:
-        say(f"collection: {manifest.mended_passages:,} passages held half a surrogate pair, now a question mark")
-    if manifest.cut_by_limit:
-        say(f"collection: collection.limit ({manifest.limit:,}) leaves out {manifest.cut_by_limit:,} passages")
+def _report(manifest: CollectionManifest, source: Source) -> None:
+    """Messages about what is odd in the collection but kept."""
+
+    def note(count: int, message: str) -> None:
+        if count:
+            say(f"collection: {message}")
+
+    surrogates = "held half a surrogate pair, now a question mark"
+    empty, mended, cut = manifest.empty_passages, manifest.mended_passages, manifest.cut_by_limit
+    note(empty, f"{empty:,} passages are empty; they are kept, though few queries can find them")
+    note(mended, f"{mended:,} passages {surrogates}")
+    note(cut, f"collection.limit ({manifest.limit or 0:,}) leaves out {cut:,} passages")
     for name, split in manifest.splits.items():
-        if split.get("repeated_labels"):
-            say(f"collection: {split['repeated_labels']:,} labels of {name} stand there twice; each counts once")
-        if split.get("mended_queries"):
-            say(
-                f"collection: {split['mended_queries']:,} {name} queries held half a surrogate pair, now a question"
-                " mark"
-            )
-        if split["unlabelled"]:
-            use = (
-                "not trained on"
-                if name == "train"
-                else "they score zero, or are left out where they have no label at all"
-            )
-            say(f"collection: {split['unlabelled']:,} of {split['queries']:,} {name} queries have no positive; {use}")
+        repeated, mended, unlabelled = (split.get(k, 0) for k in ("repeated_labels", "mended_queries", "unlabelled"))
+        use = "they score zero, or are left out where they have no label at all"
+        use = "they are not trained on" if name == "train" else use
+        note(repeated, f"{repeated:,} labels of {name} occur twice; each counts once")
+        note(mended, f"{mended:,} {name} queries {surrogates}")
+        note(unlabelled, f"{unlabelled:,} of {split['queries']:,} {name} queries have no positive; {use}")
     missing = [s for s in ("dev", "test") if s not in source.splits]
-    if missing:
-        say(f"collection: no {' and no '.join(missing)} split; it is left out of the evaluation")
+    note(len(missing), f"no {' and no '.join(missing)} split; it is left out of the evaluation")

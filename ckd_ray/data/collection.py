@@ -48,7 +48,7 @@ class Qrels:
 
 
 class Collection:
-    """Opened by `Collection.open(run)`; cheap, since files are read when they are needed."""
+    """Opened by `Collection.open(run)`, which reads the manifest alone."""
 
     def __init__(self, run: str, manifest: dict[str, Any]) -> None:
         self.run, self.manifest = run, manifest
@@ -83,13 +83,13 @@ class Collection:
         found = []
         for name in list_files(folder, ".parquet"):
             fs, path = filesystem_of(join(folder, name))
-            # With pre_buffer the requests of one read go out together.
+            # With pre_buffer the requests of one read are sent together.
             found.append(pq.ParquetFile(path, filesystem=fs, memory_map=local, pre_buffer=not local))
         return found
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor | None:
-        """Requests to an object store wait for the network, so they go out together."""
+        """Requests to an object store wait for the network, so they are sent together."""
         return None if is_local(self.run) else ThreadPoolExecutor(_REMOTE_READERS, "texts")
 
     @cached_property
@@ -108,7 +108,7 @@ class Collection:
         asked, back = np.unique(np.asarray(passages, np.int64), return_inverse=True)
         firsts = self._bounds[0]
         at = np.searchsorted(firsts, asked, side="right") - 1
-        # So many groups at a time that memory does not grow with what is asked for.
+        # A bounded number of groups at a time, so that memory does not grow with the request.
         batch = np.unique(at, return_inverse=True)[1] // _CACHED_GROUPS
         texts: list[str] = []
         for some in np.split(np.arange(len(asked)), np.flatnonzero(np.diff(batch)) + 1):
@@ -118,7 +118,7 @@ class Collection:
         return [texts[i] for i in back.tolist()]
 
     def _row_groups(self, wanted: list[int]) -> dict[int, list[str]]:
-        """Texts of row groups, by their number in the corpus; those that were read lately are not read again."""
+        """Texts of row groups, by their number in the corpus; the most recent ones are cached."""
         found = {g: self._groups[g] for g in wanted if g in self._groups}
         missing: dict[int, list[int]] = {}  # of each file
         for g in wanted:
@@ -179,7 +179,7 @@ class Collection:
             path = cache.fetch(uri, digest)
             if sha256_of(path) == digest:
                 return path
-            cache.discard(uri, digest)  # the copy may be damaged, not the file
+            cache.discard(uri, digest)  # perhaps the copy is damaged, not the file
         raise JobError(f"{uri}: not the file that its manifest names; run ckd-ray train --from collection")
 
     def passage_ids(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
@@ -207,9 +207,7 @@ class Collection:
 
     def queries(self, split: str) -> Queries:
         """All queries of a split; a part of a large split is better read by `queries_between`."""
-        fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
-        table = pq.read_table(path, filesystem=fs)
-        return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
+        return self.queries_between(split, 0, self.num_queries(split))
 
     def num_queries(self, split: str) -> int:
         """How many queries a split has; none of them is read."""

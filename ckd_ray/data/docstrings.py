@@ -1,9 +1,8 @@
-"""A real collection that is always there: the documentation of the Python packages installed beside ours.
+"""A real collection on every machine: the documentation of installed Python packages.
 
-A query is the first sentence of a docstring; its labelled passage is the qualified name and the rest of the docstring.
-The first sentence is left out of the passage, so that a query must be answered by what the rest says. Sources are
-parsed, never imported. A thing documented in the same words twice counts once, and so does a name that is defined
-twice (the getter and the setter of a property, overloads): the first stands.
+A query is the first sentence of a docstring; its labelled passage is the qualified name and the rest of the docstring,
+without that sentence. Sources are parsed, never imported. The first of several docstrings with the same words counts,
+and the first of several definitions of a name (the getter and the setter of a property, overloads).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from ckd_ray.data.problems import Problems
 from ckd_ray.data.sources import QrelRow, Source, TextRow
 from ckd_ray.errors import UserError
 
-# Dependencies of ours with docstrings of prose, so they are there wherever ckd-ray is. (transformers would double the
-# corpus, and the 20 seconds of parsing it say little more: most of it repeats one pattern a model.)
+# Dependencies of ckd-ray, so they are always installed, with docstrings of prose. (transformers would double the corpus
+# and take 20 seconds to parse, and most of it repeats one pattern a model.)
 PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "ray", "pydantic")
 _FEWEST_QUERY_WORDS, _FEWEST_PASSAGE_WORDS, _MOST_PASSAGE_CHARACTERS = 5, 12, 4000
 _HELD_OUT_OF_100 = {"test": 8, "dev": 8}
@@ -32,7 +31,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`:\[(*\"'])")
 
 @dataclass(frozen=True)
 class Entry:
-    """A documented thing: its qualified name, the first sentence, the rest."""
+    """A docstring: the qualified name, the first sentence, the rest."""
 
     name: str
     sentence: str
@@ -40,7 +39,7 @@ class Entry:
 
     @property
     def split(self) -> str:
-        """By a hash of the name, so that it stays when packages come and go."""
+        """Depends on a hash of the name alone, so other packages do not change it."""
         bucket = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") % 100
         edge = 0
         for split, share in _HELD_OUT_OF_100.items():
@@ -62,11 +61,8 @@ def docstring_source(settings: CollectionConfig) -> Source:
     for package in settings.packages or PACKAGES:
         files = _sources(package)
         if files is None and named:
-            raise UserError(
-                f"the package {package!r} is not installed",
-                where="collection.packages",
-                fix=f"pip install {package}",
-            )
+            problem, fix = f"the package {package!r} is not installed", f"pip install {package}"
+            raise UserError(problem, where="collection.packages", fix=fix)
         for module, path in files or ():
             for entry in read_docstrings(module, path):
                 key = " ".join((entry.sentence + entry.rest).lower().split())
@@ -75,7 +71,7 @@ def docstring_source(settings: CollectionConfig) -> Source:
                     entries[entry.name] = entry
     if not entries:
         raise UserError("the installed packages hold no documentation", where="collection.packages")
-    # In the order of a hash, so that a limit keeps a mixture of all packages.
+    # A hash orders them, so that a limit keeps a mixture of all packages.
     ordered = sorted(entries.values(), key=lambda e: hashlib.sha256(e.name.encode()).digest())[: settings.limit]
 
     def texts(split: str | None, query: bool) -> Iterator[TextRow]:
@@ -115,23 +111,15 @@ def _sources(package: str) -> list[tuple[str, Path]] | None:
     found = []
     for file in files:
         parts = file.parts
-        if (
-            file.suffix != ".py"
-            or parts[0].startswith(".")
-            or any(p in ("tests", "test", "testing") or p.startswith("_") for p in parts[:-1])
-        ):
-            continue
+        private = any(p in ("tests", "test", "testing") or p.startswith("_") for p in parts[:-1])
         names = [*parts[:-1], *([] if file.stem == "__init__" else [file.stem])]
-        if names:
+        if names and file.suffix == ".py" and not private and not parts[0].startswith("."):
             found.append((".".join(names), Path(str(file.locate()))))
     return sorted(found)
 
 
 def read_docstrings(module: str, path: Path) -> Iterator[Entry]:
-    """Documented classes and functions of one source file, the outer before the inner, else in the order of the file.
-
-    A file that does not parse has none.
-    """
+    """Documented classes and functions of one source file, outer ones first; none when the file does not parse."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
@@ -151,7 +139,7 @@ def read_docstrings(module: str, path: Path) -> Iterator[Entry]:
 
 
 def split_docstring(name: str, docstring: str) -> Entry | None:
-    """The first sentence and the rest; None when either is too short to ask for or to answer with."""
+    """The first sentence and the rest; None when either is too short for a query or a passage."""
     paragraph, _, below = docstring.strip().partition("\n\n")
     sentences = _SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)
     sentence, inline = sentences[0], " ".join(sentences[1:])

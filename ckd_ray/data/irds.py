@@ -8,7 +8,7 @@ from typing import Any
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.sources import SPLITS, QrelRow, Source, TextRow, grade_fits
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 
 
 def ir_datasets_source(settings: CollectionConfig) -> Source:
@@ -59,14 +59,13 @@ def _load(ir_datasets: Any, name: str) -> Any:
 
 
 def _rows(where: str, open_rows: Callable[[], Iterable[Any]]) -> Iterator[tuple[int, Any]]:
-    """Numbered rows; what ir_datasets raises (no network, a data set to be fetched by hand) becomes a UserError."""
+    """Numbered rows; errors of ir_datasets (no network, a data set to be downloaded by hand) become UserErrors."""
     try:
         yield from enumerate(open_rows(), 1)
     except UserError:
         raise
     except Exception as error:  # its parsers raise errors of any kind
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError("ir_datasets cannot read this data set", where=where, found=said) from error
+        raise UserError("ir_datasets cannot read this data set", where=where, found=first_line(error)) from error
 
 
 def _texts(where: str, open_rows: Callable[[], Iterable[Any]], id_field: str, problems: Problems) -> Iterator[TextRow]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import filesystem_of
 
 _BLOCK = 8 << 20
@@ -17,9 +17,8 @@ _LONGEST_LINE = 64 << 20
 def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Blocks of (number of the first line, its lines without their ends); memory is bounded by the block.
 
-    A line that is not UTF-8 is noted with the byte in question, and passed on with the undecodable bytes replaced, so
-    that reading can go on to the next problem. Empty lines are passed on: only the reader knows whether they mean
-    something.
+    A line that is not UTF-8 is noted with the byte in question, and returned with replacement characters, so that
+    reading can find the next problem. Empty lines are returned: only the reader knows what they mean.
     """
     fs, path = filesystem_of(uri)
     number, rest, first = 1, b"", True
@@ -41,11 +40,9 @@ def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
             cut = len(data) if not block else data.rfind(b"\n") + 1
             rest = data[cut:]
             if len(rest) > _LONGEST_LINE:
+                found = f"{len(rest)} bytes"
                 raise UserError(
-                    "a line has no end",
-                    where=f"{uri}:{number}",
-                    expected="lines below 64 MiB",
-                    found=f"{len(rest)} bytes",
+                    "a line has no end", where=f"{uri}:{number}", expected="lines below 64 MiB", found=found
                 )
             if cut:
                 lines = _decode(uri, number, data[:cut], problems)
@@ -56,18 +53,17 @@ def read_lines(uri: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
 
 
 def unreadable(uri: str, error: Exception) -> UserError:
-    """What the file system or the decompressor said, as a UserError."""
-    said = str(error).splitlines() or [type(error).__name__]
-    return UserError("the file cannot be read", where=uri, found=said[0])
+    """An error of the file system or the decompressor as a UserError."""
+    return UserError("the file cannot be read", where=uri, found=first_line(error))
 
 
 def _decode(uri: str, number: int, data: bytes, problems: Problems) -> list[str]:
-    raw = data.removesuffix(b"\n").split(b"\n")
+    data = data.removesuffix(b"\n")
     try:
-        lines = data.removesuffix(b"\n").decode("utf-8").split("\n")
+        lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError:
         lines = []
-        for i, line in enumerate(raw):
+        for i, line in enumerate(data.split(b"\n")):
             try:
                 lines.append(line.decode("utf-8"))
             except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Problems of input files, collected so that a user mends them at once."""
+"""Problems of input files, collected so that a user can correct them all at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class InputError(UserError):
 
 
 class Problems:
-    """A list that raises when it is full; never, when `most` is None. `of` says what was read."""
+    """A list that raises when it holds `most` problems (None: never). `of` says what was read."""
 
     def __init__(self, most: int | None = _MOST, of: str = "the collection") -> None:
         self.lines: list[str] = []

@@ -1,7 +1,7 @@
 """Readers: every format becomes the same three streams, passages, queries and qrels.
 
-They check the form of what they read (tabs, columns, JSON, numbers); what depends on the whole (duplicates, unknown
-ids) is checked in `build.py`.
+They check the form of every row (tabs, columns, JSON, numbers). build.py checks what depends on the whole collection
+(duplicates, unknown ids).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,14 +19,14 @@ from ckd_ray.config import CollectionConfig
 from ckd_ray.config.schema import Split
 from ckd_ray.data.lines import read_lines, unreadable
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import exists, filesystem_of, is_folder, join, list_files, list_folders
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
 class TextRow(NamedTuple):
-    """A passage or a query, and where it stands: the file with what separates it from the number, and the line."""
+    """A passage or a query with its place, `file:` or `file: row `, and the number of its line or row."""
 
     id: str
     text: str
@@ -34,12 +35,12 @@ class TextRow(NamedTuple):
 
     @property
     def where(self) -> str:
-        """`file:line`, made only when it is asked for: most rows are in order."""
+        """`file:line`; a property, since it is needed for few rows."""
         return self.place if self.number is None else f"{self.place}{self.number}"
 
 
 class QrelRow(NamedTuple):
-    """A label, and where it stands."""
+    """A label with its place, as in `TextRow`."""
 
     query_id: str
     passage_id: str
@@ -58,9 +59,9 @@ class Source:
     """The streams of a collection; each call reads from the start.
 
     Attributes:
-        files: what is read, for the fingerprint of the input.
         splits: those that have both queries and qrels.
-        shared_queries: all splits are in one file, so a split's queries are those that its qrels name.
+        files: for the fingerprint of the input.
+        shared_queries: the queries of all splits are in one file; a split's queries are those that its qrels name.
     """
 
     passages: Callable[[Problems], Iterator[TextRow]]
@@ -88,10 +89,13 @@ def open_source(settings: CollectionConfig) -> Source:
     return _file_source(settings)
 
 
-_PASSAGES = {"msmarco": ("collection.tsv",), "beir": ("corpus.jsonl",), "parquet": ("passages.parquet",)}
-_QUERIES = {"msmarco": ("queries.{}.tsv",), "beir": ("queries.jsonl",), "parquet": ("queries.{}.parquet",)}
-_QRELS = {"msmarco": ("qrels.{}.tsv",), "beir": ("qrels/{}.tsv",), "parquet": ("qrels.{}.parquet",)}
-# How the files of a folder that stands for one file may end.
+# File names of passages, queries and qrels of each format.
+_NAMES = {
+    "msmarco": ("collection.tsv", "queries.{}.tsv", "qrels.{}.tsv"),
+    "beir": ("corpus.jsonl", "queries.jsonl", "qrels/{}.tsv"),
+    "parquet": ("passages.parquet", "queries.{}.parquet", "qrels.{}.parquet"),
+}
+# Endings of the files in a folder that is given in the place of one file: of texts, of qrels.
 _LINES = (".tsv", ".tsv.gz", ".txt", ".txt.gz")
 _JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _ENDINGS = {"msmarco": (_LINES, _LINES), "beir": (_JSON, _LINES), "parquet": ((".parquet",), (".parquet",))}
@@ -101,25 +105,21 @@ def _file_source(settings: CollectionConfig) -> Source:
     kind = settings.format
     if settings.path is not None and not exists(settings.path):
         raise UserError("this folder does not exist", where="collection.path", found=settings.path)
-    passages = settings.passages or _find(settings, _PASSAGES[kind][0], required=True)
+    of_passages, of_queries, of_qrels = _NAMES[kind]
+    passages = settings.passages or _find(settings, of_passages, required=True)
     assert passages is not None
     queries: dict[str, str] = {}
     qrels: dict[str, str] = {}
     for split in SPLITS:
-        name = getattr(settings, split)
-        found_queries = settings.queries.get(split) or _find(settings, _QUERIES[kind][0].format(name), split == "train")
-        found_qrels = settings.qrels.get(split) or _find(settings, _QRELS[kind][0].format(name), split == "train")
+        name, required = getattr(settings, split), split == "train"
+        found_queries = settings.queries.get(split) or _find(settings, of_queries.format(name), required)
+        found_qrels = settings.qrels.get(split) or _find(settings, of_qrels.format(name), required)
         if found_queries and found_qrels:
             queries[split], qrels[split] = found_queries, found_qrels
-    of_texts, of_qrels = _ENDINGS[kind]
-    parts = {file: _parts(file, of_texts) for file in (passages, *queries.values())}
-    parts |= {file: _parts(file, of_qrels) for file in qrels.values()}
-    readers: dict[str, tuple[Any, Any, Any]] = {
-        "msmarco": (_tsv_texts, _tsv_texts, _tsv_qrels),
-        "beir": (_json_texts, _json_texts, _tsv_qrels),
-        "parquet": (_parquet_passages, _parquet_queries, _parquet_qrels),
-    }
-    read_passages, read_queries, read_qrels = readers[kind]
+    text_endings, qrel_endings = _ENDINGS[kind]
+    parts = {file: _parts(file, text_endings) for file in (passages, *queries.values())}
+    parts |= {file: _parts(file, qrel_endings) for file in qrels.values()}
+    read_passages, read_queries, read_qrels = _READERS[kind]
     return Source(
         passages=lambda problems: _one_by_one(read_passages, parts[passages], problems),
         queries=lambda split, problems: _one_by_one(read_queries, parts[queries[split]], problems),
@@ -131,12 +131,9 @@ def _file_source(settings: CollectionConfig) -> Source:
 
 
 def _parts(uri: str, endings: tuple[str, ...]) -> tuple[str, ...]:
-    """The file itself; of a folder, as Spark and others write it, the files in it, in the order of their names.
+    """The file itself, or the files of a folder, as Spark and others write it, in the order of their names.
 
-    Names that begin with `_` or `.` are markers and checksums of whoever wrote it, and are no parts.
-
-    Raises:
-        UserError: there is no such file, or the folder holds none that can be read, or others, or folders.
+    Names that begin with `_` or `.` are markers and checksums, and are left out.
     """
     if not is_folder(uri):
         if not exists(uri):
@@ -144,7 +141,7 @@ def _parts(uri: str, endings: tuple[str, ...]) -> tuple[str, ...]:
         return (uri,)
     names = [name for name in list_files(uri) if not name.startswith(("_", "."))]
     others = [name for name in names if not name.endswith(endings)]
-    # Partitions (`year=2024/`): their files would be left out, and what the folder's name says is no column.
+    # Partitions (`year=2024/`) are refused: the values in their names are no columns.
     others += [f"{name}/" for name in list_folders(uri) if not name.startswith(("_", "."))]
     if others or not names:
         raise UserError(
@@ -236,26 +233,22 @@ def _tsv_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
         for number, line in enumerate(lines, first):
             columns = line.split("\t") if "\t" in line else line.split()
             if len(columns) not in (3, 4):
-                problems.add(
-                    f"{place}{number}",
-                    "wrong number of columns",
-                    expected="query, 0, passage, grade",
-                    found=f"{len(columns)}: {shorten(line)}",
-                )
+                found = f"{len(columns)}: {shorten(line)}"
+                where = f"{place}{number}"
+                problems.add(where, "wrong number of columns", expected="query, 0, passage, grade", found=found)
                 continue
             query_id, passage_id, grade = columns[0], columns[-2], columns[-1]
             if number == 1 and query_id.strip().lower() in _HEADERS and not _is_integer(grade):
                 continue  # BEIR's header: query-id, corpus-id, score
             if not _is_integer(grade):
-                problems.add(
-                    f"{place}{number}", "the grade is not a whole number", expected="an integer", found=shorten(grade)
-                )
+                where, problem = f"{place}{number}", "the grade is not a whole number"
+                problems.add(where, problem, expected="an integer", found=shorten(grade))
             elif grade_fits(grade, f"{place}{number}", problems):
                 yield QrelRow(query_id, passage_id, int(grade), place, number)
 
 
 def grade_fits(grade: str | int, where: str, problems: Problems) -> bool:
-    """Grades are kept in 32 bits; the length is looked at first, as Python refuses to read thousands of digits."""
+    """Notes a grade of more than 32 bits. The length is checked first: Python refuses to read very long numbers."""
     if len(str(grade)) <= 20 and -(2**31) <= int(grade) < 2**31:
         return True
     problems.add(where, "the grade is out of range", expected="32 bits", found=shorten(str(grade)))
@@ -295,14 +288,14 @@ def _parquet(uri: str, wanted: dict[str, _Column]) -> Iterator[tuple[int, dict[s
     try:
         file = pq.ParquetFile(path, filesystem=fs)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a type of Ray's with strange contents
-        raise UserError("not a Parquet file", where=uri, found=str(error).splitlines()[0]) from None
+        raise UserError("not a Parquet file", where=uri, found=first_line(error)) from None
     with file:
         columns = {name: _column(uri, file.schema_arrow, name, column) for name, column in wanted.items()}
         row = 1
         try:
             for batch in file.iter_batches(batch_size=4096, columns=list(columns.values())):
                 for column in columns.values():
-                    batch[column].validate(full=True)  # undecodable bytes: Arrow takes them, Python does not
+                    batch[column].validate(full=True)  # Arrow accepts undecodable bytes, Python does not
                 yield row, {name: batch[column].to_pylist() for name, column in columns.items()}
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
@@ -312,17 +305,16 @@ def _parquet(uri: str, wanted: dict[str, _Column]) -> Iterator[tuple[int, dict[s
 def _column(uri: str, schema: pa.Schema, name: str, column: _Column) -> str:
     match = next((spelling for spelling in column.names if spelling in schema.names), None)
     if match is None:
-        raise UserError(
-            f"no column {name}", where=uri, expected=" or ".join(column.names), found=", ".join(schema.names)
-        )
+        expected = " or ".join(column.names)
+        raise UserError(f"no column {name}", where=uri, expected=expected, found=", ".join(schema.names))
     kind = schema.field(match).type
     if not column.accepts(kind):
         raise UserError(f"column {match} has the wrong type", where=uri, expected=column.expected, found=str(kind))
     return match
 
 
-def _parquet_texts(uri: str, problems: Problems, *id_names: str) -> Iterator[TextRow]:
-    """One row a passage or query: an id and a text. Integers are taken as ids, in decimal."""
+def _parquet_texts(id_names: tuple[str, ...], uri: str, problems: Problems) -> Iterator[TextRow]:
+    """One row a passage or query: an id, which may be an integer, and a text."""
     place = f"{uri}: row "
     wanted = {"id": _id_column(*id_names), "text": _Column(("text",), _is_text, "strings")}
     for first, batch in _parquet(uri, wanted):
@@ -332,14 +324,6 @@ def _parquet_texts(uri: str, problems: Problems, *id_names: str) -> Iterator[Tex
                 problems.add(f"{place}{number}", "a null", expected="an id and a text", found=found)
                 continue
             yield TextRow(str(name), text, place, number)
-
-
-def _parquet_passages(uri: str, problems: Problems) -> Iterator[TextRow]:
-    return _parquet_texts(uri, problems, "passage_id", "pid", "id")
-
-
-def _parquet_queries(uri: str, problems: Problems) -> Iterator[TextRow]:
-    return _parquet_texts(uri, problems, "query_id", "qid", "id")
 
 
 def _parquet_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
@@ -358,3 +342,15 @@ def _parquet_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
                 problems.add(where, "a null", expected="two ids and a grade", found=found)
             elif grade_fits(grade, where, problems):
                 yield QrelRow(str(query), str(passage), grade, place, number)
+
+
+# The readers of passages, queries and qrels of each format.
+_READERS: dict[str, tuple[Any, Any, Any]] = {
+    "msmarco": (_tsv_texts, _tsv_texts, _tsv_qrels),
+    "beir": (_json_texts, _json_texts, _tsv_qrels),
+    "parquet": (
+        partial(_parquet_texts, ("passage_id", "pid", "id")),
+        partial(_parquet_texts, ("query_id", "qid", "id")),
+        _parquet_qrels,
+    ),
+}

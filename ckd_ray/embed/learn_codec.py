@@ -1,7 +1,7 @@
-"""Before a store with a learned codec is written: embed a sample of the corpus, learn the codec from it.
+"""Learning the codec of a store from a sample of the corpus, before the store is written.
 
-The sample goes through the same stream as the corpus, into a small fp16 store beside the shards, so that a killed run
-goes on here too; it is removed once the codec is written.
+The sample goes through the same stream as the corpus into a small fp16 store in a subfolder, so a killed run resumes
+here too; the sample is removed once the codec is written.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
-from ckd_ray.files import delete, exists, is_whole, join, read_json, write_json_atomic
+from ckd_ray.files import delete, exists, has_digest, join, read_json, write_json_atomic
 from ckd_ray.progress import say
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
 from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
 
 _SAMPLE = "sample"
-# Consecutive passages that are drawn together: few reads, and still spread over the corpus.
+# Consecutive passages that are drawn together: few reads, spread over the corpus.
 _SPAN = 32
 
 
@@ -36,10 +36,10 @@ def with_codec(
     stage: str = "embed",
     make_encoder: Callable[[EmbedJob, int], Encoder] | None = None,
 ) -> EmbedJob:
-    """`job` with the digest of its codec, which is learned first unless an earlier try has done that.
+    """`job` with the digest of its codec, which is learned first unless an earlier run has done that.
 
     Args:
-        job: of passages; its `codec` is a name.
+        job: of passages.
         num_passages: of the corpus.
         seed: of the sample and of k-means.
     """
@@ -49,12 +49,12 @@ def with_codec(
     if exists(record):
         kept = read_json(record)
         learned = join(job.out, CODEC_FILE)
-        if kept["fingerprint"] == job.fingerprint and is_whole(learned, kept["digest"]):
-            delete(join(job.out, _SAMPLE))
-            return replace(job, codec_digest=kept["digest"])
         if kept["fingerprint"] == job.fingerprint:
-            # The same sample gives the same codec on the same kind of machine, and then all shards are kept; shards
-            # that were written with another one are refused.
+            if has_digest(learned, kept["digest"]):
+                delete(join(job.out, _SAMPLE))
+                return replace(job, codec_digest=kept["digest"])
+            # On the same kind of machine the same sample gives the same codec, and all shards are kept. Shards that
+            # were written with another codec are refused.
             say(f"{stage}: {learned}: missing, or not what the shards were written with; it is learned again")
     spans = sample_spans(num_passages, seed)
     sample = replace(job, out=join(job.out, _SAMPLE), codec="fp16", fingerprint=f"{job.fingerprint}/sample")
@@ -71,7 +71,7 @@ def with_codec(
 def sample_spans(num_passages: int, seed: int) -> list[tuple[int, int]]:
     """(first, stop) of the passages to learn from, ascending: enough for the codec of a corpus of this size.
 
-    A passage is taken for 64 tokens here; the true number is known, and used, once the sample is embedded.
+    Passages count as 64 tokens here; the true number is known, and used, once the sample is embedded.
     """
     wanted = -(-sample_size(64 * num_passages) // 64)
     starts = np.arange(0, num_passages, _SPAN)
@@ -81,7 +81,7 @@ def sample_spans(num_passages: int, seed: int) -> list[tuple[int, int]]:
 
 
 def _learn(job: EmbedJob, sample: str, num_passages: int, seed: int) -> tuple[str, int]:
-    """Runs in a task of its own, so that the driver stays small; uses all cores, which nothing else needs now."""
+    """Runs in a task, so that the driver stays small, and on all cores, which nothing else needs at this time."""
     torch.set_num_threads(os.cpu_count() or 1)
     store = EmbeddingStore.open(sample)
     rows_SD = torch.cat([store.shard(i).embeddings() for i in range(store.num_shards)])

@@ -1,15 +1,15 @@
 """The embed stage: Ray Data streams texts through tokenising tasks into a pool of encoder actors that write shards.
 
 The unit of work is one shard, a run of consecutive texts. Only shard numbers and a line of figures pass the driver:
-texts are read where they are tokenised, embeddings are written where they are made. A shard that is already there with
-this run's fingerprint is not computed again, whether the actor, its node or the driver has died in between.
+texts are read where they are tokenised, embeddings are written where they are computed. A shard with this run's
+fingerprint is not computed again, whether an actor, its node or the driver has died.
 
-What bounds the memory, whatever the corpus: an actor holds its model, the activations of one batch (`token_budget`)
-and the rows of one shard (`passages_per_shard` texts) with their encoded form; the object store holds the token ids of
-a few shards an actor; the driver holds three numbers a shard.
+Memory does not grow with the corpus: an actor holds its model, the activations of one batch (`token_budget`) and the
+rows of one shard (`passages_per_shard` texts) with their encoded form; the object store holds the token ids of a few
+shards an actor; the driver holds three numbers a shard.
 
-A passage on which the encoder fails every time is set aside: it has no rows; `SHARD.set-aside.json` beside the shard
-and the store's manifest name it (careful.py). More than `max_bad_passages` of them end the stage.
+A passage on which the encoder fails every time (bad_texts.py) gets no rows. `SHARD.set-aside.json` next to the shard
+and the store's manifest name it. More than `max_bad_passages` of them end the stage.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ import ray
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
-from ckd_ray.embed.careful import TRIES, CarefulEncoder, with_gaps
-from ckd_ray.embed.survey import close, whole_shards
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.embed.bad_texts import TRIES, GuardedEncoder, with_empty_texts
+from ckd_ray.embed.survey import check_shards, close_in_tasks
+from ckd_ray.errors import JobError, UserError, described
 from ckd_ray.files import (
-    beside,
     delete,
     exists,
     join,
@@ -38,6 +37,7 @@ from ckd_ray.files import (
     local_copy,
     make_folder,
     read_object,
+    with_ending,
     write_json_atomic,
 )
 from ckd_ray.progress import Progress, say
@@ -51,9 +51,8 @@ from ckd_ray.store.shard import BrokenShardError, read_header
 if TYPE_CHECKING:
     from ckd_ray.model.encoder import Encoded
 
-PLAN, SET_ASIDE = "plan.json", ".set-aside.json"
-# A shard costs a file, a task and a line of the manifest, however little it holds. 140 million texts make 11,506 shards
-# of at most 16,384.
+PLAN, BAD_PASSAGES = "plan.json", ".set-aside.json"
+# Every shard costs a file, a task and a line of the manifest. 140 million texts make 11,506 shards of at most 16,384.
 _MOST_SHARDS = 50_000
 
 
@@ -66,10 +65,10 @@ class EmbedJob:
         texts: `passages`, or `queries.SPLIT`.
         checkpoint: the folder of the ColBERT model (of the encoder when `pooled`), visible to all workers.
         out: the folder of the store.
-        fingerprint: of settings and inputs; shards with another one are not ours.
-        codec: how the store keeps rows; a learned one lies in `out` already, with `codec_digest`.
-        max_bad: passages that may be set aside.
-        pooled: one row a text, of an encoder as it is (`PooledModel.save`), instead of a row for every token.
+        fingerprint: of settings and inputs; shards with another one are computed again.
+        codec: how the store keeps rows; a learned one is in `out` already, with `codec_digest`.
+        max_bad: passages that may be left without rows because the encoder fails on them.
+        pooled: one row a text, of a pooled encoder (`PooledModel.save`), instead of a row for every token.
     """
 
     run: str
@@ -86,12 +85,12 @@ class EmbedJob:
 
     @property
     def tokenised(self) -> bool:
-        """Whether texts reach the actor as token ids of many lengths. Queries of ColBERT are texts still."""
+        """Whether texts reach the actor as token ids; queries of ColBERT reach it as texts."""
         return self.pooled or self.texts == "passages"
 
 
 class Encoder(Protocol):
-    """What a pool's actor asks of a model; `TextEncoder`, or a stand-in in measurements of the stream itself."""
+    """What an actor needs of a model: `TextEncoder`, `PooledEncoder`, or a stand-in that measures the stream itself."""
 
     dim: int
 
@@ -151,7 +150,7 @@ def embed_texts(
     work: list[dict[str, int]] = []
     done = 0
     for number, (job, _) in enumerate(jobs):
-        intact = _left_by_an_earlier_run(job, stage)
+        intact = _finished_shards(job, stage)
         done += sum(header.passages for header in intact.values())
         work += [
             {"job": number, "shard": i, "first": first, "stop": stop}
@@ -168,35 +167,34 @@ def embed_texts(
             except JobError as error:  # an actor's, with Ray's traceback around it
                 raise getattr(error, "cause", error) from None
     for (job, _), shards in zip(jobs, spans, strict=True):
-        bad = set_aside(job)
-        if len(bad) > job.max_bad:  # several actors may each have set one aside that was still allowed
+        bad = bad_passages(job)
+        if len(bad) > job.max_bad:  # several actors may each have accepted one that was still allowed
             raise JobError(_too_many(job, bad, job.max_bad))
         if bad:
-            names = ", ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in bad[:20])
-            say(f"{stage}: {len(bad)} passages were set aside, on which the encoder fails every time: {names}")
+            say(f"{stage}: {len(bad)} passages have no embeddings; the encoder fails on them every time: {_shown(bad)}")
         extra = {"set_aside": bad} if bad else {}
-        close(job.out, job.fingerprint, shards, precision=job.precision, texts=job.texts, **extra)
+        close_in_tasks(job.out, job.fingerprint, shards, precision=job.precision, texts=job.texts, **extra)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]
 
 
-def set_aside(job: EmbedJob) -> list[dict[str, Any]]:
+def bad_passages(job: EmbedJob) -> list[dict[str, Any]]:
     """The passages of a store that could not be encoded: index, passage_id, cause."""
-    found = [read_object(join(job.out, name)) for name in list_files(job.out, SET_ASIDE)]
-    mine = [entry for record in found if record["fingerprint"] == job.fingerprint for entry in record["passages"]]
-    return sorted(mine, key=lambda entry: int(entry["index"]))
+    records = [read_object(join(job.out, name)) for name in list_files(job.out, BAD_PASSAGES)]
+    entries = [entry for record in records if record["fingerprint"] == job.fingerprint for entry in record["passages"]]
+    return sorted(entries, key=lambda entry: int(entry["index"]))
 
 
-def _left_by_an_earlier_run(job: EmbedJob, stage: str) -> dict[int, ShardHeader]:
-    """Whole shards of this very job; what is broken or foreign is named and removed."""
+def _finished_shards(job: EmbedJob, stage: str) -> dict[int, ShardHeader]:
+    """Intact shards that an earlier run of this job has left; others are named and removed."""
     make_folder(job.out)
-    for name in list_files(job.out, TRIES):  # a new command counts anew
+    for name in list_files(job.out, TRIES):  # every command counts from the start
         delete(join(job.out, name))
-    intact, refused = whole_shards(job.out, job.fingerprint, job.codec_digest)
+    intact, refused = check_shards(job.out, job.fingerprint, job.codec_digest)
     for name, why in refused.items():
         say(f"{stage}: {why}; it is computed again")
         delete(join(job.out, name))
-    for name in list_files(job.out, SET_ASIDE):  # of a shard that is computed again, and may come out whole
-        if name.removesuffix(SET_ASIDE) not in {shard_name(i) for i in intact}:
+    for name in list_files(job.out, BAD_PASSAGES):  # a shard that is computed again may have no bad passages this time
+        if name.removesuffix(BAD_PASSAGES) not in {shard_name(i) for i in intact}:
             delete(join(job.out, name))
     if intact:
         say(f"{stage}: {job.texts}: {len(intact)} shards are there already")
@@ -204,7 +202,7 @@ def _left_by_an_earlier_run(job: EmbedJob, stage: str) -> dict[int, ShardHeader]
 
 
 def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """A stopped run keeps its cut into shards, even when the settings would now cut otherwise."""
+    """The spans of a stopped run, even when the settings would now cut otherwise; else `spans`, which are recorded."""
     plan = join(job.out, PLAN)
     if exists(plan):
         kept = read_object(plan)
@@ -218,7 +216,7 @@ def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[in
 
 
 def _spans(value: Any) -> list[tuple[int, int]]:
-    """What a plan's file holds; nothing when that is not a list of pairs."""
+    """The pairs of a plan's file; none when it holds anything else."""
     try:
         return [(int(first), int(stop)) for first, stop in value]
     except (TypeError, ValueError):
@@ -226,7 +224,7 @@ def _spans(value: Any) -> list[tuple[int, int]]:
 
 
 def _texts_of(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The texts that shards cover, whatever the cuts between them: runs of consecutive ones."""
+    """The runs of consecutive texts that shards cover, whatever the cuts between them."""
     runs: list[tuple[int, int]] = []
     for first, stop in spans:
         if runs and runs[-1][1] == first:
@@ -240,7 +238,7 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
     """Rows of figures, one a shard, as they are finished."""
     for _ in range(pool.feeders):
         # The processes that will tokenise load their libraries while the actors load the model.
-        ray.remote(_tokenizer_and_texts_ready).options(num_cpus=pool.feeder_cpus).remote(jobs[0])
+        ray.remote(_load_tokenizer).options(num_cpus=pool.feeder_cpus).remote(jobs[0])
     return through_pool(
         work,
         pool,
@@ -254,7 +252,7 @@ def _stream(jobs: list[EmbedJob], work: list[dict[str, int]], pool: Pool, make_e
 
 @lru_cache(maxsize=4)
 def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
-    """Loaded once a worker process: the tokenizer alone (no weights) and the source of the texts."""
+    """Loaded once a worker process: the tokenizer and the function that reads texts."""
     from ckd_ray.model.colbert import load_tokenizer
     from ckd_ray.model.pooled import load_pooled_tokenizer
 
@@ -267,14 +265,14 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     return tokenizer, lambda first, stop: collection.queries_between(split, first, stop).texts
 
 
-def _tokenizer_and_texts_ready(job: EmbedJob) -> None:
+def _load_tokenizer(job: EmbedJob) -> None:
     _tokenizer_and_texts(job)
 
 
 def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
-    """Read and tokenise the texts of one shard: one row, its token ids flat beside their lengths.
+    """Read and tokenise the texts of one shard: one row with flat token ids and their lengths.
 
-    Queries of ColBERT go on as texts: their rows have one length, and the encoder tokenises them in no time.
+    Queries of ColBERT stay texts: their rows have one length, and the encoder tokenises them fast enough.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     number, shard, first, stop = (int(batch[name][0]) for name in ("job", "shard", "first", "stop"))
@@ -298,17 +296,17 @@ def _tokenise(batch: dict[str, Any], jobs: list[EmbedJob]) -> pa.Table:
 
 
 def _tokens(tokenizer: Any, texts: list[str]) -> tuple[list[Any], dict[int, str]]:
-    """The token ids of every text, and of texts on which the tokenizer fails (they have none) what it says."""
+    """The token ids of every text, and the errors of texts on which the tokenizer fails, which have no ids."""
     try:
         return tokenizer.passages(texts), {}
-    except Exception:  # whatever a tokenizer may raise on a text; one at a time tells which
+    except Exception:  # a tokenizer may raise anything on a text; one text at a time shows on which
         tokens, failed = [], {}
         for i, text in enumerate(texts):
             try:
                 tokens += tokenizer.passages([text])
             except Exception as error:
                 tokens.append(np.empty(0, np.int32))
-                failed[i] = f"{type(error).__name__}: {str(error)[:200]}"
+                failed[i] = described(error)
         return tokens, failed
 
 
@@ -329,10 +327,12 @@ class ShardEncoder:
         uri = join(job.out, shard_name(index))
         header = _already_there(uri, job, index)
         if header is None:
-            careful = CarefulEncoder(beside(uri, TRIES), *self._texts(job, row), called=uri)
-            encoded, bad = careful.run()
+            encoder = GuardedEncoder(with_ending(uri, TRIES), *self._texts(job, row), shard=uri)
+            encoded, bad = encoder.run()
             bad |= dict(zip(row["failed"][0].as_py(), row["causes"][0].as_py(), strict=True))
-            encoded = self._without(bad, encoded, job, row, uri)
+            if bad:
+                _record_bad(job, uri, row["first"][0].as_py(), len(row["lengths"][0]), bad)
+                encoded = with_empty_texts(encoded, len(row["lengths"][0]), bad)
             header, _ = write_shard(
                 uri,
                 fingerprint=job.fingerprint,
@@ -343,7 +343,7 @@ class ShardEncoder:
                 embeddings_TD=encoded.embeddings_TD,
                 codec=load_codec(job.codec, self.encoder.dim, job.out, job.codec_digest),
             )
-            careful.done()
+            encoder.done()
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}
 
     def _texts(self, job: EmbedJob, row: pa.Table) -> tuple[int, Callable[[list[int]], Encoded]]:
@@ -355,49 +355,45 @@ class ShardEncoder:
         texts = row["queries"][0].as_py()
         return len(texts), lambda some: self.encoder.queries([texts[i] for i in some])
 
-    def _without(self, bad: dict[int, str], encoded: Encoded, job: EmbedJob, row: pa.Table, uri: str) -> Encoded:
-        """Set the bad texts aside, unless they are queries, which have their rows in any case, or too many.
 
-        Raises:
-            JobError: they may not be set aside; names them.
-        """
-        if not bad:
-            return encoded
-        first = row["first"][0].as_py()
-        entries = _named(job, {first + i: cause for i, cause in sorted(bad.items())})
-        stop = first + len(row["lengths"][0])
-        before = [entry for entry in set_aside(job) if not first <= entry["index"] < stop]
-        allowed = job.max_bad if job.texts == "passages" else 0
-        if len(before) + len(entries) > allowed:
-            raise JobError(_too_many(job, before + entries, allowed))
-        write_json_atomic(beside(uri, SET_ASIDE), {"fingerprint": job.fingerprint, "passages": entries})
-        return with_gaps(encoded, len(row["lengths"][0]), bad)
+def _record_bad(job: EmbedJob, uri: str, first: int, count: int, bad: dict[int, str]) -> None:
+    """Record the bad texts of the shard `uri`, whose first text is `first`.
 
-
-def _named(job: EmbedJob, causes: dict[int, str]) -> list[dict[str, Any]]:
+    Raises:
+        JobError: they are queries, or there are too many; names them.
+    """
+    causes = {first + i: cause for i, cause in sorted(bad.items())}
     collection = Collection.open(job.run)
     if job.texts == "passages":
         ids = collection.passage_ids(list(causes))
     else:
         split = job.texts.removeprefix("queries.")
         ids = [collection.queries_between(split, i, i + 1).ids[0] for i in causes]
-    return [
-        {"index": i, "passage_id": name, "cause": cause} for (i, cause), name in zip(causes.items(), ids, strict=True)
-    ]
+    named = zip(causes.items(), ids, strict=True)
+    entries = [{"index": i, "passage_id": name, "cause": cause} for (i, cause), name in named]
+    others = [entry for entry in bad_passages(job) if not first <= entry["index"] < first + count]
+    allowed = job.max_bad if job.texts == "passages" else 0
+    if len(others) + len(entries) > allowed:
+        raise JobError(_too_many(job, others + entries, allowed))
+    write_json_atomic(with_ending(uri, BAD_PASSAGES), {"fingerprint": job.fingerprint, "passages": entries})
+
+
+def _shown(entries: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in entries[:20])
 
 
 def _too_many(job: EmbedJob, entries: list[dict[str, Any]], allowed: int) -> str:
-    shown = "; ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in entries[:20])
+    failed = f"the encoder fails every time on {len(entries)}"
     if job.texts != "passages":
-        return f"the encoder fails every time on {len(entries)} of {job.texts}: {shown}; leave it out, or mend its text"
+        return f"{failed} of {job.texts}: {_shown(entries)}; leave it out, or correct its text"
     return (
-        f"the encoder fails every time on {len(entries)} passages, and {allowed} may be set aside"
-        f" (embed.max_bad_passages): {shown}; mend or leave out these passages, or raise embed.max_bad_passages"
+        f"{failed} passages, and {allowed} may be without embeddings (embed.max_bad_passages): {_shown(entries)};"
+        " correct or leave out these passages, or raise embed.max_bad_passages"
     )
 
 
 def load_encoder(job: EmbedJob, threads: int) -> Encoder:
-    """The model of a job's checkpoint on the actor's device, with so many CPU threads."""
+    """The model of a job's checkpoint on the actor's device."""
     import torch
 
     from ckd_ray.model import ColBERT
@@ -413,12 +409,10 @@ def load_encoder(job: EmbedJob, threads: int) -> Encoder:
 
 
 def _already_there(uri: str, job: EmbedJob, index: int) -> ShardHeader | None:
-    """The header of a shard whose first try had come as far as the rename before its actor died."""
-    if not exists(uri):
-        return None
+    """The header of a shard that an actor finished before it died."""
     try:
-        header, _, _ = read_header(uri)
-    except BrokenShardError:
+        header = read_header(uri)[0]
+    except BrokenShardError:  # or there is none
         return None
     return header if header.fingerprint == job.fingerprint and header.index == index else None
 

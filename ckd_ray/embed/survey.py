@@ -1,4 +1,4 @@
-"""Reading the shards of a store by many tasks at once: which are whole, and what the manifest says of them.
+"""Ray tasks that read the shards of a store: which ones are intact, and what its manifest holds of them.
 
 The driver sees headers, lengths and document frequencies, of a few tasks at a time, never embeddings.
 """
@@ -11,16 +11,15 @@ from typing import Any
 import ray
 
 from ckd_ray.files import list_files
-from ckd_ray.store import ShardHeader, close_store, intact_shards, take_stock
-from ckd_ray.store.writing import Stock
+from ckd_ray.store import ShardHeader, close_store, intact_shards, summarise_shards
 
 _SHARDS_A_TASK = 64
-# Checking reads whole shards, so a task has fewer.
+# A task that checks shards reads all of their bytes, so it has fewer.
 _CHECKED_A_TASK = 8
 _TASKS_AT_ONCE = 256
 
 
-def whole_shards(uri: str, fingerprint: str, codec_digest: str) -> tuple[dict[int, ShardHeader], dict[str, str]]:
+def check_shards(uri: str, fingerprint: str, codec_digest: str) -> tuple[dict[int, ShardHeader], dict[str, str]]:
     """`intact_shards` of all shards in `uri`, checked byte by byte in Ray tasks."""
     names = list_files(uri, ".arrow")
     parts = [
@@ -34,16 +33,15 @@ def whole_shards(uri: str, fingerprint: str, codec_digest: str) -> tuple[dict[in
     return good, refused
 
 
-def close(uri: str, fingerprint: str, spans: Sequence[tuple[int, int]], **extra: Any) -> None:
+def close_in_tasks(uri: str, fingerprint: str, spans: Sequence[tuple[int, int]], **extra: Any) -> None:
     """`close_store` of the shards that hold these texts; their headers and lengths are read in Ray tasks."""
     bounds = range(0, len(spans), _SHARDS_A_TASK)
     parts = [(uri, fingerprint, first, min(first + _SHARDS_A_TASK, len(spans))) for first in bounds]
-    stocks: Iterator[Stock] = _in_order(take_stock, parts)
-    close_store(uri, fingerprint, stocks, spans=spans, **extra)
+    close_store(uri, fingerprint, _in_order(summarise_shards, parts), spans=spans, **extra)
 
 
 def _in_order(work: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """Results of `work(*part)` in the order of the parts; one part is done here, without a task."""
+    """Results of `work(*part)` in the order of the parts; a single part needs no task."""
     if len(parts) <= 1:
         yield from (work(*part) for part in parts)
         return

@@ -1,8 +1,16 @@
 """Files and folders, local or in object storage: paths, atomic writes, JSON and checksums."""
 
-from ckd_ray.files.atomic import copy_folder, local_copy, new_folder, remove_stale, room_for, upload_file, write_atomic
+from ckd_ray.files.atomic import (
+    copy_folder,
+    local_copy,
+    new_folder,
+    remove_stale,
+    replace_atomically,
+    room_for,
+    upload_file,
+    write_atomic,
+)
 from ckd_ray.files.paths import (
-    beside,
     check_inside,
     delete,
     delete_inside,
@@ -16,10 +24,11 @@ from ckd_ray.files.paths import (
     list_folders,
     make_folder,
     parent,
+    with_ending,
 )
 from ckd_ray.files.records import (
     file_signature,
-    is_whole,
+    has_digest,
     read_json,
     read_object,
     sha256_of,
@@ -28,8 +37,8 @@ from ckd_ray.files.records import (
 )
 
 __all__ = [
-    "beside", "check_inside", "copy_folder", "delete", "delete_inside", "exists", "file_signature", "filesystem_of",
-    "is_folder", "is_local", "is_whole", "join", "last_part", "list_files", "list_folders", "local_copy", "make_folder",
-    "new_folder", "parent", "read_json", "read_object", "remove_stale", "room_for", "sha256_of", "signatures",
-    "upload_file", "write_atomic", "write_json_atomic",
+    "check_inside", "copy_folder", "delete", "delete_inside", "exists", "file_signature", "filesystem_of", "has_digest",
+    "is_folder", "is_local", "join", "last_part", "list_files", "list_folders", "local_copy", "make_folder",
+    "new_folder", "parent", "read_json", "read_object", "remove_stale", "replace_atomically", "room_for", "sha256_of",
+    "signatures", "upload_file", "with_ending", "write_atomic", "write_json_atomic",
 ]  # fmt: skip

@@ -1,8 +1,7 @@
-"""Atomic writes: a half-written file never stands under its final name.
+"""Atomic writes: a file under its final name is always complete.
 
 A local file is written under a temporary name, flushed to the disk and renamed. An object store shows an upload only
-when it is complete. `remove_stale` deletes what a killed writer has left; every stage calls it before it starts
-(runs/artifact.py).
+when it is complete. `remove_stale` deletes what a killed writer has left; every stage calls it before it starts.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,10 +26,8 @@ from safetensors import SafetensorError
 from ckd_ray.errors import JobError
 from ckd_ray.files.paths import check_inside, delete, filesystem_of, is_local
 
-# Stands in the name of everything that is still being written.
-_ASIDE = ".tmp-"
-
-
+# In the name of every file and folder that is being written.
+TEMPORARY = ".tmp-"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -41,36 +38,37 @@ def write_atomic(uri: str, write: Callable[[pa.NativeFile], Any]) -> int:
         JobError: the disk is full; the message names the path.
     """
     fs, path = filesystem_of(uri)
-    if not isinstance(fs, pafs.LocalFileSystem):
-        return _upload(fs, path, write)
-    aside = f"{path}{_ASIDE}{uuid.uuid4().hex[:8]}"
-    with room_for(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            with pa.OSFile(aside, "wb") as stream:
+    if isinstance(fs, pafs.LocalFileSystem):
+        with room_for(path), replace_atomically(path) as temporary:
+            with pa.OSFile(temporary, "wb") as stream:
                 write(stream)
-            with open(aside, "rb+") as written:
-                os.fsync(written.fileno())
-            size = os.path.getsize(aside)
-            os.replace(aside, path)
-        finally:
-            if os.path.exists(aside):
-                os.remove(aside)
-    return size
-
-
-def _upload(fs: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], Any]) -> int:
-    """Write a local file first: closing a stream that has failed half-way would make the half visible."""
+            return os.path.getsize(temporary)
+    # A local file first: closing an upload that has failed would make the part that was written visible.
     with room_for(tempfile.gettempdir()), tempfile.NamedTemporaryFile() as local:
         with pa.OSFile(local.name, "wb") as stream:
             write(stream)
-        size = os.path.getsize(local.name)
         upload_file(fs, path, local)
-    return size
+        return os.path.getsize(local.name)
+
+
+@contextmanager
+def replace_atomically(path: str) -> Iterator[str]:
+    """A temporary local path; its file is flushed to the disk and renamed to `path` when the block ends without an
+    error."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}{TEMPORARY}{uuid.uuid4().hex[:8]}"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
-    """Upload an open local file as one object, in one call: whatever goes wrong before it ends, nothing is visible."""
+    """Upload an open local file as one object, in one call, so that nothing is visible unless the call succeeds."""
     size = os.fstat(local.fileno()).st_size
     mapped = mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     with fs.open_output_stream(path) as out:
@@ -79,12 +77,14 @@ def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
 
 @contextmanager
 def room_for(where: str) -> Iterator[None]:
-    """Turns a disk that is full or read-only (or a quota, or a limit on a file's size) into a JobError that names
+    """Turns the error of a full or read-only disk, a quota or a limit on file sizes into a JobError that names
     `where`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None) or _os_error(str(error))
+        # safetensors tells the number of an error in its text alone.
+        found = re.search(r"\(os error (\d+)\)|\[[Ee]rrno (\d+)\]", str(error))
+        number = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
         if number not in _CANNOT_WRITE:
             raise
         raise JobError(
@@ -93,23 +93,17 @@ def room_for(where: str) -> Iterator[None]:
         ) from error
 
 
-def _os_error(said: str) -> int | None:
-    """safetensors tells the number of an error in its text alone."""
-    found = re.search(r"\(os error (\d+)\)|\[[Ee]rrno (\d+)\]", said)
-    return int(found[1] or found[2]) if found else None
-
-
 def remove_stale(uri: str) -> list[str]:
-    """Remove what killed writers have left below the folder `uri`, and beside it under its name; their local paths.
+    """Remove what killed writers have left in the folder `uri` and, under its name, next to it; their local paths.
 
-    Only for a folder that nobody writes to at the moment (a run is held by one command). Object stores hold nothing of
-    the kind: an upload that was not completed is invisible.
+    Only for a folder that nobody writes to at the time (one command holds a run). Object stores show no incomplete
+    uploads.
     """
     fs, path = filesystem_of(uri)
     if not isinstance(fs, pafs.LocalFileSystem):
         return []
     folder = Path(path)
-    found = list(folder.rglob(f"*{_ASIDE}*")) if folder.is_dir() else []
+    found = list(folder.rglob(f"*{TEMPORARY}*")) if folder.is_dir() else []
     found += [p for kind in ("tmp", "old") for p in folder.parent.glob(f".{glob.escape(folder.name)}.{kind}-*")]
     for stale in found:
         delete(str(stale))
@@ -118,10 +112,10 @@ def remove_stale(uri: str) -> list[str]:
 
 @contextmanager
 def new_folder(uri: str) -> Iterator[str]:
-    """A local folder to fill, which becomes `uri` when the block ends without an error (replacing what was there).
+    """A local folder to fill, which replaces `uri` when the block ends without an error.
 
-    For a remote `uri` the folder is a temporary one, uploaded at the end; the caller writes its manifest last, by
-    `write_json_atomic`, so that readers never take a partial upload for a whole one.
+    For a remote `uri` the folder is uploaded at the end. The caller writes its manifest last, by `write_json_atomic`,
+    so that readers see no partial upload as a complete one.
     """
     if is_local(uri):
         with room_for(filesystem_of(uri)[1]):
@@ -136,26 +130,23 @@ def new_folder(uri: str) -> Iterator[str]:
 
 
 def _new_local_folder(target: Path) -> Iterator[str]:
-    """See `new_folder`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{_ASIDE}", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}{TEMPORARY}", dir=target.parent))
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
     try:
-        yield str(aside)
-        aside.chmod(0o755)
+        yield str(temporary)
+        temporary.chmod(0o755)
         if target.exists():
-            old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
             target.rename(old)
-            aside.rename(target)
+        temporary.rename(target)
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            aside.rename(target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def copy_folder(source: str, target: str) -> None:
-    """Copy a folder with all that is in it, between any two places. A copy that is cut short leaves nothing at
-    `target`."""
+    """Copy a folder between any two places. A copy that is interrupted leaves nothing at `target`."""
     from_fs, from_path = filesystem_of(source)
     with new_folder(target) as folder:
         pafs.copy_files(from_path, folder, source_filesystem=from_fs, destination_filesystem=pafs.LocalFileSystem())

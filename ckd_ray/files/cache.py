@@ -1,7 +1,7 @@
-"""Local copies of remote files, within a bounded space of the disk, shared by the processes of a machine.
+"""Local copies of remote files in a bounded space of the disk, shared by the processes of a machine.
 
 Processes agree by locks on files (flock), which end with the process that holds them: one download of a file at a time,
-one eviction at a time, and a download whose writer is gone is known for what it is.
+one eviction at a time, and an unfinished download without a lock has lost its writer.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import filesystem_of, room_for
+from ckd_ray.files.atomic import TEMPORARY
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "CKD_RAY_CACHE", "CKD_RAY_CACHE_GIB"
 _DEFAULT_GIB = 50.0
-_ASIDE = ".tmp-"
 _LOCKS = ".locks"
 
 
 class ShardCache:
-    """A folder of copies; the least recently used go when it would grow beyond its limit, downloads included.
+    """A folder of copies. The least recently used are removed when it would exceed its limit, downloads included.
 
     Args:
-        folder: made when it is missing.
-        limit: bytes. One file above it is still fetched, and kept alone.
+        folder: created when it is missing.
+        limit: bytes. A larger file is still fetched, and is then the only copy.
     """
 
     def __init__(self, folder: str, limit: int) -> None:
@@ -45,8 +45,8 @@ class ShardCache:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             _check_owner(folder)
-            mine = sum(size for _, size, _ in _copies(Path(folder)))
-            half = (shutil.disk_usage(folder).free + mine) / 2 / 2**30
+            used = sum(size for _, size, _ in _copies(Path(folder)))
+            half = (shutil.disk_usage(folder).free + used) / 2 / 2**30
             gib = float(given) if given else min(_DEFAULT_GIB, half)
         except UserError:
             raise
@@ -67,21 +67,21 @@ class ShardCache:
         """The path of a local copy of the file `uri`, downloaded unless it is there.
 
         Args:
-            digest: of the contents that are wanted; a file that is written anew under the same URI is fetched anew.
+            digest: of the contents; a file with other contents under the same URI is downloaded again.
 
         Raises:
-            FileNotFoundError: there is no such file. JobError: the disk is full, or the download came out short.
+            FileNotFoundError: there is no such file. JobError: the disk is full, or the download is incomplete.
         """
         path = self._path(uri, digest)
         if _touch(path):
             return str(path)
         with room_for(f"{self.folder} ({FOLDER_VARIABLE})"), self._locked(path.name[:2]):
-            if not _touch(path):  # another process has fetched it while this one waited
+            if not _touch(path):  # another process may have downloaded it while this one waited
                 self._download(uri, path)
         return str(path)
 
     def discard(self, uri: str, digest: str) -> None:
-        """Drop a copy that has turned out to be damaged."""
+        """Remove a damaged copy."""
         with suppress(FileNotFoundError):
             os.remove(self._path(uri, digest))
 
@@ -92,26 +92,26 @@ class ShardCache:
         fs, remote = filesystem_of(uri)
         with fs.open_input_file(remote) as source:
             size = source.size()
-            aside = path.with_name(f"{path.name}{_ASIDE}{uuid.uuid4().hex[:8]}")
+            temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
             try:
                 with ExitStack() as stack:
                     with self._locked("room"):
                         self._make_room(size)
-                        out = stack.enter_context(open(aside, "xb"))
+                        out = stack.enter_context(open(temporary, "xb"))
                         fcntl.flock(out, fcntl.LOCK_EX)
-                        out.truncate(size)  # from here on the others count it
+                        out.truncate(size)  # other processes count it from here on
                     while block := source.read(1 << 24):
                         out.write(block)
                     if out.tell() != size:
                         raise JobError(f"{uri}: {out.tell()} of {size} bytes came; give the same command again")
-                os.replace(aside, path)
+                os.replace(temporary, path)
             finally:
                 with suppress(FileNotFoundError):
-                    os.remove(aside)
+                    os.remove(temporary)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Alone on this machine; a few hundred lock files at most, however many copies there have been."""
+        """Holds a lock of this machine; there are a few hundred lock files at most, whatever the number of copies."""
         folder = self.folder / _LOCKS
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / name, "wb") as lock:
@@ -119,29 +119,24 @@ class ShardCache:
             yield
 
     def _make_room(self, size: int) -> None:
-        """Remove the least recently used until `size` more bytes fit. Maps that are open stay readable."""
-        for stale in self.folder.glob(f"*{_ASIDE}*"):
+        """Remove the least recently used copies until `size` more bytes fit. Open maps stay readable."""
+        for stale in self.folder.glob(f"*{TEMPORARY}*"):
             with suppress(OSError), open(stale, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer is alive
                 os.remove(stale)
-        entries = list(_copies(self.folder))
-        total = sum(s for _, s, _ in entries) + size
-        for _, its_size, its_path in sorted(entries):
+        copies = sorted(_copies(self.folder))
+        total = sum(copy_size for _, copy_size, _ in copies) + size
+        for _, copy_size, path in copies:
             if total <= self.limit:
                 return
-            if _ASIDE in its_path:
-                continue
-            with suppress(FileNotFoundError):
-                os.remove(its_path)
-            total -= its_size
+            if TEMPORARY not in path:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+                total -= copy_size
 
 
 def _check_owner(folder: str) -> None:
-    """In a temporary folder that all may write to, another user could have made the cache first, and put files into it.
-
-    Raises:
-        UserError: the folder is another user's, or others may write to it.
-    """
+    """Raises UserError when the folder is another user's, or others may write to it: they could put files into it."""
     info = os.stat(folder)
     if info.st_uid not in (os.getuid(), 0) or info.st_mode & 0o022:
         raise UserError(
@@ -154,7 +149,7 @@ def _check_owner(folder: str) -> None:
 
 
 def _touch(path: Path) -> bool:
-    """Marks a copy as used now; False when it is not there."""
+    """Marks a copy as used now; False when there is none."""
     try:
         os.utime(path)
     except FileNotFoundError:

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 
-# With pauses that double up to 20 s, so many attempts outlast three quarters of a minute without the object store (S3).
+# Pauses between attempts double up to 20 s, so this many outlast 45 s without the object store (S3).
 _ATTEMPTS = 8
 
 
@@ -22,22 +22,18 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
-        return _patient(*pafs.FileSystem.from_uri(uri))
+        fs, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(
             "this storage cannot be opened",
             where=uri,
             expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
         ) from error
-
-
-def _patient(fs: pafs.FileSystem, path: str) -> tuple[pafs.FileSystem, str]:
-    """The same; on S3 with more attempts a request than the three of a URI, which are over in two seconds."""
-    if not isinstance(fs, pafs.S3FileSystem):
-        return fs, path
-    (options,) = fs.__reduce__()[1]
-    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)), path
+    if isinstance(fs, pafs.S3FileSystem):  # a URI gives a request three attempts, which are over in two seconds
+        (options,) = fs.__reduce__()[1]
+        fs = pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS))
+    return fs, path
 
 
 def is_local(uri: str) -> bool:
@@ -46,7 +42,7 @@ def is_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with `parts` appended, slashes put where they belong; options of a URI (`?scheme=http`) stay at its end."""
+    """`uri` with `parts` appended; options of a URI (`?scheme=http`) stay at its end."""
     path, options = _split_options(uri)
     return "/".join([path.rstrip("/"), *parts]) + options
 
@@ -62,14 +58,14 @@ def last_part(uri: str) -> str:
     return _split_options(uri)[0].rstrip("/").rpartition("/")[2]
 
 
-def beside(uri: str, ending: str) -> str:
+def with_ending(uri: str, ending: str) -> str:
     """`uri` with `ending` at the end of its name."""
     path, options = _split_options(uri)
     return path.rstrip("/") + ending + options
 
 
 def _split_options(uri: str) -> tuple[str, str]:
-    """A local path may hold a question mark; in a URI it starts the options of the file system."""
+    """A question mark in a URI starts the options of the file system; a local path may hold one."""
     path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
     return path, mark + options
 
@@ -88,16 +84,18 @@ def is_folder(uri: str) -> bool:
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Names (not paths) of the files right below `uri` that end with `suffix`, sorted; a missing folder is empty."""
-    fs, path = filesystem_of(uri)
-    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+    return [name for name in _list(uri, pafs.FileType.File) if name.endswith(suffix)]
 
 
 def list_folders(uri: str) -> list[str]:
     """Names of the folders right below `uri`, sorted; a missing folder is empty."""
+    return _list(uri, pafs.FileType.Directory)
+
+
+def _list(uri: str, kind: pafs.FileType) -> list[str]:
     fs, path = filesystem_of(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
+    return sorted(info.base_name for info in infos if info.type == kind)
 
 
 def make_folder(uri: str) -> None:
@@ -133,8 +131,8 @@ def delete_inside(folder: str, name: str) -> None:
 
 
 def check_inside(names: Iterable[str], where: str) -> None:
-    """Raises UserError for a name that leads out of its folder: names in a manifest, or keys of an object store, may
-    have been written by anybody."""
+    """Raises UserError for a name that leads out of its folder. Anybody may have written the names in a manifest and
+    the keys in an object store."""
     for name in names:
         parts = name.replace("\\", "/").split("/")
         if not name or "\0" in name or ".." in parts or parts[0] == "":

@@ -13,7 +13,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.files.atomic import write_atomic
 from ckd_ray.files.paths import exists, filesystem_of, last_part, parent
 
-# So many files of one folder are looked up by a listing of it.
+# From this many files of one folder on, they are looked up by one listing of the folder.
 _LISTED_FROM = 16
 
 
@@ -44,7 +44,7 @@ def read_object(uri: str) -> dict[str, Any]:
 
 
 def file_signature(uri: str) -> list[int]:
-    """Size and time of change of a file; another one when the file is written again.
+    """Size and time of change (ns) of a file, which differ when the file is written again.
 
     Raises:
         UserError: it is not there, or is a folder.
@@ -58,8 +58,7 @@ def file_signature(uri: str) -> list[int]:
 
 
 def signatures(uris: Sequence[str]) -> list[tuple[str, int | None, int | None]]:
-    """(path, size, time of change in ns) of each file. Many files of one folder are looked up by one listing of it:
-    ten thousand objects are not ten thousand requests."""
+    """(path, size, time of change in ns) of each file. Many files of one folder cost one request of an object store."""
     folders: dict[str, list[str]] = {}
     for uri in uris:
         folders.setdefault(parent(uri), []).append(last_part(uri))
@@ -82,6 +81,6 @@ def sha256_of(uri: str) -> str:
     return digest.hexdigest()
 
 
-def is_whole(uri: str, digest: str) -> bool:
+def has_digest(uri: str, digest: str) -> bool:
     """True when the file is there and has this SHA-256."""
     return exists(uri) and sha256_of(uri) == digest

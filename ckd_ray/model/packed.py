@@ -1,9 +1,8 @@
 """Encoding texts of any lengths in one call without padding.
 
-Rows of all texts lie behind one another in one matrix, so every linear layer is one product of that many rows; only
-attention looks at the texts one by one (those of the same length together). For training on CPUs, where products bound
-a step: at batch 8 one tenth to one seventh of the rows would be padding, and each group of like length would be
-products, sums and gradients of its own.
+The rows of all texts are one matrix, so every linear layer is one product; only attention computes the texts one by one
+(those of the same length together). For training on CPUs, where products bound a step: at batch 8 one tenth to one
+seventh of the rows would be padding, and each group of like length would need its own products, sums and gradients.
 
 Shapes: b queries of Q tokens, groups of g passages of at most L tokens, T rows of all texts, A heads of d numbers.
 """
@@ -52,7 +51,7 @@ def encode_packed(
         queries_bQD, and (rows_gLD, keep_gL) of every group; rows of padding are zeros.
     """
     b, q = query_ids_bQ.shape
-    # A query has rows for its padding too (augmentation), which nothing but the mask keeps others from looking at.
+    # A query has rows for its padding too (augmentation); the mask keeps the other rows from attending to them.
     runs = [_Run(b, q, None if bool(query_mask_bQ.all()) else query_mask_bQ.bool())] if b else []
     ids = [query_ids_bQ.reshape(-1)]
     for ids_gL, mask_gL in groups:

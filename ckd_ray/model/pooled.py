@@ -1,6 +1,6 @@
-"""An encoder as it is, without training: one vector a text, pooled from the last layer's token outputs.
+"""The untrained baseline: an encoder that gives one vector a text, pooled from the last layer's token outputs.
 
-This is how sentence-transformers reads the same folder, so it is what a user would have without a distilled student.
+sentence-transformers reads the same folder in this way, so this is what a user has without a distilled student.
 Shapes: N texts, L tokens of the longest, H hidden numbers.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_ray.errors import UserError
-from ckd_ray.model.colbert import check_bare, load_transformers
+from ckd_ray.model.colbert import check_bare, load_transformers, read_tokenizer
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.model.tokenizer import ColBERTTokenizer
@@ -110,12 +110,9 @@ def pool(hidden_NLH: Tensor, mask_NL: Tensor, pooling: Pooling) -> Tensor:
 
 
 def load_pooled_tokenizer(folder: str | Path) -> ColBERTTokenizer:
-    """The tokenizer of a folder that `PooledModel.save` wrote, for processes that only feed an encoder."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of a folder that `PooledModel.save` wrote, without the weights."""
     values = _object(str(folder), POOLED_FILE)
-    hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
-    return ColBERTTokenizer(hf, _settings(values["dim"], values["maxlen"]))
+    return ColBERTTokenizer(read_tokenizer(folder), _settings(values["dim"], values["maxlen"]))
 
 
 def _settings(hidden: int, maxlen: int) -> ColBERTSettings:
@@ -138,7 +135,7 @@ def _object(source: str, name: str) -> dict[str, Any]:
 
         try:
             found = cached_file(source, name)
-        except OSError:  # transformers' word for a file that the hub does not have, and for a hub out of reach
+        except OSError:  # the hub has no such file, or cannot be reached
             return {}
         path = Path(found or "")
     try:

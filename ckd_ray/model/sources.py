@@ -11,7 +11,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.files import file_signature, join, list_files, sha256_of
 
 PACKAGE_PREFIX = "package:"
-# Files beside a model that say nothing of what it computes.
+# Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
 _UNREAD = frozenset({"README.md", "manifest.json", "metrics.jsonl"})
 
 
@@ -38,9 +38,8 @@ def resolve_backbone(source: str) -> str:
     base = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (base / folder).resolve()
     if not path.is_relative_to(base) or not (path / "config.json").is_file():
-        raise UserError(
-            "no encoder in this package folder", where="model.backbone", found=source, expected="config.json"
-        )
+        problem = "no encoder in this package folder"
+        raise UserError(problem, where="model.backbone", found=source, expected="config.json")
     return str(path)
 
 
@@ -55,8 +54,7 @@ def signature(source: str) -> list[list[str | int]]:
         return []
     if path.is_file():
         return [_sign(path, path.name)]
-    # One folder deep: sentence-transformers and PyLate keep the projection in a folder of its own.
-    # A card says nothing that counts, and an evaluation writes it anew.
+    # Subfolders too: sentence-transformers and PyLate keep the projection in one.
     found = {file for pattern in ("*", "*/*") for file in path.glob(pattern)}
     files = sorted(file for file in found if file.is_file() and file.name not in _UNREAD)
     return [_sign(file, file.relative_to(path).as_posix()) for file in files]
@@ -68,5 +66,5 @@ def _sign(file: Path, name: str) -> list[str | int]:
 
 @lru_cache(maxsize=1024)
 def _digest(path: str, size: int, changed: int) -> str:
-    """Of the contents: a copy that has other times is the same model."""
+    """Read again only when size or time changes; a copy with another time has the same digest."""
     return sha256_of(path)

@@ -8,7 +8,6 @@ from typing import Any
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
 from ckd_ray.files import (
-    beside,
     exists,
     filesystem_of,
     is_local,
@@ -17,6 +16,7 @@ from ckd_ray.files import (
     local_copy,
     new_folder,
     read_json,
+    with_ending,
     write_atomic,
 )
 from ckd_ray.model import ColBERT, ColBERTSettings
@@ -51,7 +51,7 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
     if not single:
         _check_finished(run, checkpoint, role)
     own = join(run, "exports", fmt if role == "student" else f"teacher-{fmt}")
-    target = out or (beside(run, f"-{fmt}") if single else own)
+    target = out or (with_ending(run, f"-{fmt}") if single else own)
     _check_target(target)
     facts = Facts(name=last_part(run)) if single else run_facts(run, role)
     with local_copy(checkpoint) as folder:

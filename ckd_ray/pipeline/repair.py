@@ -44,4 +44,4 @@ def remove_broken_files(context: RunContext) -> int:
 
 def _broken(uri: str, shards: range | None) -> list[str]:
     store = EmbeddingStore.open(uri)
-    return store.verify_beside() if shards is None else store.verify(shards)
+    return store.verify_other_files() if shards is None else store.verify(shards)

@@ -260,7 +260,7 @@ def _stores(shop: Workshop, encoded: Encoded) -> tuple[EmbeddingStore, Embedding
 
 
 def _write_store(folder: Path, encoded: Encoded) -> EmbeddingStore:
-    header, _ = write_shard(
+    write_shard(
         str(folder / shard_name(0)),
         fingerprint="plan",
         index=0,
@@ -270,7 +270,7 @@ def _write_store(folder: Path, encoded: Encoded) -> EmbeddingStore:
         embeddings_TD=encoded.embeddings_TD,
         codec=Float16(encoded.embeddings_TD.shape[1]),
     )
-    write_manifest(str(folder), "plan", [header])
+    write_manifest(str(folder), "plan", 1)
     return EmbeddingStore.open(str(folder))
 
 

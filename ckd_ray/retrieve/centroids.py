@@ -1,13 +1,13 @@
-"""Candidates from what the store itself holds: the centroids of its residual codec and each row's centroid.
+"""Candidates from the centroids of a store's residual codec, without a second index.
 
 The idea is PLAID's (Santhanam et al., CIKM 2022): a row is close to its centroid, so a passage's score can be estimated
-from centroids alone. A query row looks at its nearest centroids only; a passage that has none of them counts with the
-similarity of the first centroid that was not looked at, which is the most it can have missed. Memory: 8 bytes a stored
-row (its place and its passage in the inverted lists), and no second index.
+from centroids alone. A query row probes its nearest centroids. A passage that has none of them gets the similarity of
+the first centroid that was not probed, which is its upper bound. Memory: 8 bytes a stored row (its place and its
+passage in the inverted lists).
 
-An estimate depends on the query, the passage and the codec only. The best of all ranges together are therefore the
-same however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids looked at a row, M vectors, k
-neighbours, T rows of the range, D dimensions.
+An estimate depends on the query, the passage and the codec only, so the best of all ranges together are the same
+however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids probed by a row, M vectors, k neighbours,
+T rows of the range, D dimensions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_ROWS = 2**31 - 1
 def probe(vectors_MD: Tensor, centroids_KD: Tensor, count: int) -> tuple[Int32Array, Float32Array]:
     """The `count` centroids of greatest inner product: (ids (M, C), similarities (M, C)), greatest first.
 
-    The products are exact in float64 for float16 rows (see `exact`), so that the choice is the same everywhere.
+    The products are exact in float64 for float16 rows (exact.py), so the choice is the same on every machine.
     """
     count = min(count, len(centroids_KD))
     centroids_DK = centroids_KD.double().T.contiguous()
@@ -53,10 +53,10 @@ class CentroidIndex:
 
     Args:
         rows: of shards whose codec is residual.
-        nprobe: centroids looked at for a query row.
+        nprobe: centroids probed by a query row.
 
     Raises:
-        JobError: the range has more rows than 32 bits count.
+        JobError: the range has more rows than 32-bit numbers can count.
     """
 
     def __init__(self, rows: ShardRows, codec: Residual, nprobe: int) -> None:
@@ -75,8 +75,8 @@ class CentroidIndex:
         self._stamp = np.zeros(rows.num_passages, np.int32)
 
     def _lists(self) -> tuple[Int32Array, Int32Array]:
-        """Rows by centroid, in their order within each, and the passage of each; sorted shard by shard, so that no more
-        is in memory than what is kept."""
+        """Rows by centroid, in their order within each, and the passage of each. Sorted shard by shard, which needs no
+        memory but that of the lists."""
         order, passages = np.empty(self.rows.num_rows, np.int32), np.empty(self.rows.num_rows, np.int32)
         free, first = self.bounds[:-1].copy(), 0  # the next place in every list; the shard's first row
         for ids in self.rows.centroid_ids():
@@ -100,9 +100,9 @@ class CentroidIndex:
     def candidates(
         self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int
     ) -> tuple[Float32Array, Int64Array]:
-        """The `limit` most promising passages of this range: (estimates, passages) (B, limit), best first.
+        """The `limit` passages of this range with the highest estimates: (estimates, passages) (B, limit), best first.
 
-        Passages are indices in the whole store; ties go by index; -inf and -1 behind the end of a list.
+        Passages are indices in the whole store; ties go by index; lists end with -inf and -1.
         """
         estimates = np.full((len(ids_BQC), limit), -np.inf, np.float32)
         passages = np.full((len(ids_BQC), limit), -1, np.int64)
@@ -118,14 +118,14 @@ class CentroidIndex:
         return estimates, passages
 
     def _gains(self, ids_QC: Int32Array, similarity_QC: Float32Array) -> tuple[Int64Array, Float32Array]:
-        """Passages that have a centroid looked at, and by how much their estimate exceeds that of all others."""
+        """Passages that have a probed centroid, and by how much their estimate exceeds that of all others."""
         total, stamp = self._total, self._stamp
         total[:] = 0
         every = ids_QC.shape[1] == self.codec.num_centroids
         for ids_C, similarity_C in zip(ids_QC, similarity_QC, strict=True):
-            # When all centroids were looked at, nothing is left to be missed: what has none is an empty passage.
+            # When all centroids are probed, a passage without any of them is empty.
             floor = np.float32(-1.0) if every else similarity_C[-1]
-            # From the least to the greatest: of a passage's entries the last is the best, and that one is kept.
+            # In ascending order the last entry of a passage is its best one, and that one is kept.
             ids = ids_C[::-1] if every else ids_C[-2::-1]
             gains = (similarity_C[::-1] if every else similarity_C[-2::-1]) - floor
             lows, highs = self.bounds[ids], self.bounds[ids + 1]
@@ -140,7 +140,7 @@ class CentroidIndex:
     def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest rows among those of a few centroids: (squared distances, positions in the range) (M, k).
 
-        Each list is decoded once for all vectors that look at it. A quarter of `nprobe` lists are looked at.
+        A vector probes a quarter of `nprobe` lists; each list is decoded once for all vectors that probe it.
         """
         lists = max(1, self.nprobe // 4)
         ids_MC, _ = probe(vectors_MD, self.codec.centroids_KD, lists)

@@ -1,17 +1,16 @@
 """Exact MaxSim over ragged passages, by grouped matrix products.
 
-Scores are sum_i max_j <q_i, d_j> over unit rows, whatever the similarity (l2 and cosine rank alike there). Passages of
-about equal length are taken together, each filled up by repeating its last row, which no maximum notices: a group is
-one dense product, its maxima a plain reduction, and no mask is needed.
+Scores are sum_i max_j <q_i, d_j> over unit rows; l2 and cosine rank alike there. A group of passages of about equal
+length (groups.py) is one dense product and a plain reduction without a mask.
 
-A ranking is made in passes. The first scores everything with a bound of its error: in 8 bits where the processor is
-fast at that (`int8.py`), else in float32. The `depth` best by lower bound are then scored in float64. The least of
-these scores is the one to reach: what the first pass shows to stay below it is left out, the rest is scored in float32,
-and what is then still in question in float64.
+A ranking takes several passes. The first scores everything with a bound of its error: in 8 bits where the processor is
+fast at that (`int8.py`), else in float32. The `depth` best by lower bound are then scored in float64, and the least of
+these scores is the threshold. Passages whose upper bound is below it are left out. The rest is scored in float32, and
+in float64 where that does not decide.
 
 Stored rows and queries are float16, so every product is a multiple of 2^-48 and, between unit rows, every partial sum
-stays below 2: float64 (53 bits) adds them without rounding. Final scores are therefore *exact* and then rounded once:
-they do not depend on the first pass, block shapes, threads, the cut into shards, the number of actors or the processor.
+is below 2: float64 (53 bits) adds them without rounding. Final scores are therefore *exact* and rounded once. They do
+not depend on the first pass, block shapes, threads, the cut into shards, the number of actors or the processor.
 
 Shapes: B queries, Q rows a query, N passages, L rows a passage, T rows of all, P pairs of query and passage, D
 dimensions, K results, M vectors.
@@ -27,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.groups import Group, groups_of
 from ckd_ray.retrieve.int8 import FirstPass, bounds_of, choose_first_pass, estimates_of, round_queries
 from ckd_ray.retrieve.rows import FlatRows, RangeRows
@@ -34,26 +34,28 @@ from ckd_ray.retrieve.rows import FlatRows, RangeRows
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
-# A query row's score with a passage that has no rows: the least that unit rows can have.
+# A query row's score with a passage without rows: the least score of unit rows.
 EMPTY_ROW_SCORE = -1.0
-# Numbers of a block of similarities: 4 MiB of float32 (measured: smaller ones call too often, larger leave the cache).
+# Numbers of a block of similarities: 4 MiB of float32 (measured: smaller ones need too many calls, larger ones exceed
+# the cache).
 _BLOCK = 1 << 20
 _GPU_BLOCK = 1 << 27
 # Query rows of a block: their 1 MiB stays in the second-level cache.
 _COLUMNS = 2048
 _GPU_COLUMNS = 1 << 15
-# Rows that are converted from float16 at a time: 512 KiB of float32.
+# Rows converted from float16 at a time: 512 KiB of float32.
 _CONVERTED = 1 << 10
 # Passages that a block of the dense pass scores for all queries of a batch.
 _PASSAGES = 1 << 14
-# Vectors whose nearest rows are looked for at a time: 64 MiB of distances to 2^14 rows.
+# Vectors whose nearest rows are searched at a time: 64 MiB of distances to 2^14 rows.
 _VECTORS = 1 << 10
 _EXACT_UNIT = 2.0**48
-# A first pass in 8 bits leaves two or three times `depth` to be scored again: it pays from so many times `depth`
-# passages. It pays from so many query rows, as rounding a passage's rows costs the same for one query as for all.
+# When a first pass in 8 bits pays: from so many times `depth` passages on, since it leaves two or three times `depth`
+# to score again; and from so many query rows on, since rounding a passage's rows costs the same for any number of
+# queries.
 _LEAST_PASSAGES = 8
 _LEAST_ROWS = 256
-# The share of a block that its bounds may leave in question before the block is scored in float32 instead.
+# The largest share of a block that the bounds may leave undecided; above it the block is scored in float32 instead.
 _MOST_KEPT = 0.5
 
 # Queries, passages (positions in the range), lower and upper bounds of the scores: (P,) each.
@@ -61,7 +63,7 @@ _Candidates = tuple[Int64Array, Int64Array, Float32Array, Float32Array]
 
 
 def error_bound(query_rows: int, dim: int) -> float:
-    """How far a float32 score of unit rows can be from the true one: Q sums of D products each, then a sum of Q."""
+    """The largest error of a float32 score of unit rows: of Q sums of D products each, then of a sum of Q."""
     return query_rows * (dim + query_rows) * 2.0**-23
 
 
@@ -80,7 +82,7 @@ class Scorer:
         self.num_queries, self.query_rows, self.dim = queries_BQD.shape
         gpu = self.device.type == "cuda"
         self._block, self._columns = (_GPU_BLOCK, _GPU_COLUMNS) if gpu else (_BLOCK, _COLUMNS)
-        # All queries with one passage pay where a product is large beside what calling it costs.
+        # Products of one passage with all of its queries pay when they are large compared with the cost of a call.
         self._by_passage_from = float("inf") if gpu else 3.0
 
     def dense(self, passages: Int64Array) -> Tensor:
@@ -124,9 +126,9 @@ class Scorer:
         return out_NB.T.contiguous(), bounds_of(rounded, self.query_rows, longest_N, most_lost_N)
 
     def _spread(self, work: Callable[[Int64Array], None], count: int) -> None:
-        """`work` on all of 0..count, by as many threads as torch may use, each with products of its own.
+        """`work` on all of 0..count, in as many threads as torch may use, each with its own products.
 
-        Products of one passage are too small to be cut in two: threads that share one wait for each other.
+        A product of one passage is too small for two threads: they would wait for each other.
         """
         threads = torch.get_num_threads()
         if self.device.type == "cuda" or threads == 1 or count < 16 * threads:
@@ -137,13 +139,13 @@ class Scorer:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 list(pool.map(work, parts))
         finally:
-            torch.set_num_threads(threads)  # what the pool's threads set counts for threads that are yet to come
+            torch.set_num_threads(threads)  # what the pool's threads set would hold for threads started later
 
     def pairs(self, query_P: Int64Array, passage_P: Int64Array, *, exact: bool = False) -> npt.NDArray[np.float32]:
         """(P,) scores of pairs of a query and a passage (position in the range).
 
         Args:
-            exact: in float64, without rounding but the last; else in float32.
+            exact: in float64, rounded once; else in float32.
         """
         out_P = np.full(len(query_P), EMPTY_ROW_SCORE * self.query_rows, np.float32)
         passages, inverse = np.unique(passage_P, return_inverse=True)
@@ -157,8 +159,7 @@ class Scorer:
             for group in groups_of(self.source, passages[part], self.device):
                 members = part[group.members]
                 counts = np.diff(ends, prepend=0)[members]
-                first = np.repeat(ends[members] - counts - (np.cumsum(counts) - counts), counts)
-                at = order[np.arange(counts.sum()) + first]
+                at = order[ranges(ends[members] - counts, counts)]
                 if by_passage:
                     self._score_by_passage(group, queries_BQD, query_P[at], counts, at, out_P)
                 else:
@@ -177,8 +178,7 @@ class Scorer:
         at_p: Int64Array,
         out_P: Float32Array,
     ) -> None:
-        """A product a passage, with the rows of the queries that want it: buffers are reused, so that all of it stays
-        in the cache, and nothing but three calls is left in the loop."""
+        """One product a passage, with the rows of its queries. Buffers are reused, so that they stay in the cache."""
         dtype, most = queries_BQD.dtype, int(counts.max(initial=0)) * self.query_rows
         asked_RD = torch.empty(most, self.dim, dtype=dtype)
         similarity = torch.empty(group.length * most, dtype=dtype)
@@ -216,7 +216,7 @@ class Scorer:
 
 
 def _sum_rows(best_PQ: Tensor) -> Float32Array:
-    """Sums over query rows. float64 is added in whole numbers of 2^-48, whose order of addition cannot matter."""
+    """Sums over query rows. float64 is added as integers of unit 2^-48, so the order of addition does not matter."""
     if best_PQ.dtype == torch.float64:
         best_PQ = (best_PQ * _EXACT_UNIT).to(torch.int64).sum(1).double() / _EXACT_UNIT
         return best_PQ.float().cpu().numpy()
@@ -224,9 +224,9 @@ def _sum_rows(best_PQ: Tensor) -> Float32Array:
 
 
 def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) -> tuple[Float32Array, Int64Array]:
-    """The best `depth` of all passages of the range: (scores_BK, passages_BK), see `rank`.
+    """The best `depth` of all passages of the range: (scores_BK, passages_BK), see `_best_of`.
 
-    Holds (B, 2^14) scores at a time, and a running list of those that may still be among the best.
+    Memory: (B, 2^14) scores at a time, and the candidates that may still be among the best.
 
     Args:
         first_pass: `int8` (on a CPU only) or `float32`, which give the same answer; None: the faster one here.
@@ -241,7 +241,7 @@ def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) 
         passages = np.arange(start, min(count, start + _PASSAGES))
         found, best, share = _survivors(scorer, passages, best_BK, first_pass)
         if first_pass == "int8" and share > _MOST_KEPT:
-            first_pass = "float32"  # the bounds leave too much in question: all in float32 is cheaper than pairs
+            first_pass = "float32"  # the bounds leave too many undecided: all in float32 is cheaper than pairs
             found, best, share = _survivors(scorer, passages, best_BK, first_pass)
         kept.append(found)
         best_BK = best
@@ -255,7 +255,7 @@ def _survivors(
     scorer: Scorer, passages: Int64Array, best_BK: Tensor, first_pass: FirstPass
 ) -> tuple[_Candidates, Tensor, float]:
     """Those of consecutive passages that may be among the best; the K highest lower bounds so far (B, K); and the share
-    of pairs that is left."""
+    of pairs that may be."""
     if first_pass == "int8":
         scores_BN, errors_BN = scorer.estimate(passages)
         low_BN, high_BN = scores_BN - errors_BN, scores_BN.add_(errors_BN)
@@ -272,10 +272,9 @@ def _survivors(
 
 
 def _rank_bounded(scorer: Scorer, candidates: _Candidates, depth: int) -> tuple[Float32Array, Int64Array]:
-    """The best `depth` of candidates (queries, passages, lower and upper bounds of scores): see `rank`.
+    """The best `depth` of candidates; see `_best_of`.
 
-    The `depth` best by lower bound are scored exactly. Others are left out whose upper bound, or whose float32 score
-    with its error, does not reach the least of these scores.
+    The `depth` best by lower bound are scored exactly; the least of these scores is the threshold for the others.
     """
     query_P, passage_P, low_P, high_P = candidates
     order = np.lexsort((-low_P, query_P))
@@ -304,20 +303,17 @@ def search_among(scorer: Scorer, candidates: list[Int64Array], depth: int) -> tu
         if high - low > depth:
             edge_B[i] = np.partition(score_P[low:high], high - low - depth)[high - low - depth]
     left = score_P >= edge_B[query_P] - 2 * error_bound(scorer.query_rows, scorer.dim)
-    return rank(scorer, query_P[left], passage_P[left], depth)
-
-
-def rank(scorer: Scorer, query_P: Int64Array, passage_P: Int64Array, depth: int) -> tuple[Float32Array, Int64Array]:
-    """Exact scores of these pairs, best first: (scores_BK, passages_BK).
-
-    Passages are indices in the whole store; equal scores go by passage index; -inf and -1 behind the end of a list.
-    """
+    query_P, passage_P = query_P[left], passage_P[left]
     return _best_of(scorer, query_P, passage_P, scorer.pairs(query_P, passage_P, exact=True), depth)
 
 
 def _best_of(
     scorer: Scorer, query_P: Int64Array, passage_P: Int64Array, score_P: Float32Array, depth: int
 ) -> tuple[Float32Array, Int64Array]:
+    """Pairs with their exact scores as lists, best first: (scores_BK, passages_BK).
+
+    Passages are indices in the whole store; equal scores go by passage index; lists end with -inf and -1.
+    """
     order = np.lexsort((passage_P, -score_P, query_P))
     query_P, passage_P, score_P = query_P[order], passage_P[order], score_P[order]
     place = _places(query_P, scorer.num_queries)
@@ -330,9 +326,8 @@ def _best_of(
 
 
 def _places(query_P: Int64Array, num_queries: int) -> Int64Array:
-    """(P,) the place, from 0, of each pair among those of its query; pairs of a query stand together."""
-    counts = np.bincount(query_P, minlength=num_queries)
-    return np.arange(len(query_P)) - np.repeat(np.cumsum(counts) - counts, counts)
+    """(P,) the place, from 0, of each pair among those of its query; pairs of a query are consecutive."""
+    return ranges(np.zeros(num_queries, np.int64), np.bincount(query_P, minlength=num_queries))
 
 
 class ExactIndex:
@@ -389,8 +384,8 @@ def rerank(
 def nearest_rows(vectors_MD: Tensor, source: RangeRows, k: int, block: int = 1 << 14) -> tuple[Tensor, Tensor]:
     """The k rows nearest to each vector: (squared distances (M, k), positions (M, k)), nearest first, ties by position.
 
-    A running top 2 k + 8 in float32, whose distances are then computed again one by one in float64, so that the cut
-    into blocks, shards and actors does not decide between near equals. Fewer than k rows give +inf and -1.
+    The top 2 k + 8 in float32 are ordered by distances in float64, so that the cut into blocks, shards and actors does
+    not decide between almost equal ones. Lists of fewer than k rows end with +inf and -1.
     """
     wide = 2 * k + 8
     best = torch.full((len(vectors_MD), wide), torch.inf)

@@ -6,7 +6,6 @@ Shapes: T stored token embeddings, M vectors, k neighbours, B queries, Q rows, D
 from __future__ import annotations
 
 import os
-import uuid
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ckd_ray.files import is_whole, sha256_of, write_atomic
+from ckd_ray.files import has_digest, replace_atomically, sha256_of, write_atomic
 from ckd_ray.progress import say
 from ckd_ray.retrieve.rows import RangeRows
 
@@ -47,10 +46,10 @@ class TokenIndex:
     """A trained and filled IVF-PQ index.
 
     Args:
-        rows: of the whole store; read and converted a block at a time.
+        rows: of the store; read and converted a block at a time.
         cells: number of inverted lists, `auto` for `choose_cells`.
         seed: of the training sample and of faiss' own k-means.
-        kept: a local file: read (memory-mapped) when it is there, else written once the index stands.
+        kept: a local file, memory-mapped when it is there, else written when the index is built.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class TokenIndex:
 
         self.index: Any = None
         faiss.omp_set_num_threads(torch.get_num_threads())
-        if kept and _is_whole(kept):
+        if kept and _is_intact(kept):
             self.index = cast(Any, faiss.read_index(kept, faiss.IO_FLAG_MMAP))
             self.cells = int(self.index.nlist)
         else:
@@ -93,20 +92,12 @@ class TokenIndex:
             self.index.add(rows.take(np.arange(start, min(count, start + _ADDED))).float().numpy())
 
     def _keep(self, kept: str) -> None:
-        """Write the index, aside and renamed so that another server never reads half of it, then its digest."""
+        """Write the index, then its digest."""
         import faiss
 
-        os.makedirs(os.path.dirname(kept), exist_ok=True)
-        aside = f"{kept}.tmp-{uuid.uuid4().hex[:8]}"
-        try:
-            faiss.write_index(cast(Any, self.index), aside)
-            with open(aside, "rb+") as written:
-                os.fsync(written.fileno())
-            digest = sha256_of(aside).encode()
-            os.replace(aside, kept)
-        finally:
-            if os.path.exists(aside):
-                os.remove(aside)
+        with replace_atomically(kept) as temporary:
+            faiss.write_index(cast(Any, self.index), temporary)
+            digest = sha256_of(temporary).encode()
         write_atomic(kept + DIGEST, lambda stream: stream.write(digest))
 
     def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
@@ -116,24 +107,24 @@ class TokenIndex:
         return np.where(positions < 0, np.inf, distances), positions
 
 
-def _is_whole(kept: str) -> bool:
-    """Whether an index is there with the bytes that its digest was taken of."""
+def _is_intact(kept: str) -> bool:
+    """Whether there is an index with the bytes of its digest."""
     if not (os.path.exists(kept) and os.path.exists(kept + DIGEST)):
         return False
     with open(kept + DIGEST) as file:
-        whole = is_whole(kept, file.read())
-    if not whole:
+        intact = has_digest(kept, file.read())
+    if not intact:
         say(f"{kept}: its bytes do not match its checksum; it is built again")
-    return whole
+    return intact
 
 
 def candidate_passages(
     distances_QK: Float32Array, positions_QK: Int64Array, passage_of: npt.NDArray[np.int32], limit: int
 ) -> Int64Array:
-    """Passages of one query's nearest embeddings, the `limit` most promising of them, in ascending order.
+    """The `limit` best passages of one query's nearest embeddings, in ascending order.
 
-    A passage is promising by the sum over query rows of its best approximate similarity; a row in which the passage
-    was not met counts as that row's farthest neighbour, which is the most it can be.
+    Passages are ordered by the sum over query rows of their best approximate similarity. For a row without a neighbour
+    of the passage the similarity of the row's farthest neighbour counts, which is its upper bound.
 
     Args:
         distances_QK, positions_QK: K nearest embeddings of each of the Q query rows.

@@ -1,4 +1,4 @@
-"""Passages of about equal length together, each filled up by repeating its last row, which no maximum notices.
+"""Passages in groups of about equal length, each filled up by repeating its last row, which changes no maximum.
 
 Shapes: n passages of a group, T rows, D dimensions.
 """
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.rows import RangeRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -47,9 +48,7 @@ def groups_of(source: RangeRows, passages: Int64Array, device: torch.device) -> 
         stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
         chosen = order[start:stop]
         length_n = lengths[chosen]
-        within = np.arange(int(rounded[chosen].sum())) - np.repeat(
-            np.cumsum(rounded[chosen]) - rounded[chosen], rounded[chosen]
-        )
+        within = ranges(np.zeros(len(chosen), np.int64), rounded[chosen])
         index = np.repeat(source.offsets[passages[chosen]], rounded[chosen])
         index += np.minimum(within, np.repeat(length_n - 1, rounded[chosen]))
         rows_TD = source.take(index).to(device)

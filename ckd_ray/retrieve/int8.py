@@ -1,8 +1,8 @@
 """A first pass of exact search in 8 bits: an estimate of every score, with a proven bound of its error.
 
-Rows are rounded to whole numbers from -127 to 127, query rows with a scale each, passage rows with one scale a passage,
-so that the maximum over a passage can be taken of the whole numbers. Products of whole numbers have no error. What
-rounding has taken away is computed, not assumed: q = q' + r and d = d' + e, where q' and d' are the rounded rows, give
+Rows are rounded to integers from -127 to 127. Each query row has its scale, and each passage has one scale, so that the
+maximum over a passage can be computed from the integers. Products of integers have no error. The rounding errors are
+computed, not assumed: q = q' + r and d = d' + e, where q' and d' are the rounded rows, give
 
     |<q, d> - <q', d'>| = |<r, d> + <q', e>| <= |r| |d| + |q'| |e|   (Cauchy-Schwarz).
 
@@ -49,7 +49,7 @@ class RoundedQueries:
     Attributes:
         rows_RD: int8, row after row of all queries.
         scales_R: what a number of rows_RD stands for.
-        lost_B: sum over a query's rows of |r|, the length of what rounding took away.
+        lost_B: sum over a query's rows of |r|, the length of the rounding error.
         kept_B: sum over its rows of |q'|, the length of the rounded row.
         lengths_B: sum over its rows of |q|.
     """
@@ -73,7 +73,7 @@ def round_queries(queries_BQD: Tensor) -> RoundedQueries:
 
 
 def _rounded(rows_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers (as float32) and scales (R,): a scale for every row of rows_RK."""
+    """Integers (as float32) and scales (R,), a scale for every row of rows_RK."""
     # A norm of order infinity takes twenty times as long.
     scales_R = (torch.maximum(rows_RK.amax(1), -rows_RK.amin(1)) / _LARGEST).clamp_(min=_LEAST_SCALE)
     return (rows_RK * scales_R.reciprocal()[:, None]).round_(), scales_R
@@ -88,8 +88,8 @@ def estimates_of(
         rows_TD: (n * length, D) float16, passage after passage.
 
     Yields:
-        a slice of the n passages; their estimates (part of n, B); the greatest length of their rows, and of what
-        rounding took away from these (part of n,). All float32.
+        a slice of the n passages; their estimates (part of n, B); the greatest length of their rows and of the rounding
+        errors of these (part of n,). All float32.
     """
     dim, count = rows_TD.shape[1], len(queries.lost_B)
     width = _queries_of_a_block(count, query_rows) * query_rows
@@ -122,10 +122,10 @@ def estimates_of(
 
 
 def bounds_of(queries: RoundedQueries, query_rows: int, longest_N: Tensor, most_lost_N: Tensor) -> Tensor:
-    """(B, N) float32: how far an estimate can be from the true score, by what `estimates_of` says of the passages."""
+    """(B, N) float32 bounds of the errors of estimates, from the lengths that `estimates_of` yields."""
     bounds_BN = torch.outer(queries.lost_B, longest_N).addr_(queries.kept_B, most_lost_N)
-    # Estimates and lengths are themselves computed in float32, with u = 2^-24. All that this loses of a query row is at
-    # most (1.5 D + 4 Q + 48) u |q| |d|; this is (8 D + 8 Q + 64) u |q| |d|.
+    # Estimates and lengths are themselves computed in float32, with u = 2^-24. Their error for a query row is at most
+    # (1.5 D + 4 Q + 48) u |q| |d|; the slack is (8 D + 8 Q + 64) u |q| |d|.
     slack = (queries.rows_RD.shape[1] + query_rows + 8) * 2.0**-21
     return bounds_BN.addr_(queries.lengths_B, longest_N, alpha=slack)
 
@@ -133,8 +133,8 @@ def bounds_of(queries: RoundedQueries, query_rows: int, longest_N: Tensor, most_
 def _queries_of_a_block(count: int, query_rows: int) -> int:
     """Queries whose rows are multiplied at a time: parts of about equal size, of at most `_COLUMNS` rows.
 
-    Rows of products that begin a multiple of 4096 bytes apart share their places in the first-level cache: maxima over
-    them take twice as long. So one query is left out of, or taken into, such a block.
+    Rows of products whose addresses differ by a multiple of 4096 bytes share places in the first-level cache, and
+    maxima over them take twice as long. Such a block gets one query less or more.
     """
     most = max(1, _COLUMNS // query_rows)
     width = -(-count // max(1, -(-count // most)))
@@ -150,7 +150,7 @@ def choose_first_pass() -> tuple[FirstPass, str]:
     8 bits are taken where a product with its maxima is at least 1.5 times as fast as float32's and has no error.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # every thread of a search has products of its own
+    torch.set_num_threads(1)  # every thread of a search has its own products
     try:
         if not has_exact_products():
             return "float32", "PyTorch has no exact product in 8 bits for this processor"

@@ -18,7 +18,7 @@ def merge_top(parts: Sequence[tuple[Float32Array, Int64Array]], depth: int) -> t
     """The best `depth` of all parts: (scores_BK, passages_BK), highest score first, equal scores by passage index.
 
     Args:
-        parts: scores (B, K_i) and dense passage indices, -inf and -1 behind the end of a list.
+        parts: scores (B, K_i) and dense passage indices; lists end with -inf and -1.
 
     Returns:
         K = depth columns, padded with -inf and -1.
@@ -29,7 +29,7 @@ def merge_top(parts: Sequence[tuple[Float32Array, Int64Array]], depth: int) -> t
     if short > 0:
         scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
         passages = np.pad(passages, ((0, 0), (0, short)), constant_values=-1)
-    # -1 marks an end; as the largest number it sorts behind every passage, also among scores of -inf.
+    # -1 becomes the largest number, which sorts behind every passage, also among scores of -inf.
     keys = np.where(passages < 0, np.iinfo(np.int64).max, passages)
     order = np.lexsort((keys, -scores), axis=1)[:, :depth]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(passages, order, 1)
@@ -41,8 +41,8 @@ def merge_neighbours(
     """The k nearest of all parts: (distances_Mk, token_ids_Mk), nearest first, ties by position in the store.
 
     Args:
-        parts: distances (M, k_i), token ids and positions (the number of the embedding in the whole store), +inf and -1
-            behind the end of a list.
+        parts: distances (M, k_i), token ids and positions (the number of the embedding in the whole store); lists end
+            with +inf and -1.
     """
     distances = np.concatenate([d for d, _, _ in parts], axis=1)
     tokens = np.concatenate([t for _, t, _ in parts], axis=1)

@@ -1,14 +1,13 @@
 """Rankings on disk. Shapes: B queries, K = depth results a query.
 
 A part holds the rankings of consecutive queries of a split: `train-000012.parquet` with query_id, passage_id, rank
-(from 1) and score, and the dense query_index and passage_index beside them. When all parts are there, `train.npy` is
-made of them: int32 (queries, K), passage indices best first, -1 where a ranking ends, for random access in training.
+(from 1), score, and the dense query_index and passage_index. `train.npy` is written from all parts: int32 (queries, K),
+passage indices best first, -1 where a ranking ends, for random access in training.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,32 +73,21 @@ def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int)
 
 
 def write_ranking_matrix(folder: str, split: str, spans: Sequence[tuple[int, int]], depth: int) -> None:
-    """Make `SPLIT.npy` of all parts, one part in memory at a time."""
-    total = spans[-1][1] if spans else 0
-    with tempfile.TemporaryDirectory(
-        prefix=".matrix.tmp-", dir=filesystem_of(folder)[1] if is_local(folder) else None
-    ) as scratch:
-        path = os.path.join(scratch, "matrix.npy")
-        matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(total, depth))
+    """Write `SPLIT.npy` from all parts, one part in memory at a time; the parts are consecutive."""
+    shape = (spans[-1][1] if spans else 0, depth)
+
+    def write(stream: pa.NativeFile) -> None:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<i4", "fortran_order": False, "shape": shape})
         for part, (first, stop) in enumerate(spans):
             columns = ["query_index", "rank", "passage_index"]
             table = read_ranking_part(join(folder, part_file(split, part)), columns)
-            matrix[first:stop] = part_matrix(table, first, stop - first, depth)
-        matrix.flush()
-        del matrix
+            stream.write(part_matrix(table, first, stop - first, depth).tobytes())
 
-        def copy(stream: pa.NativeFile) -> None:
-            with open(path, "rb") as source:
-                while block := source.read(1 << 24):
-                    stream.write(block)
-
-        write_atomic(join(folder, f"{split}.npy"), copy)
+    write_atomic(join(folder, f"{split}.npy"), write)
 
 
 def read_ranking_matrix(folder: str, split: str) -> npt.NDArray[Any]:
     """`SPLIT.npy`, memory-mapped when it is local."""
-    import io
-
     uri = join(folder, f"{split}.npy")
     fs, path = filesystem_of(uri)
     if is_local(uri):

@@ -1,13 +1,13 @@
 """Where the rows of a range of passages come from: memory, or the mapped shards of a store.
 
-Nothing is copied but what is asked for, so an actor's memory does not grow with its range: mapped pages belong to the
+Only the rows asked for are copied, so an actor's memory does not grow with its range: mapped pages belong to the
 system's cache. Shapes: N passages of the range, T rows asked for, D dimensions.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from ckd_ray.store import Shard
 Int64Array = npt.NDArray[np.int64]
 
 
-class RangeRows(Protocol):
+class RangeRows(ABC):
     """Rows of consecutive passages.
 
     Attributes:
@@ -27,26 +27,13 @@ class RangeRows(Protocol):
         lengths: (N,) int64 rows of each passage; offsets: (N + 1,) where its rows begin in the range.
     """
 
-    first: int
-    lengths: Int64Array
-    offsets: Int64Array
-
-    @property
-    def num_passages(self) -> int:
-        """N."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all passages."""
-
-    def take(self, index_T: Int64Array) -> Tensor:
-        """float16 rows (T, D) by their positions in the range."""
-
-
-class _Range:
     def __init__(self, lengths: npt.NDArray[np.integer], first: int) -> None:
         self.first, self.lengths = first, np.asarray(lengths, np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+
+    @abstractmethod
+    def take(self, index_T: Int64Array) -> Tensor:
+        """float16 rows (T, D) by their positions in the range."""
 
     @property
     def num_passages(self) -> int:
@@ -59,7 +46,7 @@ class _Range:
         return int(self.offsets[-1])
 
 
-class FlatRows(_Range):
+class FlatRows(RangeRows):
     """Rows in memory: rows_TD (any float type), passage after passage."""
 
     def __init__(self, rows_TD: Tensor, lengths: npt.NDArray[np.integer], first: int = 0) -> None:
@@ -67,11 +54,10 @@ class FlatRows(_Range):
         self._rows_TD = rows_TD
 
     def take(self, index_T: Int64Array) -> Tensor:
-        """See `RangeRows`."""
         return self._rows_TD[torch.from_numpy(index_T).to(self._rows_TD.device)].half()
 
 
-class ShardRows(_Range):
+class ShardRows(RangeRows):
     """Rows of consecutive shards, read from their maps and decoded when they are asked for."""
 
     def __init__(self, shards: Sequence[Shard], dim: int) -> None:
@@ -82,7 +68,6 @@ class ShardRows(_Range):
         self._bounds = np.cumsum([0, *(len(s.codes) for s in shards)])
 
     def take(self, index_T: Int64Array) -> Tensor:
-        """See `RangeRows`."""
         if len(self.shards) == 1:
             return self._of(0, index_T)
         which = np.searchsorted(self._bounds, index_T, side="right") - 1
@@ -94,7 +79,7 @@ class ShardRows(_Range):
 
     def _of(self, shard: int, index_T: Int64Array) -> Tensor:
         opened = self.shards[shard]
-        # A run of consecutive rows is a slice: no index is followed.
+        # Consecutive rows are a slice.
         if len(index_T) and index_T[-1] - index_T[0] == len(index_T) - 1 and (np.diff(index_T) == 1).all():
             return opened.codec.decode(opened.codes[index_T[0] : index_T[-1] + 1])
         if opened.codec.name == "fp16":

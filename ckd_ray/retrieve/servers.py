@@ -1,6 +1,6 @@
-"""Shards stay, queries travel: every actor owns a range of shards, query batches go to all, top lists are merged.
+"""Search by actors that own a range of shards each: query batches go to all of them, and their top lists are merged.
 
-Shapes: B queries, Q rows, D dimensions, K results, N candidates, C centroids looked at, M vectors, k neighbours.
+Shapes: B queries, Q rows, D dimensions, K results, N candidates, C centroids probed, M vectors, k neighbours.
 """
 
 from __future__ import annotations
@@ -33,26 +33,22 @@ Lists = tuple[Float32Array, Int64Array]
 T = TypeVar("T")
 
 _CPUS_A_SERVER = 0.5
-# What the tasks that feed the servers need at least.
+# The least CPU of the tasks that feed the servers.
 _FEEDER_CPUS = 0.25
-# A killed server comes back; one that dies again and again (out of memory) fails the job in the end.
+# A killed server starts again; one that dies every time (out of memory) fails the job in the end.
 _RESTARTS = 20
 _START_SECONDS = 300.0
 
 
 class ShardServer:
-    """An actor that holds some shards of a store and answers for these.
-
-    Args:
-        sharers: servers on this machine, this one included.
-    """
+    """An actor that searches some shards of a store; `processes` servers share its machine, this one included."""
 
     def __init__(
-        self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int, sharers: int = 1
+        self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int, processes: int = 1
     ) -> None:
         die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
-        self._store, self._shards, self._settings, self._sharers = store, shards, settings, sharers
+        self._store, self._shards, self._settings, self._sharers = store, shards, settings, processes
 
     @cached_property
     def range(self) -> ShardRange:
@@ -61,15 +57,15 @@ class ShardServer:
         return ShardRange(store, self._shards, self._settings, actor_device(), self._sharers)
 
     def placed(self) -> int:
-        """The process; returns as soon as there is one."""
+        """The process id; returns as soon as the actor runs."""
         return os.getpid()
 
     def ready(self) -> int:
-        """Passages served; returns when the index stands."""
+        """Passages served; returns when the index is built."""
         return self.range.num_passages
 
     def first_pass(self) -> tuple[str, str]:
-        """What exact search computes first on large ranges, and why (`int8.choose_first_pass`)."""
+        """The first pass of exact search on large ranges, and the reason (`int8.choose_first_pass`)."""
         if torch.device(self.range.device).type != "cpu":
             return "float32", "on a GPU"
         return choose_first_pass()
@@ -83,7 +79,7 @@ class ShardServer:
         return self._checked(self.range.search_exactly(torch.from_numpy(queries_BQD.copy()), depth))
 
     def probes(self, queries_BQD: Float32Array) -> tuple[npt.NDArray[np.int32], Float32Array]:
-        """Engine `centroids`: what each query row looks at (B, Q, C)."""
+        """Engine `centroids`: the centroids that each query row probes (B, Q, C)."""
         return self.range.probes(torch.from_numpy(queries_BQD.copy()))
 
     def candidates(self, probes: tuple[npt.NDArray[np.int32], Float32Array], limit: int) -> Lists:
@@ -99,14 +95,14 @@ class ShardServer:
         return self._checked(self.range.nearest_token_ids(torch.from_numpy(vectors_MD.copy()), k))
 
     def _checked(self, answer: T) -> T:
-        """The answer, if what it was computed from is still what was verified."""
+        """The answer, if the shards are still the bytes that were verified."""
         self.range.check_unchanged()
         return answer
 
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """Handles of all servers of a store; small, so it travels to the tasks that ask."""
+    """Handles of all servers of a store; small, so tasks receive a copy."""
 
     actors: tuple[Any, ...]
     settings: SearchSettings
@@ -114,13 +110,13 @@ class ServerGroup:
     def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """Top `depth` over all shards.
 
-        Engine `centroids` goes twice to all servers, for estimates and then for scores, so that the candidates are the
+        Engine `centroids` asks all servers twice, for estimates and then for scores, so that the candidates are the
         best of the whole store and not of each range.
         """
         batch = ray.put(queries_BQD)
         if self.settings.engine != "centroids":
             return _merged([actor.search.remote(batch, depth) for actor in self.actors], depth)
-        # Any server can tell; the choice spreads the work and has no bearing on the answer.
+        # Every server gives the same answer; the choice spreads the work.
         one = self.actors[zlib.crc32(np.ascontiguousarray(queries_BQD).data) % len(self.actors)]
         probes = one.probes.remote(batch)
         limit = max(depth, self.settings.candidates)
@@ -141,7 +137,7 @@ class ServerGroup:
 
 
 def _merged(waiting: list[Any], depth: int) -> Lists:
-    """The best of all answers, merged as they come: two lists are held at a time, in whatever order."""
+    """The best of all answers, merged as they arrive, so that two lists are held at a time."""
     best: Lists | None = None
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1)
@@ -163,7 +159,7 @@ class Placement:
 
 
 def index_bytes(settings: SearchSettings, tokens: int, passages: int, dim: int) -> int:
-    """What the indexes of a whole store take in memory, all servers together.
+    """Memory of the indexes of a whole store, all servers together.
 
     exact: nothing that grows (rows stay mapped). centroids: two 32-bit numbers a row, and two a passage. faiss: 16
     bytes of code, 8 of id and 4 of passage a row, and up to two million float32 rows while it is trained.
@@ -214,7 +210,7 @@ def plan_servers(
             fix="add nodes, or take a residual codec (embed.codec) and retrieve.engine: centroids",
         )
     count = 1 if settings.engine == "faiss" else max(1, min(asked, room, shards))
-    # So many servers share a GPU that all find room: a GPU has 1/2 for two servers, but not twice 2/3.
+    # The share of a GPU is one over a whole number of servers: two servers of 2/3 do not fit one GPU.
     share = 1 / math.ceil(count / int(gpus)) if gpus >= 1 else 0.0
     return Placement(count, _CPUS_A_SERVER, share, needed // count, max(1, int(cpus) // count))
 
@@ -253,10 +249,10 @@ class serving:
             options["memory"] = plan.memory
         remote = ray.remote(**options)(ShardServer)
         nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-        sharers = math.ceil(plan.servers / max(1, nodes))
+        processes = math.ceil(plan.servers / max(1, nodes))
         for low, high in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             shards = list(range(int(low), int(high)))
-            self._actors.append(remote.remote(self._store.uri, shards, self._settings, plan.threads, sharers))
+            self._actors.append(remote.remote(self._store.uri, shards, self._settings, plan.threads, processes))
         try:
             self._wait_until_placed()
             task = {"faiss": "an IVF-PQ index over", "centroids": "inverted lists of"}.get(self._settings.engine, "")
@@ -272,7 +268,7 @@ class serving:
         return ServerGroup(tuple(self._actors), self._settings)
 
     def _wait_until_placed(self) -> None:
-        """Servers fit the cluster, but another job may hold what they need: say so instead of waiting for ever."""
+        """The servers fit the cluster, but another job may hold what they need; that is an error after a while."""
         calls = [actor.placed.remote() for actor in self._actors]
         done, waiting = ray.wait(calls, num_returns=len(calls), timeout=_START_SECONDS)
         if waiting:

@@ -22,10 +22,10 @@ from ckd_ray.store.codec import RESIDUAL_BITS, Residual
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
-# Exact search is taken up to this much work: about 10 minutes on two cores.
+# `choose_engine` chooses exact search up to this much work: about 10 minutes on two cores.
 _EXACT_OPERATIONS = 6e13
-# Passages that faiss' candidates are cut to before they are scored exactly, as a multiple of the depth. On MedQuAD 4
-# times give a recall@100 of 0.930, 8 times 0.974, 16 times 0.991, and all of them, 46 times, 0.999 (docs/log.md).
+# Passages of faiss' candidates that are scored exactly, as a multiple of the depth. On MedQuAD 4 times give a
+# recall@100 of 0.930, 8 times 0.974, 16 times 0.991, and all of them, 46 times, 0.999 (docs/log.md).
 RERANK_FACTOR, _LEAST_RERANKED = 16, 1024
 # A range of fewer rows is searched exactly under engine faiss: there is nothing to train product quantisers on.
 _LEAST_INDEXED = 1000
@@ -38,7 +38,7 @@ class SearchSettings:
     Attributes:
         engine: `exact`, `centroids` (of a residual codec) or `faiss` (IVF-PQ).
         cells: inverted lists of faiss.
-        nprobe: cells (faiss) or centroids looked at for a query row.
+        nprobe: cells (faiss) or centroids probed by a query row.
         candidates: faiss: nearest embeddings of a query row, whose passages are scored exactly (at most
             `RERANK_FACTOR` times the depth of them); centroids: passages of a query that are scored exactly.
         index: file in which a faiss index is kept between stages; None: built each time.
@@ -66,7 +66,7 @@ class ShardRange:
     Args:
         shards: indices of consecutive shards.
         device: where products are computed.
-        sharers: processes of this machine that serve as many shards each, this one included.
+        processes: of this machine that serve as many shards each, this one included.
 
     Raises:
         BrokenShardError: a shard's bytes do not match its checksum.
@@ -79,9 +79,9 @@ class ShardRange:
         shards: Sequence[int],
         settings: SearchSettings,
         device: str = "cpu",
-        sharers: int = 1,
+        processes: int = 1,
     ) -> None:
-        store.check_room(shards, sharers)
+        store.check_room(shards, processes)
         opened = [store.shard(i) for i in shards]
         for shard in opened:
             shard.verify()
@@ -112,10 +112,9 @@ class ShardRange:
         return self.rows.num_passages
 
     def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
-        """The best `depth` passages of this range: scores_BK and dense indices, highest first; -inf and -1 behind the
-        end.
+        """The best `depth` passages of this range: scores_BK and dense indices, highest first, -inf and -1 at the end.
 
-        Engine `centroids` looks for candidates in this range alone; `ServerGroup` takes those of all ranges together.
+        Engine `centroids` chooses candidates of this range alone; `ServerGroup` chooses those of all ranges together.
         """
         if self._centroids is not None:
             _, passages_BN = self.candidates(*self.probes(queries_BQD), max(depth, self.settings.candidates))
@@ -138,7 +137,7 @@ class ShardRange:
         return search_all(Scorer(queries_BQD, self.rows, self.device), depth)
 
     def probes(self, queries_BQD: Tensor) -> tuple[npt.NDArray[np.int32], Float32Array]:
-        """Engine `centroids`: the centroids that each query row looks at, the same from every range."""
+        """Engine `centroids`: the centroids that each query row probes, the same in every range."""
         assert self._centroids is not None
         return self._centroids.probes(queries_BQD)
 
@@ -157,8 +156,8 @@ class ShardRange:
         return search_among(Scorer(queries_BQD, self.rows, self.device), chosen, depth)
 
     def nearest_token_ids(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
-        """The k nearest token embeddings: squared distances, their vocabulary ids, and their positions in the whole
-        store; +inf, -1 and the largest number behind the end."""
+        """The k nearest token embeddings: squared distances, vocabulary ids, and positions in the whole store. Lists
+        end with +inf, -1 and the largest number."""
         if self._faiss is not None:
             distances, positions = self._faiss.nearest(vectors_MD, k)
         else:

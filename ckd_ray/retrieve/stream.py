@@ -32,7 +32,7 @@ class RetrieveJob:
 
 
 def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage: str = "retrieve") -> None:
-    """Write the missing parts of `job`, then the matrix of all."""
+    """Write the missing parts of `job`, then the matrix of all parts."""
     make_folder(job.out)
     spans = query_spans(num_queries)
     present = set(list_files(job.out, ".parquet"))

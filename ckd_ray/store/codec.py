@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,18 +27,16 @@ Bytes = npt.NDArray[np.uint8]
 
 RESIDUAL_BITS = {"residual1": 1, "residual2": 2, "residual4": 4}
 CODEC_NAMES = ("fp16", *RESIDUAL_BITS)
-# The learned part of a residual codec, beside the shards that were written with it.
-CODEC_FILE = "codec.safetensors"
-# Says of what it was learned, for a run that is gone on with.
-CODEC_RECORD = "codec.json"
+# In the folder of the shards: the learned part of a residual codec, and what it was learned from.
+CODEC_FILE, CODEC_RECORD = "codec.safetensors", "codec.json"
 _ID_BYTES = 4
 # Numbers of a block of similarities to centroids, while encoding: 4 MiB of float32 stay in a core's cache.
 _BLOCK = 1 << 20
 _GPU_BLOCK = 1 << 28
 
 with warnings.catch_warnings():
-    # Memory-mapped arrays are read-only, and torch says once a process that it cannot know that. Nothing here writes to
-    # them; said now, into the void, it is not said later.
+    # torch warns once a process of read-only arrays, which memory-mapped ones are. Nothing here writes to them, so the
+    # one warning is provoked and dropped.
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"\0\0", np.float16))
 
@@ -47,7 +45,7 @@ class BrokenCodecError(JobError):
     """The learned part of a codec is missing or altered: the shards beside it cannot be decoded."""
 
 
-class Codec(Protocol):
+class Codec(ABC):
     """A codec is fixed before the first shard is written; its name and digest stand in every shard.
 
     Attributes:
@@ -61,35 +59,30 @@ class Codec(Protocol):
     @property
     def bytes_per_token(self) -> int:
         """C."""
+        return bytes_per_token(self.name, self.dim)
 
+    @abstractmethod
     def encode(self, embeddings_TD: Tensor) -> Bytes:
         """Rows of any float type, on any device, to bytes (T, C)."""
 
+    @abstractmethod
     def decode(self, codes_TC: Bytes) -> Tensor:
         """Bytes (T, C) to float16 rows (T, D)."""
 
 
-class Float16:
-    """Two bytes a dimension; decoding is a view, nothing is copied."""
+class Float16(Codec):
+    """Two bytes a dimension: encoding rounds, decoding is a view, read-only when the bytes are memory-mapped."""
 
-    name = "fp16"
-    digest = ""
+    name, digest = "fp16", ""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
 
-    @property
-    def bytes_per_token(self) -> int:
-        """C = 2 D."""
-        return bytes_per_token(self.name, self.dim)
-
     def encode(self, embeddings_TD: Tensor) -> Bytes:
-        """Round to the nearest float16."""
         halves = embeddings_TD.detach().to("cpu", torch.float16).contiguous().numpy()
         return halves.view(np.uint8).reshape(len(halves), self.bytes_per_token)
 
     def decode(self, codes_TC: Bytes) -> Tensor:
-        """A float16 view of the bytes; read-only when the bytes are memory-mapped."""
         return torch.from_numpy(codes_TC.view(np.float16))
 
 
@@ -124,8 +117,9 @@ class Groups:
         return torch.cat([torch.arange(int(self.bounds[g]), int(self.bounds[g + 1])) for g in near])
 
 
-class Residual:
-    """A centroid's number and a few bits a dimension.
+class Residual(Codec):
+    """A centroid's number and a few bits a dimension. Decoding adds the values of the buckets to the centroid and
+    normalises the row.
 
     Args:
         name: one of `RESIDUAL_BITS`.
@@ -165,11 +159,6 @@ class Residual:
         """K."""
         return len(self.centroids_KD)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """C = 4 + D * bits / 8: 36 for 2 bits and 128 dimensions."""
-        return bytes_per_token(self.name, self.dim)
-
     def nearest_centroids(self, rows_TD: Tensor) -> Tensor:
         """(T,) int64: the centroid of the greatest inner product with each row, on the device of the rows.
 
@@ -190,7 +179,6 @@ class Residual:
         return out
 
     def encode(self, embeddings_TD: Tensor) -> Bytes:
-        """The nearest centroid, then each dimension's bucket of the rest."""
         rows_TD = embeddings_TD.detach()
         ids_T = self.nearest_centroids(rows_TD).cpu()
         out = np.empty((len(rows_TD), self.bytes_per_token), np.uint8)
@@ -212,7 +200,6 @@ class Residual:
         return codes_TC[:, :_ID_BYTES].copy().view(np.int32).reshape(-1)
 
     def decode(self, codes_TC: Bytes) -> Tensor:
-        """Centroid plus bucket values, at unit length (the embeddings were)."""
         out = torch.empty(len(codes_TC), self.dim, dtype=torch.float16)
         step = 1 << 14  # keeps the float32 rows of a block in the cache
         for start in range(0, len(codes_TC), step):
@@ -249,14 +236,15 @@ def save_codec(codec: Residual, folder: str) -> str:
     from safetensors.torch import save
 
     tensors = {
-        "centroids": codec.centroids_KD.contiguous(),
-        "cutoffs": codec.cutoffs.contiguous(),
-        "weights": codec.weights.contiguous(),
-        "group_centers": codec.groups.centers_GD.contiguous(),
-        "group_bounds": codec.groups.bounds.contiguous(),
-        "group_near": codec.groups.near_GN.contiguous(),
+        "centroids": codec.centroids_KD,
+        "cutoffs": codec.cutoffs,
+        "weights": codec.weights,
+        "group_centers": codec.groups.centers_GD,
+        "group_bounds": codec.groups.bounds,
+        "group_near": codec.groups.near_GN,
     }
-    data = save(tensors, {"ckd_ray.codec": json.dumps({"name": codec.name})})
+    metadata = {"ckd_ray.codec": json.dumps({"name": codec.name})}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     write_atomic(join(folder, CODEC_FILE), lambda stream: stream.write(data))
     return hashlib.sha256(data).hexdigest()
 

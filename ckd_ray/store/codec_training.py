@@ -12,14 +12,14 @@ from torch import Tensor
 from ckd_ray.store.codec import RESIDUAL_BITS, Groups, Residual, check_dim
 from ckd_ray.store.spherical import spherical_kmeans
 
-# Rows that a centroid should be the mean of: fewer, and k-means fits the sample instead of the corpus.
+# Rows that a centroid should be the mean of; with fewer rows k-means fits the sample instead of the corpus.
 SAMPLE_A_CENTROID = 40
 _MOST_CENTROIDS = 1 << 17
 _MOST_SAMPLED = 1 << 23
 _KMEANS_ITERATIONS = 6
 _BUCKET_ITERATIONS = 20
 _BUCKET_SAMPLE = 1 << 21
-# Fewer centroids than this are all compared with; more are grouped, with the groups that a row is compared with.
+# So many centroids are grouped, and a row is compared with those of the nearest groups alone.
 _LEAST_GROUPED = 4096
 _NEAR_GROUPS = 12
 
@@ -41,8 +41,8 @@ def sample_size(num_tokens: int) -> int:
 def train_codec(name: str, rows_SD: Tensor, num_centroids: int, seed: int = 17) -> Residual:
     """Centroids by spherical k-means, buckets by Lloyd's iteration on the values of the residuals.
 
-    ColBERTv2 cuts the residuals at quantiles; starting there and moving each value to the mean of its bucket costs
-    nothing later and leaves less error.
+    ColBERTv2 cuts the residuals at quantiles. Lloyd's iteration starts there and moves each value to the mean of its
+    bucket, which leaves less error at the same size.
 
     Args:
         rows_SD: unit rows, any float type.
@@ -78,7 +78,7 @@ def group_centroids(centroids_KD: Tensor, seed: int) -> tuple[Tensor, Groups]:
         return centroids_KD, Groups.one(centroids_KD)
     centers_GD = _kmeans(centroids_KD, 2 ** round(np.log2(len(centroids_KD)) / 2), seed)
     group_K = (centroids_KD @ centers_GD.T).argmax(1)
-    used, group_K = group_K.unique(return_inverse=True)  # a group that holds nothing is none
+    used, group_K = group_K.unique(return_inverse=True)  # drops groups without centroids
     centers_GD = centers_GD[used]
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(group_K).cumsum(0)])
     near_GN = (centers_GD @ centers_GD.T).topk(min(_NEAR_GROUPS, len(centers_GD)), dim=1).indices

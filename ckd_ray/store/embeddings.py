@@ -18,14 +18,14 @@ import numpy.typing as npt
 import torch
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.files import file_signature, filesystem_of, is_local, is_whole, join, read_object
+from ckd_ray.files import file_signature, filesystem_of, has_digest, is_local, join, read_object
 from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, Codec, load_codec
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, shard_name
 from ckd_ray.store.writing import FREQUENCIES, LENGTHS, MANIFEST, SCHEMA_VERSION
 
-# Memory maps kept open: each costs a file handle and address space, no memory of its own. A quarter of the handles that
-# a process may have, since it has other uses for them.
+# Memory maps kept open: each costs a file handle and address space, no memory. At most a quarter of the handles that a
+# process may have.
 _OPEN_SHARDS = 1024
 
 
@@ -44,7 +44,7 @@ class Ragged:
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (P, L, D) filled with zeros, and their bool mask (P, L).
 
-        In numpy: threads that read ahead call this, and torch would start a team of threads for each of them.
+        In numpy, since torch would start a team of threads for each thread that reads ahead.
         """
         longest = max(1, int(self.lengths.max(initial=0)))
         mask_PL = np.arange(longest) < self.lengths[:, None]
@@ -58,12 +58,7 @@ class Ragged:
 
 
 class EmbeddingStore:
-    """Opened by `EmbeddingStore.open(uri)`; cheap to open in every process, since shards are mapped on first use.
-
-    Attributes:
-        manifest: the JSON beside the shards.
-        num_passages, num_tokens, num_shards, dim: sizes.
-    """
+    """Opened by `EmbeddingStore.open(uri)`; cheap to open in every process, since shards are mapped on first use."""
 
     def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
         self.uri = uri
@@ -78,14 +73,14 @@ class EmbeddingStore:
         self._open: OrderedDict[int, Shard] = OrderedDict()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_open = _OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(_OPEN_SHARDS, soft // 4))
-        self._beside: dict[str, npt.NDArray[Any]] = {}
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     @classmethod
     def open(cls, uri: str) -> EmbeddingStore:
         """Read the manifest of a finished store.
 
         Raises:
-            JobError: there is no manifest: the stage that writes it has not finished.
+            JobError: there is no manifest, or one of another version. UserError: it is damaged.
         """
         try:
             manifest = read_object(join(uri, MANIFEST))
@@ -95,19 +90,15 @@ class EmbeddingStore:
             raise JobError(f"{uri}: written by another version (schema {manifest.get('schema_version')})")
         try:
             return cls(uri, manifest)
-        except UserError:  # of the cache
+        except UserError:  # the cache cannot be made
             raise
         except (KeyError, TypeError, ValueError) as error:
-            fix = "delete it, and the same command takes stock of the shards again"
+            fix = "delete it, and the same command writes it again from the shards"
             raise UserError("a damaged manifest", where=join(uri, MANIFEST), found=str(error), fix=fix) from error
 
     @property
     def codec(self) -> Codec:
-        """What decodes the rows.
-
-        Raises:
-            BrokenCodecError: its learned part is missing or altered.
-        """
+        """What decodes the rows; BrokenCodecError when its learned part is missing or altered."""
         return load_codec(self.manifest["codec"], self.dim, self.uri, self.manifest["codec_digest"])
 
     def shard(self, i: int) -> Shard:
@@ -121,13 +112,13 @@ class EmbeddingStore:
             self._open.popitem(last=False)
         return shard
 
-    def check_room(self, shards: Sequence[int], sharers: int = 1) -> None:
-        """Before so many shards are kept open at once by each of `sharers` processes of this machine.
+    def check_room(self, shards: Sequence[int], processes: int = 1) -> None:
+        """Check that the cache has room when each of some `processes` of this machine keeps so many shards open.
 
         Raises:
-            UserError: they come from an object store, and the cache of remote files may not hold their copies.
+            UserError: the shards come from an object store, and their copies need more than the cache may hold.
         """
-        wanted = min(sharers * sum(int(self._shards[i]["bytes"]) for i in shards), int(self.manifest["bytes"]))
+        wanted = min(processes * sum(int(self._shards[i]["bytes"]) for i in shards), int(self.manifest["bytes"]))
         if self._cache is not None and wanted > self._cache.limit:
             raise UserError(
                 "the shards that this machine is to serve are more than its cache of remote files may hold",
@@ -139,7 +130,7 @@ class EmbeddingStore:
             )
 
     def _may_stay_open(self) -> bool:
-        """Maps of cached copies hold their space on the disk even when the cache has dropped them."""
+        """Maps of cached copies hold space on the disk even after the cache has removed the copies."""
         if len(self._open) > self._most_open:
             return False
         return self._cache is None or sum(s.codes.nbytes for s in self._open.values()) <= self._cache.limit
@@ -151,15 +142,15 @@ class EmbeddingStore:
     @property
     def document_frequencies(self) -> npt.NDArray[np.int64]:
         """(V,) passages that hold each token id; V is one more than the largest id met."""
-        return self._whole(FREQUENCIES, np.dtype("<i8"), self.manifest["vocabulary"])
+        return self._array(FREQUENCIES, np.dtype("<i8"), self.manifest["vocabulary"])
 
     def lengths(self) -> Int32Array:
         """(num_passages,) int32 rows of every passage, memory-mapped."""
-        return self._whole(LENGTHS, np.dtype("<i4"), self.num_passages)
+        return self._array(LENGTHS, np.dtype("<i4"), self.num_passages)
 
-    def _whole(self, name: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-        """A file that was made of all shards when the store was closed; checked when it is first read."""
-        if name not in self._beside:
+    def _array(self, name: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+        """A file that `close_store` wrote, checked when it is first read."""
+        if name not in self._arrays:
             uri, digest = join(self.uri, name), self.manifest["sha256"][name]
             values = self._map(uri, digest, dtype, count)
             if values is None and self._cache:
@@ -167,8 +158,8 @@ class EmbeddingStore:
                 values = self._map(uri, digest, dtype, count)
             if values is None:
                 raise BrokenShardError(f"{uri}: not what the manifest names", uri)
-            self._beside[name] = values
-        return self._beside[name]
+            self._arrays[name] = values
+        return self._arrays[name]
 
     def _map(self, uri: str, digest: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any] | None:
         """None when the file is missing or its bytes are not those of `digest`."""
@@ -177,15 +168,12 @@ class EmbeddingStore:
         try:
             path = self._cache.fetch(uri, digest) if self._cache else filesystem_of(uri)[1]
             values = np.memmap(path, dtype, "r")
-        except (FileNotFoundError, ValueError):  # ValueError: empty, or no whole number of values
+        except (FileNotFoundError, ValueError):  # ValueError: empty, or a part of a value at the end
             return None
-        whole = len(values) == count and hashlib.sha256(values.data).hexdigest() == digest
-        return values if whole else None
+        return values if len(values) == count and hashlib.sha256(values.data).hexdigest() == digest else None
 
     def gather(self, passages: npt.NDArray[np.int64]) -> Ragged:
-        """The passages asked for, in that order, duplicates allowed (P of them).
-
-        Every shard is opened once for all of its passages, and each passage is compared with its checksum.
+        """The passages asked for (P of them), in that order, duplicates allowed; each is compared with its checksum.
 
         Raises:
             IndexError: there is no such passage. BrokenShardError: the bytes of one are not what was written.
@@ -209,12 +197,12 @@ class EmbeddingStore:
                 shard.check_lengths(local, lengths[group])
                 shard.copy(local.tolist(), codes_TC, token_ids, at[group].tolist())
             except BrokenShardError:
-                self._open.pop(index)  # it is made anew under its name, and the map would go on showing the broken one
+                self._open.pop(index)  # the repaired file has the same name; this map still shows the broken one
                 raise
         return Ragged(codec.decode(codes_TC), lengths, token_ids)
 
     def verify(self, shards: Iterable[int] | None = None) -> list[str]:
-        """Read these shards, or all, whole; the names of the files that are missing or broken.
+        """Read every byte of these shards, or of all; the names of the files that are missing or broken.
 
         Reads the store itself, not the copies in this machine's cache. Memory: one shard when the store is remote.
         """
@@ -226,18 +214,18 @@ class EmbeddingStore:
                 broken.append(shard_name(i))
         return broken
 
-    def verify_beside(self) -> list[str]:
-        """As `verify`, of what lies beside the shards: the codec, lengths and document frequencies."""
+    def verify_other_files(self) -> list[str]:
+        """As `verify`, of the files that are no shards: the codec, lengths and document frequencies."""
         digests = dict(self.manifest["sha256"])
         if self.manifest["codec_digest"]:
             digests[CODEC_FILE] = self.manifest["codec_digest"]
-        wrong = [name for name, digest in digests.items() if not is_whole(join(self.uri, name), digest)]
+        wrong = [name for name, digest in digests.items() if not has_digest(join(self.uri, name), digest)]
         return [*wrong, CODEC_RECORD] if CODEC_FILE in wrong else wrong
 
 
 def open_once(uri: str) -> EmbeddingStore:
-    """A store, opened once a process, and once more when it was written anew since."""
-    return _store(uri, *file_signature(join(uri, "manifest.json")))
+    """A store, opened once a process, and again when it has been written anew."""
+    return _store(uri, *file_signature(join(uri, MANIFEST)))
 
 
 @lru_cache(maxsize=8)

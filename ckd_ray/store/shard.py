@@ -7,9 +7,9 @@ A shard holds a run of consecutive passages. Its single record batch has a row a
     embeddings large_binary   lengths * C bytes (see codec.py)
     crc32      uint32         of the passage's token ids and embeddings, so that reading one passage checks it
 
-The buffers behind the two ragged columns are flat, so that a shard reads as one (T,) and one (T, C) array without a
-copy. The schema's metadata names the run that wrote it (fingerprint), its place in the store, its document frequencies
-and the SHA-256 of all of this: renaming the file into place is the commit, and there is no second file to keep in step.
+The buffers of the two ragged columns are flat, so a shard reads as one (T,) and one (T, C) array without a copy. The
+schema's metadata holds the fingerprint of the run that wrote it, its place in the store, its document frequencies and
+the SHA-256 of all of this. Renaming the file into place is the commit: no second file has to agree with it.
 Shapes: P passages, T tokens, C bytes a token, D dimensions.
 """
 
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import torch
 
-from ckd_ray.errors import JobError
+from ckd_ray.errors import JobError, first_line
 from ckd_ray.files import filesystem_of, is_local, parent, write_atomic
 from ckd_ray.files.cache import ShardCache
 from ckd_ray.store.codec import Codec, bytes_per_token, load_codec
@@ -50,9 +50,9 @@ _SCHEMA = pa.schema(
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 T = TypeVar("T")
-# How often a copy may be evicted between its arrival and its mapping before the cache is given up as too small.
+# How often a copy may be evicted between its download and its mapping before the cache counts as too small.
 _EVICTIONS = 8
-# What Arrow, JSON and numpy say of bytes that are not what was written.
+# What Arrow, JSON and numpy raise for damaged bytes.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
@@ -73,7 +73,7 @@ class BrokenShardError(JobError):
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says of itself."""
+    """The metadata of a shard."""
 
     fingerprint: str
     index: int
@@ -114,7 +114,7 @@ def write_shard(
     assert int(lengths.sum()) == len(token_ids) == len(embeddings_TD)
     codes = codec.encode(embeddings_TD)
     ids, counts = document_frequencies(lengths, token_ids)
-    sums = passage_sums(lengths, token_ids, codes)
+    sums = _passage_sums(lengths, token_ids, codes)
     header = ShardHeader(
         fingerprint=fingerprint,
         index=index,
@@ -154,8 +154,8 @@ def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uin
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
-def passage_sums(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """(P,) uint32: the CRC-32 of each passage's token ids followed by its codes."""
+def _passage_sums(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """(P,) CRC-32 of each passage's token ids followed by its codes."""
     stops = np.cumsum(lengths, dtype=np.int64).tolist()
     starts = [0, *stops[:-1]]
     return np.array([_crc(token_ids[a:b], codes[a:b]) for a, b in zip(starts, stops, strict=False)], np.uint32)
@@ -180,46 +180,29 @@ def document_frequencies(lengths: Int32Array, token_ids: Int32Array) -> tuple[In
     return ids.astype(np.int32), counts.astype(np.int32)
 
 
-def read_header(uri: str) -> tuple[ShardHeader, Int32Array, Int32Array]:
-    """Header and document frequencies (ids, counts) of a shard, without reading its columns.
+def read_header(uri: str) -> tuple[ShardHeader, Int32Array, Int32Array, Int32Array]:
+    """Header, document frequencies (ids, counts) and lengths of a shard; its embeddings are not read.
 
     Raises:
-        BrokenShardError: the file is not a whole Arrow file, or not a shard.
+        BrokenShardError: the file is not a complete Arrow file, or not a shard.
     """
-    header, ids, counts, _ = _read_part(uri, lengths=False)
-    return header, ids, counts
-
-
-def read_lengths(uri: str) -> tuple[ShardHeader, Int32Array, Int32Array, Int32Array]:
-    """As `read_header`, and the lengths of its passages; the embeddings are not read.
-
-    Raises:
-        BrokenShardError: the file is not a whole Arrow file, or not a shard.
-    """
-    return _read_part(uri, lengths=True)
-
-
-def _read_part(uri: str, *, lengths: bool) -> tuple[ShardHeader, Int32Array, Int32Array, Int32Array]:
     fs, path = filesystem_of(uri)
     try:
         with fs.open_input_file(path) as source:
             reader = ipc.open_file(source, options=ipc.IpcReadOptions(included_fields=[0]))
             header, ids, counts = _parse_metadata(uri, reader.schema.metadata)
-            column = np.empty(0, np.int32)
-            if lengths:
-                batch = reader.get_batch(0)
-                batch.validate()
-                column = batch.column(0).to_numpy()
-            if lengths and (len(column), column.dtype) != (header.passages, np.int32):
-                raise BrokenShardError(f"{uri}: columns are shorter than the header says", uri)
-            return header, ids, counts, column
+            batch = reader.get_batch(0)
+            batch.validate()
+            lengths = batch.column(0).to_numpy()
     except _DAMAGE as error:
         raise _broken(uri, error) from error
+    if (len(lengths), lengths.dtype) != (header.passages, np.int32):
+        raise BrokenShardError(f"{uri}: columns are shorter than the header says", uri)
+    return header, ids, counts, lengths
 
 
 def _broken(uri: str, error: Exception) -> BrokenShardError:
-    what = (str(error).splitlines() or [type(error).__name__])[0]
-    return BrokenShardError(f"{uri}: not a whole shard ({what})", uri)
+    return BrokenShardError(f"{uri}: not a whole shard ({first_line(error)})", uri)
 
 
 def _parse_metadata(uri: str, metadata: dict[bytes, bytes] | None) -> tuple[ShardHeader, Int32Array, Int32Array]:
@@ -238,12 +221,12 @@ class Shard:
 
     Args:
         uri: where the shard is.
-        cache: of this machine, to map a local copy of a remote shard; a copy that turns out to be damaged is fetched
-            anew, once. Without it a remote shard is read into memory.
-        digest: that the manifest knows it by; the header must carry it.
+        cache: of this machine, for a mapped local copy of a remote shard; a damaged copy is fetched again, once.
+            Without a cache a remote shard is read into memory.
+        digest: from the manifest; the header must hold the same.
 
     Attributes:
-        header: what the shard says of itself.
+        header: the shard's metadata.
         first: dense index of its first passage.
         lengths: (P,) int32; offsets: (P + 1,) int64; token_ids: (T,) int32; codes: (T, C) uint8; sums: (P,) uint32.
 
@@ -254,13 +237,13 @@ class Shard:
     def __init__(self, uri: str, cache: ShardCache | None = None, digest: str = "") -> None:
         self.uri, self._cache, self._digest = uri, cache, digest
         self._map: pa.MemoryMappedFile | None = None
-        self._once_more(self._open, opened=False)
+        self._with_fresh_copy(self._open, opened=False)
 
     def _open(self) -> None:
         source = self._bytes()
         self._map = source if isinstance(source, pa.MemoryMappedFile) else None
         self._written = self._last_written()
-        # From here on the bytes are in reach, so that whatever goes wrong is wrong with them.
+        # The bytes can be read, so errors from here on come from their contents.
         try:
             self._parse(ipc.open_file(source))
         except _DAMAGE as error:
@@ -279,7 +262,7 @@ class Shard:
                 if os.path.getsize(path) == 0:  # cannot be mapped
                     raise BrokenShardError(f"{self.uri}: empty", self.uri)
                 return pa.memory_map(path)
-            except FileNotFoundError:  # another process may have evicted the copy since
+            except FileNotFoundError:  # another process may have evicted the copy
                 if not left:
                     raise
         raise AssertionError
@@ -290,7 +273,7 @@ class Shard:
         if not reader.schema.equals(_SCHEMA):
             raise BrokenShardError(f"{self.uri}: not the columns of a shard", self.uri)
         batch = reader.get_batch(0)
-        batch.validate()  # Arrow trusts sizes in a file: one wrong bit there, and reading ends the process
+        batch.validate()  # Arrow trusts the sizes in a file: with one wrong bit there reading ends the process
         self.lengths: Int32Array = batch.column("lengths").to_numpy()
         self.offsets: Int64Array = batch.column("token_ids").offsets.to_numpy()
         self.token_ids: Int32Array = batch.column("token_ids").values.to_numpy()
@@ -302,8 +285,8 @@ class Shard:
             raise BrokenShardError(f"{self.uri}: offsets and lengths differ", self.uri)
         self.codes = np.frombuffer(flat or b"", np.uint8, count=tokens * width).reshape(tokens, width)
 
-    def _once_more(self, read: Callable[[], T], *, opened: bool = True) -> T:
-        """`read`, and again on a fresh copy when the cached one is damaged."""
+    def _with_fresh_copy(self, read: Callable[[], T], *, opened: bool = True) -> T:
+        """`read()`, and again on a new copy when the cached one is damaged."""
         try:
             return read()
         except BrokenShardError:
@@ -316,11 +299,11 @@ class Shard:
 
     @cached_property
     def codec(self) -> Codec:
-        """What decodes the shard; checking it does without."""
+        """What decodes the shard."""
         return load_codec(self.header.codec, self.header.dim, parent(self.uri), self.header.codec_digest)
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows (T', D), float16, of the shard's passages [start, stop), unchecked.
+        """Rows (T', D), float16, of the shard's passages [start, stop), without a check of their bytes.
 
         A view of read-only memory when the codec is fp16: writing to it ends the process.
         """
@@ -338,7 +321,7 @@ class Shard:
         Raises:
             BrokenShardError: the bytes of one differ from its checksum, or do not fit.
         """
-        self._once_more(lambda: self._copy(passages, codes_TC, ids_T, at))
+        self._with_fresh_copy(lambda: self._copy(passages, codes_TC, ids_T, at))
 
     def _copy(self, passages: list[int], codes_TC: npt.NDArray[np.uint8], ids_T: Int32Array, at: list[int]) -> None:
         for passage, row in zip(passages, at, strict=True):
@@ -351,20 +334,13 @@ class Shard:
             ids_T[row : row + high - low] = ids
 
     def verify(self) -> None:
-        """Read every byte and compare with the checksum.
-
-        Raises:
-            BrokenShardError: a bit differs.
-        """
-        self._once_more(self._verify)
+        """Read every byte; BrokenShardError when they do not match the checksum."""
+        self._with_fresh_copy(self._verify)
 
     def check_unchanged(self) -> None:
         """As `verify`, but bytes are read only if the mapped file was written to since it was opened or last checked.
 
-        Another file in its place is no change: the map is that of the file that was opened.
-
-        Raises:
-            BrokenShardError: a bit differs.
+        Replacing the file changes nothing: the map shows the file that was opened.
         """
         written = self._last_written()
         if written != self._written:

@@ -1,8 +1,7 @@
-"""Taking stock of the shards in a folder: which are whole, and closing the store when all are.
+"""Which shards in a folder are intact, and closing the store when all are.
 
-What is read here is read once for a store, in as many processes as there are (embed/survey.py): each answers for a
-range of shards, and whoever closes the store sees lengths, document frequencies and checksums, never embeddings.
-Shapes: P passages, V vocabulary ids.
+Ray tasks read the shards, each a range of them (embed/survey.py). The process that closes the store sees lengths,
+document frequencies and checksums, never embeddings. Shapes: P passages, V vocabulary ids.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ckd_ray.errors import JobError
-from ckd_ray.files import filesystem_of, join, list_files, write_atomic, write_json_atomic
-from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, ShardHeader, read_lengths, shard_name
+from ckd_ray.files import file_signature, join, list_files, write_atomic, write_json_atomic
+from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, ShardHeader, read_header, shard_name
 
 MANIFEST = "manifest.json"
-# Made of all shards when a store is closed: rows of every passage (int32), and document frequencies (int64).
+# Written when a store is closed: rows of every passage (int32), and document frequencies (int64).
 LENGTHS, FREQUENCIES = "lengths.int32", "document_frequencies.int64"
 SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Stock:
-    """What a manifest needs to know of consecutive shards.
+class ShardSummary:
+    """What a manifest holds of consecutive shards.
 
     Attributes:
         entries: first, passages, tokens, bytes and sha256 of each shard.
@@ -42,7 +41,7 @@ class Stock:
     frequencies: npt.NDArray[np.int64]
 
 
-def take_stock(uri: str, fingerprint: str, first: int, stop: int) -> Stock:
+def summarise_shards(uri: str, fingerprint: str, first: int, stop: int) -> ShardSummary:
     """Read headers and lengths of the shards [first, stop) in `uri`.
 
     Raises:
@@ -52,18 +51,16 @@ def take_stock(uri: str, fingerprint: str, first: int, stop: int) -> Stock:
     frequencies, shape = np.empty(0, np.int64), None
     for i in range(first, stop):
         where = join(uri, shard_name(i))
-        header, ids, counts, its_lengths = read_lengths(where)
-        fs, path = filesystem_of(where)
-        mine = (header.dim, header.codec, header.codec_digest)
-        if (header.fingerprint, header.index) != (fingerprint, i) or (shape or mine) != mine:
+        header, ids, counts, its_lengths = read_header(where)
+        its_shape = (header.dim, header.codec, header.codec_digest)
+        if (header.fingerprint, header.index) != (fingerprint, i) or (shape or its_shape) != its_shape:
             raise BrokenShardError(f"{where}: belongs to another store, or another place in it", where)
-        shape = mine
-        size = int(fs.get_file_info(path).size)
-        known = {"first": header.first, "passages": header.passages, "tokens": header.tokens}
-        entries.append({**known, "bytes": size, "sha256": header.sha256})
+        shape = its_shape
+        sizes = {"first": header.first, "passages": header.passages, "tokens": header.tokens}
+        entries.append({**sizes, "bytes": file_signature(where)[0], "sha256": header.sha256})
         lengths.append(its_lengths)
         frequencies = _add(frequencies, np.bincount(ids, counts).astype(np.int64))
-    return Stock(entries, shape, np.concatenate(lengths), frequencies)
+    return ShardSummary(entries, shape, np.concatenate(lengths), frequencies)
 
 
 def _add(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -76,21 +73,21 @@ def _add(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.i
 def close_store(
     uri: str,
     fingerprint: str,
-    stocks: Iterable[Stock],
+    summaries: Iterable[ShardSummary],
     *,
     spans: Sequence[tuple[int, int]] | None = None,
     **extra: Any,
 ) -> None:
-    """All shards are there: put lengths and document frequencies beside them, then the manifest that names all.
+    """Write lengths, document frequencies and then the manifest of a store whose shards are all there.
 
     Args:
-        stocks: of all shards, in order; each is let go of before the next is asked for.
-        spans: (first, stop) of the passages that each shard must hold, with gaps in a sample; None: all passages, so
-            that each shard begins where the one before it ends.
+        summaries: of all shards, in order; one of them is in memory at a time.
+        spans: (first, stop) of the passages that each shard must hold, with gaps in a sample; None: each shard begins
+            where the one before it ends.
         extra: further entries of the manifest.
 
     Raises:
-        JobError: the shards are not those.
+        JobError: the shards hold other passages, or differ in codec or dimensions.
     """
     entries: list[dict[str, Any]] = []
     shape: tuple[int, str, str] | None = None
@@ -98,13 +95,13 @@ def close_store(
 
     def write(stream: pa.NativeFile) -> None:
         nonlocal frequencies, shape
-        for stock in stocks:
-            if stock.shape != (shape or stock.shape):
-                raise JobError(f"{uri}: shards of different codecs or dimensions: {shape}, {stock.shape}")
-            shape = stock.shape
-            entries.extend(stock.entries)
-            frequencies = _add(frequencies, stock.frequencies)
-            data = np.ascontiguousarray(stock.lengths, "<i4").tobytes()
+        for part in summaries:
+            if part.shape != (shape or part.shape):
+                raise JobError(f"{uri}: shards of different codecs or dimensions: {shape}, {part.shape}")
+            shape = part.shape
+            entries.extend(part.entries)
+            frequencies = _add(frequencies, part.frequencies)
+            data = np.ascontiguousarray(part.lengths, "<i4").tobytes()
             digest.update(data)
             stream.write(data)
 
@@ -113,11 +110,11 @@ def close_store(
     write_atomic(join(uri, FREQUENCIES), lambda stream: stream.write(counts))
     passages = 0
     for i, entry in enumerate(entries):
-        mine = entry["first"], entry["first"] + entry["passages"]
-        asked = (passages, passages + entry["passages"]) if spans is None else tuple(spans[i])
-        if mine != asked:
+        held = entry["first"], entry["first"] + entry["passages"]
+        expected = (passages, passages + entry["passages"]) if spans is None else tuple(spans[i])
+        if held != expected:
             where = join(uri, shard_name(i))
-            raise JobError(f"{where}: holds the passages {mine[0]} to {mine[1]}, not {asked[0]} to {asked[1]}")
+            raise JobError(f"{where}: holds the passages {held[0]} to {held[1]}, not {expected[0]} to {expected[1]}")
         passages += entry["passages"]
     dim, codec, codec_digest = shape or (0, "fp16", "")
     manifest = {
@@ -137,22 +134,22 @@ def close_store(
     write_json_atomic(join(uri, MANIFEST), manifest)
 
 
-def write_manifest(uri: str, fingerprint: str, headers: Sequence[ShardHeader], size: int = 0, **extra: Any) -> None:
-    """`close_store` for a store whose shards this process has written; `size` counts for nothing."""
-    close_store(uri, fingerprint, [take_stock(uri, fingerprint, 0, len(headers))], **extra)
+def write_manifest(uri: str, fingerprint: str, shards: int) -> None:
+    """`close_store` of a store of so many shards, all read in this process."""
+    close_store(uri, fingerprint, [summarise_shards(uri, fingerprint, 0, shards)])
 
 
 def intact_shards(
     uri: str, fingerprint: str, names: Iterable[str] | None = None, codec_digest: str | None = None
 ) -> tuple[dict[int, ShardHeader], dict[str, str]]:
-    """Shards of this very run that a stopped stage has left in `uri`, checked byte by byte, and what was refused.
+    """Shards with this fingerprint that a stopped stage has left in `uri`, checked byte by byte.
 
     Args:
-        names: of the files to look at; all shards when None.
-        codec_digest: shards that were written with another codec are refused too; None takes any.
+        names: of the files to check; all shards when None.
+        codec_digest: shards that were written with another codec are refused; None accepts any.
 
     Returns:
-        headers by shard index, and for each file name that is broken or foreign the reason.
+        headers by shard index; and the reason for each file name that is refused.
     """
     good: dict[int, ShardHeader] = {}
     refused: dict[str, str] = {}

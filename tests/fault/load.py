@@ -68,7 +68,7 @@ def many_shards(folder: Path, shards: int) -> dict[str, Any]:
 
     from ckd_ray.store import EmbeddingStore, shard_name, write_shard
     from ckd_ray.store.codec import Float16
-    from ckd_ray.store.writing import close_store, intact_shards, take_stock
+    from ckd_ray.store.writing import close_store, intact_shards, summarise_shards
 
     rows = torch.nn.functional.normalize(torch.randn(10 * TOKENS, DIM), dim=1)
     lengths, ids, codec = np.full(10, TOKENS, np.int32), np.arange(10 * TOKENS, dtype=np.int32), Float16(DIM)
@@ -82,7 +82,7 @@ def many_shards(folder: Path, shards: int) -> dict[str, Any]:
     good, refused = intact_shards(str(folder), "f")
     assert len(good) == shards and not refused
     checked = time.monotonic()
-    stocks = (take_stock(str(folder), "f", first, min(first + 64, shards)) for first in range(0, shards, 64))
+    stocks = (summarise_shards(str(folder), "f", first, min(first + 64, shards)) for first in range(0, shards, 64))
     close_store(str(folder), "f", stocks)
     closed = time.monotonic()
     assert EmbeddingStore.open(str(folder)).num_passages == 10 * shards

@@ -124,7 +124,7 @@ class Job:
         found = False
         for texts in ("passages", "queries.train", "queries.dev"):
             store = EmbeddingStore.open(join(self.run, "embeddings", texts))
-            for name in [*store.verify(), *store.verify_beside()]:
+            for name in [*store.verify(), *store.verify_other_files()]:
                 delete(join(store.uri, name))
                 found = True
         return found

@@ -83,7 +83,7 @@ def test_passages_on_which_the_encoder_raises(
     bad = dict.fromkeys(tokens_of(run, [17, 42]), "raise")
     job, encoder = job_of(run, tmp_path / "store"), fragile(tmp_path / "calls", bad)
     with pytest.raises(
-        JobError, match=r"on \d passages, and 0 may be set aside.*p(17|42) \(ZeroDivisionError: a strange"
+        JobError, match=r"on \d passages, and 0 may be without embeddings.*p(17|42) \(ZeroDivisionError: a strange"
     ):
         embed_texts([(job, SPANS)], EmbedConfig(actors=1), make_encoder=encoder)
     kept = identity(tmp_path / "store")
@@ -91,7 +91,7 @@ def test_passages_on_which_the_encoder_raises(
     check(store, undisturbed, [17, 42], "ZeroDivisionError: a strange token")
     assert {name: identity(tmp_path / "store")[name] for name in kept} == kept
     told = capsys.readouterr().err
-    assert "2 passages were set aside" in told and "p17 (ZeroDivisionError" in told and "p42" in told
+    assert "2 passages have no embeddings" in told and "p17 (ZeroDivisionError" in told and "p42" in told
     assert (
         json.loads((tmp_path / "store" / "shard-000004.arrow.set-aside.json").read_text())["passages"][0]["index"] == 42
     )

@@ -20,7 +20,6 @@ from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import (
-    beside,
     delete,
     exists,
     filesystem_of,
@@ -33,6 +32,7 @@ from ckd_ray.files import (
     new_folder,
     read_json,
     sha256_of,
+    with_ending,
     write_atomic,
     write_json_atomic,
 )
@@ -138,7 +138,7 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     write_json_atomic(join(run, "tune", "best", "run.json"), {"config": {}, "variant": "tune/best"})
     found = open_finished(join(run, "tune", "best"))
     assert (found.base, found.name, open_finished(run).name) == (run, "mine/best", "mine")
-    assert last_part(beside(run, "-pylate")) == "mine-pylate" and "scheme=http" in beside(run, "-pylate")
+    assert last_part(with_ending(run, "-pylate")) == "mine-pylate" and "scheme=http" in with_ending(run, "-pylate")
 
 
 def test_a_download_stays_in_its_folder(bucket: str, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def write_store(uri: str) -> list[torch.Tensor]:
             codec=Float16(DIM),
         )
         headers.append(header)
-    write_manifest(uri, "f", headers)
+    write_manifest(uri, "f", len(headers))
     return passages
 
 
@@ -221,7 +221,7 @@ def test_a_store_is_read_through_a_bounded_cache(bucket: str, cache: Path, monke
     found = store.gather(asked).split()
     assert all(torch.equal(rows, passages[p]) for rows, p in zip(found, asked.tolist(), strict=True))
     assert store.document_frequencies.tolist() == [40] * 50
-    assert store.verify() == [] and store.verify_beside() == []
+    assert store.verify() == [] and store.verify_other_files() == []
     fs, path = filesystem_of(join(uri, shard_name(2)))
     with fs.open_input_stream(path) as stream:
         data = bytearray(stream.read())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_ray.embed.careful import _MOST_TRIES, CarefulEncoder, with_gaps
+from ckd_ray.embed.bad_texts import _MOST_TRIES, GuardedEncoder, with_empty_texts
 from ckd_ray.errors import JobError
 from ckd_ray.model.encoder import Encoded
 
@@ -37,13 +37,13 @@ class Model:
 def until_done(path: Path, model: Model, count: int) -> tuple[Encoded, dict[int, str], int]:
     """Start a process again and again; what comes out, and how many died."""
     for deaths in range(10 * _MOST_TRIES):
-        careful = CarefulEncoder(str(path), count, model, "shard 7")
+        encoder = GuardedEncoder(str(path), count, model, "shard 7")
         try:
-            encoded, bad = careful.run()
+            encoded, bad = encoder.run()
         except Died:
             assert path.exists()
             continue
-        careful.done()
+        encoder.done()
         return encoded, bad, deaths
     raise AssertionError("tried for ever")
 
@@ -93,5 +93,5 @@ def test_a_shard_on_which_every_process_dies_is_given_up(tmp_path: Path) -> None
 
 def test_gaps() -> None:
     encoded = Encoded(np.array([2, 3], np.int32), np.arange(5, dtype=np.int32), torch.zeros(5, 2))
-    assert with_gaps(encoded, 4, {0: "x", 2: "y"}).lengths.tolist() == [0, 2, 0, 3]
-    assert with_gaps(encoded, 2, {}) is encoded
+    assert with_empty_texts(encoded, 4, {0: "x", 2: "y"}).lengths.tolist() == [0, 2, 0, 3]
+    assert with_empty_texts(encoded, 2, {}) is encoded

@@ -94,7 +94,7 @@ def write(folder: Path, documents: list[torch.Tensor], shards: int, codec: str =
         )
         token += len(rows)
         headers.append(header)
-    write_manifest(str(folder), "f", headers, 0)
+    write_manifest(str(folder), "f", len(headers))
     return EmbeddingStore.open(str(folder))
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, damage: str) -> None:
 def test_shards_that_the_cache_may_not_hold_are_refused(tmp_path: Path) -> None:
     """The maps of open shards keep their copies on the disk, whatever the cache drops."""
     store = write(tmp_path / "store", clustered(60, 20)[0], 2)
-    ShardRange(store, [0, 1], EXACT, sharers=4)  # local shards are not copied
+    ShardRange(store, [0, 1], EXACT, processes=4)  # local shards are not copied
     size = sum((tmp_path / "store" / shard_name(i)).stat().st_size for i in (0, 1))
     one = (tmp_path / "store" / shard_name(0)).stat().st_size
     store._cache = ShardCache(str(tmp_path / "cache"), size)
@@ -235,7 +235,7 @@ def test_shards_that_the_cache_may_not_hold_are_refused(tmp_path: Path) -> None:
     store.check_room([0])
     assert 2 * one > size - 1
     with pytest.raises(UserError, match=r"CKD_RAY_CACHE_GIB(.|\n)*set CKD_RAY_CACHE_GIB higher"):
-        ShardRange(store, [0], EXACT, sharers=2)
+        ShardRange(store, [0], EXACT, processes=2)
 
 
 def test_a_part_is_there_with_its_array(tmp_path: Path) -> None:

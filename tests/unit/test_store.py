@@ -32,7 +32,7 @@ from ckd_ray.store import (
 from ckd_ray.store.codec import Codec, Float16
 from ckd_ray.store.codec_training import train_codec
 from ckd_ray.store.shard import document_frequencies, read_header
-from ckd_ray.store.writing import FREQUENCIES, LENGTHS, close_store, take_stock
+from ckd_ray.store.writing import FREQUENCIES, LENGTHS, close_store, summarise_shards
 
 DIM = 8
 
@@ -60,7 +60,7 @@ def write_store(
         headers.append(header)
         passages += list(torch.split(codec.decode(codec.encode(rows)), shard_lengths))
         size, first = size + written, first + len(shard_lengths)
-    write_manifest(str(folder), fingerprint, headers, size)
+    write_manifest(str(folder), fingerprint, len(headers))
     return passages
 
 
@@ -163,7 +163,7 @@ def test_opening_a_store_touches_no_shard(tmp_path: Path) -> None:
 
 
 def test_an_empty_store(tmp_path: Path) -> None:
-    write_manifest(str(tmp_path), "f", [])
+    write_manifest(str(tmp_path), "f", 0)
     store = EmbeddingStore.open(str(tmp_path))
     assert store.num_passages == 0 and len(store.lengths()) == len(store.document_frequencies) == 0
     assert store.gather(np.array([], np.int64)).split() == [] and store.verify() == []
@@ -172,7 +172,7 @@ def test_an_empty_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [LENGTHS, FREQUENCIES])
 def test_files_beside_the_shards_are_checked(tmp_path: Path, name: str) -> None:
     write_store(tmp_path, [[3, 0], [2]])
-    assert EmbeddingStore.open(str(tmp_path)).verify_beside() == []
+    assert EmbeddingStore.open(str(tmp_path)).verify_other_files() == []
     data = bytearray((tmp_path / name).read_bytes())
     data[0] ^= 1
     for contents in (bytes(data), data[:-1], b""):
@@ -180,29 +180,29 @@ def test_files_beside_the_shards_are_checked(tmp_path: Path, name: str) -> None:
         store = EmbeddingStore.open(str(tmp_path))
         with pytest.raises(BrokenShardError, match=name):
             store.lengths() if name == LENGTHS else store.document_frequencies
-        assert store.verify_beside() == [name]
+        assert store.verify_other_files() == [name]
 
 
 def test_a_store_is_closed_over_its_own_shards_only(tmp_path: Path) -> None:
     write_store(tmp_path, [[3], [2], [4]])
     folder = str(tmp_path)
-    whole, parts = take_stock(folder, "f", 0, 3), [take_stock(folder, "f", i, i + 1) for i in range(3)]
+    whole, parts = summarise_shards(folder, "f", 0, 3), [summarise_shards(folder, "f", i, i + 1) for i in range(3)]
     manifest = (tmp_path / "manifest.json").read_bytes()
     close_store(folder, "f", iter(parts))
     assert (tmp_path / "manifest.json").read_bytes() == manifest
     close_store(folder, "f", [whole])
     assert (tmp_path / "manifest.json").read_bytes() == manifest
     with pytest.raises(BrokenShardError, match="another store"):
-        take_stock(folder, "g", 0, 3)
+        summarise_shards(folder, "g", 0, 3)
     with pytest.raises(JobError, match="holds the passages 2 to 3, not 1 to 2"):
         close_store(folder, "f", [parts[0], parts[2]])
     with pytest.raises(JobError, match="holds the passages 0 to 1, not 4 to 5"):
         close_store(folder, "f", [whole], spans=[(4, 5), (1, 2), (2, 3)])
     (tmp_path / shard_name(1)).rename(tmp_path / shard_name(2))
     with pytest.raises(BrokenShardError, match="another place"):
-        take_stock(folder, "f", 2, 3)
+        summarise_shards(folder, "f", 2, 3)
     with pytest.raises(BrokenShardError, match=shard_name(1)):
-        take_stock(folder, "f", 1, 2)
+        summarise_shards(folder, "f", 1, 2)
 
 
 def damage(folder: Path, victim: Path, kind: str) -> None:
@@ -389,7 +389,8 @@ def _write_too_much(path: str) -> None:
 
 def test_a_read_header_needs_no_columns(tmp_path: Path) -> None:
     write_store(tmp_path, [[3, 1]])
-    header, ids, counts = read_header(str(tmp_path / shard_name(0)))
+    header, ids, counts, lengths = read_header(str(tmp_path / shard_name(0)))
+    assert lengths.tolist() == [3, 1]
     assert (header.passages, header.tokens, header.first) == (2, 4, 0)
     assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {0: 1, 1: 1, 2: 1, 3: 1}
     assert filesystem_of(str(tmp_path))[1] == str(tmp_path)

@@ -1,0 +1,165 @@
+"""Finds the texts on which the encoder fails every time, so that the others of a shard are still encoded.
+
+When the encoder raises an error, ranges of texts are tried at once. A process that dies (a segmentation fault, the
+out-of-memory killer of the kernel or of Ray) cannot try anything, and Ray starts it again without end. Every try is
+therefore recorded in a file next to the shard before it begins. After `_TRIES` deaths the next process encodes the
+shard in halves and records the range it is at, and so on until the range is one text. A text is bad when it has failed
+alone. The shard is then encoded once more without the bad texts, so the result depends on the texts and not on what
+died.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ckd_ray.errors import JobError, UserError, described
+from ckd_ray.files import delete, exists, read_object, write_json_atomic
+from ckd_ray.ray_util.processes import leave_a_lost_gpu
+
+if TYPE_CHECKING:
+    from ckd_ray.model.encoder import Encoded
+
+# Deaths before ranges are tried, and deaths of one text alone before it is bad: a lost node counts as a death as well.
+_TRIES, _TRIES_ALONE = 3, 2
+# Deaths before the shard fails: finding one text of 16,384 takes 15, and each further one as many.
+_MOST_TRIES = 200
+TRIES = ".tries.json"
+_LESS_MEMORY = "if memory is short, lower embed.token_budget or embed.passages_per_shard"
+
+Encode = Callable[[list[int]], "Encoded"]
+
+
+@dataclass
+class _Tries:
+    """The recorded tries of a shard.
+
+    Attributes:
+        deaths: tries that began and did not end.
+        looking: ranges are tried; else the whole shard.
+        ranges: [first, stop) still to be tried; the first one is being tried.
+        alone: text -> deaths of the process that encoded it alone.
+        bad: text -> what happened, in the order found.
+    """
+
+    deaths: int = 0
+    looking: bool = False
+    ranges: list[list[int]] = field(default_factory=list)
+    alone: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+class GuardedEncoder:
+    """Encodes the texts of one shard.
+
+    Args:
+        uri: the file of tries, removed when the shard is written.
+        count: N, texts of the shard.
+        encode: encodes some of them, by number; raises, or ends the process.
+        shard: its name, for messages.
+    """
+
+    def __init__(self, uri: str, count: int, encode: Encode, shard: str) -> None:
+        self.uri, self.count, self.encode, self.shard = uri, count, encode, shard
+        # What a process that died has left.
+        self.tries = _Tries(**read_object(uri)) if exists(uri) else _Tries()
+
+    def run(self) -> tuple[Encoded, dict[int, str]]:
+        """The texts that could be encoded, in order, and what happened to the others, by number.
+
+        Raises:
+            JobError: the shard fails although none of its texts fails alone.
+        """
+        self._count_death()
+        try:
+            if self.tries.looking:
+                self._try_ranges()
+            return self._encode_good(), {int(text): cause for text, cause in self.tries.bad.items()}
+        except Exception:
+            delete(self.uri)  # the process raises an error, so the next one has no death to count
+            raise
+
+    def done(self) -> None:
+        """Call when the shard is written."""
+        delete(self.uri)
+
+    def _count_death(self) -> None:
+        tries = self.tries
+        if exists(self.uri):
+            tries.deaths += 1
+            if tries.deaths >= _MOST_TRIES:
+                delete(self.uri)
+                raise JobError(
+                    f"{self.shard}: its encoder has died {tries.deaths} times, and on no text alone; {_LESS_MEMORY}"
+                )
+            if tries.looking:
+                self._range_failed("the encoder's process dies on it", most=_TRIES_ALONE)
+            elif tries.deaths >= _TRIES:
+                tries.looking, tries.ranges = True, [[0, self.count]]
+        self._record()
+
+    def _record(self) -> None:
+        write_json_atomic(self.uri, asdict(self.tries))
+
+    def _range_failed(self, cause: str, *, most: int) -> None:
+        """Halve the range that is being tried; its one text is bad when it has failed `most` times."""
+        tries, (first, stop) = self.tries, self.tries.ranges[0]
+        if stop - first > 1:
+            middle = (first + stop) // 2
+            tries.ranges[:1] = [[first, middle], [middle, stop]]
+            return
+        tries.alone[str(first)] = tries.alone.get(str(first), 0) + 1
+        if tries.alone[str(first)] >= most:
+            tries.bad[str(first)] = cause
+            tries.ranges.pop(0)
+
+    def _try_ranges(self) -> None:
+        """Encode range after range; the embeddings are dropped."""
+        tries = self.tries
+        while tries.ranges:
+            self._record()
+            try:
+                self.encode(list(range(*tries.ranges[0])))
+            except (UserError, JobError, OSError):
+                raise
+            except Exception as error:  # a model may raise anything on a text
+                leave_a_lost_gpu()
+                self._range_failed(described(error), most=1)
+            else:
+                tries.ranges.pop(0)
+        tries.looking = False
+        self._record()
+
+    def _encode_good(self) -> Encoded:
+        """All texts but the bad ones; when that fails, ranges are tried, once."""
+        for tried in (False, True):
+            good = [i for i in range(self.count) if str(i) not in self.tries.bad]
+            try:
+                return self.encode(good)
+            except (UserError, JobError, OSError):
+                raise
+            except Exception as error:  # a model may raise anything on a text
+                leave_a_lost_gpu()
+                if tried:
+                    raise JobError(
+                        f"{self.shard}: the encoder fails on its {len(good)} texts together, though on none of them"
+                        f" alone ({described(error)}); {_LESS_MEMORY}"
+                    ) from error
+            # Not in the block above, where the error keeps the batch's memory on a GPU.
+            self.tries.looking, self.tries.ranges = True, [[0, self.count]]
+            self._try_ranges()
+        raise AssertionError
+
+
+def with_empty_texts(encoded: Encoded, count: int, bad: dict[int, str]) -> Encoded:
+    """The same rows for `count` texts, of which the bad ones have no rows."""
+    from ckd_ray.model.encoder import Encoded
+
+    if not bad:
+        return encoded
+    lengths = np.zeros(count, np.int32)
+    lengths[[i for i in range(count) if i not in bad]] = encoded.lengths
+    return Encoded(lengths, encoded.token_ids, encoded.embeddings_TD)
