@@ -24,8 +24,9 @@ from embed_source import source
 
 from ckd_ray.data import Collection
 from ckd_ray.evaluate.measures import measure_run
-from ckd_ray.retrieve.exact import ExactIndex
+from ckd_ray.retrieve.exact import Scorer, search_all
 from ckd_ray.retrieve.merge import merge_top
+from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.store import EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import load_codec, save_codec
 from ckd_ray.store.codec_training import choose_centroids, sample_size, train_codec
@@ -134,8 +135,8 @@ def mrr(run: str, passages: EmbeddingStore, most_queries: int) -> float:
     for first in range(0, passages.num_shards, 8):
         shards = [passages.shard(i) for i in range(first, min(first + 8, passages.num_shards))]
         rows = torch.cat([shard.embeddings() for shard in shards])
-        index = ExactIndex(rows, np.concatenate([shard.lengths for shard in shards]), shards[0].first)
-        parts.append(index.search(rows_BQD, 10))
+        source = FlatRows(rows, np.concatenate([shard.lengths for shard in shards]), shards[0].first)
+        parts.append(search_all(Scorer(rows_BQD, source), 10))
     return measured(collection, merge_top(parts, 10)[1])
 
 

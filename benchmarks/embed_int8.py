@@ -19,7 +19,8 @@ from embed_source import source
 
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import TextEncoder
-from ckd_ray.retrieve.exact import ExactIndex
+from ckd_ray.retrieve.exact import Scorer, search_all
+from ckd_ray.retrieve.rows import FlatRows
 
 
 def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -45,8 +46,8 @@ def figures(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dic
         rows = encoder.passages(tokens)
         seconds[precision] = time.perf_counter() - started
         rows_BQD = encoder.queries(queries).embeddings_TD.view(len(queries), -1, encoder.dim).float()
-        index = ExactIndex(rows.embeddings_TD, rows.lengths)
-        found_BK = np.concatenate([index.search(part, 10)[1] for part in rows_BQD.split(64)])
+        flat = FlatRows(rows.embeddings_TD, rows.lengths)
+        found_BK = np.concatenate([search_all(Scorer(part, flat), 10)[1] for part in rows_BQD.split(64)])
         means[precision] = measured(collection, chosen[found_BK])
         note(f"{precision}: {len(chosen) / seconds[precision]:.1f} passages/s, MRR@10 {means[precision]:.4f}")
     settings["int8"] = {"passages": len(chosen), "queries": len(queries)}

@@ -29,7 +29,7 @@ from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
-from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
+from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all
 from ckd_ray.retrieve.faiss_index import TokenIndex
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.retrieve.rows import FlatRows
@@ -66,7 +66,8 @@ class Bench:
         else:
             note(f"exact search for {len(chosen)} queries")
             queries_BQD = asked.gather(chosen).embeddings_TD.float().view(len(chosen), -1, store.dim)
-            top = ExactIndex(rows_TD, store.lengths()).search(queries_BQD, settings.feedback_passages)[1]
+            scorer = Scorer(queries_BQD, FlatRows(rows_TD, store.lengths()))
+            top = search_all(scorer, settings.feedback_passages)[1]
         silent = load_tokenizer(str(run.folder / "teacher")).special_token_ids
         return cls(run, np.asarray(top, np.int64), FlatRows(rows_TD, store.lengths()), token_ids_T, silent, settings)
 

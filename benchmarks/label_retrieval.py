@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from common import alternate, figure, note
 
-from ckd_ray.retrieve.exact import Scorer, rerank, search_all
+from ckd_ray.retrieve.exact import Scorer, search_all
 from ckd_ray.retrieve.faiss_index import candidate_passages
 from ckd_ray.retrieve.int8 import FirstPass, choose_first_pass, has_exact_products
+from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.retrieve.shard_range import RERANK_FACTOR, SearchSettings, ShardRange, choose_engine
 
 _DEPTH = 100
@@ -37,6 +38,16 @@ def figures(run: Any, quick: bool, settings: dict[str, Any]) -> dict[str, dict[s
     batch = queries.gather(np.arange(min(queries.num_passages, _BATCH))).embeddings_TD
     found |= _first_passes(store, shards, batch.view(-1, asked.shape[1], queries.dim), settings)
     return found | _retrieve(run, store, shards, asked, quick, settings)
+
+
+def rerank(
+    queries_BQD: torch.Tensor, candidates: list[Any], rows_TD: torch.Tensor, lengths: np.ndarray
+) -> list[np.ndarray]:
+    """float32 scores of each query's own candidates (positions of passages), in their order."""
+    query_P = np.repeat(np.arange(len(candidates)), [len(c) for c in candidates])
+    passage_P = np.concatenate(candidates).astype(np.int64)
+    scores_P = Scorer(queries_BQD, FlatRows(rows_TD, lengths), rows_TD.device).pairs(query_P, passage_P)
+    return np.split(scores_P, np.cumsum([len(c) for c in candidates])[:-1])
 
 
 def literal_rerank(

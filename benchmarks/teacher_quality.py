@@ -30,7 +30,7 @@ from ckd_ray.evaluate.significance import paired_difference
 from ckd_ray.files import read_json
 from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
-from ckd_ray.retrieve.exact import ExactIndex, nearest_rows
+from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all
 from ckd_ray.retrieve.faiss_index import TokenIndex
 from ckd_ray.retrieve.rows import FlatRows
 
@@ -96,8 +96,8 @@ class Bench:
             rows_BQD = store.gather(np.arange(len(ids))).embeddings_TD.float().view(len(ids), -1, store.dim)
             if len(known.get(name, [])) < len(ids):
                 note(f"exact search for {len(ids)} {name} queries")
-                index = index or ExactIndex(self.rows_TD, self.store.lengths())
-                known[name] = np.concatenate([index.search(part, DEPTH)[1] for part in rows_BQD.split(64)])
+                index = index or FlatRows(self.rows_TD, self.store.lengths())
+                known[name] = np.concatenate([search_all(Scorer(part, index), DEPTH)[1] for part in rows_BQD.split(64)])
                 if kept:
                     np.savez(kept, **known)
             qrels = {"query_id": labels.query_ids, "doc_id": labels.passage_ids, "relevance": labels.relevance}

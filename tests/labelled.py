@@ -14,10 +14,10 @@ from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Encoded, TextEncoder
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.ray_util.parts import part_file, query_spans
-from ckd_ray.retrieve.exact import ExactIndex
 from ckd_ray.retrieve.rankings import write_ranking_matrix, write_ranking_part
 from ckd_ray.store import EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16
+from tests.exact_index import ExactIndex
 from tests.support import overrides
 
 

@@ -11,19 +11,18 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
+from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.data.positives import Positives
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import exists, file_signature, filesystem_of, is_local, join, list_files, read_object, sha256_of
 from ckd_ray.files.cache import ShardCache
 
-Int64Array = npt.NDArray[np.int64]
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
 _REMOTE_READERS = 16
 
@@ -103,7 +102,7 @@ class Collection:
                 row += file.metadata.row_group(group).num_rows
         return np.array(firsts, np.int64), which
 
-    def texts(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
+    def texts(self, passages: Sequence[int] | IntArray) -> list[str]:
         """Texts of the passages asked for, in that order; reads only the row groups that hold them."""
         asked, back = np.unique(np.asarray(passages, np.int64), return_inverse=True)
         firsts = self._bounds[0]
@@ -182,7 +181,7 @@ class Collection:
             cache.discard(uri, digest)  # perhaps the copy is damaged, not the file
         raise JobError(f"{uri}: not the file that its manifest names; run ckd-ray train --from collection")
 
-    def passage_ids(self, passages: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
+    def passage_ids(self, passages: Sequence[int] | IntArray) -> list[str]:
         """Outside ids of dense passage indices, in that order."""
         asked = np.asarray(passages, np.int64)
         if not len(asked):

@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-IntArray = npt.NDArray[np.integer]
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
+from ckd_ray.arrays import Int32Array, Int64Array, IntArray
 
 # What one more group costs, in padded tokens: kernels that start, and smaller matrix products.
 OVERHEAD, GPU_OVERHEAD = 256, 4096

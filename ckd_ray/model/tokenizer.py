@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ckd_ray.arrays import Int32Array
 from ckd_ray.errors import UserError
 from ckd_ray.model.settings import ColBERTSettings
-
-Int32Array = npt.NDArray[np.int32]
 
 
 class ColBERTTokenizer:

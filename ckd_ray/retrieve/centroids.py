@@ -13,18 +13,14 @@ T rows of the range, D dimensions.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError
 from ckd_ray.retrieve.exact import sharpen
 from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store.codec import Residual
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 
 # Numbers of a block of similarities to all centroids: 128 MiB of float64.
 _BLOCK = 1 << 24

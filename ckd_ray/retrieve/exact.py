@@ -22,17 +22,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.groups import Group, groups_of
 from ckd_ray.retrieve.int8 import FirstPass, bounds_of, choose_first_pass, estimates_of, round_queries
-from ckd_ray.retrieve.rows import FlatRows, RangeRows
-
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
+from ckd_ray.retrieve.rows import RangeRows
 
 # A query row's score with a passage without rows: the least score of unit rows.
 EMPTY_ROW_SCORE = -1.0
@@ -141,7 +138,7 @@ class Scorer:
         finally:
             torch.set_num_threads(threads)  # what the pool's threads set would hold for threads started later
 
-    def pairs(self, query_P: Int64Array, passage_P: Int64Array, *, exact: bool = False) -> npt.NDArray[np.float32]:
+    def pairs(self, query_P: Int64Array, passage_P: Int64Array, *, exact: bool = False) -> Float32Array:
         """(P,) scores of pairs of a query and a passage (position in the range).
 
         Args:
@@ -328,57 +325,6 @@ def _best_of(
 def _places(query_P: Int64Array, num_queries: int) -> Int64Array:
     """(P,) the place, from 0, of each pair among those of its query; pairs of a query are consecutive."""
     return ranges(np.zeros(num_queries, np.int64), np.bincount(query_P, minlength=num_queries))
-
-
-class ExactIndex:
-    """Exact search over passages held in memory.
-
-    Args:
-        embeddings_TD: rows of all passages, float16, passage after passage.
-        lengths: (N,) rows of each passage.
-        first: dense index of the first passage.
-    """
-
-    def __init__(
-        self,
-        embeddings_TD: Tensor,
-        lengths: npt.NDArray[np.integer],
-        first: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.source, self.device = FlatRows(embeddings_TD, lengths, first), device
-
-    def scores(self, queries_BQD: Tensor) -> Tensor:
-        """(B, N) float32 scores of all passages, in the order of the corpus."""
-        return Scorer(queries_BQD, self.source, self.device).dense(np.arange(self.source.num_passages))
-
-    def search(
-        self, queries_BQD: Tensor, depth: int, first_pass: FirstPass | None = None
-    ) -> tuple[Float32Array, Int64Array]:
-        """The best `depth`: (scores_BK, passages_BK), highest first, ties by passage index; -inf and -1 at the end.
-
-        Args:
-            first_pass: see `search_all`; the answer does not depend on it.
-        """
-        return search_all(Scorer(queries_BQD, self.source, self.device), depth, first_pass)
-
-
-def rerank(
-    queries_BQD: Tensor, candidates: list[Int64Array], rows_TD: Tensor, lengths: npt.NDArray[np.integer]
-) -> list[Float32Array]:
-    """float32 scores of each query's own candidates.
-
-    Args:
-        candidates: for each query, positions of passages.
-        rows_TD, lengths: all passages, flat; only the candidates' rows are read.
-
-    Returns:
-        for each query the scores of its candidates, in their order.
-    """
-    query_P = np.repeat(np.arange(len(candidates)), [len(c) for c in candidates])
-    passage_P = np.concatenate([np.empty(0, np.int64), *candidates]).astype(np.int64)
-    scores_P = Scorer(queries_BQD, FlatRows(rows_TD, lengths), rows_TD.device).pairs(query_P, passage_P)
-    return np.split(scores_P, np.cumsum([len(c) for c in candidates])[:-1]) if candidates else []
 
 
 def nearest_rows(vectors_MD: Tensor, source: RangeRows, k: int, block: int = 1 << 14) -> tuple[Tensor, Tensor]:

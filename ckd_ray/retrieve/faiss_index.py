@@ -9,16 +9,13 @@ import os
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.files import has_digest, replace_atomically, sha256_of, write_atomic
 from ckd_ray.progress import say
 from ckd_ray.retrieve.rows import RangeRows
-
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 
 _TRAINING_POINTS_A_CELL = 64
 _MOST_TRAINING_POINTS = 2_000_000
@@ -119,7 +116,7 @@ def _is_intact(kept: str) -> bool:
 
 
 def candidate_passages(
-    distances_QK: Float32Array, positions_QK: Int64Array, passage_of: npt.NDArray[np.int32], limit: int
+    distances_QK: Float32Array, positions_QK: Int64Array, passage_of: Int32Array, limit: int
 ) -> Int64Array:
     """The `limit` best passages of one query's nearest embeddings, in ascending order.
 

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.rows import RangeRows
-
-Int64Array = npt.NDArray[np.int64]
 
 # Rows that are gathered at a time: 8 MiB of float16 at 128 dimensions. More would be fresh pages each time.
 _GATHERED = 1 << 15

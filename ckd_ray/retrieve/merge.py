@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
+from ckd_ray.arrays import Float32Array, Int64Array
 
 
 def merge_top(parts: Sequence[tuple[Float32Array, Int64Array]], depth: int) -> tuple[Float32Array, Int64Array]:

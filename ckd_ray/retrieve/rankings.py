@@ -16,11 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.files import filesystem_of, is_local, join, write_atomic
 from ckd_ray.ray_util.parts import part_file
-
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 
 
 def write_ranking_part(
@@ -62,7 +60,7 @@ def read_ranking_part(uri: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(path, filesystem=fs, columns=columns)
 
 
-def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int) -> npt.NDArray[np.int32]:
+def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int) -> Int32Array:
     """(num_queries, depth) int32 passage indices of a part, -1 where a ranking ends."""
     matrix = np.full((num_queries, depth), -1, np.int32)
     rows = table["query_index"].to_numpy() - first_query

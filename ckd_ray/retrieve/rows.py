@@ -10,13 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Int32Array, Int64Array, IntArray
 from ckd_ray.store import Shard
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class RangeRows(ABC):
@@ -27,7 +25,7 @@ class RangeRows(ABC):
         lengths: (N,) int64 rows of each passage; offsets: (N + 1,) where its rows begin in the range.
     """
 
-    def __init__(self, lengths: npt.NDArray[np.integer], first: int) -> None:
+    def __init__(self, lengths: IntArray, first: int) -> None:
         self.first, self.lengths = first, np.asarray(lengths, np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
@@ -49,7 +47,7 @@ class RangeRows(ABC):
 class FlatRows(RangeRows):
     """Rows in memory: rows_TD (any float type), passage after passage."""
 
-    def __init__(self, rows_TD: Tensor, lengths: npt.NDArray[np.integer], first: int = 0) -> None:
+    def __init__(self, rows_TD: Tensor, lengths: IntArray, first: int = 0) -> None:
         super().__init__(lengths, first)
         self._rows_TD = rows_TD
 
@@ -86,7 +84,7 @@ class ShardRows(RangeRows):
             return opened.embeddings()[torch.from_numpy(index_T)]
         return opened.codec.decode(opened.codes[index_T])
 
-    def centroid_ids(self) -> Iterator[npt.NDArray[np.int32]]:
+    def centroid_ids(self) -> Iterator[Int32Array]:
         """Of a store with a residual codec: (rows,) the centroid of every row, shard after shard."""
         for shard in self.shards:
             yield shard.codec.centroid_ids(shard.codes)  # type: ignore[attr-defined]

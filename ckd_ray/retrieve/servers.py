@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
@@ -27,8 +27,6 @@ from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
 from ckd_ray.store import EmbeddingStore
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 Lists = tuple[Float32Array, Int64Array]
 T = TypeVar("T")
 
@@ -78,11 +76,11 @@ class ShardServer:
         """The same by exact search, whatever the engine."""
         return self._checked(self.range.search_exactly(torch.from_numpy(queries_BQD.copy()), depth))
 
-    def probes(self, queries_BQD: Float32Array) -> tuple[npt.NDArray[np.int32], Float32Array]:
+    def probes(self, queries_BQD: Float32Array) -> tuple[Int32Array, Float32Array]:
         """Engine `centroids`: the centroids that each query row probes (B, Q, C)."""
         return self.range.probes(torch.from_numpy(queries_BQD.copy()))
 
-    def candidates(self, probes: tuple[npt.NDArray[np.int32], Float32Array], limit: int) -> Lists:
+    def candidates(self, probes: tuple[Int32Array, Float32Array], limit: int) -> Lists:
         """Engine `centroids`: estimates and passages of this range's best candidates (B, N)."""
         return self._checked(self.range.candidates(*probes, limit))
 

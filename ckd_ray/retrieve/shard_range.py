@@ -9,18 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.retrieve.centroids import CentroidIndex
 from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages
 from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import RESIDUAL_BITS, Residual
-
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 
 # `choose_engine` chooses exact search up to this much work: about 10 minutes on two cores.
 _EXACT_OPERATIONS = 6e13
@@ -136,13 +133,13 @@ class ShardRange:
         """`search` over all passages, whatever the engine."""
         return search_all(Scorer(queries_BQD, self.rows, self.device), depth)
 
-    def probes(self, queries_BQD: Tensor) -> tuple[npt.NDArray[np.int32], Float32Array]:
+    def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
         """Engine `centroids`: the centroids that each query row probes, the same in every range."""
         assert self._centroids is not None
         return self._centroids.probes(queries_BQD)
 
     def candidates(
-        self, ids_BQC: npt.NDArray[np.int32], similarity_BQC: Float32Array, limit: int
+        self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int
     ) -> tuple[Float32Array, Int64Array]:
         """Engine `centroids`: estimates and dense passage indices of this range's candidates, best first."""
         assert self._centroids is not None

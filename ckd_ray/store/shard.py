@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import torch
 
+from ckd_ray.arrays import Int32Array, Int64Array
 from ckd_ray.errors import JobError, first_line
 from ckd_ray.files import filesystem_of, is_local, parent, write_atomic
 from ckd_ray.files.cache import ShardCache
@@ -47,8 +48,6 @@ _SCHEMA = pa.schema(
     ]
 )
 
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 T = TypeVar("T")
 # How often a copy may be evicted between its download and its mapping before the cache counts as too small.
 _EVICTIONS = 8

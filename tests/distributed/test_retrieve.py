@@ -13,10 +13,10 @@ import ray
 import torch
 
 from ckd_ray.errors import UserError
-from ckd_ray.retrieve.exact import ExactIndex
 from ckd_ray.retrieve.servers import SearchSettings, plan_servers, serving
 from ckd_ray.retrieve.stream import RetrieveJob, measured_recall
 from ckd_ray.store import BrokenShardError, shard_name
+from tests.exact_index import ExactIndex
 from tests.unit.test_retrieve import clustered, passages, queries, write
 
 

@@ -87,7 +87,7 @@ def test_first_training_step(model: ColBERT) -> None:
 
 def test_ranking_of_cranfield(model: ColBERT) -> None:
     """The top 100 of 112 queries over 1,400 abstracts; neighbours may swap only where their scores tie."""
-    from ckd_ray.retrieve.exact import ExactIndex
+    from tests.exact_index import ExactIndex
 
     golden = arrays("cranfield.npz")
     encoder = TextEncoder(model, token_budget=8192)

@@ -19,7 +19,7 @@ from ckd_ray.files.cache import ShardCache
 from ckd_ray.ray_util.parts import parts_present
 from ckd_ray.retrieve import exact, groups, int8
 from ckd_ray.retrieve.centroids import CentroidIndex
-from ckd_ray.retrieve.exact import ExactIndex, Scorer, nearest_rows, rerank, search_among
+from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.int8 import FirstPass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
@@ -28,6 +28,7 @@ from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engi
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16, load_codec, save_codec
 from ckd_ray.store.codec_training import train_codec
+from tests.exact_index import ExactIndex, rerank
 from tests.support import flip_bit
 
 DIM, QUERY_ROWS = 16, 5
