@@ -188,7 +188,7 @@ class Collection:
             return []
         chunks, firsts = self._ids
         unique, where = np.unique(asked, return_inverse=True)
-        # Chunk by chunk: `take` on all chunks at once would first copy the whole column.
+        # Chunk by chunk: `take` on all chunks at once would first copy the column.
         at = np.searchsorted(firsts, unique, side="right") - 1
         rows = pa.array(unique - firsts[at])
         bounds = [0, *(np.flatnonzero(np.diff(at)) + 1).tolist(), len(unique)]
@@ -230,7 +230,7 @@ class Collection:
         return self._query_files[split]
 
     def qrels(self, split: str) -> Qrels:
-        """The labels of a split, as they stand in the input."""
+        """The labels of a split, as in the input."""
         fs, path = filesystem_of(join(self.run, "queries", f"{split}.qrels.parquet"))
         table = pq.read_table(path, filesystem=fs)
         return Qrels(

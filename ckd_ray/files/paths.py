@@ -105,7 +105,7 @@ def make_folder(uri: str) -> None:
 
 
 def delete(uri: str) -> None:
-    """Remove a file or a whole folder; nothing happens when it is not there."""
+    """Remove a file, or a folder and its contents; a missing one is no error."""
     fs, path = filesystem_of(uri)
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.Directory:

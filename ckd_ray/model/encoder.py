@@ -49,8 +49,8 @@ class _Encoder(Generic[Model]):
     """A model ready to encode.
 
     Args:
-        model: moved to `device` and put into evaluation mode. On a CPU a copy is taken, whose linear layers are
-            replaced by faster ones that cannot be trained (`fused.py`, `int8.py`).
+        model: moved to `device` and put into evaluation mode. On a CPU the encoder works on a copy with faster linear
+            layers that cannot be trained (linears.py).
         token_budget: padded tokens a batch; bounds the activations' memory. `auto`: see `default_token_budget`.
         precision: `fp32`, `bf16` (autocast), or `int8` (linear layers of the backbone, on a CPU).
     """

@@ -25,7 +25,7 @@ _NAME = "ckd_ray_packed"
 
 @dataclass(frozen=True)
 class _Run:
-    """Consecutive texts of the same length; the tokens they look at, where that is not all of them (count, length)."""
+    """Consecutive texts of the same length; the tokens they attend to (count, length), None for all of them."""
 
     count: int
     length: int
@@ -45,7 +45,7 @@ def encode_packed(
     """As `encode_queries`, and `encode_passages` of every group, in one call of the encoder.
 
     Args:
-        groups: (ids_gL, attention mask_gL); padding stands behind a passage's tokens.
+        groups: (ids_gL, attention mask_gL); padding follows a passage's tokens.
 
     Returns:
         queries_bQD, and (rows_gLD, keep_gL) of every group; rows of padding are zeros.

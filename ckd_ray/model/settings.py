@@ -18,7 +18,7 @@ _KINDS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class ColBERTSettings:
-    """Saved as `colbert.json` beside the weights.
+    """Saved as `colbert.json` in the folder of the weights.
 
     Attributes:
         dim: D, numbers an embedding.

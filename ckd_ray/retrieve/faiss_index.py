@@ -19,7 +19,7 @@ from ckd_ray.retrieve.rows import RangeRows
 
 _TRAINING_POINTS_A_CELL = 64
 _MOST_TRAINING_POINTS = 2_000_000
-DIGEST = ".sha256"  # of an index that is kept, in a file beside it
+DIGEST = ".sha256"  # the ending of the file with the digest of a kept index
 _ADDED = 1 << 17  # rows added at a time
 
 

@@ -38,7 +38,7 @@ _COLUMNS = 2048
 _ROUNDED = 1 << 10
 # No scale is smaller, so that rows of zeros have one; float16 holds no number that needs a smaller one.
 _LEAST_SCALE = 2.0**-40
-# The first pass in 8 bits is taken where its products are so many times faster than float32's.
+# The first pass in 8 bits is used where its products are so many times faster than those in float32.
 _WORTHWHILE = 1.5
 
 
@@ -147,7 +147,7 @@ def _queries_of_a_block(count: int, query_rows: int) -> int:
 def choose_first_pass() -> tuple[FirstPass, str]:
     """`int8` or `float32` for exact search on this machine's processor, and the reason.
 
-    8 bits are taken where a product with its maxima is at least 1.5 times as fast as float32's and has no error.
+    8 bits are used where a product with its maxima is at least 1.5 times as fast as in float32 and has no error.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # every thread of a search has its own products

@@ -221,7 +221,7 @@ class serving:
 
     Raises:
         UserError: they do not fit the cluster.
-        JobError: the cluster's resources are taken by others.
+        JobError: other jobs hold the cluster's resources.
     """
 
     def __init__(self, store: EmbeddingStore, settings: SearchSettings, servers: int | str = "auto") -> None:

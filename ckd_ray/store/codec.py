@@ -42,7 +42,7 @@ with warnings.catch_warnings():
 
 
 class BrokenCodecError(JobError):
-    """The learned part of a codec is missing or altered: the shards beside it cannot be decoded."""
+    """The learned part of a codec is missing or altered, so the shards in its folder cannot be decoded."""
 
 
 class Codec(ABC):
@@ -251,7 +251,7 @@ def save_codec(codec: Residual, folder: str) -> str:
 
 @lru_cache(maxsize=8)
 def load_codec(name: str, dim: int, folder: str = "", digest: str = "") -> Codec:
-    """The codec `name` of the store in `folder`, whose learned part lies in `folder`/codec.safetensors.
+    """The codec `name` of the store in `folder`, with its learned part in `folder`/codec.safetensors.
 
     Args:
         digest: what `save_codec` returned and the shards carry.

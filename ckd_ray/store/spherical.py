@@ -13,7 +13,7 @@ def spherical_kmeans(
     """(K, D) float32 unit centroids of unit rows; K = `count`, at most S.
 
     Args:
-        points_a_centroid: rows a centroid that k-means looks at; of more, faiss draws a sample.
+        points_a_centroid: the most rows a centroid that k-means uses; faiss draws a sample of more.
         gpu: use one, where this faiss has any.
     """
     import faiss

@@ -52,7 +52,7 @@ def load_any(
         seed, dropout: for the new projection and the layers of a bare encoder.
 
     Raises:
-        UserError: what lies there is not accepted, is broken, or has a setting that has no counterpart here.
+        UserError: the source is not accepted, is broken, or has a setting without a counterpart in ckd-ray.
     """
     path = Path(resolve_backbone(source))
     if not path.exists():
@@ -70,7 +70,7 @@ def load_any(
 
 
 def write_export(model: ColBERT, folder: str | Path, fmt: str) -> list[str]:
-    """Write `model` into the empty `folder` so that the library of `fmt` loads it without any code of ours.
+    """Write `model` into the empty `folder` so that the library of `fmt` loads it without code of ckd-ray.
 
     Returns:
         what differs there, as sentences.

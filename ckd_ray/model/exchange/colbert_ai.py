@@ -79,7 +79,7 @@ def write(model: ColBERT, folder: Path) -> list[str]:
             "doc_token_id": s.doc_marker,
             "query_token": "[Q]",
             "doc_token": "[D]",
-            # Its l2 keeps padding as zero rows; its search is by inner products whatever stands here.
+            # Its l2 keeps padding as zero rows; its search uses inner products with either value.
             "similarity": "cosine",
             "interaction": "colbert",
             "dim": s.dim,

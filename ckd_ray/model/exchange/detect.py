@@ -26,11 +26,7 @@ ACCEPTED = (
 
 
 def kind_of(path: Path) -> Kind:
-    """What lies at `path`.
-
-    Raises:
-        UserError: nothing that is accepted; the message says what was found.
-    """
+    """The kind of the model at `path`; UserError, with what was found, when it is none that is accepted."""
     if path.is_file():
         if path.suffix == ".dnn":
             return "published"
@@ -64,7 +60,7 @@ def exported_similarity(path: Path) -> Literal["l2", "cosine"] | None:
 
 
 def encoder_folder(path: Path) -> Path:
-    """Where the transformer lies: `path`, or the subfolder that modules.json names."""
+    """The folder of the transformer: `path`, or the subfolder that modules.json names."""
     if not (path / MODULES).is_file():
         return path
     for module in read_list(path / MODULES):

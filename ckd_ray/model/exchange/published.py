@@ -24,9 +24,9 @@ _ENCODER_FIX = "model.backbone must name the encoder that the checkpoint was tra
 def read(file: Path, defaults: ColBERTSettings, encoder: str | None) -> ColBERT:
     """The model in a `.dnn` file.
 
-    Configuration and tokenizer come from files beside it (config.json), else from `encoder`, else from the model that
-    its arguments name, else from bert-base-uncased, which that code always started from. `arguments` gives the
-    settings; what is not there is taken from `defaults`.
+    Configuration and tokenizer come from files in its folder (config.json), else from `encoder`, else from the model
+    that its arguments name, else from bert-base-uncased, from which that code always started. Settings come from
+    `arguments`, else from `defaults`.
     """
     state, arguments = _contents(file)
     weight = as_matrix(state.pop("linear.weight").float(), str(file))

@@ -27,7 +27,7 @@ NAME = "PyLate"
 
 
 def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
-    """The model in a folder that PyLate saved; what the folder does not say is taken from `defaults`."""
+    """The model in a folder that PyLate saved; `defaults` give the settings that the folder does not hold."""
     library = read_object(folder / LIBRARY, optional=True)
     modules = read_modules(folder, {"Transformer", "Dense"})
     weight = read_projection(folder, modules)
@@ -38,7 +38,7 @@ def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
     words = library.get("skiplist_words")
     if words is None:
         skip: dict[str, Any] = {"mask_punctuation": True, "skip_tokens": None}
-    else:  # a word that is no token stands for the unknown token there
+    else:  # in PyLate a word that is no token means the unknown token
         skip = tokens.skip_settings(hf, hf.convert_tokens_to_ids([str(w) for w in words]))
     settings = ColBERTSettings(
         dim=weight.shape[0],

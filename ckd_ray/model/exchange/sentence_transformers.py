@@ -35,7 +35,7 @@ _TYPES = [
 
 
 def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
-    """The model in a folder that a MultiVectorEncoder saved; what the folder does not say is taken from `defaults`."""
+    """The model in a folder that a MultiVectorEncoder saved; `defaults` give the settings that it does not hold."""
     library = read_object(folder / LIBRARY, optional=True)
     modules = read_modules(folder, {"Transformer", "Dense", "MultiVectorMask", "Normalize"})
     weight = read_projection(folder, modules)
