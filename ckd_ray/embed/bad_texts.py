@@ -127,7 +127,7 @@ class GuardedEncoder:
                 raise
             except Exception as error:  # a model may raise anything on a text
                 leave_a_lost_gpu()
-                self._range_failed(described(error), most=1)
+                self._range_failed(described(error)[:300], most=1)
             else:
                 tries.ranges.pop(0)
         tries.looking = False
@@ -146,7 +146,7 @@ class GuardedEncoder:
                 if tried:
                     raise JobError(
                         f"{self.shard}: the encoder fails on its {len(good)} texts together, though on none of them"
-                        f" alone ({described(error)}); {_LESS_MEMORY}"
+                        f" alone ({described(error)[:300]}); {_LESS_MEMORY}"
                     ) from error
             # Not in the block above, where the error keeps the batch's memory on a GPU.
             self.tries.looking, self.tries.ranges = True, [[0, self.count]]

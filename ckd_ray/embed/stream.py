@@ -306,7 +306,7 @@ def _tokens(tokenizer: Any, texts: list[str]) -> tuple[list[Any], dict[int, str]
                 tokens += tokenizer.passages([text])
             except Exception as error:
                 tokens.append(np.empty(0, np.int32))
-                failed[i] = described(error)
+                failed[i] = described(error)[:300]
         return tokens, failed
 
 
