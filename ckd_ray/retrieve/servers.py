@@ -46,13 +46,13 @@ class ShardServer:
     ) -> None:
         die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
-        self._store, self._shards, self._settings, self._sharers = store, shards, settings, processes
+        self._store, self._shards, self._settings, self._processes = store, shards, settings, processes
 
     @cached_property
     def range(self) -> ShardRange:
         """Loaded by the first call and not by the constructor, whose errors Ray reports without their type."""
         store = EmbeddingStore.open(self._store)
-        return ShardRange(store, self._shards, self._settings, actor_device(), self._sharers)
+        return ShardRange(store, self._shards, self._settings, actor_device(), self._processes)
 
     def placed(self) -> int:
         """The process id; returns as soon as the actor runs."""
