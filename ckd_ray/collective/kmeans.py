@@ -139,12 +139,7 @@ def kmeans(
     for first in range(0, B, step):
         part = slice(first, first + step)
         lloyd = _Lloyd(
-            points_BTD[part],
-            mask_BT[part],
-            start_BKD[part],
-            there_BK[part],
-            threshold_B[part],
-            max_iterations,
+            points_BTD[part], mask_BT[part], start_BKD[part], there_BK[part], threshold_B[part], max_iterations
         )
         lloyd.run(Clusters(*(array[part] for array in vars(out).values())))
     return out
@@ -296,12 +291,7 @@ def _sizes(labels_BT: Tensor, K: int) -> Tensor:
 
 
 def _relocate(
-    points_TD: Tensor,
-    labels_T: Tensor,
-    centroids_KD: Tensor,
-    empty_K: Tensor,
-    sums_KD: Tensor,
-    sizes_K: Tensor,
+    points_TD: Tensor, labels_T: Tensor, centroids_KD: Tensor, empty_K: Tensor, sums_KD: Tensor, sizes_K: Tensor
 ) -> None:
     """Move the empty clusters of a query to the points farthest from their centroids, the farthest first."""
     empty = empty_K.nonzero()[:, 0].tolist()

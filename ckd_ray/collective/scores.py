@@ -14,12 +14,7 @@ from ckd_ray.model.maxsim import maxsim
 
 
 def expansion_weights(
-    idf_BE: Tensor,
-    query_rows_B: Tensor,
-    *,
-    beta: float | Literal["auto"] = 1.0,
-    share: float = 0.3,
-    depths: int = 1,
+    idf_BE: Tensor, query_rows_B: Tensor, *, beta: float | Literal["auto"] = 1.0, share: float = 0.3, depths: int = 1
 ) -> Tensor:
     """What each expansion embedding weighs beside the query's own rows, which weigh 1 each.
 

@@ -52,10 +52,7 @@ def _collection(config: Config) -> Iterator[tuple[str, str]]:
         if not c.path:
             yield "collection.path", "format ir_datasets needs an id, such as msmarco-passage"
     elif not c.path and not (c.passages and c.queries and c.qrels):
-        yield (
-            "collection.path",
-            f"format {c.format} needs a folder, or passages, queries and qrels as single files",
-        )
+        yield ("collection.path", f"format {c.format} needs a folder, or passages, queries and qrels as single files")
     if c.format != "ir_datasets" and not c.path:
         for split in sorted({*c.queries} ^ {*c.qrels}):
             key = "qrels" if split in c.queries else "queries"

@@ -44,11 +44,7 @@ def measured_scale(
         doc_maxlen: most tokens of a passage in the training; `model.doc_maxlen` when None.
     """
     plan = BatchPlan(
-        positives,
-        num_passages=collection.num_passages,
-        batch_size=_QUERIES,
-        negatives=_PASSAGES_A_QUERY - 1,
-        seed=seed,
+        positives, num_passages=collection.num_passages, batch_size=_QUERIES, negatives=_PASSAGES_A_QUERY - 1, seed=seed
     )
     batch = plan.batch(0)
     texts = collection.queries("train").texts

@@ -229,12 +229,7 @@ def _agreement(passed: list[dict[str, Any]], records: Records) -> dict[str, Any]
 
 
 def _saved(
-    config: Config,
-    records: Records,
-    upstream: list[Any],
-    context: RunContext,
-    kept: list[Values],
-    first_seconds: float,
+    config: Config, records: Records, upstream: list[Any], context: RunContext, kept: list[Values], first_seconds: float
 ) -> dict[str, float]:
     """What stopping and sharing saved: the time of the search, with its first pass and the labels of all that it kept,
     against as many whole pipelines, each with everything upstream and all steps at the rate of the finished trials.

@@ -173,10 +173,7 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"cpu": _DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=asha,
-            num_samples=left,
-            max_concurrent_trials=plan.concurrent,
+            search_alg=searcher, scheduler=asha, num_samples=left, max_concurrent_trials=plan.concurrent
         ),
         run_config=tune.RunConfig(
             name="trials",
@@ -210,13 +207,7 @@ class _Searcher(Searcher):
     """Hands out trials: those that were stopped in the middle first, then new ones."""
 
     def __init__(
-        self,
-        records: Records,
-        suggester: Suggester,
-        task_of: TaskOf,
-        config: Config,
-        plan: TrialPlan,
-        folder: str,
+        self, records: Records, suggester: Suggester, task_of: TaskOf, config: Config, plan: TrialPlan, folder: str
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
         self.records, self.suggester, self.task_of = records, suggester, task_of
