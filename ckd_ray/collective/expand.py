@@ -1,4 +1,4 @@
-"""Collective knowledge of queries: the expansion embeddings of a whole batch at once (method.md, step 4).
+"""Collective knowledge: the expansion embeddings of a batch of queries, computed together (docs/method.md, step 4).
 
 Shapes: B queries, K clusters, T points of a query, D dimensions, M centroids of the batch, V voters, E kept embeddings.
 """
@@ -19,22 +19,26 @@ from ckd_ray.collective.kmeans import kmeans, start_positions
 from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
 
 IntArray = npt.NDArray[np.integer]
+BoolArray = npt.NDArray[np.bool_]
 Neighbours = Callable[[Tensor], IntArray]
+InSpecialCell = Callable[[Tensor], BoolArray]
 
-# Padded points held at a time (rows of D floats); bounds the memory of a call whatever the number of queries.
+# Padded points (rows of D floats) held at a time. This bounds the memory of a call, whatever the number of queries.
 _POINTS = 1 << 17
-# Queries are padded to a multiple of this many points, which depends on the query alone: its result does not change
-# with the company it is computed in.
+# Queries are padded to a multiple of this many points. The padding depends on the query alone, so the other queries of
+# a batch do not change its result.
 _PAD = 64
 
 
 @dataclass(frozen=True)
 class Expansions:
-    """All kept centroids of B queries, highest idf first; zero rows behind the last.
+    """All kept centroids of B queries, highest idf first; rows after the last are zero.
 
     Attributes:
-        embeddings_BKD: float32, not re-normalised; idf_BK: float32, the weight at beta = 1; token_ids_BK: int64, -1
-            behind the last; counts_B: int64, how many a query has.
+        embeddings_BKD: float32, not re-normalised.
+        idf_BK: float32, the weight at beta = 1.
+        token_ids_BK: int64, -1 after the last.
+        counts_B: int64, the number of centroids of each query.
     """
 
     embeddings_BKD: Tensor
@@ -43,7 +47,7 @@ class Expansions:
     counts_B: Tensor
 
     def select(self, size: int, beta: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The `size` of highest weight: (expansions_BED, weights_BE = beta * idf); missing ones weigh 0."""
+        """The `size` centroids of highest idf: (expansions_BED, weights_BE = beta * idf); missing ones weigh 0."""
         short = max(0, size - self.idf_BK.shape[1])
         embeddings = torch.nn.functional.pad(self.embeddings_BKD[:, :size], (0, 0, 0, short))
         return embeddings, beta * torch.nn.functional.pad(self.idf_BK[:, :size], (0, short))
@@ -56,37 +60,38 @@ def expand(
     neighbours: Neighbours | None = None,
     document_frequencies: Any,
     num_passages: int,
-    special_ids: Any = (),
+    special_token_ids: Any = (),
     clusters: int = 24,
     voters: int = 10,
     tokens: Sequence[Sequence[Any]] | None = None,
     token_vote: Literal["collection", "feedback"] = "collection",
     dim: int | None = None,
-    crowded: Callable[[Tensor], npt.NDArray[np.bool_]] | None = None,
+    in_special_cell: InSpecialCell | None = None,
 ) -> Expansions:
-    """Cluster the feedback of every query, name each centroid by its neighbours' votes, and weigh it by idf.
+    """Cluster the feedback of every query, elect a token for each centroid, and weigh the centroid by the token's idf.
 
     Args:
         feedback: for each query its feedback passages, each (L_i, D). A query without feedback, or whose passages have
             no rows, gets no expansion.
-        neighbours: vectors (M, D) to the token ids (M, V) of their nearest token embeddings in the collection, nearest
-            first, -1 for none; V should be `voters`. Not needed when the feedback votes.
-        document_frequencies: (V,) passages that hold each token id; num_passages: N of the idf.
-        special_ids: token ids that do not vote.
-        clusters: K; a query with fewer token embeddings gets as many as it has.
-        voters: neighbours that vote.
-        tokens: token ids of the feedback, nested like it; needed when `token_vote` is `feedback`.
+        neighbours: maps vectors (M, D) to the token ids (M, V) of their nearest token embeddings in the collection,
+            nearest first, -1 for none; V should be `voters`. Not needed for `token_vote` `feedback`.
+        document_frequencies: the number of passages that hold each token id, one value a token of the vocabulary.
+        num_passages: N of the idf.
+        special_token_ids: token ids that do not vote.
+        clusters: K; a query with fewer token embeddings gets as many clusters as it has embeddings.
+        voters: the number of neighbours that vote.
+        tokens: token ids of the feedback, nested like it; needed for `token_vote` `feedback`.
         token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the
             query's own `feedback`.
-        crowded: centroids (M, D) to bool (M,), true where special tokens alone stand around in the collection: such a
-            centroid is dropped. For votes by the feedback, which holds too few special tokens to show that.
-        dim: D, for a batch in which no query has feedback; else read from the feedback.
+        in_special_cell: maps centroids (M, D) to bool (M,). A centroid is dropped where it is true: in the collection
+            only special tokens lie around it. The feedback holds too few special tokens to show that by itself.
+        dim: D of a batch in which no query has feedback; otherwise the feedback tells.
 
     Raises:
         ValueError: an argument is missing or below 1, or an embedding is not finite.
     """
     if clusters < 1 or voters < 1:
-        raise ValueError(f"clusters and voters are 1 or more, not {clusters} and {voters}")
+        raise ValueError(f"clusters and voters must be at least 1, got {clusters} and {voters}")
     if token_vote == "feedback" and tokens is None:
         raise ValueError("token_vote 'feedback' needs the feedback's token ids (tokens)")
     if token_vote == "collection" and neighbours is None:
@@ -100,8 +105,8 @@ def expand(
     for group in _groups([sum(query) for query in lengths]):
         sizes = [lengths[i] for i in group]
         points_BTD, mask_BT = _stack([feedback[i] for i in group], sizes)
-        start_BKD, there_BK = _start(points_BTD, sizes, clusters)
-        found = kmeans(points_BTD, mask_BT, start_BKD, there_BK)
+        start_BKD, mask_BK = _start(points_BTD, sizes, clusters)
+        found = kmeans(points_BTD, mask_BT, start_BKD, mask_BK)
         embeddings_BKD[group] = found.centroids_BKD.cpu()
         present_BK[group] = (found.sizes_BK > 0).cpu().numpy()
         if token_vote == "feedback":
@@ -114,13 +119,13 @@ def expand(
         block = np.full((len(answers), voters), -1, np.int64)
         block[:, : answers.shape[1]] = answers
         neighbours_BKV[present_BK] = block
-    if crowded is not None and present_BK.any():
-        present_BK[present_BK] = ~crowded(embeddings_BKD[torch.from_numpy(present_BK)])
-    return _select(embeddings_BKD, neighbours_BKV, present_BK, document_frequencies, num_passages, special_ids)
+    if in_special_cell is not None and present_BK.any():
+        present_BK[present_BK] = ~in_special_cell(embeddings_BKD[torch.from_numpy(present_BK)])
+    return _select(embeddings_BKD, neighbours_BKV, present_BK, document_frequencies, num_passages, special_token_ids)
 
 
 def _groups(sizes: list[int]) -> list[list[int]]:
-    """Queries of the same padded size together, as many as the memory bound allows; empty queries are left out."""
+    """Queries of the same padded size, as many in a group as the memory bound allows; empty queries are left out."""
     padded: dict[int, list[int]] = {}
     for query, size in enumerate(sizes):
         if size:
@@ -133,7 +138,7 @@ def _groups(sizes: list[int]) -> list[list[int]]:
 
 
 def _stack(feedback: list[Sequence[Tensor]], sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """points_BTD, float32, with mask_BT, padded with zeros to a multiple of `_PAD`."""
+    """(points_BTD, mask_BT): float32, padded with zeros to a multiple of `_PAD`."""
     totals = [sum(query) for query in sizes]
     first = feedback[0][0]
     width = -(-max(totals) // _PAD) * _PAD
@@ -157,40 +162,37 @@ def _stack_ids(tokens: list[Sequence[Any]], width: int) -> IntArray:
 
 
 def _start(points_BTD: Tensor, sizes: list[list[int]], clusters: int) -> tuple[Tensor, Tensor]:
-    start_BK = np.zeros((len(sizes), clusters), np.int64)
-    counts_B = np.zeros(len(sizes), np.int64)
-    for row, lengths in enumerate(sizes):
+    """(start_BKD, mask_BK): the points that seed the clusters, and which clusters a query has."""
+    rows_BK = np.full((len(sizes), clusters), -1, np.int64)
+    for row_K, lengths in zip(rows_BK, sizes, strict=True):
         starts = start_positions(lengths, clusters)
-        start_BK[row, : len(starts)] = starts
-        counts_B[row] = len(starts)
-    rows_BK = torch.from_numpy(start_BK)
-    there_BK = torch.from_numpy(np.arange(clusters)[None] < counts_B[:, None])
-    rows_BK, there_BK = rows_BK.to(points_BTD.device), there_BK.to(points_BTD.device)
-    start_BKD = points_BTD.gather(1, rows_BK[:, :, None].expand(-1, -1, points_BTD.shape[2]))
-    return start_BKD * there_BK[:, :, None], there_BK
+        row_K[: len(starts)] = starts
+    index_BK = torch.from_numpy(rows_BK).to(points_BTD.device)
+    mask_BK = index_BK >= 0
+    start_BKD = points_BTD.gather(1, index_BK.clamp(min=0)[:, :, None].expand(-1, -1, points_BTD.shape[2]))
+    return start_BKD * mask_BK[:, :, None], mask_BK
 
 
 def _own_neighbours(
     centroids_BKD: Tensor, points_BTD: Tensor, mask_BT: Tensor, token_ids_BT: IntArray, voters: int
 ) -> IntArray:
-    """Token ids (B, K, V) of the nearest points of the query's own feedback, nearest first."""
+    """Token ids (B, K, V) of the nearest points of the query's own feedback, nearest first; -1 for none."""
     if native.available(points_BTD):
         order_BKV = native.nearest(points_BTD, mask_BT, centroids_BKD, voters).numpy()
-        rows = np.arange(len(order_BKV))[:, None, None]
-        return np.where(order_BKV >= 0, token_ids_BT[rows, order_BKV], -1)
-    bias_BT = (torch.linalg.vector_norm(points_BTD, dim=2).square() / -2).masked_fill(~mask_BT, -torch.inf)
-    score_BKT = torch.baddbmm(bias_BT[:, None], centroids_BKD, points_BTD.transpose(1, 2))
-    order_BKV = _highest(score_BKT, min(voters, score_BKT.shape[2])).cpu().numpy()
+    else:
+        bias_BT = (torch.linalg.vector_norm(points_BTD, dim=2).square() / -2).masked_fill(~mask_BT, -torch.inf)
+        score_BKT = torch.baddbmm(bias_BT[:, None], centroids_BKD, points_BTD.transpose(1, 2))
+        order_BKV = _highest(score_BKT, min(voters, score_BKT.shape[2])).cpu().numpy()
+        short = voters - order_BKV.shape[2]
+        order_BKV = np.pad(order_BKV, ((0, 0), (0, 0), (0, short)), constant_values=-1)
     rows = np.arange(len(order_BKV))[:, None, None]
-    found = token_ids_BT[rows, order_BKV]
-    short = voters - found.shape[2]
-    return np.pad(found, ((0, 0), (0, 0), (0, short)), constant_values=-1) if short > 0 else found
+    return np.where(order_BKV >= 0, token_ids_BT[rows, order_BKV], -1)
 
 
 def _highest(score_BKT: Tensor, k: int) -> Tensor:
-    """Positions (B, K, k) of the highest scores, highest first; equal ones in the order of the text, on every device.
+    """Positions (B, K, k) of the highest scores, highest first; equal scores in the order of the text.
 
-    What a stable sort gives, in a fifth of the time: `topk` alone picks among equals as it likes.
+    This is the result of a stable sort, in a fifth of the time. `topk` alone orders equal scores arbitrarily.
     """
     best = score_BKT.topk(k, dim=-1)
     positions_BKk, order = best.indices.sort(dim=-1)
@@ -206,14 +208,14 @@ def _highest(score_BKT: Tensor, k: int) -> Tensor:
 def _select(
     embeddings_BKD: Tensor,
     neighbours_BKV: IntArray,
-    present_BK: npt.NDArray[np.bool_],
+    present_BK: BoolArray,
     document_frequencies: Any,
     num_passages: int,
-    special_ids: Any,
+    special_token_ids: Any,
 ) -> Expansions:
-    """Vote, weigh, drop what has no vote, and sort by weight (stable: equal weights keep the order of the clusters)."""
+    """Elect tokens, drop centroids without a vote, and sort by idf (stable: equal ones keep the clusters' order)."""
     num_queries, clusters, voters = neighbours_BKV.shape
-    tokens_M, _ = elect_tokens(neighbours_BKV.reshape(-1, voters), np.asarray(special_ids, np.int64))
+    tokens_M = elect_tokens(neighbours_BKV.reshape(-1, voters), np.asarray(special_token_ids, np.int64))[0]
     tokens_BK = tokens_M.reshape(num_queries, clusters)
     kept_BK = present_BK & (tokens_BK >= 0)
     idf_BK = inverse_document_frequency(tokens_BK, np.asarray(document_frequencies), num_passages)

@@ -1,10 +1,10 @@
-"""k-means of many queries at once: a deterministic start, then Lloyd's algorithm until each has converged.
+"""k-means of many queries at once: a deterministic start, then Lloyd's algorithm until each query has converged.
 
-Source: method.md step 4 ("Collective Relevance Labeling for Passage Retrieval", NAACL 2022, section 3). When
-to stop and what becomes of empty clusters follow scikit-learn's Lloyd, which the published code calls.
+Source: docs/method.md step 4 ("Collective Relevance Labeling for Passage Retrieval", NAACL 2022, section 3). The
+stopping rule and the treatment of empty clusters follow scikit-learn's Lloyd, which the published code calls.
 
-Every operation is over one query's own rows and columns. When a caller pads each query to a size that the
-query alone decides, as `expand` does, its result does not depend on which other queries are in the batch.
+Every operation reads one query's own rows and columns. When a caller pads each query to a size that depends on the
+query alone, as `expand` does, the other queries of the batch do not change its result.
 
 Shapes: B queries, T points of a query (padded), K clusters, D dimensions, P passages.
 """
@@ -25,8 +25,8 @@ from ckd_ray.collective import native
 TOLERANCE = 1e-4
 MAX_ITERATIONS = 300
 
-# Points that iterate together on a CPU. An iteration reads them twice, so they should stay in a cache; of fewer, the
-# calls themselves would be what it costs.
+# Points that iterate together on a CPU. An iteration reads them twice, so they should stay in a cache. With fewer
+# points, the overhead of the calls dominates.
 _POINTS_CPU = 1 << 14
 
 
@@ -38,7 +38,7 @@ def _spread(length: int, slots: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _shares(clusters: int, passages: int) -> tuple[int, ...]:
-    """Clusters of each passage: the steps of linspace(0, K, P + 1) rounded down."""
+    """Number of clusters of each passage: the steps of linspace(0, K, P + 1) rounded down."""
     bounds = np.linspace(0, clusters, passages + 1).astype(np.int64).tolist()
     return tuple(high - low for low, high in pairwise(bounds)) if passages else ()
 
@@ -46,10 +46,9 @@ def _shares(clusters: int, passages: int) -> tuple[int, ...]:
 def start_positions(lengths: Sequence[int], clusters: int) -> list[int]:
     """Rows, among the concatenated passages of a query, that seed its clusters (method.md step 4).
 
-    The clusters are shared out evenly over the passages, at linspace(0, K, P + 1) rounded down, and seeded at
-    evenly spaced token positions in each. K = min(clusters, tokens). Empty passages take no part. A passage
-    too short for its share keeps one cluster a token and hands the rest, one by one, to the passages with
-    room, best ranked first: no position is used twice.
+    The passages share the K = min(clusters, tokens) clusters evenly, at linspace(0, K, P + 1) rounded down. In each
+    passage the seeds are evenly spaced tokens. Empty passages take no part. A passage with fewer tokens than its share
+    gets one cluster a token; the rest go, one by one, to the passages with room, best ranked first.
 
     Args:
         lengths: tokens of each feedback passage, in rank order.
@@ -71,13 +70,13 @@ def start_positions(lengths: Sequence[int], clusters: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Clusters:
-    """What k-means found.
+    """The result of k-means.
 
     Attributes:
         centroids_BKD: means of the clusters' points, not re-normalised; an empty cluster's last position.
         labels_BT: int64, the cluster of each point; -1 on padding.
-        sizes_BK: int64, points of each cluster; 0 for clusters that are not there, and otherwise only when a
-            query has fewer distinct points than clusters.
+        sizes_BK: int64, points of each cluster; 0 for a masked cluster, and where a query has fewer distinct points
+            than clusters.
         iterations_B: int64, Lloyd iterations made.
     """
 
@@ -91,31 +90,31 @@ def kmeans(
     points_BTD: Tensor,
     mask_BT: Tensor,
     start_BKD: Tensor,
-    there_BK: Tensor | None = None,
+    mask_BK: Tensor | None = None,
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Clusters:
     """Lloyd's algorithm on a padded batch, in the dtype of the points (float32 or float64), on their device.
 
-    A query stops when no label changes, or when the squared shifts of its centroids sum to `tolerance` times
-    the mean variance of its dimensions or less; in the second case its points are assigned once more. A
-    cluster that loses all its points moves to the point that lies farthest from its own centroid. A point at
-    equal distances goes to the first cluster.
+    A query stops when no label changes, or when the squared shifts of its centroids sum to at most `tolerance` times
+    the mean variance of its dimensions. In the second case its points are assigned once more. A cluster that loses all
+    its points moves to the point that is farthest from its own centroid. A point at equal distances goes to the first
+    cluster.
 
     Args:
-        points_BTD: (B, T, D); what stands in padding does not count, as long as it is finite.
+        points_BTD: (B, T, D); padding may hold any finite number.
         mask_BT: bool, true where there is a point; every query has at least one.
-        start_BKD: (B, K, D) the centroids to start from.
-        there_BK: bool, false for clusters that a query does not have (fewer points than K); None: all are
-            there. Such a cluster gets no point and keeps its start.
+        start_BKD: (B, K, D), the first centroids.
+        mask_BK: bool, false for clusters that a query does not have (fewer points than K). Such a cluster gets no point
+            and keeps its start. None: every query has all K.
 
     Raises:
         ValueError: shapes do not fit, a query has no point or no cluster, or a point or a start is not finite.
     """
-    if there_BK is None:
-        there_BK = torch.ones(start_BKD.shape[:2], dtype=torch.bool, device=start_BKD.device)
-    _check(points_BTD, mask_BT, start_BKD, there_BK)
+    if mask_BK is None:
+        mask_BK = torch.ones(start_BKD.shape[:2], dtype=torch.bool, device=start_BKD.device)
+    _check(points_BTD, mask_BT, start_BKD, mask_BK)
     B, T, _ = points_BTD.shape
     K = start_BKD.shape[1]
     out = Clusters(
@@ -133,23 +132,23 @@ def kmeans(
     if not bool(torch.isfinite(start_BKD).all()):
         raise ValueError("start_BKD: expected finite numbers, got NaN or infinity")
     if native.available(points_BTD):
-        native.kmeans(points_BTD, mask_BT, there_BK, threshold_B, max_iterations, *vars(out).values())
+        native.kmeans(points_BTD, mask_BT, mask_BK, threshold_B, max_iterations, *vars(out).values())
         return out
     step = B if points_BTD.is_cuda else max(1, _POINTS_CPU // T)
     for first in range(0, B, step):
         part = slice(first, first + step)
         lloyd = _Lloyd(
-            points_BTD[part], mask_BT[part], start_BKD[part], there_BK[part], threshold_B[part], max_iterations
+            points_BTD[part], mask_BT[part], start_BKD[part], mask_BK[part], threshold_B[part], max_iterations
         )
         lloyd.run(Clusters(*(array[part] for array in vars(out).values())))
     return out
 
 
 class _Lloyd:
-    """The queries that still move. One that stops is written out, and the last one takes its place.
+    """The queries that have not converged. A query that converges is written out, and the last one takes its place.
 
-    Distances read a copy of the points as (D, T), which is a third faster than its transpose; sums read the points
-    where they are. Sums are kept from one iteration to the next: late iterations move few points.
+    Distances read a copy of the points as (D, T), which is a third faster than its transpose. Sums are kept from one
+    iteration to the next, because late iterations move few points.
     """
 
     def __init__(
@@ -157,13 +156,13 @@ class _Lloyd:
         points_BTD: Tensor,
         mask_BT: Tensor,
         start_BKD: Tensor,
-        there_BK: Tensor,
+        mask_BK: Tensor,
         threshold_B: Tensor,
         max_iterations: int,
     ) -> None:
         self.points_QTD = points_BTD  # of all queries, in the order of the call
         self.points_BDT = points_BTD.transpose(1, 2).contiguous()
-        self.mask, self.centroids, self.there = mask_BT.clone(), start_BKD.clone(), there_BK.clone()
+        self.mask, self.centroids, self.cluster_mask = mask_BT.clone(), start_BKD.clone(), mask_BK.clone()
         self.threshold, self.max_iterations = threshold_B.clone(), max_iterations
         self.labels = torch.full_like(mask_BT, -1, dtype=torch.int64)
         self.query = torch.arange(len(points_BTD), device=points_BTD.device)
@@ -171,7 +170,7 @@ class _Lloyd:
 
     def run(self, out: Clusters) -> None:
         for iteration in range(1, self.max_iterations + 1):
-            labels = _assign(self.points_BDT, self.mask, self.centroids, self.there)
+            labels = _assign(self.points_BDT, self.mask, self.centroids, self.cluster_mask)
             centroids = self._update(labels)
             same = (labels == self.labels).all(1)
             shift = (centroids - self.centroids).square().sum((1, 2))
@@ -186,14 +185,14 @@ class _Lloyd:
                     return
 
     def _update(self, labels_BT: Tensor) -> Tensor:
-        """Means of the clusters' points; the present centroids are those that the labels were assigned by."""
+        """Means of the clusters' points; `self.centroids` are those by which the labels were assigned."""
         K = self.centroids.shape[1]
         if self.members is None or labels_BT.is_cuda:
             self.members = _Members.count(self.points_BDT, labels_BT, K)
         else:
             self.members.move(self.points_QTD, self.query, self.labels, labels_BT)
         sums_BKD, sizes_BK = self.members.sums_BXD[:, 1:], self.members.sizes_BX[:, 1:]
-        empty_BK = (sizes_BK == 0) & self.there
+        empty_BK = (sizes_BK == 0) & self.cluster_mask
         lacking = empty_BK.any(1).nonzero()[:, 0].tolist()
         if lacking:
             sums_BKD, sizes_BK = sums_BKD.clone(), sizes_BK.clone()  # what moves is no member yet
@@ -208,7 +207,7 @@ class _Lloyd:
         labels, moved = self.labels[rows], rows[~same[rows]]
         if len(moved):
             labels[~same[rows]] = _assign(
-                self.points_BDT[moved], self.mask[moved], self.centroids[moved], self.there[moved]
+                self.points_BDT[moved], self.mask[moved], self.centroids[moved], self.cluster_mask[moved]
             )
         query, K = self.query[rows], self.centroids.shape[1]
         out.centroids_BKD[query] = self.centroids[rows]
@@ -217,7 +216,7 @@ class _Lloyd:
         out.iterations_B[query] = iteration
 
     def _close_up(self, moving: Tensor) -> None:
-        """The queries that still move come to the front; each that stopped is overwritten by at most one."""
+        """Move the queries that have not converged to the front, over those that have."""
         count = int(moving.sum())
         holes = (~moving[:count]).nonzero()[:, 0]
         last = moving[count:].nonzero()[:, 0] + count
@@ -228,7 +227,11 @@ class _Lloyd:
             return array[:count]
 
         self.points_BDT, self.mask = closed(self.points_BDT), closed(self.mask)
-        self.centroids, self.there, self.labels = closed(self.centroids), closed(self.there), closed(self.labels)
+        self.centroids, self.cluster_mask, self.labels = (
+            closed(self.centroids),
+            closed(self.cluster_mask),
+            closed(self.labels),
+        )
         self.threshold, self.query = closed(self.threshold), closed(self.query)
         if self.members is not None:
             self.members = _Members(closed(self.members.sums_BXD), closed(self.members.sizes_BX))
@@ -236,7 +239,7 @@ class _Lloyd:
 
 @dataclass(frozen=True)
 class _Members:
-    """Sums and numbers of the points of each label from -1 on, so that X = K + 1: sums_BXD, sizes_BX."""
+    """Sums and counts of the points of each label, X = K + 1 labels from -1 (padding) on."""
 
     sums_BXD: Tensor
     sizes_BX: Tensor
@@ -250,7 +253,7 @@ class _Members:
         return cls(torch.bmm(member_BXT, points_BDT.transpose(1, 2)), _sizes(labels_BT, K))
 
     def move(self, points_QTD: Tensor, query_B: Tensor, before_BT: Tensor, labels_BT: Tensor) -> None:
-        """In place, on a CPU. Points are taken one after the other, so a query's sums do not depend on the others."""
+        """Update in place, on a CPU, point after point: a query's sums do not depend on the other queries."""
         B, width = self.sizes_BX.shape
         place_M, at_M = (before_BT != labels_BT).nonzero(as_tuple=True)
         if not len(at_M):
@@ -271,12 +274,12 @@ def _mean_variance(points_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     return (square_B - mean_BD.square().sum(1)).clamp(min=0) / points_BTD.shape[2]
 
 
-def _assign(points_BDT: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, there_BK: Tensor) -> Tensor:
+def _assign(points_BDT: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, mask_BK: Tensor) -> Tensor:
     """labels_BT: the nearest centroid by |c|^2 / 2 - <c, x>, the first of equals; -1 on padding."""
-    half_BK = (centroids_BKD.square().sum(2) / 2).masked_fill_(~there_BK, torch.inf)
+    half_BK = (centroids_BKD.square().sum(2) / 2).masked_fill_(~mask_BK, torch.inf)
     distances_BKT = torch.baddbmm(half_BK[:, :, None], centroids_BKD, points_BDT, alpha=-1)
-    # The first of the smallest, as `distances_BKT.min(1).indices`, from float operations in place, which a CPU does
-    # many at a time (a quarter of the time): zero marks the smallest, the first cluster has the highest rank.
+    # This is `distances_BKT.min(1).indices` (the first of the smallest) by float operations in place, which a CPU
+    # vectorises (a quarter of the time): zero marks the smallest, and the first cluster has the highest rank.
     K = centroids_BKD.shape[1]
     rank_K1 = torch.arange(K, 0, -1, dtype=points_BDT.dtype, device=points_BDT.device)[:, None]
     distances_BKT.sub_(distances_BKT.amin(1, keepdim=True)).eq_(0)
@@ -284,7 +287,7 @@ def _assign(points_BDT: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, there_BK
 
 
 def _sizes(labels_BT: Tensor, K: int) -> Tensor:
-    """Points of each label from -1 on (B, K + 1)."""
+    """(B, K + 1) the number of points of each label from -1 on."""
     B, width = len(labels_BT), K + 1
     rows_BT = labels_BT + (1 + width * torch.arange(B, device=labels_BT.device))[:, None]
     return torch.bincount(rows_BT.view(-1), minlength=B * width).view(B, width)
@@ -300,7 +303,7 @@ def _relocate(
     farthest = torch.argsort(distances_T, descending=True, stable=True)[: len(empty)].tolist()
     for cluster, row in zip(empty, farthest, strict=False):
         if distances_T[row] <= 0:
-            return  # every point left lies on a centroid: there is nothing to move to
+            return  # every other point lies on a centroid
         old = int(labels_T[row])
         sums_KD[old] -= points_TD[row]
         sums_KD[cluster] = points_TD[row]
@@ -308,7 +311,7 @@ def _relocate(
         sizes_K[cluster] = 1
 
 
-def _check(points_BTD: Tensor, mask_BT: Tensor, start_BKD: Tensor, there_BK: Tensor) -> None:
+def _check(points_BTD: Tensor, mask_BT: Tensor, start_BKD: Tensor, mask_BK: Tensor) -> None:
     if points_BTD.ndim != 3 or points_BTD.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             "points_BTD: expected float32 or float64 of 3 dimensions, "
@@ -320,7 +323,7 @@ def _check(points_BTD: Tensor, mask_BT: Tensor, start_BKD: Tensor, there_BK: Ten
             f"start_BKD: expected {points_BTD.dtype} of shape ({B}, K, {D}), "
             f"got {start_BKD.dtype} of shape {tuple(start_BKD.shape)}"
         )
-    for name, mask, shape in (("mask_BT", mask_BT, (B, T)), ("there_BK", there_BK, start_BKD.shape[:2])):
+    for name, mask, shape in (("mask_BT", mask_BT, (B, T)), ("mask_BK", mask_BK, start_BKD.shape[:2])):
         if mask.shape != shape or mask.dtype != torch.bool:
             raise ValueError(f"{name}: expected bool of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}")
         lacking = (~mask.any(1)).nonzero()[:, 0].tolist()

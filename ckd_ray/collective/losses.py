@@ -1,8 +1,8 @@
-"""Losses of a batch: what the student's scores are compared with, and how.
+"""The losses of a batch.
 
 Every loss compares softmax(s_S / scale), the student's distribution over the passages of the batch, with a target. s_S
-are the student's scores, s_T the teacher's, T the teacher's temperature. `raise` lifts the labelled passage to its
-row's maximum (method.md, step 6). One formula a loss, per query:
+are the student's scores, s_T the teacher's, T is the teacher's temperature. `raise` sets the label (the labelled
+passage) to its row's maximum (docs/method.md, step 6). The loss of a query is:
 
     contrastive   CE(label, softmax(s_S / scale)), the label smoothed by e: (1 - e) one-hot + e / n
     kl            KL(softmax(raise(s_T) / T) || softmax(s_S / scale))                       (published: step 6)
@@ -12,10 +12,10 @@ row's maximum (method.md, step 6). One formula a loss, per query:
                   + w KL(softmax(s_T / T) || softmax(s_S / scale)), both over the query's own candidates without the
                   label, w = teacher_weight                   (the two parts of Zhao et al., CVPR 2022, equation 7)
 
-The second part of `decoupled` has no gradient on the label's score, so the teacher orders the candidates and never
-pulls the label down. T divides the teacher's scores alone, and no loss has a factor T^2: the student's own scale is
-`scale`. Shapes: B rows (queries), N columns (passages of the batch), M = 1 + k columns of a query's own list (its
-label first, then its k candidates).
+The second part of `decoupled` has no gradient on the label's score: the teacher orders the candidates and never pulls
+the label down. T divides only the teacher's scores, and no loss has a factor T^2: `scale` divides the student's.
+Shapes: B rows (queries), N columns (passages of the batch), M = 1 + k columns of a query's own list (its label, then
+its k candidates).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# `temperature: auto` divides a query's teacher scores by this many standard deviations of its candidates' scores.
+# `temperature: auto` is this many standard deviations of the teacher's scores of a query's candidates.
 AUTO_TEMPERATURE = 0.5
 _SMALLEST_SPREAD = 1e-3
 
@@ -35,14 +35,15 @@ class BatchScores:
     """The scores of a batch, and which of them count.
 
     Attributes:
-        student_BN: the student's scores, with gradient; teacher_BN: the teacher's, None for objectives without one.
-        positives_B: int64, the column of each row's labelled passage (always valid). The M - 1 columns behind it hold
-            the query's own candidates.
-        valid_BN: False takes a passage out of the row's softmax on both sides: another labelled passage of the query,
-            or the same passage a second time.
+        student_BN: the student's scores, with gradient.
+        positives_B: int64, the column of each row's label, which is always valid. The next M - 1 columns hold the
+            query's own candidates.
+        valid_BN: False removes a passage from the row's softmax on both sides: another labelled passage of the query,
+            or a passage that the row counts already.
         list_size: M.
-        scored_BN: True where the teacher has scored the pair (a cross-encoder has seen a query's own candidates alone);
-            None where it has scored all of them. What compares with the teacher takes these pairs alone.
+        teacher_BN: the teacher's scores; None for objectives without a teacher.
+        scored_BN: True where the teacher has scored the pair; None: it has scored all of them. A cross-encoder scores
+            only a query's own candidates, and a comparison with the teacher takes scored pairs only.
 
     Raises:
         ValueError: shapes do not fit, or a label is not valid.
@@ -68,7 +69,7 @@ class BatchScores:
             raise ValueError("valid_BN: expected every row's labelled passage to be valid")
 
     def scored(self) -> BatchScores:
-        """The same with the pairs alone that the teacher has scored, and the labels."""
+        """The same batch, in which only labels and pairs that the teacher has scored are valid."""
         if self.scored_BN is None:
             return self
         scored_BN = self.scored_BN.scatter(1, self.positives_B[:, None], True)
@@ -82,13 +83,13 @@ class BatchScores:
 
 @dataclass(frozen=True)
 class LossRows:
-    """What a loss says of every row.
+    """The loss of every row, and figures of its target.
 
     Attributes:
         loss_B: with gradient, 0 or more.
-        entropy_B: of the target, in nats; uniform_B: the highest entropy that a target of that row can have.
-        mass_B: the target's probability of the label. For `decoupled` the entropies are those of the second part, and
-            the mass is what the teacher alone gives the label within the query's own list.
+        entropy_B: entropy of the target, in nats. For `decoupled` (also in the next two) of the second part.
+        uniform_B: the highest entropy that a target of that row can have.
+        mass_B: the target's probability of the label; for `decoupled` the teacher's, within the query's own list.
     """
 
     loss_B: Tensor
@@ -100,8 +101,7 @@ class LossRows:
 def raise_positives(
     teacher_BN: Tensor, positives_B: Tensor, valid_BN: Tensor, margin_B: Tensor | float = 0.0
 ) -> Tensor:
-    """Teacher scores with the label of each row `margin` above every valid other, or at its own score if that is higher
-    still."""
+    """Teacher scores in which each row's label is at least `margin` above every other valid passage."""
     others_BN = teacher_BN.masked_fill(~valid_BN, -torch.inf).scatter(1, positives_B[:, None], -torch.inf)
     own_B = teacher_BN.gather(1, positives_B[:, None])[:, 0]
     return teacher_BN.scatter(1, positives_B[:, None], torch.maximum(own_B, others_BN.amax(1) + margin_B)[:, None])
@@ -118,7 +118,7 @@ def soft_labels(
 
     Args:
         temperature: T, a number or one for each row (B,).
-        margin: how far the label stands above the best other, in units of T.
+        margin: the least distance of the label from the best other passage, in units of T.
     """
     valid_BN = torch.ones_like(teacher_BN, dtype=torch.bool) if valid_BN is None else valid_BN
     temperature_B = torch.as_tensor(temperature, dtype=teacher_BN.dtype, device=teacher_BN.device).expand(
@@ -131,10 +131,10 @@ def soft_labels(
 def temperatures(scores: BatchScores, temperature: float | str) -> Tensor:
     """T of every row, (B,) float64.
 
-    `auto` follows the spread of the teacher's scores: `AUTO_TEMPERATURE` standard deviations over the query's own
-    candidates without the label, or over all other passages of the batch where a query has fewer than three of its own.
-    A teacher of another scale, similarity or query length then gives the same targets (Sun et al., CVPR 2024, divide by
-    the standard deviation of all logits).
+    `auto` is `AUTO_TEMPERATURE` standard deviations of the teacher's scores, over the query's own candidates without
+    the label, or over all other passages of the batch where a query has fewer than three candidates. Teachers with
+    another scale, similarity or query length then give the same targets (Sun et al., CVPR 2024, divide by the standard
+    deviation of all logits).
     """
     assert scores.teacher_BN is not None
     teacher_BN = scores.teacher_BN.double()
@@ -166,19 +166,20 @@ def kl(
     """`kl`, `margin` (`margin` above 0) and `mixture` (`teacher_weight` below 1); see the formulas above.
 
     Args:
-        scale: divides the student's scores; temperature: T, a number or `auto` (`temperatures`).
+        scale: divides the student's scores.
+        temperature: T, a number or `auto` (`temperatures`).
         smoothing: e, the share of a uniform part in the target.
-        denoise: leaves out what `suspected` finds; None keeps everything.
+        denoise: leaves out the passages that `suspected` finds; None keeps all.
 
     Raises:
-        ValueError: no teacher's scores, or an argument is out of its range.
-        FloatingPointError: scores are not finite, or the target of every row is the bare label.
+        ValueError: the teacher's scores are missing, or an argument is out of its range.
+        FloatingPointError: scores are not finite, or the target of every row is the label alone.
     """
     scores = scores.scored()
     temperature_B = _teacher_ready(scores, scale, temperature, smoothing)
     scores = _without_suspected(scores, scores, temperature_B, denoise)
     assert scores.teacher_BN is not None
-    # In float64 a target becomes 0 only 745 T below its row's maximum.
+    # In float64 a target underflows to 0 only 745 T below its row's maximum.
     target_BN = soft_labels(scores.teacher_BN.double(), scores.positives_B, temperature_B, scores.valid_BN, margin)
     _check_underflow(target_BN, scores.valid_BN, temperature_B)
     if teacher_weight < 1:
@@ -190,13 +191,13 @@ def kl(
 def collective_loss(
     student_scores_BN: Tensor, teacher_scores_BN: Tensor, positives_B: Tensor, temperature: float
 ) -> Tensor:
-    """mean over rows of KL(softmax(raise(s_T) / T) || softmax(s_S)): method.md, step 6, as published.
+    """Mean over rows of KL(softmax(raise(s_T) / T) || softmax(s_S)): docs/method.md, step 6, as published.
 
     Args:
         student_scores_BN: scores of all passages of the batch for all its queries, with gradient.
         teacher_scores_BN: `teacher_scores` of the same passages.
         positives_B: column of each row's labelled passage.
-        temperature: T, on the teacher only; there is no T^2 factor.
+        temperature: T; it divides only the teacher's scores, and there is no T^2 factor.
     """
     everything_BN = torch.ones_like(student_scores_BN, dtype=torch.bool)
     scores = BatchScores(student_scores_BN, positives_B, everything_BN, 1, teacher_scores_BN)
@@ -212,10 +213,10 @@ def decoupled(
     smoothing: float = 0.0,
     denoise: float | None = None,
 ) -> LossRows:
-    """Cross-entropy on the label, plus the KL among the query's own other candidates; see the formulas above.
+    """Cross-entropy on the label, plus the KL among the query's own candidates; see the formulas above.
 
-    The first part counts every passage of the batch, whether the teacher has scored it or not. A query with fewer than
-    two scored candidates of its own has the first part alone. Arguments and errors as for `kl`.
+    The first part counts every passage of the batch, scored by the teacher or not. A query with fewer than two scored
+    candidates has only the first part. Arguments and errors as for `kl`.
     """
     everything, scores = scores, scores.scored()
     temperature_B = _teacher_ready(scores, scale, temperature, smoothing)
@@ -226,7 +227,7 @@ def decoupled(
     teacher_BM = scores.of_list(scores.teacher_BN.double()) / temperature_B[:, None]
     enough_B1 = (valid_BK.sum(1) >= 2)[:, None]
     valid_BK = valid_BK & enough_B1
-    # A row without candidates takes a softmax over nothing: its numbers are replaced before they are used.
+    # A softmax over no columns is NaN, so a row without candidates takes all of them; its numbers are masked below.
     open_BK = valid_BK | ~enough_B1
     target_BK = teacher_BM[:, 1:].masked_fill(~open_BK, -torch.inf).softmax(1).masked_fill(~valid_BK, 0.0)
     student_BK = scores.of_list(scores.student_BN)[:, 1:] / scale
@@ -246,8 +247,8 @@ def decoupled(
 def suspected(scores: BatchScores, temperature_B: Tensor, denoise: float) -> Tensor:
     """Bool (B, N): passages that the teacher scores within `denoise` * T of the label or above it.
 
-    They may be relevant without being labelled; a loss that counts them as negatives punishes the student for finding
-    them (RocketQA, Qu et al., NAACL 2021, leaves out what a cross-encoder calls relevant).
+    They may be relevant without a label. A loss that counts them as negatives punishes the student for finding them
+    (RocketQA, Qu et al., NAACL 2021, leaves out what a cross-encoder calls relevant).
     """
     assert scores.teacher_BN is not None
     teacher_BN = scores.teacher_BN.double()
@@ -258,7 +259,7 @@ def suspected(scores: BatchScores, temperature_B: Tensor, denoise: float) -> Ten
 def _without_suspected(
     scores: BatchScores, scored: BatchScores, temperature_B: Tensor, denoise: float | None
 ) -> BatchScores:
-    """`scores` without what `suspected` finds among the pairs of `scored`, whose valid pairs have teacher scores."""
+    """`scores` without the passages that `suspected` finds among the valid pairs of `scored`."""
     if denoise is None:
         return scores
     left_out_BN = suspected(scored, temperature_B, denoise) & scored.valid_BN
@@ -297,7 +298,7 @@ def _deviation(values_BN: Tensor, valid_BN: Tensor) -> Tensor:
 
 
 def _teacher_ready(scores: BatchScores, scale: float, temperature: float | str, smoothing: float) -> Tensor:
-    """The temperatures (B,), once the arguments are checked."""
+    """Check the arguments; return the temperatures (B,)."""
     if scores.teacher_BN is None:
         raise ValueError("this loss needs the teacher's scores")
     _check(scale, temperature, smoothing)
@@ -319,7 +320,7 @@ def _check(scale: float, temperature: float | str, smoothing: float) -> None:
 
 
 def _check_underflow(target_BN: Tensor, valid_BN: Tensor, temperature_B: Tensor) -> None:
-    """One confident row is no mistake; a batch in which every row is the bare label says nothing."""
+    """A single confident row is fine; a batch in which every target is the label alone teaches nothing."""
     if target_BN.shape[1] < 2 or not len(target_BN):
         return
     alone_B = ((target_BN > 0).sum(1) == 1) & (valid_BN.sum(1) > 1)

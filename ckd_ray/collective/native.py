@@ -1,8 +1,7 @@
-"""k-means and the nearest points of centroids in C, where the package was built with a compiler at hand (`_native.c`).
+"""k-means and the nearest points of centroids in C (`_native.c`), built where the installation finds a compiler.
 
-k-means takes a quarter of the time that it takes in torch, labels half (docs/log.md). Where it was not built, or
-CKD_RAY_NATIVE is 0, `available` is False and kmeans.py and expand.py compute in torch. Shapes: see kmeans.py; V
-neighbours.
+k-means takes a quarter of torch's time, labels half (docs/log.md). Without the library, or with CKD_RAY_NATIVE=0,
+`available` is False and kmeans.py and expand.py compute in torch. Shapes: see kmeans.py; V neighbours.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ def available(points_BTD: Tensor) -> bool:
 
 
 def vector_bits(most: int = 512) -> int:
-    """Use vectors of at most so many bits (128, 256, 512); returns what the processor then uses."""
+    """Use vector instructions of at most `most` bits (128, 256, 512). Returns the width that is then used."""
     return int(_library().ckd_ray_vector_bits(most))
 
 
 def kmeans(
     points_BTD: Tensor,
     mask_BT: Tensor,
-    there_BK: Tensor,
+    mask_BK: Tensor,
     threshold_B: Tensor,
     max_iterations: int,
     centroids_BKD: Tensor,
@@ -62,13 +61,13 @@ def kmeans(
     sizes_BK: Tensor,
     iterations_B: Tensor,
 ) -> None:
-    """`ckd_ray.collective.kmeans.kmeans`, into the last four; `centroids_BKD` holds the start."""
+    """`ckd_ray.collective.kmeans.kmeans`; writes to the last four arguments. `centroids_BKD` holds the start."""
     (B, T, D), K = points_BTD.shape, centroids_BKD.shape[1]
-    points_BTD, mask_BT, there_BK = points_BTD.contiguous(), mask_BT.contiguous(), there_BK.contiguous()
+    points_BTD, mask_BT, mask_BK = points_BTD.contiguous(), mask_BT.contiguous(), mask_BK.contiguous()
     threshold_B = threshold_B.float().contiguous()
 
     def part(first: int, count: int) -> int:
-        inputs = (points_BTD, mask_BT, there_BK, threshold_B)
+        inputs = (points_BTD, mask_BT, mask_BK, threshold_B)
         outputs = (centroids_BKD, labels_BT, sizes_BK, iterations_B)
         return int(_library().ckd_ray_kmeans(*_at(inputs, first), count, T, K, D, max_iterations, *_at(outputs, first)))
 
@@ -76,7 +75,7 @@ def kmeans(
 
 
 def nearest(points_BTD: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, voters: int) -> Tensor:
-    """Rows (B, K, V) int64 of the points nearest to each centroid, nearest first, the first of equals; -1 for none."""
+    """Rows (B, K, V), int64, of the points nearest to each centroid, nearest first; -1 for none."""
     (B, T, D), K = points_BTD.shape, centroids_BKD.shape[1]
     points_BTD, mask_BT, centroids_BKD = points_BTD.contiguous(), mask_BT.contiguous(), centroids_BKD.contiguous()
     rows_BKV = torch.empty((B, K, voters), dtype=torch.int64)
@@ -95,7 +94,7 @@ def _at(arrays: tuple[Tensor, ...], first: int) -> list[int]:
 
 
 def _in_threads(part: Callable[[int, int], int], count: int) -> None:
-    """Each of torch's threads takes a run of queries; a result does not depend on how they are cut."""
+    """Split the queries over torch's number of threads. The split does not change a result."""
     threads = max(1, min(torch.get_num_threads(), count // 8))
     bounds = [count * i // threads for i in range(threads + 1)]
     cuts = [(low, high - low) for low, high in pairwise(bounds)]

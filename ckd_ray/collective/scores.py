@@ -1,6 +1,7 @@
 """The teacher's score: its own MaxSim, plus that of the expansion (method.md, step 5).
 
-Shapes: B queries, Q rows, E expansion embeddings (M depths of e each), N passages, L rows a passage, D dimensions.
+Shapes: B queries, Q rows, E = M * e expansion embeddings (e for each of M depths of feedback), N passages, L rows a
+passage, D dimensions.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from ckd_ray.model.maxsim import maxsim
 def expansion_weights(
     idf_BE: Tensor, query_rows_B: Tensor, *, beta: float | Literal["auto"] = 1.0, share: float = 0.3, depths: int = 1
 ) -> Tensor:
-    """What each expansion embedding weighs beside the query's own rows, which weigh 1 each.
+    """The weight of each expansion embedding, (B, E). The query's own rows weigh 1 each.
 
-    With a number: beta * idf (method.md, step 4), whose sum depends on the size of the collection. With `auto`:
-    idf in proportion, scaled to share / (1 - share) * Q, so that the expansion holds `share` of the total weight of the
-    teacher's score on any collection, for any length of the query and the expansion. A query without an expansion (idf
-    0 everywhere) keeps weights of 0.
+    A number for `beta` gives beta * idf (docs/method.md, step 4), whose sum depends on the size of the collection.
+    `auto` scales the idf so that their sum is share / (1 - share) * Q. The expansion then holds `share` of the total
+    weight of the teacher's score, on any collection and for any length of the query and the expansion. A query without
+    an expansion (idf 0 everywhere) keeps weights of 0.
 
-    With several depths of feedback, each depth's weights are computed on their own and divided by the number of depths,
-    so that the teacher's score takes the mean of their expansion scores. A depth without an expansion adds 0 to it.
+    With several depths of feedback, each depth's weights are computed separately and divided by the number of depths:
+    the teacher's score takes the mean of the depths' expansion scores. A depth without an expansion adds 0.
 
     Args:
         idf_BE: 0 where an embedding is missing.
         query_rows_B: Q, the rows of each query that count.
         share: 0 <= share < 1.
-        depths: M, the equal blocks that E consists of, one a depth.
+        depths: M.
 
     Raises:
-        ValueError: E is no multiple of `depths`.
+        ValueError: E is not a multiple of `depths`.
     """
     num_queries, size = idf_BE.shape
     if depths < 1 or size % depths:
@@ -48,7 +49,7 @@ def expansion_weights(
 
 
 def counted_rows(queries_BQD: Tensor) -> Tensor:
-    """How many rows of each query count, (B,): models without query augmentation leave zero rows behind the text."""
+    """The number of rows of each query that count, (B,). Models without query augmentation pad a query with zeros."""
     return (queries_BQD != 0).any(2).sum(1)
 
 
@@ -65,8 +66,8 @@ def teacher_scores(
 ) -> Tensor:
     """s_T(q, p) = MaxSim(Q, P) + sum_e w_e max_j sim(C_e, P_j), without a gradient.
 
-    Expansion embeddings are ordinary query rows with a weight, so both sums are one pass over the passages. Rows of
-    weight 0 (short feedback) add nothing; E may be 0.
+    Expansion embeddings are query rows with a weight, so one pass over the passages computes both sums. Rows of weight
+    0 (short feedback) add nothing; E may be 0.
 
     Returns:
         scores_BN, float32.

@@ -1,13 +1,13 @@
-"""Where in the embedding space special tokens stand alone: what votes without a search need to know of the collection.
+"""Cells of the embedding space that hold special tokens only: what the collection tells about a vote without a search.
 
 The 10 nearest of all token embeddings vote for a centroid's token, and special tokens among them do not count
-(method.md, step 4). Without a search over the collection the query's own feedback votes; but three passages hold
-three [CLS] each, and cannot show that the collection would send [CLS] only, which drops the centroid. The cells tell:
-k-means over a bounded sample of the store, and which of its cells hold hardly anything but special tokens. On MedQuAD
-that elects the exact neighbours' token for 79 % of the centroids; IVF-PQ, as published, does for 76 %, the feedback
-alone for 73 %.
+(docs/method.md, step 4). Without a search over the collection, the query's own feedback votes. But three passages hold
+three [CLS] each, so they cannot show that the collection would vote for [CLS] alone, which drops the centroid. The
+cells can: k-means over a bounded sample of the store, and which of its cells hold hardly anything but special tokens.
+On MedQuAD this elects the token of the exact neighbours for 79 % of the centroids; IVF-PQ, as published, does so for
+76 %, the feedback alone for 73 %.
 
-Neither memory nor the time of an answer grows with the collection. Shapes: S sampled rows, D dimensions, K cells,
+Neither the memory nor the time of an answer grows with the collection. Shapes: S sampled rows, D dimensions, K cells,
 M vectors.
 """
 
@@ -27,27 +27,27 @@ from ckd_ray.store.spherical import spherical_kmeans
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-# Token embeddings that the cells are made of: an eighth of a GiB in fp16, whatever the collection.
+# Token embeddings that the cells are learned from: an eighth of a GiB in fp16, whatever the collection.
 SAMPLE = 500_000
 _MEMBERS_A_CELL = 64
 _TRAINING_POINTS_A_CELL = 32
 _MOST_CELLS = 1 << 12
 _ITERATIONS = 4
-# With ten voters in proportion to the members, all ten are special from this share on.
-_CROWDED = 10 / 11
+# From this share of special members on, ten voters drawn in proportion to the members are all special.
+_SPECIAL_SHARE = 10 / 11
 _SPAN = 32
 _BLOCK = 1 << 22  # numbers of a block of similarities
-# Cosines of a float32 product are off by less; closer than that, the comparison is made again in float64.
+# Cosines of a float32 product have a smaller error than this. Closer ones are compared again in float64.
 _CLOSE = 1e-5
-_FEW = 16  # every so many of the other cells are compared first
+_EVERY = 16  # one in so many of the other cells is compared first
 
 
 @dataclass(frozen=True)
 class SpecialCells:
-    """Cells of the embedding space, those that special tokens crowd first.
+    """Cells of the embedding space, those of special tokens apart.
 
     Attributes:
-        special_XD: float32 unit rows, the crowded cells; other_YD: the rest; X + Y = K.
+        special_XD: float32 unit rows, the special cells; other_YD: the rest; X + Y = K.
     """
 
     special_XD: Tensor
@@ -59,18 +59,18 @@ class SpecialCells:
     ) -> SpecialCells:
         """Learn the cells from about `sample` token embeddings of the store.
 
-        The sample follows from the passages and the seed, not from the shards.
+        The sample depends on the passages and the seed, not on the shards.
         """
         read = store.gather(sample_passages(store.num_passages, store.num_tokens, sample, seed))
         return cls.learn(read.embeddings_TD, np.isin(read.token_ids, special_token_ids), seed=seed)
 
     @classmethod
     def learn(cls, rows_SD: Tensor, special_S: BoolArray, *, seed: int, cells: int | None = None) -> SpecialCells:
-        """Cells by spherical k-means; one is crowded when more than 10 of 11 of its rows are special.
+        """Learn the cells by spherical k-means. A cell is special when more than 10 of 11 of its rows are.
 
         Args:
             rows_SD: unit rows, any float type.
-            special_S: true where the row is of a token that does not vote.
+            special_S: true where the row belongs to a token that does not vote.
             cells: K; `choose_cells` when None.
         """
         if not len(rows_SD):
@@ -82,8 +82,8 @@ class SpecialCells:
         step = max(1, _BLOCK // count)
         cell_S = torch.cat([(rows.float() @ cells_KD.T).argmax(1) for rows in rows_SD.split(step)]).numpy()
         members_K = np.bincount(cell_S, minlength=count)
-        crowded_K = torch.from_numpy(np.bincount(cell_S[special_S], minlength=count) > _CROWDED * members_K)
-        return cls(cells_KD[crowded_K], cells_KD[~crowded_K])
+        special_K = torch.from_numpy(np.bincount(cell_S[special_S], minlength=count) > _SPECIAL_SHARE * members_K)
+        return cls(cells_KD[special_K], cells_KD[~special_K])
 
     def save(self, uri: str) -> None:
         """Write the cells as one safetensors file, atomically."""
@@ -102,26 +102,26 @@ class SpecialCells:
             tensors = load(stream.read())
         return cls(tensors["special"], tensors["other"])
 
-    def crowded(self, vectors_MD: Tensor) -> BoolArray:
-        """(M,) true where the nearest cell is a crowded one. Does not depend on the other vectors of the call."""
+    def in_special_cell(self, vectors_MD: Tensor) -> BoolArray:
+        """(M,) true where the nearest cell is special. The other vectors of the call do not change an answer."""
         out = np.zeros(len(vectors_MD), bool)
         if not len(self.special_XD) or not len(self.other_YD):
             return out | bool(len(self.special_XD))
         step = max(1, _BLOCK // (len(self.special_XD) + len(self.other_YD)))
         for start in range(0, len(vectors_MD), step):
             unit = torch.nn.functional.normalize(vectors_MD[start : start + step].float().cpu(), dim=1)
-            # Most vectors are nearer to one of a few other cells already than to any crowded one.
-            few = torch.from_numpy(np.arange(0, len(self.other_YD), _FEW))
+            # Most vectors are nearer to one of a few other cells than to any special cell: those few come first.
+            few = torch.from_numpy(np.arange(0, len(self.other_YD), _EVERY))
             doubtful = (self._lead(unit, self.other_YD[few]) > -_CLOSE).nonzero()[:, 0]
             lead = self._lead(unit[doubtful], self.other_YD)
-            # A matrix product rounds a row differently in other company: near ties are settled one by one.
+            # The rounding of a matrix product depends on its other rows: near ties are settled one by one.
             for row in (lead.abs() < _CLOSE).nonzero()[:, 0].tolist():
                 lead[row] = self._exact_lead(unit[doubtful[row]])
             out[start + doubtful[lead > 0].numpy()] = True
         return out
 
     def _lead(self, unit_MD: Tensor, other_YD: Tensor) -> Tensor:
-        """By how much the nearest crowded cell is nearer than the nearest of these others, in cosine."""
+        """The cosine with the nearest special cell minus that with the nearest of `other_YD`."""
         return (unit_MD @ self.special_XD.T).amax(1) - (unit_MD @ other_YD.T).amax(1)
 
     def _exact_lead(self, unit_D: Tensor) -> float:
@@ -135,7 +135,7 @@ def choose_cells(rows: int) -> int:
 
 
 def sample_passages(num_passages: int, num_tokens: int, sample: int, seed: int) -> Int64Array:
-    """Passages with about `sample` tokens together, ascending; spans of 32 are drawn, so that reading is in runs."""
+    """Passages with about `sample` tokens together, ascending, in spans of 32 so that reading is mostly sequential."""
     if num_tokens <= sample:
         return np.arange(num_passages)
     starts = np.arange(0, num_passages, _SPAN)

@@ -1,4 +1,4 @@
-"""Which token a centroid stands for, and what that token weighs (method.md, step 4).
+"""The token that a centroid stands for, and its weight (docs/method.md, step 4).
 
 Shapes: M centroids, V voters (neighbours) a centroid, nearest first.
 """
@@ -32,7 +32,7 @@ def elect_tokens(neighbours_MV: IntArray, special_token_ids: IntArray) -> tuple[
 def inverse_document_frequency(
     token_ids: IntArray, document_frequencies: IntArray, num_passages: int
 ) -> npt.NDArray[np.float64]:
-    """ln((1 + N) / (1 + df(t))), the weight of a token at beta = 1; ids beyond the table have df 0."""
+    """ln((1 + N) / (1 + df(t))), the weight of a token at beta = 1; ids outside the table have df 0."""
     ids = np.asarray(token_ids, np.int64)
     inside = (ids >= 0) & (ids < len(document_frequencies))
     df = np.where(inside, document_frequencies[np.where(inside, ids, 0)] if len(document_frequencies) else 0, 0)

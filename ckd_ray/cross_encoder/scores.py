@@ -1,30 +1,26 @@
-"""Scores of (query, passage) pairs on disk, and what a batch of training sees of them.
+"""Scores of (query, passage) pairs on disk (`ckd_ray.labels.array_parts`), and what a batch of training sees of them.
 
-A part holds consecutive queries of a split: `train-000012.parquet` for people (query_id, passage_id, score) and
-`train-000012.npy` for training, (queries, K) pairs of passage index and score sorted by passage, filled up with
-`NO_PASSAGE`. Shapes: b queries, N passages of a batch, K pairs of the query that has most.
+The Parquet file of a part has the columns query_id, passage_id and score. Its array is (queries, K) pairs of passage
+index and score, sorted by passage and padded with `NO_PASSAGE`. Shapes: b queries, N passages of a batch, K the largest
+number of pairs of a query.
 """
 
 from __future__ import annotations
 
-import io
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ckd_ray.files import filesystem_of, is_local, join, read_json, write_atomic
-from ckd_ray.ray_util.parts import part_name
+from ckd_ray.files import join, read_json
+from ckd_ray.labels.array_parts import ArrayParts, write_part
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
 NO_PASSAGE = 2**31 - 1
-_OPEN_PARTS = 256  # each memory map holds a file handle
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -40,25 +36,20 @@ def write_scores(
     scores: Sequence[Float32Array],
     passage_ids: Sequence[str],
 ) -> None:
-    """Write one part; the Parquet file comes last and is what says that the part is there.
+    """Write one part.
 
     Args:
         passages: for each query the dense indices of its scored passages, each once, in any order.
         scores: as `passages`.
         passage_ids: the outside ids of all passages, query after query.
     """
-    width = max((len(p) for p in passages), default=0)
-    table_BK = np.zeros((len(query_ids), width), PAIR)
+    counts = [len(p) for p in passages]
+    table_BK = np.zeros((len(query_ids), max(counts, default=0)), PAIR)
     table_BK["passage"] = NO_PASSAGE
     for row, (indices, values) in enumerate(zip(passages, scores, strict=True)):
         order = np.argsort(indices, kind="stable")
         table_BK["passage"][row, : len(order)] = indices[order]
         table_BK["score"][row, : len(order)] = values[order]
-    buffer = io.BytesIO()
-    np.save(buffer, table_BK, allow_pickle=False)
-    name = part_name(split, part)
-    write_atomic(join(folder, f"{name}.npy"), lambda stream: stream.write(buffer.getbuffer()))
-    counts = [len(p) for p in passages]
     rows = pa.table(
         {
             "query_id": pa.array(query_ids, pa.string()).take(pa.array(np.repeat(np.arange(len(counts)), counts))),
@@ -66,15 +57,14 @@ def write_scores(
             "score": pa.array(np.concatenate([*scores, np.empty(0, np.float32)]), pa.float32()),
         }
     )
-    write_atomic(join(folder, f"{name}.parquet"), lambda stream: pq.write_table(rows, stream, compression="zstd"))
+    write_part(folder, split, part, table_BK, rows)
 
 
 class CrossScores:
     """Random access to the scores of a split, by dense query index."""
 
     def __init__(self, folder: str, split: str, queries_per_part: int) -> None:
-        self.folder, self.split, self.queries_per_part = folder, split, queries_per_part
-        self._parts: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
+        self._parts = ArrayParts(folder, split, queries_per_part, "cross_encoder")
 
     @classmethod
     def open(cls, folder: str, split: str = "train") -> CrossScores:
@@ -82,34 +72,16 @@ class CrossScores:
         manifest: dict[str, Any] = read_json(join(folder, "manifest.json"))
         return cls(folder, split, manifest["queries_per_part"])
 
-    def _part(self, part: int) -> npt.NDArray[Any]:
-        if part in self._parts:
-            self._parts.move_to_end(part)
-            return self._parts[part]
-        uri = join(self.folder, part_name(self.split, part) + ".npy")
-        fs, path = filesystem_of(uri)
-        if is_local(uri):
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            with fs.open_input_stream(path) as stream:
-                table = np.load(io.BytesIO(stream.read()), allow_pickle=False)
-        self._parts[part] = table
-        if len(self._parts) > _OPEN_PARTS:
-            self._parts.popitem(last=False)
-        return table
-
     def of_query(self, query: int) -> tuple[Int64Array, Float32Array]:
         """The scored passages of a query, ascending, and their scores."""
-        row = self._part(query // self.queries_per_part)[query % self.queries_per_part]
-        count = int(np.searchsorted(row["passage"], NO_PASSAGE))
-        return row["passage"][:count].astype(np.int64), np.array(row["score"][:count])
+        return _scored(self._parts.read(np.array([query]))[0])
 
     def scores_and_mask(self, queries_b: Int64Array, passages_N: Int64Array) -> tuple[Tensor, Tensor]:
         """scores_bN, float32, and scored_bN, bool: False (and 0.0) where the pair has no score."""
         scores_bN = np.zeros((len(queries_b), len(passages_N)), np.float32)
         scored_bN = np.zeros(scores_bN.shape, bool)
-        for row, query in enumerate(queries_b.tolist()):
-            known, values = self.of_query(query)
+        for row, pairs in enumerate(self._parts.read(queries_b)):
+            known, values = _scored(pairs)
             if len(known):
                 at = np.minimum(np.searchsorted(known, passages_N), len(known) - 1)
                 scored_bN[row] = known[at] == passages_N
@@ -123,18 +95,24 @@ class CrossScores:
         return keep_scored(*self.scores_and_mask(queries_b, passages_N), positives_b, valid_bN)
 
 
+def _scored(pairs: npt.NDArray[Any]) -> tuple[Int64Array, Float32Array]:
+    """A row without its padding."""
+    count = int(np.searchsorted(pairs["passage"], NO_PASSAGE))
+    return pairs["passage"][:count].astype(np.int64), pairs["score"][:count]
+
+
 def keep_scored(scores_bN: Tensor, scored_bN: Tensor, positives_b: Tensor, valid_bN: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores_bN, valid_bN) in which only pairs that the cross-encoder has scored count.
+    """(scores_bN, valid_bN) in which only pairs count that the cross-encoder has scored.
 
-    All passages of a batch count for all its queries, but a cross-encoder has seen a query's own candidates alone. A
-    pair without a score leaves the row's softmax on both sides: what the teacher has not judged the student is not told
-    about. Filling in the row's minimum instead would share out real probability to dozens of strangers as soon as the
-    candidates score alike (T = 0.25 sharpens differences, not ties), and calling them irrelevant would be contrastive
-    training, whose false negatives distillation is there to avoid. So a row compares its positive with its own
-    `distill.negatives` and with whatever else of the batch happens to be among its candidates.
+    All passages of a batch count for all its queries, but a cross-encoder scores only a query's own candidates. A pair
+    without a score leaves the row's softmax on both sides: the student learns nothing from a pair that the teacher has
+    not judged. The alternatives are worse. The row's minimum as its score would give dozens of unrelated passages real
+    probability where the candidates score alike (T = 0.25 sharpens differences, not ties). Calling such pairs
+    irrelevant would be contrastive training, with the false negatives that distillation avoids. So a row compares its
+    positive with its own `distill.negatives`, and with other passages of the batch that are among its candidates.
 
-    The labelled positive always counts. Without a score of its own it has its row's maximum, which `raise_positives`
-    would lift it to anyhow; a row in which nothing is scored has its positive alone, and loss 0.
+    The labelled positive always counts. Without a score of its own it has its row's maximum, to which
+    `raise_positives` would lift it. A row without any score has its positive alone, and loss 0.
     """
     valid_bN = valid_bN & scored_bN
     highest_b = scores_bN.masked_fill(~valid_bN, -torch.inf).amax(1, keepdim=True)

@@ -1,11 +1,10 @@
-"""Expansions of queries from their rankings and the token-embedding store (method.md, steps 3 and 4). No Ray.
+"""The expansions of queries, from their rankings and the token-embedding store (docs/method.md, steps 3 and 4). No Ray.
 
 Shapes: B queries, F feedback passages a query, D dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ckd_ray.collective.expand import Expansions, Neighbours, expand
+from ckd_ray.collective.expand import Expansions, InSpecialCell, Neighbours, expand
 from ckd_ray.config import LabelConfig
 from ckd_ray.errors import JobError
 from ckd_ray.store import EmbeddingStore, Ragged
@@ -44,7 +43,7 @@ def expand_ranked(
     """
     present_BF = feedback_BF >= 0
     chosen = feedback_BF[present_BF].astype(np.int64)
-    # The same passages are the feedback of many queries: each is read once.
+    # Many queries share feedback passages: each is read once.
     distinct, place = np.unique(chosen, return_inverse=True)
     read = store.gather(distinct)
     passages, token_ids = read.split(), np.split(read.token_ids, np.cumsum(read.lengths)[:-1])
@@ -61,10 +60,10 @@ def expand_ranked(
             tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
             token_vote="feedback" if neighbours is None else "collection",
             dim=store.dim,
-            crowded=crowded,
+            in_special_cell=in_special_cell,
         )
     except ValueError:
-        # k-means refuses such numbers anyway; to look for them beforehand would cost a tenth of the stage.
+        # k-means refuses such numbers anyway. A check beforehand would cost a tenth of the stage.
         _check_finite(read, distinct, store.uri)
         raise
 

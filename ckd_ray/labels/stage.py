@@ -1,7 +1,7 @@
 """The label stage: feedback passages and collective expansion of every training query (method.md, step 4).
 
-Runs on Ray Data, a file of labels a batch of queries; the mathematics is in `feedback.py` and `expand.py` and knows
-nothing of Ray.
+Ray Data runs a task for each part (a batch of queries), which writes one file of labels. The mathematics is in
+`feedback.py` and `ckd_ray/collective/expand.py`, without Ray.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
 
-# The cells that special tokens crowd, in the folder of the labels that they helped to make.
+# The special cells, in the folder of the labels that they helped to make.
 CELLS = "special_cells.safetensors"
 
 
@@ -49,7 +49,7 @@ class LabelJob:
 
 @dataclass(frozen=True)
 class ServerVotes:
-    """The nearest token embeddings of the whole store vote, found by the servers that hold its shards."""
+    """The nearest token embeddings of the whole store vote. The servers that hold its shards find them."""
 
     servers: ServerGroup
     voters: int
@@ -59,24 +59,24 @@ class ServerVotes:
 
 
 @dataclass(frozen=True)
-class CrowdedCells:
-    """The feedback's own tokens vote, and the cells at `uri` tell which centroids special tokens surround."""
+class EstimatedVotes:
+    """The feedback's own tokens vote. The cells at `uri` tell which centroids lie among special tokens."""
 
     uri: str
 
-    def crowded(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
-        """See `SpecialCells.crowded`."""
-        return _cells_once(self.uri, *file_signature(self.uri)).crowded(vectors_MD)
+    def in_special_cell(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
+        """See `SpecialCells.in_special_cell`."""
+        return _cells_once(self.uri, *file_signature(self.uri)).in_special_cell(vectors_MD)
 
 
-Votes = ServerVotes | CrowdedCells | None
+Votes = ServerVotes | EstimatedVotes | None
 
 
 def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
-    """Write the missing parts. Returns the queries a part, for the manifest.
+    """Write the missing parts. Returns the number of queries a part, for the manifest.
 
     Args:
-        votes: who names the centroids' tokens; None: the feedback's own tokens alone.
+        votes: who elects the centroids' tokens; None: the feedback's own tokens.
     """
     make_folder(job.out)
     spans = query_spans(num_queries)
@@ -90,10 +90,9 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
 
 
 def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
-    """Make the cells at `uri` unless an earlier try has; in a task of its own, so that the driver stays small.
-    Returns `uri`."""
+    """Learn the special cells in a task, so that the driver stays small, unless `uri` exists. Returns `uri`."""
     if not exists(uri):
-        say(f"  looking where special tokens stand, in a sample of up to {SAMPLE:,} token embeddings")
+        say(f"  finding the cells of special tokens in a sample of up to {SAMPLE:,} token embeddings")
         ray.get(ray.remote(num_cpus=1)(_find_special_cells).remote(uri, job, seed))
     return uri
 
@@ -123,7 +122,7 @@ def _label_part(batch: dict[str, Any], job: LabelJob, votes: Votes) -> pa.Table:
 
 
 def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) -> None:
-    """Label the queries [first, stop), those of ranking part `part`, and write the part's files."""
+    """Label the queries [first, stop) of ranking part `part`, and write the part's files."""
     table = read_ranking_part(join(job.rankings, part_file(job.split, part)))
     feedback_BF = part_matrix(table, first, stop - first, job.settings.depths[-1]).astype(np.int64)
     expansions = expand_depths(

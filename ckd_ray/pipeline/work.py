@@ -41,7 +41,7 @@ from ckd_ray.files import (
 from ckd_ray.labels.files import manifest_of_labels
 from ckd_ray.labels.stage import (
     CELLS,
-    CrowdedCells,
+    EstimatedVotes,
     LabelJob,
     ServerVotes,
     find_special_cells,
@@ -150,7 +150,7 @@ def write_labels_of(context: RunContext, job: LabelJob) -> dict[str, Any]:
         queries_per_part = label_queries(job, None, count)
     elif way == "estimate":
         cells = find_special_cells(join(job.out, CELLS), job, config.run.seed)
-        queries_per_part = label_queries(job, CrowdedCells(cells), count)
+        queries_per_part = label_queries(job, EstimatedVotes(cells), count)
     else:
         r = config.retrieve
         index = _kept_index(config, store) if way == "faiss" else None

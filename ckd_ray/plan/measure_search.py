@@ -280,7 +280,7 @@ def _labels(run: str, config: Config, model: ColBERT, store: EmbeddingStore, ran
         cells = centroids[torch.arange(_CELLS) % len(centroids)]
         cells = torch.nn.functional.normalize(cells + 0.1 * torch.randn(cells.shape), dim=1)
         crowded = SpecialCells(cells[: _CELLS // 50], cells[_CELLS // 50 :])
-        asking = seconds(lambda: crowded.crowded(centroids), 1) / len(ids)
+        asking = seconds(lambda: crowded.in_special_cell(centroids), 1) / len(ids)
     finally:
         torch.set_num_threads(before)
     write_json_atomic(f"{run}/labels/manifest.json", manifest_of_labels(max(1, len(ids)), "train", settings.depths))

@@ -10,7 +10,7 @@ import pytest
 
 from ckd_ray.checks import load_config
 from ckd_ray.labels.labelled_run import LabelledRun
-from ckd_ray.labels.stage import CrowdedCells, LabelJob, ServerVotes, find_special_cells, label
+from ckd_ray.labels.stage import EstimatedVotes, LabelJob, ServerVotes, find_special_cells, label
 from ckd_ray.labels.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
 from ckd_ray.model.encoder import Encoded
 from ckd_ray.pipeline.runner import run_stages
@@ -64,7 +64,7 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
         store = EmbeddingStore.open(str(storage / f"store-{shards}"))
         mine = replace(job, passages=store.uri, out=str(storage / f"cells-{shards}"))
         cells = find_special_cells(f"{mine.out}/special_cells.safetensors", mine, seed=17)
-        label(mine, CrowdedCells(cells), 24)
+        label(mine, EstimatedVotes(cells), 24)
         found["estimate"].append(files(Path(mine.out)))
     for way, results in found.items():
         assert len(results[0]) == 6, way
@@ -74,7 +74,7 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     (out / "train-000001.parquet").unlink()
     (out / "train-000002.npy").unlink()
     kept = (out / "train-000000.npy").stat().st_mtime_ns
-    label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), CrowdedCells(cells), 24)
+    label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), EstimatedVotes(cells), 24)
     assert files(out) == found["estimate"][0] and (out / "train-000000.npy").stat().st_mtime_ns == kept
 
 

@@ -210,7 +210,7 @@ def many_queries(folder: Path, queries: int) -> dict[str, Any]:
     import ray
 
     from ckd_ray.config import LabelConfig
-    from ckd_ray.labels.stage import CELLS, CrowdedCells, LabelJob, find_special_cells, label
+    from ckd_ray.labels.stage import CELLS, EstimatedVotes, LabelJob, find_special_cells, label
     from ckd_ray.ray_util.parts import part_file, query_spans, run_parts
     from ckd_ray.ray_util.session import _quiet_data
     from tests.evidence import hand_made_run
@@ -240,7 +240,7 @@ def many_queries(folder: Path, queries: int) -> dict[str, Any]:
     cells = find_special_cells(str(labels / CELLS), job, 17)
     started = time.monotonic()
     with Watch() as watch:
-        label(job, CrowdedCells(cells), queries)
+        label(job, EstimatedVotes(cells), queries)
     seconds = time.monotonic() - started
     ray.shutdown()
     expansions = 0

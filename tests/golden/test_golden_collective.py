@@ -69,7 +69,7 @@ def test_expansions(golden: dict[str, np.ndarray], feedback: list[list[torch.Ten
         neighbours=neighbours,
         document_frequencies=golden["df"],
         num_passages=int(golden["num_passages"]),
-        special_ids=golden["silent_ids"],
+        special_token_ids=golden["silent_ids"],
     )
     embeddings, weights = found.select(10, beta=1.0)
     assert np.array_equal(found.token_ids_BK[:, :10].numpy(), golden["expansion_tokens"])

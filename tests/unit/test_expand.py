@@ -41,7 +41,7 @@ def passages(*lengths: int, seed: int = 0) -> list[Tensor]:
 def run(
     feedback: list[list[Tensor]], neighbours: Callable[[Tensor], np.ndarray] = nearest, **more: object
 ) -> Expansions:
-    arguments = {"document_frequencies": DF, "num_passages": PASSAGES, "special_ids": SPECIAL, **more}
+    arguments = {"document_frequencies": DF, "num_passages": PASSAGES, "special_token_ids": SPECIAL, **more}
     return expand(feedback, neighbours=neighbours, **arguments)
 
 
@@ -158,7 +158,7 @@ def test_the_feedback_may_vote_itself() -> None:
         neighbours=None,
         document_frequencies=DF,
         num_passages=PASSAGES,
-        special_ids=SPECIAL,
+        special_token_ids=SPECIAL,
         clusters=2,
         voters=3,
         tokens=[[np.array([20, 21, 20, 0, 30, 31])]],
@@ -198,7 +198,7 @@ def test_crowded_centroids_are_dropped() -> None:
     arguments = {
         "document_frequencies": DF,
         "num_passages": PASSAGES,
-        "special_ids": SPECIAL,
+        "special_token_ids": SPECIAL,
         "tokens": [[np.arange(30) + 5]],
         "token_vote": "feedback",
         "clusters": 6,
@@ -206,11 +206,11 @@ def test_crowded_centroids_are_dropped() -> None:
     whole = expand([query], **arguments)
     seen: list[Tensor] = []
 
-    def crowded(centroids: Tensor) -> np.ndarray:
+    def in_special_cell(centroids: Tensor) -> np.ndarray:
         seen.append(centroids)
         return np.arange(len(centroids)) == 2
 
-    found = expand([query], crowded=crowded, **arguments)
+    found = expand([query], in_special_cell=crowded, **arguments)
     assert len(seen[0]) == 6 and found.counts_B.tolist() == [5]
     dropped = seen[0][2]
     kept = [i for i in range(6) if not torch.equal(whole.embeddings_BKD[0, i], dropped)]

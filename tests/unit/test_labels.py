@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ckd_ray.collective import Expansions
 from ckd_ray.config.schema import LabelConfig
 from ckd_ray.errors import JobError
-from ckd_ray.labels import files as label_files
+from ckd_ray.labels import array_parts
 from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.labels.files import ExpansionReader, write_labels
 from ckd_ray.model.encoder import Encoded
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> tuple[str, list[Expansions]]:
 
 
 def test_rows_come_back_at_random(folder: tuple[str, list[Expansions]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_files, "_OPEN_PARTS", 3)
+    monkeypatch.setattr(array_parts, "_OPEN_PARTS", 3)
     reader = ExpansionReader.open(folder[0], "train")
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     asked = np.random.default_rng(0).permutation(100)
@@ -75,7 +75,7 @@ def test_an_object_store_is_read_row_by_row(
 ) -> None:
     """The path for remote folders, on a file: requests of many threads give the same rows in the same order."""
     plain = ExpansionReader.open(folder[0], "train")
-    monkeypatch.setattr(label_files, "is_local", lambda uri: False)
+    monkeypatch.setattr(array_parts, "is_local", lambda uri: False)
     remote = ExpansionReader.open(folder[0], "train")
     asked = np.random.default_rng(1).integers(0, 100, 300)
     for a, b in zip(plain.select(asked, 5, 1.0), remote.select(asked, 5, 1.0), strict=True):

@@ -27,7 +27,7 @@ def test_a_cell_is_crowded_from_ten_of_eleven_on() -> None:
     for special, expected in ((20, [False, False]), (21, [True, False])):
         marks = np.arange(44) < special
         cells = SpecialCells.learn(points, marks, seed=1, cells=2)
-        assert cells.crowded(torch.eye(2)).tolist() == expected
+        assert cells.in_special_cell(torch.eye(2)).tolist() == expected
 
 
 def test_crowded_where_the_nearest_neighbours_are_special() -> None:
@@ -37,28 +37,28 @@ def test_crowded_where_the_nearest_neighbours_are_special() -> None:
     near = (asked.float() @ points.float().T).topk(10, 1).indices.numpy()
     exact = special[near].all(1)
     assert 0.1 < exact.mean() < 0.5
-    assert (cells.crowded(3 * asked) == exact).mean() > 0.97
+    assert (cells.in_special_cell(3 * asked) == exact).mean() > 0.97
 
 
 def test_company_and_storage_change_nothing(tmp_path: Path) -> None:
     points, special = rows(3000, 30)
     cells = SpecialCells.learn(points, special, seed=1)
     asked = torch.randn(500, DIM, generator=torch.Generator().manual_seed(7))
-    whole = cells.crowded(asked)
+    whole = cells.in_special_cell(asked)
     assert 0 < whole.mean() < 1
     cells.save(str(tmp_path / "cells"))
     again = SpecialCells.load(str(tmp_path / "cells"))
-    assert np.array_equal(again.crowded(asked), whole)
-    assert np.array_equal(np.concatenate([cells.crowded(a[None]) for a in asked]), whole)
-    assert np.array_equal(cells.crowded(asked.flip(0)), whole[::-1])
-    assert cells.crowded(asked[:0]).shape == (0,)
+    assert np.array_equal(again.in_special_cell(asked), whole)
+    assert np.array_equal(np.concatenate([cells.in_special_cell(a[None]) for a in asked]), whole)
+    assert np.array_equal(cells.in_special_cell(asked.flip(0)), whole[::-1])
+    assert cells.in_special_cell(asked[:0]).shape == (0,)
 
 
 def test_a_tie_is_not_crowded_whatever_the_product_rounds_to() -> None:
     cells = SpecialCells(torch.eye(DIM)[:1], torch.eye(DIM)[1:2])
     tie = torch.ones(9, DIM)
-    assert not cells.crowded(tie).any()
-    assert cells.crowded(tie + 1e-3 * torch.eye(DIM)[0]).all()
+    assert not cells.in_special_cell(tie).any()
+    assert cells.in_special_cell(tie + 1e-3 * torch.eye(DIM)[0]).all()
 
 
 def test_the_sample_follows_from_passages_and_seed() -> None:
@@ -72,7 +72,7 @@ def test_the_sample_follows_from_passages_and_seed() -> None:
 
 def test_stores_without_rows_or_with_special_rows_alone() -> None:
     nothing = SpecialCells.learn(torch.zeros(0, DIM), np.empty(0, bool), seed=1)
-    assert not nothing.crowded(torch.ones(2, DIM)).any()
+    assert not nothing.in_special_cell(torch.ones(2, DIM)).any()
     points, _ = rows(200, 3)
-    assert SpecialCells.learn(points, np.ones(200, bool), seed=1).crowded(torch.ones(2, DIM)).all()
-    assert not SpecialCells.learn(points, np.zeros(200, bool), seed=1).crowded(torch.ones(2, DIM)).any()
+    assert SpecialCells.learn(points, np.ones(200, bool), seed=1).in_special_cell(torch.ones(2, DIM)).all()
+    assert not SpecialCells.learn(points, np.zeros(200, bool), seed=1).in_special_cell(torch.ones(2, DIM)).any()
