@@ -91,7 +91,7 @@ def expand(
         ValueError: an argument is missing or below 1, or an embedding is not finite.
     """
     if clusters < 1 or voters < 1:
-        raise ValueError(f"clusters and voters must be at least 1, got {clusters} and {voters}")
+        raise ValueError(f"clusters and voters must be 1 or more, not {clusters} and {voters}")
     if token_vote == "feedback" and tokens is None:
         raise ValueError("token_vote 'feedback' needs the feedback's token ids (tokens)")
     if token_vote == "collection" and neighbours is None:

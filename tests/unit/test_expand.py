@@ -191,7 +191,7 @@ def test_no_voters_or_no_clusters_are_refused(wrong: dict[str, int]) -> None:
         expand([[torch.randn(3, 4)]], tokens=[[np.arange(3)]], **values, **wrong)
 
 
-def test_crowded_centroids_are_dropped() -> None:
+def test_centroids_in_special_cells_are_dropped() -> None:
     """Votes by the feedback: the centroids that the collection crowds with special tokens go, the rest stay as they
     are."""
     query = passages(30, seed=8)
@@ -206,11 +206,11 @@ def test_crowded_centroids_are_dropped() -> None:
     whole = expand([query], **arguments)
     seen: list[Tensor] = []
 
-    def in_special_cell(centroids: Tensor) -> np.ndarray:
+    def special(centroids: Tensor) -> np.ndarray:
         seen.append(centroids)
         return np.arange(len(centroids)) == 2
 
-    found = expand([query], in_special_cell=crowded, **arguments)
+    found = expand([query], in_special_cell=special, **arguments)
     assert len(seen[0]) == 6 and found.counts_B.tolist() == [5]
     dropped = seen[0][2]
     kept = [i for i in range(6) if not torch.equal(whole.embeddings_BKD[0, i], dropped)]

@@ -22,7 +22,7 @@ def rows(count: int, topics: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarr
     return F.normalize(centres[topic] + noise, dim=1).half(), (topic % 4 == 0).numpy()
 
 
-def test_a_cell_is_crowded_from_ten_of_eleven_on() -> None:
+def test_a_cell_is_special_from_ten_of_eleven_on() -> None:
     points = torch.eye(2).repeat_interleave(22, 0)
     for special, expected in ((20, [False, False]), (21, [True, False])):
         marks = np.arange(44) < special
@@ -30,7 +30,7 @@ def test_a_cell_is_crowded_from_ten_of_eleven_on() -> None:
         assert cells.in_special_cell(torch.eye(2)).tolist() == expected
 
 
-def test_crowded_where_the_nearest_neighbours_are_special() -> None:
+def test_special_where_the_nearest_neighbours_are_special() -> None:
     points, special = rows(4000, 20)
     cells = SpecialCells.learn(points, special, seed=1, cells=60)
     asked, _ = rows(300, 20)
@@ -54,7 +54,7 @@ def test_company_and_storage_change_nothing(tmp_path: Path) -> None:
     assert cells.in_special_cell(asked[:0]).shape == (0,)
 
 
-def test_a_tie_is_not_crowded_whatever_the_product_rounds_to() -> None:
+def test_a_tie_is_not_special_whatever_the_product_rounds_to() -> None:
     cells = SpecialCells(torch.eye(DIM)[:1], torch.eye(DIM)[1:2])
     tie = torch.ones(9, DIM)
     assert not cells.in_special_cell(tie).any()
