@@ -1,4 +1,4 @@
-"""The driver's side of training: places workers, follows them, and brings the trained checkpoint into the run."""
+"""The driver's side of training: it places the workers, shows their progress, and keeps the resulting checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from ckd_ray import __version__
 from ckd_ray.distill.metrics import Record, event_bytes, read_parts
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS
 from ckd_ray.distill.placement import Placement, plan_workers
+from ckd_ray.distill.progress_actor import ProgressActor
 from ckd_ray.distill.targets import targets_of
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, last_line
@@ -34,15 +36,16 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What came out.
+    """The result of a training.
 
     Attributes:
         metrics: one record every `log_every` steps (step, loss, learning_rate, ...).
-        workers: how many ran at the end.
-        steps: steps taken; fewer than asked for when training stopped early.
-        weights: `best` or `last`, which checkpoint was kept; kept_step: the steps taken before it.
-        best: the best measure on dev, None without.
-        score_scale: what the scores were divided by (`ckd_ray.distill.scale`).
+        workers: their number at the end.
+        steps: the steps taken, which are fewer than configured when training stopped early.
+        weights: which checkpoint is the result, `best` or `last`.
+        kept_step: the steps taken before that checkpoint.
+        best: the best measure on dev; None without measurements.
+        score_scale: the divisor of the scores (`ckd_ray.distill.scale`).
     """
 
     metrics: list[Record]
@@ -54,35 +57,6 @@ class TrainingOutcome:
     score_scale: float | None
 
 
-class _Board:
-    """A tiny actor between the workers and the driver: the last step and its loss, and why training cannot go on."""
-
-    def __init__(self) -> None:
-        self.step, self.loss = 0, float("nan")
-        self._cause: str | None = None
-        self._stop = False
-
-    def tell(self, step: int, loss: float) -> None:
-        self.step, self.loss = step, loss
-
-    def read(self) -> tuple[int, float]:
-        return self.step, self.loss
-
-    def give_up(self, cause: str) -> None:
-        """The first cause counts: others follow from it."""
-        self._cause = self._cause or cause
-
-    def cause(self) -> str | None:
-        return self._cause
-
-    def stop(self) -> None:
-        """Ask the workers to end after their present step."""
-        self._stop = True
-
-    def told_to_stop(self) -> bool:
-        return self._stop
-
-
 def fit(
     task: TrainingTask,
     *,
@@ -92,44 +66,40 @@ def fit(
     callbacks: Sequence[Any] = (),
     placement: Placement | None = None,
     threads: int | None = None,
-    board: str | None = None,
+    actor_name: str | None = None,
 ) -> TrainingOutcome:
-    """Train, and put the resulting checkpoint at `out`. Called again after a crash, it goes on from the last one;
-    checkpoints (`task.checkpoints`) are left to the caller, who removes them when the result is safe.
+    """Train, and put the resulting checkpoint at `out`.
+
+    Called again after a crash, training resumes from the last checkpoint. The caller removes `task.checkpoints` when
+    the result is safe.
 
     Args:
         workers: a number, `2-8` for elastic training, or `auto`; see `plan_workers`.
-        placement: instead of `workers`, for one of several trainings that share the cluster.
-        threads: CPU threads of a worker; None: the cores of its node, shared among the workers there.
-        board: the name of an actor by which others may ask this training to end early (`stop`); the result is then what
-            it had come to.
         max_failures: how often workers are started again after one died; a diverged loss or broken input ends training
             at once.
         callbacks: of `ray.train.UserCallback`, such as other loggers.
+        placement: instead of `workers`, for one of several trainings that share the cluster.
+        threads: CPU threads of a worker; None: the workers of a node share its cores.
+        actor_name: the name of the `ProgressActor`, through which others may end this training early; the last
+            checkpoint is then the result.
 
     Raises:
-        UserError: the workers do not fit. JobError: training failed; the cause is in the message.
+        UserError: the workers do not fit the cluster.
+        JobError: training failed; the cause is in the message.
     """
     placement = placement or plan_workers(workers, task.settings.batch_size, task.stage)
-    name = board or f"ckd-ray-board-{uuid.uuid4().hex[:8]}"
-    remote: Any = ray.remote(num_cpus=0)(_Board)
-    actor = remote.options(name=name, scheduling_strategy=_here()).remote()
+    name = actor_name or f"ckd-ray-training-{uuid.uuid4().hex[:8]}"
+    actor = ProgressActor.start(name)
     metrics = join(task.run, task.checkpoints, "metrics")
-    config = {"task": task.to_dict(), "board": name, "metrics": metrics, "threads": threads, "stoppable": bool(board)}
+    config = {"task": task.to_dict(), "actor": name, "metrics": metrics, "threads": threads}
+    config["stoppable"] = actor_name is not None
     trainer = _trainer(task, placement, config, max_failures, callbacks)
     try:
-        with _followed(task, actor):
+        with _progress(task, actor):
             result = _run(trainer, task, actor)
     finally:
         ray.kill(actor)
     return _take(task, result, metrics, out)
-
-
-def _here() -> Any:
-    """On the driver's node: the board must not go down with a worker's."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _trainer(
@@ -143,7 +113,7 @@ def _trainer(
     workers: Any = placement.num_workers  # the stubs know no pairs
     checkpoints = parent(join(task.run, task.checkpoints))
     fs, path = filesystem_of(checkpoints)
-    # Ray never removes the latest checkpoint, which training goes on from; the best is kept beside it.
+    # Ray never removes the latest checkpoint, from which training resumes; it keeps the best one as well.
     keep = CheckpointConfig(num_to_keep=1)
     if task.settings.evaluate_every:
         keep = CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=KEEP, checkpoint_score_order="max")
@@ -165,33 +135,37 @@ def _trainer(
     )
 
 
-def _run(trainer: Any, task: TrainingTask, board: Any) -> Any:
+def _run(trainer: Any, task: TrainingTask, actor: Any) -> Any:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     before = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
-    except SystemExit as error:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
-        raise KeyboardInterrupt from error
-    except TrainingFailedError as error:
-        raise JobError(f"{task.stage}: training failed: {_told(board) or _cause(error)}") from error
+        error = result.error
+    except SystemExit as interrupted:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
+        raise KeyboardInterrupt from interrupted
+    except TrainingFailedError as failed:
+        result, error = None, failed
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-    told = _told(board) or (_cause(result.error) if result.error is not None else None)
-    if told is not None:
-        raise JobError(f"{task.stage}: training failed: {told}")
+    cause = _cause(actor, error)
+    if cause is not None:
+        raise JobError(f"{task.stage}: training failed: {cause}") from error
     if result.checkpoint is None:
         raise JobError(f"{task.stage}: training ended without a checkpoint")
     return result
 
 
-def _told(board: Any) -> str | None:
-    """Why the workers have given up; nothing when they have not, or when the board itself is lost."""
+def _cause(actor: Any, error: BaseException | None) -> str | None:
+    """Why the workers failed: what they told the actor, else the message of the error, without Ray's frames."""
     try:
-        cause: str | None = ray.get(board.cause.remote())
+        cause: str | None = ray.get(actor.state.remote())["cause"]
     except ray.exceptions.RayActorError:
-        return None
+        cause = None
+    if cause is None and error is not None:
+        failures = getattr(error, "worker_failures", None)
+        cause = last_line(next(iter(failures.values())) if failures else error)
     return cause
 
 
@@ -202,45 +176,34 @@ def _cause(error: BaseException) -> str:
         error = next(iter(failures.values()))
     return last_line(error)
 
+    def follow() -> None:
+        progress, started = Progress(task.stage, task.settings.steps, "steps"), False
+        with progress:
+            while not ended.wait(0.5):
+                try:
+                    state = ray.get(actor.state.remote(), timeout=5)
+                except (ray.exceptions.RayError, ConnectionError):
+                    continue
+                step = state["step"]
+                if step and not started:
+                    # The rate counts from the first finished step: before it the workers start.
+                    progress, started = Progress(task.stage, task.settings.steps, "steps", done=step), True
+                progress.note = f"loss {state['loss']:.4f}"
+                if step:
+                    progress.reach(step)
 
-class _followed:
-    """Shows progress from the board while `fit` blocks the main thread."""
-
-    def __init__(self, task: TrainingTask, board: Any) -> None:
-        self.progress = Progress(task.stage, task.settings.steps, "steps")
-        self._board, self._stop = board, threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def _follow(self) -> None:
-        first = True
-        while not self._stop.wait(0.5):
-            try:
-                step, loss = ray.get(self._board.read.remote(), timeout=5)
-            except (ray.exceptions.RayError, ConnectionError):
-                continue
-            if step and first:
-                # The rate counts from the first finished step: before it the workers start and a resumed run skips.
-                self.progress = Progress(self.progress.stage, self.progress.total, "steps", done=step)
-                first = False
-            self.progress.note = f"loss {loss:.4f}"
-            if step:
-                self.progress.reach(step)
-
-    def __enter__(self) -> _followed:
-        self.progress.__enter__()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-        self.progress.__exit__(*exc)
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=10)
 
 
 def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOutcome:
-    """Put the model of the best checkpoint (when dev was measured) or of the last at `out`, and beside it what is to be
-    known of it: `training.json`, `metrics.jsonl`, `tensorboard/`, and the last weights in `last/` if others are kept.
-    """
+    """Put the model of the best checkpoint (when dev was measured) or of the last one at `out`, with `training.json`,
+    `metrics.jsonl` and `tensorboard/`, and the last weights in `last/` when they are not the result."""
     from ckd_ray.distill.worker import KEEP
 
     name = "average" if task.settings.ema else "model"
@@ -281,7 +244,7 @@ def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOu
 
 
 def _description(task: TrainingTask, outcome: TrainingOutcome, similarity: str) -> dict[str, Any]:
-    """`training.json`: how the weights beside it were made, the loss and its scales in words."""
+    """`training.json`: how the weights were trained, and the loss and its scales in words."""
     unread = CONDITIONAL_KEYS - task.objective.keys(task.distillation) if task.distillation else frozenset()
     of_task = {k: v for k, v in task.to_dict().items() if k not in ("run", "start", "teacher", "settings")}
     settings = {**task.settings.model_dump(mode="json", exclude=set(unread)), **of_task}

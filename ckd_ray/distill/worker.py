@@ -1,8 +1,8 @@
 """The training loop of one Ray Train worker.
 
 A checkpoint is a folder: `model/` (a ColBERT checkpoint), `average/` (the same with averaged weights, when `ema` is
-on), `optimizer.pt` (read with weights_only) and `state.json` (the next step, and how dev went). Batches, dropout,
-warm-up and decay follow from the step number, so nothing else is needed to go on as if nothing had happened.
+on), `optimizer.pt` (read with weights_only) and `state.json` (a `Position`). Batches, dropout, warm-up and decay depend
+on the step number alone, so a resumed training needs nothing else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import math
 import os
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
@@ -26,6 +25,7 @@ from ckd_ray.distill.dev import DevMeasure
 from ckd_ray.distill.ema import MovingAverage
 from ckd_ray.distill.inputs import InputReader, StepInputs
 from ckd_ray.distill.metrics import Record, write_part
+from ckd_ray.distill.progress_actor import ProgressReporter
 from ckd_ray.distill.scale import measured_scale
 from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
@@ -35,45 +35,19 @@ from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Precision
 from ckd_ray.ray_util.processes import die_when_aborted
 
-# Trying again cannot mend these: bad input, a broken shard, a diverged loss, a batch that a GPU has no room for.
+# A new attempt would fail in the same way: bad input, a broken shard, a diverged loss, too large a batch for the GPU.
 FINAL_ERRORS = (UserError, JobError, FloatingPointError, torch.OutOfMemoryError)
-# The metric by which Ray keeps a checkpoint besides the last: the measure where it is a new best, else this.
+# Ray keeps the checkpoint with the highest value of this metric besides the last: the measure of a new best, else -1.
 KEEP, NOT_BEST = "keep", -1.0
-
-
-class Board:
-    """The worker's end of the driver's board: how far training is, and why it cannot go on."""
-
-    def __init__(self, name: str) -> None:
-        self._actor: Any = None
-        with suppress(ValueError):
-            self._actor = ray.get_actor(name)
-
-    def tell(self, step: int, loss: float) -> None:
-        """Does not wait."""
-        if self._actor is not None:
-            self._actor.tell.remote(step, loss)
-
-    def give_up(self, cause: str) -> None:
-        """Returns when the driver's side has it."""
-        if self._actor is not None:
-            ray.get(self._actor.give_up.remote(cause))
-
-    def told_to_stop(self) -> bool:
-        """Whether somebody has asked for the training to end."""
-        return self._actor is not None and bool(ray.get(self._actor.told_to_stop.remote()))
-
-    def given_up(self) -> bool:
-        """Whether an earlier attempt of this training has."""
-        return self._actor is not None and ray.get(self._actor.cause.remote()) is not None
 
 
 @dataclass
 class Position:
-    """Where training is, as it stands in `state.json`.
+    """How far training is (`state.json`).
 
     Attributes:
-        best, best_step: the best measure on dev so far, and the steps taken before it.
+        best: the best measure on dev so far.
+        best_step: the steps taken before it.
         worse: measurements since then.
         pool: the passages of the dev measurement.
         finished: all steps are done, or training has stopped early.
@@ -121,7 +95,7 @@ class WorkerState:
         self.average = MovingAverage(_weights(self.model), task.settings.ema, averages) if task.settings.ema else None
 
     def averaged(self) -> Any:
-        """A block in which the model has the weights that are measured and kept."""
+        """A context in which the model has the weights of the result: the averaged ones where `ema` is on."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     def save(self, folder: Path) -> None:
@@ -139,35 +113,38 @@ def _weights(model: ColBERT) -> list[torch.Tensor]:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of `ray.train.torch.TorchTrainer` runs; `config` holds the task, the board's name, the folder
-    of the metrics, how many CPU threads to take, and whether it may be stopped from outside.
+    """The function that every worker of `ray.train.torch.TorchTrainer` runs.
 
-    An error that would come back at every attempt is told to the driver, and workers return as if they were done: Ray
-    would start them `max_failures` times more.
+    A worker tells the progress actor of an error that every attempt would meet. The workers of later attempts then
+    return at once; otherwise Ray would start the training `max_failures` times more.
+
+    Args:
+        config: the `task`, the name of the progress `actor`, the folder of the `metrics`, the CPU `threads`, and
+            whether training is `stoppable` through the actor.
     """
     die_when_aborted()
-    board = Board(config["board"])
-    if board.given_up():
+    reporter = ProgressReporter(config["actor"])
+    if reporter.has_failed():
         return
     try:
-        _Loop(TrainingTask.from_dict(config["task"]), board, config).run()
+        _Loop(TrainingTask.from_dict(config["task"]), reporter, config).run()
     except FINAL_ERRORS as error:
         stage = config["task"]["stage"]
         advice = f"raise {stage}.accumulate, or lower {stage}.batch_size: "
-        board.give_up((advice if isinstance(error, torch.OutOfMemoryError) else "") + str(error))
+        reporter.fail((advice if isinstance(error, torch.OutOfMemoryError) else "") + str(error))
         if not isinstance(error, FloatingPointError):
-            raise  # the other workers may not know, and wait for this one
+            raise  # the other workers may not have the error, and wait for this one
 
 
 class _Loop:
     """The steps of one worker, from the last checkpoint on."""
 
-    def __init__(self, task: TrainingTask, board: Board, config: dict[str, Any]) -> None:
+    def __init__(self, task: TrainingTask, reporter: ProgressReporter, config: dict[str, Any]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-        self.task, self.board, self.metrics, self.stoppable = task, board, config["metrics"], config["stoppable"]
+        self.task, self.reporter, self.metrics, self.stoppable = task, reporter, config["metrics"], config["stoppable"]
         self.state = WorkerState(task, self.world)
         self.position = self.state.position
         model, device = self.state.model, self.state.device
@@ -189,8 +166,8 @@ class _Loop:
         self.records: list[Record] = []  # since the last checkpoint
 
     def _scale(self, precision: Precision) -> float:
-        """The score scale: as configured, or what the starting model was trained with, or measured. It becomes one of
-        the model's settings, so that a checkpoint, and a student of this model, has it."""
+        """The score scale: as configured, or that of the starting model, or measured. It becomes a setting of the
+        model, so that its checkpoints and its students have it."""
         model, chosen = self.state.model, self.task.settings.score_scale
         scale = model.settings.score_scale if chosen == "auto" else chosen
         if scale is None:
@@ -207,7 +184,7 @@ class _Loop:
         return scale
 
     def run(self) -> None:
-        """To the last step, or until dev has not become better for `patience` measurements, or until told to stop."""
+        """Train to the last step, until dev has not improved for `patience` measurements, or until a stop request."""
         if self.position.finished:
             return
         settings = self.task.settings
@@ -216,23 +193,23 @@ class _Loop:
             improved = self._measure(record)
             done = self.position.next_step
             last = done == settings.steps or bool(settings.patience and self.position.worse >= settings.patience)
-            last = last or self._told_to_stop()
+            last = last or self._stop_requested()
             self.position.finished = last
             kept = last or inputs.step % settings.log_every == 0 or "mrr@10" in record
             reported = last or improved or done % settings.checkpoint_every == 0
             if kept or reported:
-                record |= self._targets()  # reads numbers from the device, which a step need not wait for
+                record |= self._targets()  # only here, because reading numbers from the device makes a step wait
             if kept:
                 self.records.append(record)
             if self.rank == 0:
-                self.board.tell(done, record["loss"])
+                self.reporter.report(done, record["loss"])
             if reported:
                 self._report(record, improved)
             if last:
                 break
 
     def _update(self, inputs: StepInputs) -> Record:
-        """One optimiser step, and what there is to say of it; gradient_norm is that before clipping."""
+        """One optimiser step, and its record. `gradient_norm` is the norm before clipping."""
         started, state, task = time.monotonic(), self.state, self.task
         rate = task.learning_rate_at(inputs.step)
         for group in state.optimizer.param_groups:
@@ -260,8 +237,8 @@ class _Loop:
         }
 
     def _targets(self) -> Record:
-        """Means over the queries of what the loss compares with: its entropy in nats, the share that this is of the
-        highest possible, and the label's probability."""
+        """Means over the queries of the target's entropy in nats, of its share of the highest possible entropy, and of
+        the label's probability."""
         rows = self.step.rows
         if rows is None or not len(rows.loss_B):
             return {}
@@ -273,17 +250,17 @@ class _Loop:
             "label_mass": float(rows.mass_B.mean()),
         }
 
-    def _told_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         """The same answer in all workers, who must end after the same step."""
         if not self.stoppable:
             return False
-        told = torch.tensor(float(self.rank == 0 and self.board.told_to_stop()), device=self.state.device)
+        stop = torch.tensor(float(self.rank == 0 and self.reporter.stop_requested()), device=self.state.device)
         if self.world > 1:
-            torch.distributed.broadcast(told, 0)
-        return bool(told)
+            torch.distributed.broadcast(stop, 0)
+        return bool(stop)
 
     def _measure(self, record: Record) -> bool:
-        """Measure dev when it is due; whether it is better than ever before."""
+        """Measure dev when it is due. Returns whether it is better than ever before."""
         position, every = self.position, self.task.settings.evaluate_every
         if self.dev is None or (position.next_step % every and position.next_step != self.task.settings.steps):
             return False
@@ -296,7 +273,7 @@ class _Loop:
         return True
 
     def _report(self, record: Record, improved: bool) -> None:
-        """Every worker calls it; rank 0 brings the checkpoint along, and the metrics since the last."""
+        """Called by every worker; rank 0 adds the checkpoint, and writes the metrics since the last one."""
         metrics = {name: value for name, value in record.items() if name != "time"}
         metrics["steps"] = self.position.next_step
         metrics[KEEP] = record["mrr@10"] if improved else NOT_BEST

@@ -122,7 +122,7 @@ def run_trial(config: dict[str, Any]) -> None:
             callbacks=[TuneReportCallback()],
             placement=Placement(**config["placement"]),
             threads=config["threads"],
-            board=board_of(task),
+            actor_name=actor_name(task),
         )
         delete(join(task.run, task.checkpoints))
     except (JobError, UserError) as error:
@@ -130,8 +130,8 @@ def run_trial(config: dict[str, Any]) -> None:
     delete(config["out"])
 
 
-def board_of(task: TrainingTask) -> str:
-    """The name of the actor that a trial's training looks at."""
+def actor_name(task: TrainingTask) -> str:
+    """The name of the progress actor of a trial's training."""
     return f"ckd-ray-trial-{task.fingerprint[:16]}"
 
 
@@ -241,7 +241,7 @@ class _Searcher(Searcher):
         number = self.numbers.get(trial_id)
         if number is not None:
             with suppress(ValueError):
-                ray.get_actor(board_of(self.tasks[number])).stop.remote()
+                ray.get_actor(actor_name(self.tasks[number])).request_stop.remote()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger hears of it as well, and keeps it."""
