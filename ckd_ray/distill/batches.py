@@ -1,7 +1,7 @@
-"""Which queries and passages make up the batch of a step: a function of (seed, step) alone.
+"""The queries and passages of the batch of a step: a function of (seed, step) alone.
 
 Neither the number of workers nor a restart changes a batch. Shapes: B queries of the global batch, k negatives a query,
-M = 1 + k passages a query (the positive first), N = B * M passages of the batch.
+M = 1 + k passages a query (the positive first), N = B * M passages of the batch, R ranks, K drawn negatives.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class BatchPlan:
     Args:
         positives: labels of the training split.
         num_passages: size of the corpus.
-        rankings: (num_queries, depth) passage indices, best first, -1 where a ranking ends (memory-mapped), whose top
-            is the pool of hard negatives; None samples negatives from the whole corpus (the teacher's training).
-        negatives_depth: how much of the top counts.
+        rankings: (num_queries, depth) passage indices, best first, -1 after the end of a ranking (memory-mapped). Hard
+            negatives come from their top; None samples negatives from the whole corpus (the teacher's training).
+        negatives_depth: the number of unlabelled passages of the top to draw from.
         sampling: `uniform` draws the negatives evenly from the top; `strata` draws one from each of as many strata of
-            rank (`rank_strata`), so that every batch meets the best unlabelled passages and far ones too.
+            rank (`rank_strata`), so that every batch has some of the best unlabelled passages and some distant ones.
     """
 
     def __init__(
@@ -85,19 +85,19 @@ class BatchPlan:
         return int(self._order[place])
 
     def _negatives(self, rng: np.random.Generator, queries_B: Int64Array) -> Int64Array:
-        """(B, negatives): passages that are not labelled; from the top of the ranking, filled up from the corpus."""
+        """(B, negatives) unlabelled passages from the top of the ranking; from the corpus where it has too few."""
         labels = _LabelledPairs(self.positives, queries_B, self.num_passages)
         chosen_BK = np.full((len(queries_B), self.negatives), -1, np.int64)
         if self.rankings is not None and self.negatives:
             top_BR = np.asarray(self.rankings[queries_B], np.int64)
             rows_BR = np.broadcast_to(np.arange(len(top_BR))[:, None], top_BR.shape)
             usable_BR = (top_BR >= 0) & ~labels.hold(rows_BR, top_BR)
-            # The labelled passages are taken out before the cut, so that every query has the same depth of negatives.
+            # Labelled passages are removed before the cut, so that every query has the same depth of negatives.
             usable_BR &= usable_BR.cumsum(1) <= self.negatives_depth
             if self.sampling == "strata":
                 first_BK = self._of_strata(rng, usable_BR)
             else:
-                # The smallest of independent draws: a sample without replacement of every row at once.
+                # The smallest of independent draws are a sample without replacement, for all rows at once.
                 draws_BR = np.where(usable_BR, rng.random(top_BR.shape), np.inf)
                 first_BK = draws_BR.argsort(1, kind="stable")[:, : self.negatives]
             found_BK = np.take_along_axis(top_BR, first_BK, 1)
@@ -106,14 +106,14 @@ class BatchPlan:
         rows, columns = np.nonzero(chosen_BK < 0)
         while len(rows):
             drawn = rng.integers(0, self.num_passages, len(rows))
-            # A corpus in which everything is labelled has no negatives; the valid mask then takes these out.
+            # Where every passage of the corpus is labelled there are no negatives; `valid_mask` excludes these.
             good = ~labels.hold(rows, drawn) | (labels.counts_B[rows] >= self.num_passages)
             chosen_BK[rows[good], columns[good]] = drawn[good]
             rows, columns = rows[~good], columns[~good]
         return chosen_BK
 
     def _of_strata(self, rng: np.random.Generator, usable_BR: BoolArray) -> Int64Array:
-        """Columns (B, K) of the top, one from each stratum of each row's usable columns, best stratum first."""
+        """Columns (B, K) of the top: one from each stratum of the row's usable columns, best stratum first."""
         order_BR = np.argsort(~usable_BR, axis=1, kind="stable")  # usable columns first, best first
         counts_B = usable_BR.sum(1)
         places_BK = np.empty((len(usable_BR), min(self.negatives, usable_BR.shape[1])), np.int64)
@@ -126,17 +126,17 @@ class BatchPlan:
 
 
 def rank_strata(count: int, strata: int) -> Int64Array:
-    """Edges (strata + 1,) of `strata` ranges of the ranks 0..count-1, in geometric steps but at least one rank wide:
-    the first strata are single ranks, the last are broad.
+    """Edges (strata + 1,) of `strata` ranges of the ranks 0..count-1.
 
-    With fewer ranks than strata, the ranges behind the last rank are of ranks that do not exist.
+    The steps are geometric but at least one rank wide: the first strata are single ranks, the last are broad. With
+    fewer ranks than strata, the last ranges are of ranks that do not exist.
     """
     if count <= strata:
         return np.arange(strata + 1)
     edges = [round((count + 1) ** (i / strata)) - 1 for i in range(strata + 1)]
     for i in range(1, strata + 1):  # steps shorter than a rank are widened
         edges[i] = max(edges[i], edges[i - 1] + 1)
-    for i in range(strata, 0, -1):  # and what was pushed beyond the end comes back
+    for i in range(strata, 0, -1):  # edges that this moved beyond the end come back
         edges[i] = min(edges[i], count - (strata - i))
     return np.array(edges, np.int64)
 
@@ -162,11 +162,11 @@ class _LabelledPairs:
 
 
 def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
-    """Bool (B, N): False where a passage of the batch is no negative of the query, and not its positive column either.
+    """Bool (B, N): the columns that count in the softmax of each row: the query's positive, and its negatives.
 
-    Column i * M holds query i's own positive, and the M - 1 columns behind it its own negatives. For row i, other
-    columns that hold a labelled passage of the query are excluded from the row's softmax. Of several columns with one
-    passage one counts: the query's own, else the leftmost.
+    Column i * M holds query i's positive, the next M - 1 columns its own negatives. In row i no other column with a
+    labelled passage of the query is valid. Of several columns with the same passage one is valid: the query's own, else
+    the leftmost.
     """
     flat = batch.passages_BM.reshape(-1)
     rows = np.arange(len(batch.queries_B))
@@ -187,7 +187,7 @@ def valid_mask(batch: Batch, positives: Positives) -> BoolArray:
 def _prefer_own(
     valid: BoolArray, passages_BM: Int64Array, by_passage: Int64Array, order: Int64Array, repeated: Int64Array
 ) -> None:
-    """Where a query's own column repeats a passage of another query's list, its row counts its own instead."""
+    """In the row of a query, its own column replaces the column of another query's list with the same passage."""
     width = passages_BM.shape[1]
     for column in repeated.tolist():
         row, place = divmod(column, width)

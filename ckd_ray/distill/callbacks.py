@@ -1,8 +1,8 @@
-"""Loggers that other packages bring, as callbacks of Ray Train.
+"""Loggers of other packages, as callbacks of Ray Train.
 
-A package registers a subclass of `ray.train.UserCallback` as an entry point of the group `ckd_ray.callbacks`; a
-configuration names it (`distill.callbacks: [NAME]`). Only what is installed under that group can be named, so a
-configuration from elsewhere starts no code of its own choice.
+A package registers a subclass of `ray.train.UserCallback` as an entry point of the group `ckd_ray.callbacks`, and a
+configuration names it (`distill.callbacks: [NAME]`). A configuration can only name what is installed under that group,
+so an untrusted one cannot choose which code runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ GROUP = "ckd_ray.callbacks"
 
 
 def load_callbacks(names: Sequence[str], key: str) -> list[Any]:
-    """An instance of each named callback, made without arguments.
+    """An instance of each named callback, constructed without arguments.
 
     Raises:
-        UserError: no installed package registers the name, or it is no UserCallback.
+        UserError: no installed package registers the name, or it is not a UserCallback.
     """
     from ray.train import UserCallback
 

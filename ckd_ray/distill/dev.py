@@ -1,9 +1,9 @@
 """A bounded measurement on dev during training: MRR@10 of some dev queries over a fixed pool of passages.
 
-The pool is the labelled passages of the queries and, up to its size, others: before distillation those that the teacher
-ranks highest among a sample of the corpus (near misses tell models apart, random passages do not), before the teacher's
-training a sample. Queries and sample follow from the seed. Shapes: B dev queries, P passages of the pool, S sampled
-ones, D dimensions.
+The pool holds the labelled passages of the queries and, up to its size, others. In a distillation these are the
+passages of a sample that the teacher ranks highest (near misses tell models apart, random passages do not); in the
+teacher's training they are a sample. The seed determines queries and sample. Shapes: B dev queries, P passages of the
+pool, S sampled passages, D dimensions.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ckd_ray.model.length_buckets import default_token_budget, token_budget_batc
 from ckd_ray.store import EmbeddingStore
 
 CUTOFF = 10
-_SAMPLE = 8  # sampled passages for each of the pool
+_SAMPLE = 8  # passages of the sample for each passage of the pool
 
 
 class DevMeasure:
-    """Measures a model on dev; every worker encodes a share of the pool, and all get the same number.
+    """Measures a model on dev. Every worker encodes a share of the pool, and all get the same result.
 
     Args:
-        pool: of an earlier start of the same training; chosen anew when None.
+        pool: the pool of an earlier start of the same training; None chooses one.
 
     Attributes:
         pool_P: dense indices, ascending.
@@ -83,7 +83,7 @@ class DevMeasure:
 
     @torch.inference_mode()
     def _teacher_scores(self, embeddings: str, others: Int64Array) -> Tensor:
-        """(B, S) by the teacher's own rows; each worker scores a share of the sample."""
+        """(B, S) from the teacher's rows in the store; each worker scores a share of the sample."""
         queries = EmbeddingStore.open(join(embeddings, "queries.dev"))
         passages = EmbeddingStore.open(join(embeddings, "passages"))
         rows_BQD = queries.gather(self.queries_B).embeddings_TD.reshape(len(self.queries_B), -1, queries.dim)
@@ -95,7 +95,7 @@ class DevMeasure:
         return self._together(torch.cat(parts, 1), len(others))
 
     def _together(self, scores_Bp: Tensor, total: int) -> Tensor:
-        """Columns of all workers, put back in order: worker r holds those numbered r, r + world, ..."""
+        """The columns of all workers in order; worker r holds columns r, r + world, ..."""
         if self.world == 1:
             return scores_Bp.cpu()
         widest = -(-total // self.world)
@@ -105,7 +105,7 @@ class DevMeasure:
         return torch.stack(parts, 2).flatten(1)[:, :total].cpu()
 
     def __call__(self) -> float:
-        """MRR@10 of the model as it is now; its training mode is left as it was."""
+        """MRR@10 of the model in its present state. The training mode does not change."""
         before = self.model.training
         self.model.eval()
         try:

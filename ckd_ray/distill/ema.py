@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which takes their place where the model is measured and kept."""
+"""An exponential moving average of the weights, with which the model is measured and saved."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 class MovingAverage:
     """average <- d * average + (1 - d) * weights after every step.
 
-    d is `decay`, but at most (1 + t) / (10 + t) after t steps, so that the start is forgotten in a short run too.
+    d is `decay`, but at most (1 + t) / (10 + t) after t steps, so that a short training forgets the start as well.
 
     Args:
-        parameters: the weights, in an order that is the same at every start.
-        averages: of an earlier run; a copy of the weights when None.
+        parameters: the weights, in the same order at every start.
+        averages: the averages to resume from; None starts with a copy of the weights.
     """
 
     def __init__(self, parameters: list[Tensor], decay: float, averages: list[Tensor] | None = None) -> None:
@@ -28,13 +28,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the optimiser's step number `step` (from 0)."""
+        """Call after the optimiser's step number `step` (from 0)."""
         decay = min(self.decay, (2 + step) / (11 + step))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averages for its weights within the block."""
+        """A context in which the model has the averages as its weights."""
         kept = [p.detach().clone() for p in self.parameters]
         self._fill(self.averages)
         try:

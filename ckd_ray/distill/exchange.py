@@ -1,8 +1,8 @@
-"""What workers exchange in a step: queries before scoring, scores after it.
+"""The exchange between workers in a step: queries before scoring, scores after it.
 
-A worker scores its own passages for the queries of all workers. Query rows are a tenth of the bytes of passage rows,
-and no worker ever holds the passages of another. Shapes: b queries and n passages of a worker, B and N of all, Q rows,
-D dimensions, K matrices of scores.
+A worker scores its own passages for the queries of all workers. Query rows have a tenth of the bytes of passage rows,
+and no worker holds the passages of another. Shapes: b queries and n passages of a worker, B and N of all workers,
+Q rows, D dimensions, K matrices of scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 def gather_queries(rows_bQD: Tensor, counts: Sequence[int]) -> Tensor:
-    """(B, Q, D): the rows of all workers in rank order. The backward pass sums every worker's gradient of our rows.
+    """(B, Q, D): the rows of all workers in rank order. The backward pass sums the workers' gradients of our rows.
 
     Args:
         counts: b of every worker.
@@ -29,8 +29,8 @@ def gather_queries(rows_bQD: Tensor, counts: Sequence[int]) -> Tensor:
 def gather_scores(scores_KBn: Tensor, counts: Sequence[int]) -> Tensor:
     """(K, B, N): the columns of all workers in rank order.
 
-    Every worker goes on to compute the same loss from the same matrix, so the gradient of our columns is complete here
-    and nothing is exchanged in the backward pass.
+    Every worker then computes the same loss from the same matrix. So the gradient of our columns is complete on this
+    worker, and the backward pass exchanges nothing.
 
     Args:
         counts: n of every worker.

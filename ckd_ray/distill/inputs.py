@@ -1,8 +1,8 @@
 """The tensors of a batch, read ahead of the step that needs them.
 
 A worker encodes its own slice of the global batch and scores its passages for the queries of all workers. Shapes: b
-queries of this worker, n = b * M its passages, B queries and N passages that meet in the loss (the global batch, or the
-worker's own slice when negatives are not shared), Q and L rows, D dimensions.
+queries and n = b * M passages of this worker, B queries and N passages of the loss (the global batch, or the worker's
+own slice when negatives are not shared), Q and L rows, D dimensions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ckd_ray.retrieve.rankings import read_ranking_matrix
 
 @dataclass
 class Part:
-    """What is encoded at a time: queries, and passages in groups of like length, each (ids_gL, attention mask_gL)."""
+    """Texts that are encoded together: queries, and groups of passages of similar length, (ids_gL, mask_gL) each."""
 
     query_ids_bQ: Tensor
     query_mask_bQ: Tensor
@@ -42,16 +42,17 @@ class Part:
 
 @dataclass
 class StepInputs:
-    """Everything a step needs on this worker.
+    """The inputs of a step on this worker.
 
     Attributes:
-        parts: the worker's queries in order, and its passages in the order of `columns_n`; one part, or as many as
-            the batch is accumulated from.
-        columns_n: where each encoded passage stands among the worker's n passages.
-        positives_B: column of each query's positive among the N passages; valid_BN: see `valid_mask`.
-        teacher: None for objectives without a teacher.
-        scores_BN: the teacher's scores, where they are not computed from `teacher`; scored_BN: which pairs have one.
-        ensemble_BN: what further scorers add to the teacher's scores.
+        parts: the worker's queries in order, and its passages in the order of `columns_n`; as many parts as
+            `accumulate`.
+        columns_n: the position of each encoded passage among the worker's n passages.
+        positives_B: column of each query's positive among the N passages.
+        valid_BN: see `valid_mask`.
+        teacher: the inputs of the teacher's scores, for objectives that compute them from its rows.
+        scores_BN: the teacher's scores, for objectives that read them; scored_BN: which pairs have one.
+        ensemble_BN: the scores that further scorers add to the teacher's.
     """
 
     step: int
@@ -65,7 +66,7 @@ class StepInputs:
     ensemble_BN: Tensor | None = None
 
     def to(self, device: torch.device) -> StepInputs:
-        """A copy on `device`."""
+        """The inputs on `device`."""
         moved: StepInputs = _moved(self, device)
         return moved
 
@@ -81,7 +82,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def worker_slice(batch_size: int, rank: int, world: int) -> slice:
-    """The queries of the global batch that worker `rank` of `world` encodes; sizes differ by one at most."""
+    """The queries of the global batch that worker `rank` of `world` encodes; sizes differ by at most one."""
     return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
 
 
@@ -151,7 +152,7 @@ class InputReader:
         )
 
     def _parts(self, queries_b: Int64Array, passages_n: Int64Array) -> tuple[list[Part], list[Int64Array]]:
-        """The parts, and which of the passages stand in each group of each part, one after the other."""
+        """The parts, and the passages of each group of all parts."""
         query_ids, query_mask = self.tokenizer.queries([self.query_texts[i] for i in queries_b.tolist()])
         tokens = self.tokenizer.passages(self.collection.texts(passages_n), self.task.settings.doc_maxlen)
         lengths = np.array([len(ids) for ids in tokens], np.int64)
@@ -171,7 +172,7 @@ class InputReader:
         return self.tokenizer.pad([tokens[i] for i in group.tolist()], 8 if self.on_gpu else 1)
 
     def stream(self, start: int, ahead: int = 2) -> Iterator[StepInputs]:
-        """Inputs of the steps from `start` to the last, read by a thread that stays `ahead` steps in front."""
+        """Inputs of the steps from `start` to the last; a thread reads up to `ahead` steps in advance."""
         ready: queue.Queue[StepInputs | BaseException] = queue.Queue(maxsize=ahead)
         stop = threading.Event()
 

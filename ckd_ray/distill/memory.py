@@ -1,4 +1,4 @@
-"""Memory that the allocator keeps of freed tensors, given back between the parts of a large batch."""
+"""Return the memory of freed tensors to the system between the parts of a large batch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 
 @lru_cache(maxsize=1)
 def _malloc_trim() -> Any:
-    """The function of glibc; None where the C library is another."""
+    """The function of glibc; None with another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
         return None
 
 
-def give_back_freed() -> None:
-    """Return freed pages to the system. Parts of different lengths leave holes that the next part does not fit into;
-    without this a batch in 8 parts grew to 1.44 times the memory of one part, with it to 1.25 times (docs/log.md)."""
+def return_freed_memory() -> None:
+    """Return freed pages to the system.
+
+    Parts of different lengths leave gaps into which the next part does not fit. A batch in 8 parts took 1.44 times the
+    memory of one part without this, and takes 1.25 times with it (docs/log.md).
+    """
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -1,8 +1,8 @@
-"""What a training run records, in parts: each checkpoint closes one part, as JSON lines and as TensorBoard events.
+"""The records of a training, in parts: each checkpoint closes a part, as JSON lines and as TensorBoard events.
 
-A part has the name of its step, so a step that is done again after a crash writes the same file again, and no file
-grows with the run. The driver joins the parts at the end. A record holds step, loss, learning_rate, gradient_norm,
-target_entropy, target_entropy_share, label_mass, seconds, workers, time, and mrr@10 where dev was measured.
+The step names the part, so a step that is repeated after a crash writes the same file again, and no file grows with the
+run. The driver joins the parts at the end. A record holds step, loss, learning_rate, gradient_norm, target_entropy,
+target_entropy_share, label_mass, seconds, workers, time, and mrr@10 where dev was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCALARS = (
 
 
 def write_part(folder: str, stage: str, next_step: int, records: Sequence[Record]) -> None:
-    """Write the records up to `next_step` into `folder`; `tensorboard --logdir RUN` finds the events there."""
+    """Write the records before `next_step` into `folder`, where `tensorboard --logdir RUN` finds the events."""
     if not records:
         return
     lines = "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -36,7 +36,7 @@ def write_part(folder: str, stage: str, next_step: int, records: Sequence[Record
 
 
 def read_parts(folder: str, stop: int) -> list[Record]:
-    """All records below step `stop`, by step, each once."""
+    """All records before step `stop`, in the order of their steps, each once."""
     by_step: dict[int, Record] = {}
     for name in list_files(folder, ".jsonl"):
         fs, path = filesystem_of(join(folder, name))

@@ -1,6 +1,6 @@
-"""How many training workers there are to be, and whether the cluster has room for them, in numbers.
+"""The number of training workers, and whether they fit the cluster.
 
-A placement that does not fit would wait without a word, so it is refused before the start.
+Ray waits silently for a placement that does not fit, so such a placement is refused before the start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ CPUS_PER_WORKER = 1
 
 @dataclass(frozen=True)
 class Placement:
-    """fewest, most: workers; the same unless training is elastic. use_gpu: each takes one, or the share `gpus`."""
+    """The least and largest number of workers (equal unless training is elastic), and the resources of each.
+
+    Attributes:
+        use_gpu: whether each worker takes a GPU, or the share `gpus` of one.
+    """
 
     fewest: int
     most: int
@@ -29,12 +33,12 @@ class Placement:
 
     @property
     def num_workers(self) -> int | tuple[int, int]:
-        """As Ray's ScalingConfig takes it."""
+        """The argument of Ray's ScalingConfig."""
         return self.fewest if self.fewest == self.most else (self.fewest, self.most)
 
     @property
     def resources(self) -> dict[str, float]:
-        """Of one worker."""
+        """The resources of one worker."""
         return {"CPU": self.cpus, "GPU": self.gpus} if self.use_gpu else {"CPU": self.cpus}
 
 
@@ -91,13 +95,13 @@ def place_workers(workers: int | str, batch_size: int, key: str, nodes: Sequence
 
 
 def _room(node: Mapping[str, Any], use_gpu: bool) -> int:
-    """Workers that one node holds."""
+    """The number of workers that fit on one node."""
     cpus = int(node.get("CPU", 0) // CPUS_PER_WORKER)
     return min(cpus, int(node.get("GPU", 0))) if use_gpu else cpus
 
 
 def _say_what_is_taken(placement: Placement, key: str) -> None:
-    """Another job on the cluster may hold what the workers need; training then waits for it, and says so."""
+    """Tell the user when other jobs hold resources that the workers need: training then waits for them."""
     free = ray.available_resources()
     for name, each in placement.resources.items():
         if free.get(name, 0) < each * placement.fewest:

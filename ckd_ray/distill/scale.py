@@ -1,9 +1,9 @@
-"""The score scale of a training: what the student's scores are divided by before the softmax of the loss.
+"""The score scale of a training: the divisor of the student's scores before the softmax of the loss.
 
-MaxSim adds one similarity for each query row. With 32 rows the scores of random passages lie several units apart and
-the label tens of units above them, so an undivided softmax gives the label everything, the loss is 0.000 in most steps,
-and what training still does is to widen the gaps further. Dividing by the spread of the scores keeps every passage of
-the batch in the loss, for any encoder, query length and similarity. Measured in evidence.md. Shapes: B queries, N
+MaxSim adds one similarity for each query row. With 32 rows the scores of random passages lie several units apart, and
+the label lies tens of units above them. An undivided softmax then gives the label all the probability, the loss is
+0.000 in most steps, and training only widens the gaps. Dividing by the spread of the scores keeps every passage of the
+batch in the loss, for any encoder, query length and similarity (measured in docs/evidence.md). Shapes: B queries, N
 passages.
 """
 
@@ -19,8 +19,8 @@ from ckd_ray.distill.batches import BatchPlan, valid_mask
 from ckd_ray.model import ColBERT, maxsim
 from ckd_ray.model.encoder import Precision, computing
 
-# The scale in standard deviations of a query's scores over random passages: training at such a scale about doubles the
-# spread, so a trained model has the same scale with half the factor.
+# The scale in standard deviations of a query's scores over random passages. Training at this scale about doubles the
+# spread, so half the factor gives a trained model the same scale.
 UNTRAINED, TRAINED = 1.25, 0.55
 _QUERIES, _PASSAGES_A_QUERY = 32, 2
 _SMALLEST = 1e-3
@@ -36,11 +36,11 @@ def measured_scale(
     precision: Precision,
     doc_maxlen: int | None = None,
 ) -> float:
-    """The scale for a training that starts from `model`, from its scores of 32 training queries and 64 passages: their
-    labels and as many others, drawn from `seed`.
+    """The scale for a training that starts from `model`. It follows from the model's scores of 32 training queries and
+    64 passages, their labels and as many others, which `seed` determines.
 
     Args:
-        trained: whether the model ranks by MaxSim already, or its projection is new.
+        trained: whether the model was trained for MaxSim; False for a new projection.
         doc_maxlen: most tokens of a passage in the training; `model.doc_maxlen` when None.
     """
     plan = BatchPlan(
@@ -68,8 +68,7 @@ def measured_scale(
 
 
 def spread(scores_BN: Tensor, counted_BN: Tensor) -> float:
-    """Mean over the queries of the standard deviation of the scores that count; queries with fewer than two are left
-    out."""
+    """Mean over the queries of the standard deviation of the counted scores; queries with fewer than two are left out."""
     rows = [row[kept].double() for row, kept in zip(scores_BN, counted_BN, strict=True)]
     found = [float(row.std()) for row in rows if len(row) > 1]
     return float(np.mean(found)) if found else 0.0

@@ -19,7 +19,7 @@ from ckd_ray.collective.losses import BatchScores, LossRows, contrastive
 from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.distill.exchange import gather_queries, gather_scores
 from ckd_ray.distill.inputs import Part, StepInputs, worker_slice
-from ckd_ray.distill.memory import give_back_freed
+from ckd_ray.distill.memory import return_freed_memory
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows
 from ckd_ray.model import ColBERT
@@ -31,14 +31,14 @@ Encoded = tuple[Tensor, list[Rows]]
 
 
 class BatchEncoder(nn.Module):
-    """A `ColBERT` that encodes queries and groups of passages in one call, as DDP wants it."""
+    """Encodes queries and groups of passages in one forward call, as DDP requires."""
 
     def __init__(self, model: ColBERT) -> None:
         super().__init__()
         self.colbert = model
 
     def forward(self, query_ids_bQ: Tensor, query_mask_bQ: Tensor, groups: list[Rows]) -> Encoded:
-        """queries_bQD, and (rows_gLD, keep_gL) of every group."""
+        """(queries_bQD, [(rows_gLD, keep_gL) of each group])."""
         if can_pack(self.colbert):
             return encode_packed(self.colbert, query_ids_bQ, query_mask_bQ, groups)
         queries_bQD = self.colbert.encode_queries(query_ids_bQ, query_mask_bQ)
@@ -50,13 +50,14 @@ class TrainingStep:
 
     Args:
         model: a `ColBERT`, or a `BatchEncoder` inside DDP.
-        world, rank: of the workers. The batch's loss is the mean over all their queries.
-        teacher: the frozen encoder, when its rows are to be computed again.
+        world: the number of workers. The loss of the batch is the mean over the queries of all workers.
+        rank: of this worker.
+        teacher: the frozen encoder, when the step computes its rows.
         scale: divides the scores before the softmax (`ckd_ray.distill.scale`).
 
     Attributes:
-        rows: what the loss of the last step says of each query, without a gradient; of this worker's queries alone when
-            negatives are not shared.
+        rows: the loss and its figures for each query of the last step, without gradients; for this worker's queries
+            only when negatives are not shared.
     """
 
     def __init__(
@@ -80,15 +81,15 @@ class TrainingStep:
         self.shares = world > 1 and task.settings.share_negatives
         spans = [worker_slice(task.settings.batch_size, r, world) for r in range(world)]
         self.counts = [span.stop - span.start for span in spans]
-        # By the largest slice, so that all workers take the same path: a worker with a single query has one part where
-        # others have more, and the two paths enter their collectives in different orders.
+        # The largest slice decides, so that all workers take the same path. A worker with a single query has one part
+        # where others have more, and the two paths run their collective operations in different orders.
         self.in_parts = task.settings.accumulate > 1 and max(self.counts) > 1
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        """Backward pass included. Returns the loss of the whole batch, the same on every worker.
+        """Forward and backward pass. Returns the loss of the whole batch, the same on every worker.
 
         Raises:
-            FloatingPointError: on every worker alike, before gradients are exchanged: the loss is not finite.
+            FloatingPointError: the loss is not finite. Raised on every worker, before gradients are exchanged.
         """
         if self.in_parts:
             return self._cached(inputs)
@@ -99,7 +100,7 @@ class TrainingStep:
 
     def _encode(self, inputs: StepInputs, part: int, encoder: nn.Module) -> Encoded:
         if self.task.dropout:
-            # The masks follow from the step, so neither a restart nor the second encoding of a part changes them.
+            # The step determines the masks, so neither a restart nor the second encoding of a part changes them.
             state = np.random.SeedSequence([self.task.seed, inputs.step, self.rank, part]).generate_state(1, np.uint64)
             torch.manual_seed(int(state[0] >> 1))
         return self._run(encoder, inputs.parts[part])
@@ -110,13 +111,13 @@ class TrainingStep:
         return encoded
 
     def _backward(self, loss: Tensor) -> None:
-        # Workers hold either the whole loss, of whose gradient each computes what flows through its own texts, or
-        # their share of it. Both add up to the batch's gradient, which DDP divides by the number of workers.
+        # A worker has either the whole loss, and computes the part of its gradient that flows through its own texts,
+        # or its share of the loss. Both add up to the batch's gradient, which DDP divides by the number of workers.
         (loss * self.world).backward()
 
     def _agreed(self, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss with its graph, loss of the batch). When negatives are not shared, a worker may be alone with a NaN;
-        the others must know before they wait for its gradients."""
+        """(loss with its graph, loss of the batch). When negatives are not shared, a single worker may have a NaN; the
+        others must know before they wait for its gradients."""
         if self.world == 1 or self.shares:
             loss = compute()
             return loss, loss.detach()
@@ -133,7 +134,7 @@ class TrainingStep:
         return loss, total
 
     def _loss(self, inputs: StepInputs, queries_bQD: Tensor, groups: list[Rows]) -> Tensor:
-        """Mean over the batch's queries; this worker's share of it when negatives are not shared."""
+        """The mean over the batch's queries; this worker's share of it when negatives are not shared."""
         task = self.task
         queries_BQD = gather_queries(queries_bQD, self.counts) if self.shares else queries_bQD
         found = [maxsim(queries_BQD, *rows, similarity=self.similarity, zero_row_floor=task.zero_row_floor)
@@ -165,7 +166,7 @@ class TrainingStep:
 
     @staticmethod
     def _columns(found: list[Tensor], inputs: StepInputs) -> Tensor:
-        """Scores of all groups, the columns in the order of the worker's passages."""
+        """The scores of all groups, columns in the order of the worker's passages."""
         return torch.cat(found, 1)[:, inputs.columns_n.argsort()]
 
     @torch.no_grad()
@@ -175,7 +176,7 @@ class TrainingStep:
         assert teacher is not None
         queries_bQD, groups = teacher.queries_bQD, teacher.passages
         if self.frozen is not None:
-            # Rounded as in the store, and half the memory.
+            # float16 as in the store, for the same scores and half the memory.
             parts = [self._run(self.frozen, part) for part in inputs.parts]
             queries_bQD = torch.cat([queries for queries, _ in parts]).half()
             groups = [(rows.half(), keep) for _, found in parts for rows, keep in found]
@@ -210,8 +211,8 @@ class TrainingStep:
     def _cached(self, inputs: StepInputs) -> Tensor:
         """Cached gradients (GradCache, Gao et al. 2021): memory of one part, loss of the whole batch.
 
-        Embeddings are computed part by part without a graph, the loss gives their gradients, and each part is encoded
-        once more, under the same dropout, to carry these into the weights.
+        The parts are encoded without a graph, and the loss gives the gradients of their embeddings. Then each part is
+        encoded again, with the same dropout, to propagate these gradients to the weights.
         """
         count = len(inputs.parts)
         with torch.no_grad():
@@ -242,4 +243,4 @@ class TrainingStep:
 
     def _between_parts(self) -> None:
         if self.bare.colbert.device.type == "cpu":
-            give_back_freed()
+            return_freed_memory()

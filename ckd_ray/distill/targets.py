@@ -1,4 +1,4 @@
-"""What the targets of a training looked like, and whether they had anything to teach."""
+"""Figures of a training's targets, and whether such targets can teach anything."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 FIGURES = ("target_entropy", "target_entropy_share", "label_mass")
-# A target with less than this share of the highest entropy is the bare label, or one bare candidate; with more it is
-# even.
+# Below the first share of the highest entropy a target is one-hot, above the second it is uniform.
 _ONE_HOT, _UNIFORM = 0.02, 0.98
 
 
 def targets_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the recorded steps: `target_entropy` (nats), its share of the highest possible entropy, and
-    `label_mass`, the probability of the label. Empty without records of them."""
+    """Means over the recorded steps of `target_entropy` (nats), of its share of the highest possible entropy, and of
+    `label_mass`, the probability of the label. Empty when no record has them."""
     known = [record for record in records if all(name in record for name in FIGURES)]
     if not known:
         return {}
@@ -23,11 +22,12 @@ def targets_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def degenerate(targets: Mapping[str, float], temperature: float | str) -> str | None:
-    """A sentence for people when a teacher's targets were one-hot or uniform, which teaches nothing that the label or
-    label smoothing does not; None when they were neither, or are unknown.
+    """A warning when the teacher's targets were one-hot or uniform, and so taught no more than the label or label
+    smoothing; None when they were neither, or are unknown.
 
     Args:
-        targets: of `targets_of`; temperature: `distill.temperature`.
+        targets: the result of `targets_of`.
+        temperature: `distill.temperature`.
     """
     share = targets.get("target_entropy_share")
     if share is None or _ONE_HOT <= share <= _UNIFORM:

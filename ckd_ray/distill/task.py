@@ -1,4 +1,4 @@
-"""What a training run needs to know, the same in every process and after every restart."""
+"""The description of a training, the same in every process and after every restart."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ class TrainingTask:
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """The objective of a student; plain contrastive training for a teacher."""
         return OBJECTIVES[self.distillation.objective] if self.distillation else BASELINE
 
     @property
     def zero_row_floor(self) -> bool:
-        """Whether scores have the clip of the published training score."""
+        """`distill.zero_row_floor`; False for a teacher."""
         return bool(self.distillation and self.distillation.zero_row_floor)
 
     @property
     def recomputes_teacher(self) -> bool:
-        """Whether workers run the teacher's encoder."""
+        """Whether the workers run the teacher's encoder."""
         d = self.distillation
         return d is not None and self.objective.reads_rows and d.teacher_embeddings == "recompute"
 

@@ -1,7 +1,7 @@
-"""The frozen teacher's side of a batch: its rows read from the store, or computed again by its encoder.
+"""The frozen teacher's inputs of a batch: its rows from the store, unless its encoder computes them again.
 
-A worker reads the rows of its own queries and passages alone, so the work of reading and decoding does not grow with
-the number of workers; scores, not rows, are exchanged. Shapes: b queries of a worker, g passages of a group, Q and L
+A worker reads only the rows of its own queries and passages, so the work of reading and decoding does not grow with the
+number of workers; workers exchange scores, not rows. Shapes: b queries of a worker, g passages of a group, Q and L
 rows, D dimensions, E expansion embeddings.
 """
 
@@ -24,13 +24,13 @@ Rows = tuple[Tensor, Tensor]
 
 @dataclass
 class TeacherInputs:
-    """What a step needs of the teacher.
+    """The teacher's inputs of a step.
 
     Attributes:
         expansions_bED, idf_bE: float32; E is 0 for objectives without an expansion.
-        queries_bQD: rows of the worker's queries, float16; passages: (rows_gLD, mask_gL) of each group. Both are None
-            when the step is to compute them again.
-        depths: the blocks that E consists of, see `expansion_weights`.
+        queries_bQD: rows of the worker's queries, float16; None when the step computes them.
+        passages: (rows_gLD, mask_gL) of each group; None when the step computes them.
+        depths: the number of depths of feedback in E, see `expansion_weights`.
     """
 
     expansions_bED: Tensor
@@ -41,7 +41,7 @@ class TeacherInputs:
 
 
 class TeacherReader:
-    """Reads the teacher's side of a worker's slice of a batch; called by the thread that reads ahead, which decodes."""
+    """Reads and decodes the teacher's inputs of a worker's slice of a batch, in the thread that reads ahead."""
 
     def __init__(self, task: TrainingTask, dim: int) -> None:
         self.task, self.dim = task, dim
@@ -53,7 +53,7 @@ class TeacherReader:
         self.expansions = ExpansionReader.open(join(task.run, task.labels), "train") if reads_expansions else None
 
     def read(self, queries_b: Int64Array, groups: Sequence[Int64Array]) -> TeacherInputs:
-        """Args: dense indices of the queries, and of the passages of each group."""
+        """The inputs for these queries and groups of passages, given as dense indices."""
         b = len(queries_b)
         expansions, idf, depths = torch.zeros(b, 0, self.dim), torch.zeros(b, 0), 1
         if self.expansions is not None and self.task.distillation is not None:

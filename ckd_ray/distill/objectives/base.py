@@ -1,6 +1,6 @@
-"""What an objective is. Each one stands in a file of its own beside this one; no other file knows them by name.
+"""The class of objectives. Each objective has a file in this folder, and no other code compares their names.
 
-Torch is imported when a loss is computed: configurations are checked against objectives without it.
+Only the computation of a loss imports torch, because configurations are checked against objectives without it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Problems = Iterator[tuple[str, str]]  # (path of the key, what is wrong and how 
 
 
 class TeacherScores(Enum):
-    """Where an objective takes its teacher's scores from."""
+    """The source of the teacher's scores."""
 
     NONE = "none"
     ROWS = "rows"  # MaxSim of the teacher's token embeddings
     EXPANDED = "expanded"  # the same, with the expansion of the labels
-    PAIRS = "pairs"  # scores of (query, passage) pairs, made before training
+    PAIRS = "pairs"  # scores of (query, passage) pairs, computed before training
 
 
 # The keys of `distill` that each `distill.loss` reads besides those of every loss.
@@ -43,15 +43,15 @@ class Objective:
     """One way of training a student.
 
     Attributes:
-        name: as in `distill.objective`.
+        name: the value of `distill.objective`.
         formula: the target or loss, for `training.json`, in the notation of `ckd_ray.collective.losses`.
-        scores: where the teacher's scores come from.
+        scores: the source of the teacher's scores.
         stages: stages whose artefacts it reads with these settings, besides those that every distillation reads.
-        own_keys: keys of `distill` that it reads and some other objective does not, `distill.loss` and what follows
-            from it aside.
-        problems: what is wrong with a configuration that uses it, besides what `mistakes` finds for all objectives.
-        in_comparison: what it changes in section `distill` when `ckd-ray compare` trains it under the budget of
-            another objective, given the configuration.
+        own_keys: keys of `distill` that it reads and some other objective does not, except for `distill.loss` and the
+            keys that a loss reads.
+        problems: the problems of a configuration that only this objective has; `mistakes` yields these and the common
+            ones.
+        in_comparison: the keys of `distill` that `ckd-ray compare` changes for it, given the configuration.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Objective:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether it has a teacher at all."""
+        """Whether it has a teacher."""
         return self.scores is not TeacherScores.NONE
 
     @property
@@ -87,13 +87,13 @@ class Objective:
         return scorers_of(settings) if self.reads_expansions else ()
 
     def keys(self, settings: DistillConfig) -> frozenset[str]:
-        """The keys of `distill` that this objective reads with these settings and that not every objective reads."""
+        """The keys of `distill` that this objective reads with these settings and some other objective does not."""
         if not self.has_teacher:
             return self.own_keys
         return self.own_keys | _TEACHER_KEYS | LOSS_KEYS[settings.loss] | _beta_keys(self, settings)
 
     def mistakes(self, config: Config) -> Problems:
-        """What is wrong with section `distill` of a configuration that uses this objective."""
+        """The problems of section `distill` in a configuration with this objective."""
         yield from self.problems(config)
         d = config.distill
         if not self.has_teacher:
@@ -108,7 +108,7 @@ class Objective:
             yield "distill.teacher_weight", "is the teacher's share of the target of loss mixture: it must be at most 1"
 
     def all_keys(self) -> frozenset[str]:
-        """The keys of `distill` that it may read, whatever the other settings."""
+        """The keys of `distill` that it reads with some setting of the others."""
         if not self.has_teacher:
             return self.own_keys
         return (self.own_keys | _TEACHER_KEYS).union(*LOSS_KEYS.values())
@@ -151,7 +151,7 @@ def scorers_of(settings: DistillConfig) -> tuple[str, ...]:
 
 
 def _beta_keys(objective: Objective, settings: DistillConfig) -> frozenset[str]:
-    """`expansion_share` counts where `beta` is auto."""
+    """The keys that set the weight of the expansion; `expansion_share` counts only with `beta: auto`."""
     if not objective.reads_expansions:
         return frozenset()
     return frozenset({"beta", "expansion_share"}) if settings.beta == "auto" else frozenset({"beta"})
