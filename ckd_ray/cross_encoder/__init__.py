@@ -1,5 +1,5 @@
-"""Labels from another teacher: scores of (query, candidate) pairs, from a file or from a sequence classifier.
+"""Another teacher: scores of (query, candidate) pairs, from a file or from a sequence classifier.
 
-`scores` keeps them and reads them in training, `score_file` takes them from a file, `classifier` computes them (pure
-torch), `stream` does so on a cluster.
+`scores` has their form on disk, `score_file` imports them from a file, `classifier` computes them (pure torch), and
+`stream` computes them on a cluster.
 """

@@ -1,4 +1,4 @@
-"""Which pairs a cross-encoder has to judge: a query's labelled passages and the hard negatives that training draws.
+"""The pairs that a cross-encoder scores: a query's labelled passages, and the hard negatives that training draws from.
 
 Shapes: B queries, K = depth results a query.
 """
@@ -18,14 +18,10 @@ from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 
 @dataclass(frozen=True)
 class Candidates:
-    """labelled and negatives: dense passage indices of each query of a span; negatives are in the ranking's order."""
+    """Dense passage indices for each query of a span; negatives are in the order of the ranking."""
 
     labelled: list[Int64Array]
     negatives: list[Int64Array]
-
-    def all(self) -> list[Int64Array]:
-        """Both, the labelled ones first."""
-        return [np.concatenate(pair) for pair in zip(self.labelled, self.negatives, strict=True)]
 
 
 class CandidateReader:
@@ -38,14 +34,12 @@ class CandidateReader:
         self.rankings, self.depth = join(run, "rankings"), depth
 
     def read(self, first: int, stop: int) -> Candidates:
-        """Of the queries [first, stop); the labelled ones are taken out before the cut, as batches do."""
-        top = self._top(first, stop)
+        """The candidates of the queries [first, stop). As in batches, labelled passages do not count for the depth."""
         labelled = [self.positives.of(query) for query in range(first, stop)]
-        negatives = [
-            row[(row >= 0) & ~np.isin(row, known)][: self.depth] for row, known in zip(top, labelled, strict=True)
-        ]
-        # A query without a label is not trained on.
-        negatives = [row if len(known) else row[:0] for row, known in zip(negatives, labelled, strict=True)]
+        negatives = []
+        for row, known in zip(self._top(first, stop), labelled, strict=True):
+            depth = self.depth if len(known) else 0  # a query without a label is not trained on
+            negatives.append(row[(row >= 0) & ~np.isin(row, known)][:depth])
         return Candidates(labelled, negatives)
 
     def _top(self, first: int, stop: int) -> list[Int64Array]:

@@ -1,6 +1,6 @@
-"""Any `transformers` sequence classifier as a cross-encoder: one number for a (query, passage) pair. Pure torch.
+"""Any `transformers` sequence classifier as a cross-encoder: one score for a (query, passage) pair. Pure torch.
 
-Shapes: P pairs, T tokens of all of them, L tokens of the longest in a batch.
+Shapes: P pairs, T tokens of all pairs.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Pairs:
 
 
 class PairTokenizer:
-    """Tokenises pairs as the model was trained to see them, at most `maxlen` tokens; the longer text is cut first.
+    """Tokenises pairs in the form of the model's training, at most `maxlen` tokens; the longer text is cut first.
 
     Raises:
-        UserError: there is no fast tokenizer here, it has no padding token, or `maxlen` is too long for the model.
+        UserError: the source has no fast tokenizer, it has no padding token, or `maxlen` is too long for the model.
     """
 
     def __init__(self, source: str, maxlen: int) -> None:
@@ -74,26 +74,21 @@ class PairTokenizer:
         ids = encoded["input_ids"]
         lengths = np.array([len(row) for row in ids], np.int32)
         types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-        return Pairs(_flat(ids), _flat(types), lengths)
-
-
-def _flat(rows: Sequence[Sequence[int]]) -> Int32Array:
-    return np.concatenate([np.array(row, np.int32) for row in rows])
+        return Pairs(*(np.concatenate([np.array(row, np.int32) for row in rows]) for rows in (ids, types)), lengths)
 
 
 class PairClassifier:
-    """A model ready to score pairs.
+    """A loaded model that scores pairs.
 
-    The score is the logit of a model with one label, and of one with two the log-odds of the second,
-    logit[1] - logit[0] = ln p / (1 - p): by custom label 1 is *relevant*. Both have the scale of a logit, so one
-    `distill.temperature` fits both.
+    With one label the score is the logit. With two labels it is the log-odds of the second, by convention *relevant*:
+    logit[1] - logit[0] = ln p / (1 - p). Both have the scale of a logit, so one `distill.temperature` fits both.
 
     Args:
-        token_budget: padded tokens a batch; bounds the activations' memory.
+        token_budget: padded tokens of a batch; bounds the activations' memory.
         precision: `fp32`, or `bf16` (autocast).
 
     Raises:
-        UserError: the source is no sequence classifier that can be loaded, or has another number of labels.
+        UserError: the source cannot be loaded as a sequence classifier, or has another number of labels.
     """
 
     def __init__(
@@ -113,13 +108,13 @@ class PairClassifier:
         tokenizer = _loaded(source, AutoTokenizer, folder, use_fast=True)
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._left = tokenizer.padding_side == "left"
-        if self.model.config.pad_token_id is None:  # decoders find the last token of each row by it
+        if self.model.config.pad_token_id is None:  # decoders find the last token of a row by it
             self.model.config.pad_token_id = self._pad_id
         self._takes_types = "token_type_ids" in tokenizer.model_input_names
 
     @torch.inference_mode()
     def score(self, pairs: Pairs) -> Float32Array:
-        """(P,) scores, in the order of the pairs; batches hold pairs of like length."""
+        """(P,) scores, in the order of the pairs; batches hold pairs of similar length."""
         out = np.empty(len(pairs.lengths), np.float32)
         ends = np.cumsum(pairs.lengths, dtype=np.int64)
         multiple = 8 if self.device.type == "cuda" else 1
@@ -142,11 +137,7 @@ class PairClassifier:
             length = int(pairs.lengths[pair])
             place = slice(width - length, width) if self._left else slice(0, length)
             tokens = slice(int(ends[pair]) - length, int(ends[pair]))
-            ids[row, place], types[row, place], mask[row, place] = (
-                pairs.token_ids[tokens],
-                pairs.token_types[tokens],
-                1,
-            )
+            ids[row, place], types[row, place], mask[row, place] = pairs.token_ids[tokens], pairs.token_types[tokens], 1
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._takes_types:
             inputs["token_type_ids"] = types
@@ -154,8 +145,7 @@ class PairClassifier:
 
 
 def absolute_folder(source: str) -> str:
-    """A folder that is here by its absolute path, for processes with another working directory; a hub id, or a folder
-    of a package, as it is."""
+    """The absolute path of a local folder, for processes with another working directory; any other source unchanged."""
     path = os.path.expanduser(source)
     return os.path.abspath(path) if os.path.isdir(path) else source
 
@@ -168,7 +158,7 @@ def _folder(source: str) -> str:
 
 
 def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, its errors in our words; code that comes with a model is never run."""
+    """`kind.from_pretrained` with our error messages. Code that comes with a model is never run."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,7 +1,7 @@
-"""Scores from a file into the parts that training reads.
+"""Import the scores of a file into the parts that training reads.
 
-The file is streamed. Its rows are spread over spill files by query, and each of these is then sorted in memory on its
-own, so that memory holds a block of rows, one spill file, the ids of the training queries and 16 bytes a passage.
+The rows of the file are streamed into spill files by query, and each spill file is sorted in memory. So memory holds a
+block of rows, one spill file, the ids of the training queries, and 16 bytes a passage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from ckd_ray.cross_encoder.candidates import CandidateReader
-from ckd_ray.cross_encoder.score_rows import ScoreRows, read_scores
+from ckd_ray.cross_encoder.score_rows import read_scores
 from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.data import Collection
 from ckd_ray.data.problems import Problems, shorten
@@ -34,11 +34,11 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass
 class Coverage:
-    """How much of what training looks at has a score."""
+    """Counts of the imported scores, and how many of the pairs that training reads have one."""
 
     pairs: int = 0
     queries: int = 0
-    labelled: list[int] = field(default_factory=lambda: [0, 0])  # with a score, in all
+    labelled: list[int] = field(default_factory=lambda: [0, 0])  # pairs with a score, all pairs
     negatives: list[int] = field(default_factory=lambda: [0, 0])
     skipped: int = 0
     repeated: int = 0
@@ -58,12 +58,11 @@ class Coverage:
 def import_scores(uri: str, out: str, candidates: CandidateReader, run: str) -> tuple[int, Coverage]:
     """Check the file `uri` and write its scores as parts into `out`.
 
-    An unknown id is a mistake, unless `collection.limit` has cut the corpus: then rows of passages that are not there
-    are counted and left out. A pair that stands there twice with one score counts once; with two scores it is a
-    mistake.
+    An unknown id is an error, except that rows of unknown passages are counted and left out where `collection.limit`
+    has cut the corpus. A repeated pair counts once; with two different scores it is an error.
 
     Returns:
-        queries a part, and the coverage.
+        The number of queries a part, and the coverage.
 
     Raises:
         InputError: with file and line, up to twenty problems at once.
@@ -74,7 +73,9 @@ def import_scores(uri: str, out: str, candidates: CandidateReader, run: str) -> 
     queries = collection.queries("train").ids
     spans, coverage = query_spans(len(queries)), Coverage()
     size = spans[0][1]
-    with tempfile.TemporaryDirectory(prefix="ckd-ray-scores-", dir=_beside(out)) as scratch:
+    # The disk of a local run has room for the spill files.
+    disk = os.path.dirname(filesystem_of(out)[1]) if is_local(out) else None
+    with tempfile.TemporaryDirectory(prefix="ckd-ray-scores-", dir=disk) as scratch:
         spills = _Spills(scratch, len(spans), size)
         _spread(uri, problems, spills, queries, collection, coverage)
         problems.check()
@@ -85,20 +86,24 @@ def import_scores(uri: str, out: str, candidates: CandidateReader, run: str) -> 
                 coverage.repeated += len(found) - len(rows)
                 _count(coverage, rows, first, stop, candidates)
                 if not problems.lines:
-                    _write(out, part, rows, first, queries[first:stop], collection)
+                    groups = _by_query(rows, first, stop)
+                    write_scores(
+                        out,
+                        "train",
+                        part,
+                        query_ids=queries[first:stop],
+                        passages=[group["passage"].astype(np.int64) for group in groups],
+                        scores=[group["score"] for group in groups],
+                        passage_ids=collection.passage_ids(rows["passage"].astype(np.int64)),
+                    )
                 progress.advance(stop - first)
     problems.check()
-    _judge(uri, coverage)
+    _report(uri, coverage)
     return size, coverage
 
 
-def _beside(out: str) -> str | None:
-    """Spill files lie on the disk of the run, which has room, where that is local."""
-    return os.path.dirname(filesystem_of(out)[1]) if is_local(out) else None
-
-
 class _Spills:
-    """Rows of consecutive parts, appended to at most `_MOST_SPILLS` files; the last one read stays in memory."""
+    """Rows of consecutive parts in at most `_MOST_SPILLS` files; the file that was read last stays in memory."""
 
     def __init__(self, folder: str, parts: int, queries_per_part: int) -> None:
         self.folder, self.queries_per_part = folder, queries_per_part
@@ -128,7 +133,7 @@ class _Spills:
 
 
 class PassageIndex:
-    """Dense indices of passage ids: found by 8-byte hashes, confirmed on the ids themselves."""
+    """The dense indices of passage ids, found by 8-byte hashes and confirmed by the ids themselves."""
 
     def __init__(self, collection: Collection) -> None:
         self._collection = collection
@@ -143,21 +148,20 @@ class PassageIndex:
         self._hashes = flat[self._order]
 
     def find(self, ids: list[str]) -> Int64Array:
-        """-1 for an id that is not in the corpus."""
+        """The index of each id; -1 for an id that is not in the corpus."""
         wanted = _hashes(ids)
         found = np.full(len(ids), -1, np.int64)
         at = np.searchsorted(self._hashes, wanted)
-        open_ = np.arange(len(ids))
-        while len(open_):  # a second round only where two ids of the corpus share a hash
-            inside = at[open_] < len(self._hashes)
-            open_ = open_[inside]
-            open_ = open_[self._hashes[at[open_]] == wanted[open_]]
-            index = self._order[at[open_]]
+        left = np.arange(len(ids))
+        while len(left):  # a second round only where two ids of the corpus share a hash
+            left = left[at[left] < len(self._hashes)]
+            left = left[self._hashes[at[left]] == wanted[left]]
+            index = self._order[at[left]]
             names = self._collection.passage_ids(index)
-            same = np.array([ids[i] == name for i, name in zip(open_.tolist(), names, strict=True)], bool)
-            found[open_[same]] = index[same]
-            open_ = open_[~same]
-            at[open_] += 1
+            same = np.array([ids[i] == name for i, name in zip(left.tolist(), names, strict=True)], bool)
+            found[left[same]] = index[same]
+            left = left[~same]
+            at[left] += 1
         return found
 
 
@@ -170,12 +174,17 @@ def _spread(
 ) -> None:
     passages = PassageIndex(collection)
     by_id = pa.array(queries, pa.string())
-    cut = collection.manifest.get("limit") is not None
+    limited = collection.manifest.get("limit") is not None
     for block in read_scores(uri, problems):
         query = pa.compute.index_in(pa.array(block.query_ids, pa.string()), value_set=by_id)
         query = query.fill_null(-1).to_numpy().astype(np.int64)
         passage = passages.find(block.passage_ids)
-        _name_unknown(uri, block, query, passage, problems, cut)
+        checks = [("query", block.query_ids, query, "an id of the training queries")]
+        checks += [] if limited else [("passage", block.passage_ids, passage, "an id of the corpus")]
+        for what, ids, found, expected in checks:
+            for i in np.flatnonzero(found < 0).tolist():
+                where, problem = f"{uri}:{block.lines[i]}", f"a score of an unknown {what}"
+                problems.add(where, problem, expected=expected, found=shorten(ids[i]))
         known = (query >= 0) & (passage >= 0)
         coverage.skipped += int((~known).sum())
         rows = np.empty(int(known.sum()), _ROW)
@@ -184,30 +193,12 @@ def _spread(
         spills.append(rows)
 
 
-def _name_unknown(
-    uri: str, block: ScoreRows, query: Int64Array, passage: Int64Array, problems: Problems, cut: bool
-) -> None:
-    for what, ids, found, expected in (
-        ("query", block.query_ids, query, "an id of the training queries"),
-        ("passage", block.passage_ids, passage, "an id of the corpus"),
-    ):
-        if cut and what == "passage":
-            continue
-        for i in np.flatnonzero(found < 0).tolist():
-            problems.add(
-                f"{uri}:{block.lines[i]}", f"a score of an unknown {what}", expected=expected, found=shorten(ids[i])
-            )
-
-
 def _unique(
     uri: str, rows: npt.NDArray[np.void], problems: Problems, queries: list[str], collection: Collection
 ) -> npt.NDArray[np.void]:
-    """The rows without repetitions; a pair with two scores is noted."""
-    if not len(rows):
-        return rows
-    again = (
-        np.flatnonzero((rows["query"][1:] == rows["query"][:-1]) & (rows["passage"][1:] == rows["passage"][:-1])) + 1
-    )
+    """The rows without repetitions; a pair with two scores is added to `problems`."""
+    pairs = rows[["query", "passage"]]
+    again = np.flatnonzero(pairs[1:] == pairs[:-1]) + 1
     for i in again.tolist():
         if rows["score"][i] != rows["score"][i - 1]:
             name = collection.passage_ids(rows["passage"][i : i + 1])[0]
@@ -234,22 +225,8 @@ def _count(coverage: Coverage, rows: npt.NDArray[np.void], first: int, stop: int
             count[1] += len(asked)
 
 
-def _write(
-    out: str, part: int, rows: npt.NDArray[np.void], first: int, query_ids: list[str], collection: Collection
-) -> None:
-    groups = _by_query(rows, first, first + len(query_ids))
-    write_scores(
-        out,
-        "train",
-        part,
-        query_ids=query_ids,
-        passages=[group["passage"].astype(np.int64) for group in groups],
-        scores=[group["score"] for group in groups],
-        passage_ids=collection.passage_ids(rows["passage"].astype(np.int64)),
-    )
-
-
-def _judge(uri: str, coverage: Coverage) -> None:
+def _report(uri: str, coverage: Coverage) -> None:
+    """Tell the user the coverage, and refuse scores that training cannot use."""
     found = coverage.figures()
     say(
         f"cross_encoder: {coverage.pairs:,} scores of {coverage.queries:,} queries; they cover"
@@ -257,9 +234,9 @@ def _judge(uri: str, coverage: Coverage) -> None:
         " of the hard negatives; a pair without a score does not count in training"
     )
     if coverage.repeated:
-        say(f"cross_encoder: {coverage.repeated:,} scores stand there twice; each counts once")
+        say(f"cross_encoder: {coverage.repeated:,} scores are repeated; each counts once")
     if coverage.skipped:
-        say(f"cross_encoder: {coverage.skipped:,} scores are of passages that collection.limit has cut off")
+        say(f"cross_encoder: {coverage.skipped:,} scores are of passages beyond collection.limit")
     if not coverage.negatives[0]:
         raise UserError(
             "these scores are of no use: no training query has a score for any of its hard negatives",

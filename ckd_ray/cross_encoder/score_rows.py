@@ -23,7 +23,7 @@ _Parser = Callable[[str, str, Problems], list[tuple[str, str, float]]]
 
 @dataclass(frozen=True)
 class ScoreRows:
-    """Some rows: ids, scores and, for messages, the line (of a Parquet file: the row, from 1) of each."""
+    """Rows with ids, scores and, for messages, their lines (in a Parquet file their row numbers from 1)."""
 
     query_ids: list[str]
     passage_ids: list[str]
@@ -32,10 +32,10 @@ class ScoreRows:
 
 
 def read_scores(uri: str, problems: Problems) -> Iterator[ScoreRows]:
-    """The rows of `uri`; what is no number is noted with its line and left out.
+    """The rows of `uri`, in blocks. A row that cannot be read is added to `problems` with its line, and left out.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is of none of the three forms.
+        UserError: the file is missing, cannot be read, or has none of the three forms.
     """
     name = uri.removesuffix(".gz")
     if uri.endswith(".parquet"):
@@ -96,7 +96,7 @@ def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
 
 
 def _batches(uri: str, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """Batches of a file that may be damaged in the middle."""
+    """The batches of a file that may be damaged in the middle."""
     row = 1
     try:
         for batch in file.iter_batches(_ROWS_A_BLOCK, columns=list(_COLUMNS)):
@@ -127,7 +127,7 @@ def _of_rows(uri: str, rows: list[tuple[str, str, float, int]], problems: Proble
 def _finite(
     uri: str, problems: Problems, ids: list[list[str]], scores: npt.NDArray[np.float64], lines: npt.NDArray[np.int64]
 ) -> ScoreRows:
-    """The rows whose score fits a float32; the others are noted."""
+    """The rows whose score fits a float32; the others are added to `problems`."""
     sound = np.abs(scores) <= np.finfo(np.float32).max  # False for NaN
     for i in np.flatnonzero(~sound).tolist():
         problems.add(
@@ -152,7 +152,7 @@ def _tsv_line(where: str, text: str, problems: Problems) -> list[tuple[str, str,
 
 
 def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str, float]]:
-    """[query, [passage, score], [passage, score], ...]: the form in which ColBERT's distillation sets are published."""
+    """[query, [passage, score], [passage, score], ...]: the form of ColBERT's published distillation sets."""
     try:
         row = json.loads(text)
         if not isinstance(row, list):

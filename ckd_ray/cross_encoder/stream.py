@@ -1,7 +1,7 @@
 """The cross_encoder stage: Ray Data streams (query, candidate) pairs through tokenising tasks into a pool of models.
 
-The unit of work is a part, some consecutive queries with all their candidates. Only part numbers and a line of figures
-pass the driver. A part that is there is not computed again, whatever has died in between.
+The unit of work is a part: some consecutive queries with all their candidates. The driver sees part numbers and a few
+figures only. A finished part is never computed again, whichever process died.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class CrossEncoderJob:
-    """Score the candidates of the training queries of `run` into `out`; the same in every process."""
+    """The scoring of the training queries' candidates of `run` into `out`; the same in every process."""
 
     run: str
     out: str
@@ -50,10 +50,10 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
     """Write the missing parts.
 
     Returns:
-        queries a part, for the manifest, and the pairs scored by this call.
+        The number of queries a part, for the manifest, and of pairs scored by this call.
 
     Raises:
-        UserError: the model is no cross-encoder, or the pool of actors does not fit the cluster.
+        UserError: the model is not a cross-encoder, or the pool of actors does not fit the cluster.
     """
     make_folder(job.out)
     size = queries_a_part(num_queries)
@@ -64,7 +64,7 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
     pairs = 0
     with Progress("cross_encoder", num_queries, "queries", done=done) as progress:
         if missing:
-            # Here, where errors keep their type; actors report theirs after the first pairs have been made.
+            # Loaded here first: errors keep their type here, and actors would report them only after the first pairs.
             job = replace(job, model=absolute_folder(job.model))
             PairTokenizer(job.model, job.maxlen)
             PairClassifier(job.model)
@@ -86,7 +86,7 @@ def score_candidates(job: CrossEncoderJob, settings: CrossEncoderConfig, num_que
 
 
 def queries_a_part(num_queries: int) -> int:
-    """8 to 256, a power of two, aiming at 256 parts: a pair costs a pass of a transformer, so parts are small."""
+    """A power of two from 8 to 256 that gives about 256 parts: a pair costs a pass of a transformer."""
     size = 8
     while size < 256 and size * 256 < num_queries:
         size *= 2
@@ -94,7 +94,7 @@ def queries_a_part(num_queries: int) -> int:
 
 
 def agreed_precision(out: str, requested: Literal["auto", "fp32", "bf16"]) -> tuple[Precision, str]:
-    """Chosen once for all parts and kept in `out`; `auto` is bf16 on GPUs and fp32 elsewhere."""
+    """(precision, reason), chosen once for all parts and kept in `out`; `auto` is bf16 on GPUs and fp32 elsewhere."""
     path = join(out, PLAN)
     if exists(path):
         kept = read_json(path)
@@ -114,20 +114,21 @@ def agreed_precision(out: str, requested: Literal["auto", "fp32", "bf16"]) -> tu
 
 @lru_cache(maxsize=2)
 def _tokenizer_and_candidates(job: CrossEncoderJob) -> tuple[PairTokenizer, CandidateReader]:
-    """Loaded once a worker process; no weights."""
+    """Loaded once in each worker process; without weights."""
     reader = CandidateReader(job.run, job.positive_grade, job.depth)
     return PairTokenizer(job.model, job.maxlen), reader
 
 
 def _tokenise(batch: dict[str, Any], job: CrossEncoderJob) -> pa.Table:
-    """The pairs of one part as one row: candidates and token ids, flat beside their counts."""
+    """The pairs of one part as one row: candidates and token ids, flat, with their counts."""
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     tokenizer, reader = _tokenizer_and_candidates(job)
     queries = collection_once(job.run).queries_between("train", first, stop).texts
-    wanted = reader.read(first, stop).all()
+    found = reader.read(first, stop)
+    wanted = [np.concatenate(pair) for pair in zip(found.labelled, found.negatives, strict=True)]
     counts = np.array([len(passages) for passages in wanted], np.int32)
     flat = np.concatenate([*wanted, np.empty(0, np.int64)]).astype(np.int64)
-    unique, where = np.unique(flat, return_inverse=True)  # neighbours share candidates: each text is read once
+    unique, where = np.unique(flat, return_inverse=True)  # queries share candidates: each text is read once
     texts = collection_once(job.run).texts(unique)
     asked = np.repeat(np.arange(stop - first), counts)
     pairs = tokenizer([queries[i] for i in asked.tolist()], [texts[i] for i in where.tolist()])
@@ -145,7 +146,7 @@ def _tokenise(batch: dict[str, Any], job: CrossEncoderJob) -> pa.Table:
 
 
 class PartScorer:
-    """An actor: scores the pairs that reach it and writes each part. Returns figures, never scores."""
+    """An actor that scores pairs and writes each part. It returns figures, never scores."""
 
     def __init__(self, job: CrossEncoderJob, threads: int) -> None:
         import torch
@@ -167,7 +168,7 @@ class PartScorer:
         )
         figures = {"part": part, "queries": len(counts), "pairs": len(passages)}
         if all(exists(join(job.out, part_name("train", part) + ending)) for ending in (".npy", ".parquet")):
-            return figures  # its first try came as far as the rename before the actor died
+            return figures  # an earlier actor died after it had written the part
         scores = self.model.score(Pairs(ids, types, lengths))
         bad = np.flatnonzero(~np.isfinite(scores))
         if len(bad):

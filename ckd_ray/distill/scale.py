@@ -68,7 +68,7 @@ def measured_scale(
 
 
 def spread(scores_BN: Tensor, counted_BN: Tensor) -> float:
-    """Mean over the queries of the standard deviation of the counted scores; queries with fewer than two are left out."""
+    """Mean over the queries with two or more counted scores of the standard deviation of these scores."""
     rows = [row[kept].double() for row, kept in zip(scores_BN, counted_BN, strict=True)]
     found = [float(row.std()) for row in rows if len(row) > 1]
     return float(np.mean(found)) if found else 0.0
