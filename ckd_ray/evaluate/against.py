@@ -1,4 +1,4 @@
-"""Any run against any other on the same queries: what `ckd-ray evaluate --against RUN` prints and writes."""
+"""Compare any two runs on the same queries (`ckd-ray evaluate --against RUN`)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ckd_ray.files import exists, join, list_files, read_object, write_json_atom
 from ckd_ray.progress import without_keys
 from ckd_ray.runs.finished import FinishedRun, reading
 
-# Settings of the evaluation under which values mean something else, and those that only may.
+# Settings that change the meaning of the values, and settings that may.
 _MUST_AGREE = ("relevance_threshold", "skip_same_id")
 _SHOULD_AGREE = ("depth", "engine", "collection")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One system of an evaluated run: `per_query` is split -> measure -> query id -> value."""
+    """One system of an evaluated run; `per_query` maps split -> measure -> query id -> value."""
 
     run: FinishedRun
     system: str
@@ -28,10 +28,10 @@ class Side:
 
     @classmethod
     def of(cls, run: FinishedRun, system: str) -> Side:
-        """Read what the evaluate stage has written.
+        """Read the files of the evaluate stage.
 
         Raises:
-            UserError: the run was not evaluated, or not this system of it.
+            UserError: this system of the run was not evaluated.
         """
         folder = run.path("evaluation")
         ending = ".per_query.json"
@@ -44,21 +44,20 @@ class Side:
                 fix="run ckd-ray evaluate with the configuration of that run",
             )
         with reading(run.folder):
-            values = {n.removeprefix(f"{system}.").removesuffix(ending): _values(join(folder, n)) for n in names}
+            splits = {n.removeprefix(f"{system}.").removesuffix(ending): read_object(join(folder, n)) for n in names}
+            values = {
+                split: {m: {query: float(v) for query, v in found.items()} for m, found in measures.items()}
+                for split, measures in splits.items()
+            }
             settings = dict(read_object(join(folder, "measures.json")).get("settings", {}))
         return cls(run, system, settings, values)
 
 
-def _values(uri: str) -> dict[str, dict[str, float]]:
-    """measure -> query id -> value."""
-    return {m: {query: float(v) for query, v in found.items()} for m, found in read_object(uri).items()}
-
-
 def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
-    """The paired test between `mine` and `other` on every split that both have; written into my `evaluation/`.
+    """The paired test between `mine` and `other` on every common split, written into the `evaluation/` of `mine`.
 
     Raises:
-        UserError: no split or measure in common, other queries, or settings under which values cannot be compared.
+        UserError: no split or measure in common, different queries, or settings under which values are not comparable.
     """
     for key in _MUST_AGREE:
         if key in other.settings and key in mine.settings and other.settings[key] != mine.settings[key]:
@@ -107,7 +106,7 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
 
 
 def render_against(found: dict[str, Any]) -> str:
-    """Plain text: which two, what to mind, the tables, and where they are written."""
+    """Plain text: the two systems, notes, the tables, and the file that holds them."""
     lines = [f"{name}: {found[name]['system']} of {found[name]['run']}" for name in ("here", "there")]
     lines += [f"note: {note}" for note in found["notes"]]
     return "\n".join([*lines, render(found["splits"], ("there", "here")), found["written"]])

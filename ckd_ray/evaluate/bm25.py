@@ -1,8 +1,8 @@
-"""BM25, through bm25s: an index of the passages, and a ranking of every evaluation query.
+"""BM25 by bm25s: an index of the passages, and a ranking for every evaluation query.
 
-bm25s builds its index in memory, about 1 KiB a passage of 60 words and several times that while it builds, so it is
-made in one Ray task of its own and never on the driver. This is the one part of an evaluation whose memory grows with
-the collection: `evaluate.bm25_passages` says up to how many passages it is done.
+bm25s builds its index in memory: about 1 KiB a passage of 60 words, and several times that during the build. So it runs
+in a Ray task of its own, never on the driver. It is the only part of an evaluation whose memory grows with the
+collection; `evaluate.bm25_passages` limits it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def words(text: str) -> list[str]:
 
 
 def rank_bm25(run: str, splits: list[str], out: str, depth: int) -> dict[str, Any]:
-    """Rank the queries of `splits` and write the rankings below `out`, in the form of the retrieve stage.
+    """Rank the queries of `splits` in one process, and write the rankings into `out` in the form of the retrieve stage.
 
-    Ties go by passage index. Runs in one process; returns figures.
+    Equal scores are ordered by passage index. Returns figures for the manifest.
     """
     import bm25s
 
@@ -66,7 +66,7 @@ def rank_bm25(run: str, splits: list[str], out: str, depth: int) -> dict[str, An
 
 
 def _corpus(collection: Collection, vocabulary: dict[str, int]) -> list[list[int]]:
-    """Word numbers of every passage, in the order of the corpus; new words are numbered as they come."""
+    """The word numbers of every passage; new words get the next number in `vocabulary`."""
     found: list[list[int]] = []
     for start in range(0, collection.num_passages, _PASSAGES_A_READ):
         texts = collection.iter_passages(start, min(start + _PASSAGES_A_READ, collection.num_passages))
@@ -75,13 +75,13 @@ def _corpus(collection: Collection, vocabulary: dict[str, int]) -> list[list[int
 
 
 def _rank(index: Any, vocabulary: dict[str, int], text: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """(scores_K, passages_K), highest first; passages that share no word with the query are not results."""
+    """(scores_K, passages_K), highest first; a passage without a word of the query is not a result."""
     scores, passages = np.full(depth, -np.inf, np.float32), np.full(depth, -1, np.int64)
     known = [vocabulary[word] for word in words(text) if word in vocabulary]
     if known:
         found = np.asarray(index.get_scores_from_ids(known))
         positive = np.flatnonzero(found > 0)
-        if len(positive) > depth:  # sorting millions would take longer than scoring them; ties with the last one stay
+        if len(positive) > depth:  # sorting all would take longer than scoring; ties with the last result stay
             least = np.partition(found[positive], len(positive) - depth)[len(positive) - depth]
             positive = positive[found[positive] >= least]
         order = positive[np.lexsort((positive, -found[positive]))][:depth]

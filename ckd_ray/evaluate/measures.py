@@ -1,4 +1,4 @@
-"""Measures of a ranking, through ir-measures (which asks trec_eval)."""
+"""Measures of a ranking, computed by ir-measures (and trec_eval)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ckd_ray.config.measures import parse_measure
 
 @dataclass(frozen=True)
 class Measures:
-    """mean: by the name that the user wrote; per_query: the same name -> query id -> value."""
+    """Values by the measure's name in the configuration: `mean`, and `per_query` (name -> query id -> value)."""
 
     mean: dict[str, float]
     per_query: dict[str, dict[str, float]]
 
     @classmethod
     def of(cls, per_query: dict[str, dict[str, float]]) -> Measures:
-        """With the means of these values; a measure of no query is 0."""
+        """The measures with their means; the mean over no query is 0."""
         mean = {name: float(np.mean(list(v.values()))) if v else 0.0 for name, v in per_query.items()}
         return cls(mean, per_query)
 
@@ -30,9 +30,9 @@ def measure_run(
 ) -> Measures:
     """Measure a run.
 
-    Every query with at least one label counts: one that has no results, or no relevant label, has the value 0
-    (trec_eval's convention with -c). Equal scores are ordered as trec_eval orders them, so give scores
-    that fall with the rank.
+    Every query with at least one label counts. A query without results, or without a relevant label, has the value 0
+    (trec_eval's convention with -c). trec_eval orders equal scores by id, so scores should fall with the rank
+    (`falling_scores`).
 
     Args:
         run: columns query_id, doc_id, score.
@@ -59,9 +59,9 @@ def measure_run(
 def measure_parts(
     parts: Iterable[tuple[pd.DataFrame, pd.DataFrame]], measures: Sequence[str], relevance_threshold: int = 1
 ) -> Measures:
-    """`measure_run` over a run that comes in parts: (run, qrels) of some queries each, every query in one part only.
+    """`measure_run` of a run in parts: (run, qrels) of some queries each, every query in a single part.
 
-    One part is in memory at a time; what is kept is a number a query and measure.
+    One part is in memory at a time; one number is kept for each query and measure.
     """
     per_query: dict[str, dict[str, float]] = {name: {} for name in measures}
     for run, qrels in parts:

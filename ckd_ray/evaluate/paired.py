@@ -6,46 +6,39 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.measures import Measures
-from ckd_ray.evaluate.significance import paired_difference
+from ckd_ray.evaluate.significance import aligned, paired_difference
 
 PerQuery = Mapping[str, Mapping[str, float]]  # measure -> query id -> value
 
 
 def compare(teacher: Measures, student: Measures) -> dict[str, Any]:
-    """For each measure: teacher, student, and the paired difference with its p and 95 % interval."""
+    """`compare_values` of teacher and student."""
     return compare_values(teacher.per_query, student.per_query, ("teacher", "student"))
 
 
 def compare_values(first: PerQuery, second: PerQuery, names: tuple[str, str]) -> dict[str, Any]:
-    """For each measure that both have: the two means under `names`, queries, and the difference second - first.
+    """For each measure of both: the two means under `names`, the number of queries, and the difference second - first
+    with its p and 95 % interval.
 
     Raises:
-        ValueError: the two were not measured on the same queries (`same_queries` tells users).
+        ValueError: the two were measured on different queries (`same_queries` tells users).
     """
     rows = {}
-    for measure in second:
-        if measure not in first:
-            continue
-        queries = list(second[measure])
-        if set(queries) != set(first[measure]):
-            raise ValueError(f"{measure}: {names[0]} and {names[1]} were not measured on the same queries")
-        a = np.array([first[measure][q] for q in queries], np.float64)
-        b = np.array([second[measure][q] for q in queries], np.float64)
+    for measure in (m for m in second if m in first):
+        b, a = aligned({names[1]: second[measure], names[0]: first[measure]}).values()
         rows[measure] = {
             names[0]: float(a.mean()) if len(a) else 0.0,
             names[1]: float(b.mean()) if len(b) else 0.0,
-            "queries": len(queries),
+            "queries": len(a),
             **{f"difference_{key}": value for key, value in asdict(paired_difference(a, b)).items()},
         }
     return rows
 
 
 def same_queries(first: PerQuery, second: PerQuery, where: str) -> None:
-    """Raises UserError, with numbers, when two runs were measured on different queries."""
+    """Raise UserError, with numbers, when two runs were measured on different queries."""
     a, b = ({q for values in side.values() for q in values} for side in (first, second))
     if a == b:
         return

@@ -1,4 +1,4 @@
-"""Runs in TREC form: query Q0 passage rank score tag."""
+"""Runs in TREC format: query Q0 passage rank score tag."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.files import write_atomic
 
-# The least difference that survives the six decimals of a run file, whatever they round to.
+# The smallest difference that stays visible in the six decimals of a run file.
 _LEAST_STEP = 2e-6
 
 
 def falling_scores(run: pd.DataFrame) -> pd.DataFrame:
     """The run with scores that fall strictly with the rank.
 
-    trec_eval ignores ranks, keeps scores in single precision, and orders equal ones by passage id, descending; so a
-    tie would be measured in another order than we show. A score that does not fall is lowered by the least that both
-    single precision and the six decimals of a run file can show: a_i = min(s_i, a_(i-1) - step) in each query.
+    trec_eval ignores ranks, keeps scores in single precision, and orders equal ones by passage id, descending. So it
+    would measure ties in another order than that of the ranks. A score that does not fall is lowered by the smallest
+    step that is visible in single precision and in six decimals: a_i = min(s_i, a_(i-1) - step) in each query.
     """
     run = run.sort_values(["query_id", "rank"], kind="stable")
     scores = run["score"].to_numpy(dtype="float64", copy=True)
@@ -34,14 +34,14 @@ def falling_scores(run: pd.DataFrame) -> pd.DataFrame:
     step = max(_LEAST_STEP, 2 * float(np.spacing(np.float32(largest))))
     place = queries.groupby(queries).cumcount().to_numpy() * step
     lowered = (pd.Series(scores + place, index=run.index).groupby(queries).cummin().to_numpy()) - place
-    # Scores that fall by themselves stay as they are, to the last bit.
+    # Scores that already fall stay the same to the last bit.
     return run.assign(score=np.where(lowered < scores - step / 4, lowered, scores))
 
 
 def without_own_passage(run: pd.DataFrame, depth: int) -> pd.DataFrame:
-    """The run without passages whose id is the query's own, ranks closed up, at most `depth` a query.
+    """The run without passages that have the query's own id, with consecutive ranks, at most `depth` a query.
 
-    For collections whose queries are passages themselves (ArguAna, Quora): a query would find itself first.
+    For collections whose queries are also passages (ArguAna, Quora), where a query would find itself first.
     """
     kept = run[run["query_id"] != run["doc_id"]].sort_values(["query_id", "rank"], kind="stable")
     kept = kept.assign(rank=kept.groupby("query_id", sort=False).cumcount() + 1)
@@ -49,9 +49,9 @@ def without_own_passage(run: pd.DataFrame, depth: int) -> pd.DataFrame:
 
 
 def write_trec_run(uri: str, parts: Iterable[pd.DataFrame], tag: str) -> None:
-    """Write a run atomically, one part (query_id, doc_id, rank, score) in memory at a time.
+    """Write a run atomically, with one part (query_id, doc_id, rank, score) in memory at a time.
 
-    White space separates the columns, so in ids it is percent-encoded; ids without it stay as they are.
+    White space separates the columns, so white space in ids is percent-encoded.
     """
 
     def write(stream: pa.NativeFile) -> None:
@@ -64,15 +64,13 @@ def write_trec_run(uri: str, parts: Iterable[pd.DataFrame], tag: str) -> None:
 
 
 def without_space(text: str) -> str:
-    """The id with the UTF-8 bytes of its white space percent-encoded: it is one column of a run or of qrels."""
+    """The id with its white space percent-encoded (UTF-8), so that it is one column of a run or of qrels."""
     return re.sub(r"\s", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
 
 
 def _without_space(ids: pd.Series) -> pd.Series:
     ids = ids.astype(str)
-    if not ids.str.contains(r"\s", regex=True).any():
-        return ids
-    return ids.map(without_space)
+    return ids.map(without_space) if ids.str.contains(r"\s", regex=True).any() else ids
 
 
 def _lines(rows: pd.DataFrame, tag: str) -> Iterable[str]:
@@ -85,7 +83,7 @@ def read_trec_run(uri: str) -> pd.DataFrame:
     """Read a run: columns query_id, doc_id, rank, score.
 
     Raises:
-        InputError: lines have not six columns, or their rank or score is no finite number; with file and line.
+        InputError: a line does not have six columns, or its rank or score is not a finite number; with file and line.
         UserError: the file cannot be read.
     """
     problems = Problems(of="the run")

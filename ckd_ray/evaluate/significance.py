@@ -1,11 +1,11 @@
-"""Is a difference more than chance? Paired tests over queries, intervals over queries and seeds.
+"""Paired tests over queries, and intervals over queries and seeds.
 
 Shapes: S seeds, N queries, R rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ _NUMBERS = 1 << 22  # drawn at a time
 
 @dataclass(frozen=True)
 class Difference:
-    """mean of b - a; p of the two-sided randomisation test; low and high of the 95 % bootstrap interval of the mean."""
+    """The mean of b - a, p of the two-sided randomisation test, and the 95 % bootstrap interval of the mean."""
 
     mean: float
     p: float
@@ -26,16 +26,31 @@ class Difference:
     high: float
 
 
+def aligned(systems: Mapping[str, Mapping[str, float]]) -> dict[str, FloatArray]:
+    """The values (N,) of each system, with the queries in one order.
+
+    Args:
+        systems: system -> query id -> value.
+
+    Raises:
+        ValueError: the systems were measured on different queries.
+    """
+    queries = list(next(iter(systems.values())))
+    if any(values.keys() != set(queries) for values in systems.values()):
+        raise ValueError(f"{', '.join(systems)} were not measured on the same queries")
+    return {name: np.array([values[q] for q in queries], np.float64) for name, values in systems.items()}
+
+
 def paired_difference(a: FloatArray, b: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> Difference:
     """Compare two systems on the same queries.
 
-    Randomisation (Fisher's paired test): under chance the sign of every query's difference is free, so p is the share
-    of random sign patterns whose mean is at least as far from 0, with the observed one counted in. Bootstrap:
-    percentiles of the mean over queries drawn with replacement.
+    The randomisation test (Fisher's paired test) flips the sign of every query's difference at random. p is the share
+    of sign patterns, with the observed one, whose mean is at least as far from 0. The interval is that of
+    `bootstrap_interval`.
 
     Args:
-        a, b: values of the queries, in the same order: (N,), or (S, N) for S seeds, whose mean is tested and whose
-            interval is that of `bootstrap_interval`. A system without seeds is (1, N).
+        a, b: values of the queries, in the same order: (N,), or (S, N) for S seeds, of which the test takes the mean.
+            A system without seeds is (1, N).
     """
     if a.shape[-1:] != b.shape[-1:] or a.ndim != b.ndim or a.ndim not in (1, 2):
         raise ValueError(f"expected two lists of the same queries, got {a.shape} and {b.shape}")
@@ -56,8 +71,8 @@ def paired_difference(a: FloatArray, b: FloatArray, *, seed: int = 17, rounds: i
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's correction of the p of several comparisons, in their order.
 
-    The k-th smallest of n (from 0) is multiplied by n - k; none is below one that is smaller, or above 1. A corrected p
-    below 0.05 keeps the chance of any false finding among the n below 0.05.
+    The k-th smallest of n (from 0) is multiplied by n - k. Corrected values keep the order of the p, and are at most 1.
+    Findings with a corrected p below 0.05 bound the chance of any false finding among the n by 0.05.
     """
     corrected = [0.0] * len(ps)
     highest = 0.0
@@ -68,10 +83,10 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def bootstrap_interval(values_SN: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean when both the seeds and the queries are drawn anew, with replacement.
+    """95 % percentile interval of the mean under resampling of both the seeds and the queries, with replacement.
 
-    With one seed it is the plain bootstrap over queries. With few seeds the part that comes from them is rough, but
-    leaving it out would call a lucky seed an effect.
+    With one seed it is the plain bootstrap over queries. With few seeds their part is rough, but without it a lucky
+    seed would look like an effect.
     """
     seeds, queries = values_SN.shape
     if not queries:
@@ -87,6 +102,6 @@ def bootstrap_interval(values_SN: FloatArray, *, seed: int = 17, rounds: int = 1
 
 
 def _rounds(rounds: int, queries: int) -> list[int]:
-    """Rounds in portions, so that what is drawn at a time stays within some megabytes."""
+    """The rounds in portions, so that the random numbers of a portion take a few megabytes."""
     step = max(1, _NUMBERS // queries)
     return [min(step, rounds - start) for start in range(0, rounds, step)]

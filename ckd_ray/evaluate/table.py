@@ -1,6 +1,6 @@
-"""The closing table: what a user would pick instead (the encoder as it is, BM25), the teacher and the student.
+"""The closing table: the alternatives of a user (the encoder as it is, BM25), the teacher and the student.
 
-Each system has its mean with a 95 % bootstrap interval, and the student's difference from each has a paired test.
+Each system has its mean with a 95 % bootstrap interval. A paired test compares the student with each other system.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from ckd_ray.evaluate.measures import Measures
-from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
+from ckd_ray.evaluate.significance import aligned, bootstrap_interval, holm, paired_difference
 
 TABLE = "table.json"  # in evaluation/
 STUDENT = "student"
@@ -26,14 +24,14 @@ NOTE = (
 
 
 def build_table(found: Mapping[str, Mapping[str, Measures]]) -> dict[str, Any]:
-    """What `evaluation/table.json` holds.
+    """The contents of `evaluation/table.json`.
 
     Args:
-        found: split -> system -> measures; every system was measured on the same queries.
+        found: split -> system -> measures, all on the same queries.
 
     Returns:
-        `splits`: split -> measure -> `systems` (of each its mean, low, high and n) and `student_minus` (of each other
-        system the difference's mean, low, high, p and p_holm); and `verdict`, see `verdict_of`.
+        `splits`: split -> measure -> `systems` (the mean, low, high and n of each) and `student_minus` (the mean, low,
+        high, p and p_holm of the student's difference from each other system); and `verdict`, see `verdict_of`.
 
     Raises:
         ValueError: two systems of a split were measured on different queries.
@@ -47,30 +45,26 @@ def build_table(found: Mapping[str, Mapping[str, Measures]]) -> dict[str, Any]:
 
 
 def _row(measure: str, systems: Mapping[str, Measures]) -> dict[str, Any]:
-    shown = {name: systems[name].per_query[measure] for name in SYSTEMS if name in systems}
-    queries = list(next(iter(shown.values())))
-    if any(set(per_query) != set(queries) for per_query in shown.values()):
-        raise ValueError(f"{measure}: {', '.join(shown)} were not measured on the same queries")
-    values = {name: np.array([per_query[q] for q in queries], np.float64) for name, per_query in shown.items()}
+    values = aligned({name: systems[name].per_query[measure] for name in SYSTEMS if name in systems})
     means = {}
     for name, values_N in values.items():
         low, high = bootstrap_interval(values_N[None])
-        mean = float(values_N.mean()) if queries else 0.0
-        means[name] = {"mean": mean, "low": low, "high": high, "n": len(queries)}
+        mean = float(values_N.mean()) if len(values_N) else 0.0
+        means[name] = {"mean": mean, "low": low, "high": high, "n": len(values_N)}
     others = [name for name in values if name != STUDENT] if STUDENT in values else []
     tests = {name: asdict(paired_difference(values[name], values[STUDENT])) for name in others}
-    corrected = dict(zip(others, holm([test["p"] for test in tests.values()]), strict=True))
-    differences = {name: {**test, "p_holm": corrected[name]} for name, test in tests.items()}
-    return {"systems": means, "student_minus": differences}
+    for test, corrected in zip(tests.values(), holm([test["p"] for test in tests.values()]), strict=True):
+        test["p_holm"] = corrected
+    return {"systems": means, "student_minus": tests}
 
 
 def verdict_of(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """Whether the student is better than the encoder as it is, on the first measure of dev (of the first split where
-    there is no dev). None where one of them was not measured.
+    """Whether the student is better than the encoder as it is, on the first measure of dev (without dev, of the first
+    split). None where one of them was not measured.
 
     Returns:
         `better` (the higher mean), `split`, `measure`, the means `student` and `encoder`, `difference`, the corrected
-        `p`, and `text`, which says it in plain words.
+        `p`, and `text`, a sentence for the user.
     """
     split = "dev" if "dev" in splits else next(iter(splits), None)
     if split is None or not splits[split]:
@@ -82,7 +76,7 @@ def verdict_of(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
     student, encoder = (row["systems"][name]["mean"] for name in (STUDENT, "encoder"))
     better = difference["mean"] > 0
     figures = f"{measure} {student:.4f} against {encoder:.4f} on {split}"
-    figures += f" ({difference['mean']:+.4f}, p {_p(difference)})"
+    figures += f" ({difference['mean']:+.4f}, p {difference['p_holm']:.4f})"
     if not better:
         text = (
             f"The student is not better than the encoder as it is: {figures}. Use the encoder for now. To get a better"
@@ -104,12 +98,8 @@ def verdict_of(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
     }
 
 
-def _p(difference: Mapping[str, Any]) -> str:
-    return f"{difference['p_holm']:.4f}"
-
-
 def render_table(table: Mapping[str, Any]) -> str:
-    """Plain text of at most 100 columns: one block a split and measure, what the columns mean, and what is left out."""
+    """Plain text of at most 100 columns: a block for each split and measure, a legend, and what was left out."""
     if not table["splits"]:
         return "no evaluation split, so nothing was measured"
     lines = []
@@ -133,5 +123,5 @@ def _line(name: str, cell: Mapping[str, Any], difference: Mapping[str, Any] | No
     text = f"  {SYSTEMS[name]:<18}{cell['mean']:>8.4f}   [{cell['low']:.4f}, {cell['high']:.4f}]"
     if difference is not None:
         interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
-        text += f"{difference['mean']:>+16.4f}   {interval:<20}{_p(difference):>7}"
+        text += f"{difference['mean']:>+16.4f}   {interval:<20}{difference['p_holm']:>7.4f}"
     return text
