@@ -1,7 +1,7 @@
-"""The comparison as one resumable job: everything upstream is the run's, each student is a variant of it.
+"""The comparison as one resumable job: all students share the run's upstream stages, and each is a variant of the run.
 
-What is finished stays: a variant by its manifests (as stages of any run), the run's baselines and the teacher by
-theirs. Stopped anywhere, the same command goes on there.
+Manifests tell what is finished: of the stages of a variant, of the run's baselines, and of the teacher. After an
+interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ckd_ray.compare.plan import SETTINGS, Variant, objectives, variants
-from ckd_ray.compare.table import System, build_table, in_order, render_markdown, render_text
+from ckd_ray.compare.table import System, build_table, render_markdown, render_text
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.distill.objectives import BASELINE
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate.significance import aligned
 from ckd_ray.files import delete, join, read_json, write_atomic, write_json_atomic
 from ckd_ray.pipeline.baselines import measure_baselines
 from ckd_ray.pipeline.evaluation import evaluation_splits, measure_system, write_measures
@@ -31,17 +32,17 @@ FOLDER = "compare"
 
 
 def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
-    """Train and measure every objective and seed, measure the run's baselines and the teacher, write
+    """Train and measure every objective and seed, measure the run's baselines and the teacher, and write
     `compare/table.json` and `table.md`. Ray must be connected. Returns the table.
 
     Args:
-        fresh: do all students again (what is upstream of them stays).
+        fresh: train all students again; the stages upstream of them stay.
     """
     context = RunContext.of(config)
     if fresh:
         with run_lock(context.run):  # another command may be at work in it
             delete(context.path(FOLDER))
-    # Of the run itself: its run.json is written, and what cannot be measured is refused before anything is trained.
+    # This writes the run's run.json, and shows before any training whether the splits can be measured.
     run_stages(config, until="collection")
     collection = Collection.open(context.run)
     splits = evaluation_splits(config, collection)
@@ -85,17 +86,17 @@ def _budget(config: Config) -> dict[str, Any]:
 
 
 def _evaluation_of(context: RunContext, **inputs: Any) -> str:
-    """A fingerprint of the settings of the evaluation and of what is evaluated."""
+    """The fingerprint of the evaluation's settings and inputs."""
     evaluate = next(stage for stage in STAGES if stage.name == "evaluate")
     collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
     return fingerprint(evaluate=evaluate.settings(context.config), collection=collection, **inputs)
 
 
 def _teacher(context: RunContext, splits: list[str]) -> System:
-    """The teacher without its expansion: what every student starts from."""
+    """The teacher without its expansion, from which every student starts."""
     folder = context.path(FOLDER, "teacher")
     embeddings = context.path("embeddings")
-    print_of = _evaluation_of(context, embeddings=(manifest_of(embeddings) or {})["made_of"])
+    fingerprint_of_teacher = _evaluation_of(context, embeddings=(manifest_of(embeddings) or {})["made_of"])
 
     def work() -> dict[str, Any]:
         found = measure_system(context, "teacher", embeddings, splits, folder)
@@ -103,7 +104,7 @@ def _teacher(context: RunContext, splits: list[str]) -> System:
         write_measures(folder, {s: {"teacher": m} for s, m in found.items()}, context.config, collection)
         return {}
 
-    make(folder, print_of, work)
+    make(folder, fingerprint_of_teacher, work)
     return System("teacher", [], _values([folder], "teacher", splits))
 
 
@@ -130,12 +131,12 @@ def _objective(context: RunContext, name: str, planned: list[Variant], splits: l
 
 
 def _values(folders: list[str], system: str, splits: list[str]) -> dict[str, dict[str, Any]]:
-    """split -> measure -> (S, N), one row a folder. The order of the queries is that of the collection's labels."""
+    """split -> measure -> (S, N), one row a folder. The queries are in the order of the collection's labels."""
     values: dict[str, dict[str, Any]] = {}
     for split in splits:
-        found = [read_json(join(folder, f"{system}.{split}.per_query.json")) for folder in folders]
+        found = {folder: read_json(join(folder, f"{system}.{split}.per_query.json")) for folder in folders}
         values[split] = {
-            measure: np.stack([in_order(one[measure], list(found[0][measure])) for one in found])
-            for measure in found[0]
+            measure: np.stack(list(aligned({folder: one[measure] for folder, one in found.items()}).values()))
+            for measure in found[folders[0]]
         }
     return values

@@ -1,4 +1,4 @@
-"""Which students a comparison trains: one for each objective and seed, each a variant of the run."""
+"""The students of a comparison: one for each objective and seed, each a variant of the run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic import ValidationError
 from ckd_ray.config.schema import Config, DistillConfig
 from ckd_ray.distill.objectives import BASELINE, CONDITIONAL_KEYS, OBJECTIVES
 
-# What `compare.settings` may change for one objective: what its loss is made of. The rest is the budget, which all
-# share, or says where and how fast.
+# The keys that `compare.settings` may change for one objective: those of its loss. The others are the budget, which all
+# objectives share, or change no result.
 SETTINGS = frozenset({*CONDITIONAL_KEYS, "learning_rate", "score_scale", "zero_row_floor"} - {"teacher_embeddings"})
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One student. `folder` is below the run: `compare/OBJECTIVE-SEED`."""
+    """One student."""
 
     objective: str
     seed: int
@@ -25,13 +25,13 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """Where the variant's own artefacts are."""
+        """The folder of the variant's own artefacts, below the run."""
         return f"compare/{self.objective}-{self.seed}"
 
 
 def objectives(config: Config) -> list[str]:
-    """The objectives to compare, `contrastive` first: the others are tested against it. Without a list, all that the
-    configuration allows."""
+    """The objectives to compare, `contrastive` first because the others are tested against it. Without a list, all that
+    the configuration allows."""
     chosen: Sequence[str] | None = config.compare.objectives
     if chosen is None:
         chosen = [name for name in OBJECTIVES if not list(_mistakes(config, name))]
@@ -39,18 +39,18 @@ def objectives(config: Config) -> list[str]:
 
 
 def _mistakes(config: Config, objective: str) -> Iterator[tuple[str, str]]:
-    """What is wrong with the configuration of one student."""
+    """The problems of one student's configuration."""
     try:
         settings = settings_of(config, objective)
     except ValidationError:
-        return  # `problems` tells
+        return  # `compare_problems` reports it
     yield from OBJECTIVES[objective].mistakes(config.model_copy(update={"distill": settings}))
 
 
 def variants(config: Config) -> list[Variant]:
-    """All students, seed by seed, so that a comparison that is stopped early has whole seeds.
+    """All students, seed by seed, so that an interrupted comparison has complete seeds.
 
-    The run's teacher, embeddings, rankings and labels serve all of them: `distill.seed` varies the distillation alone.
+    They share the run's teacher, embeddings, rankings and labels: `distill.seed` varies the distillation only.
     """
     seeds = list(dict.fromkeys(config.compare.seeds))
     return [
@@ -73,7 +73,7 @@ def settings_of(config: Config, objective: str, seed: int | None = None) -> Dist
 
 
 def compare_problems(config: Config) -> list[tuple[str, str]]:
-    """What is wrong with section `compare`: (path, sentence)."""
+    """The problems of section `compare`: (path, sentence)."""
     found = []
     for name, changes in config.compare.settings.items():
         path = f"compare.settings.{name}"

@@ -5,7 +5,6 @@ Shapes: S seeds, N queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,13 +20,13 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass
 class System:
-    """What was measured of one row of the table.
+    """The measurements of one row of the table.
 
     Attributes:
-        values: split -> measure -> (S, N), queries in one order for all systems.
-        seconds: of training (mean over seeds); None where nothing is trained.
+        values: split -> measure -> (S, N), queries in the same order for all systems.
+        seconds: of training (mean over seeds); None for a system that is not trained.
         labelling: seconds of the stages that only this objective needs.
-        settings: the keys of `distill` that are this objective's own.
+        settings: the keys of `distill` that the objective reads.
     """
 
     name: str
@@ -38,13 +37,8 @@ class System:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def in_order(per_query: Mapping[str, float], queries: list[str]) -> FloatArray:
-    """(N,) values of `queries`; all must be there."""
-    return np.array([per_query[q] for q in queries], np.float64)
-
-
 def build_table(systems: list[System], training_queries: int) -> dict[str, Any]:
-    """One entry a split and measure and system; see `render_markdown` for how it reads."""
+    """An entry for each split, measure and system; `render_markdown` explains the columns."""
     baseline = next((s for s in systems if s.name == BASELINE), None)
     splits: dict[str, Any] = {}
     for split in systems[0].values if systems else {}:
@@ -86,14 +80,14 @@ def _cell(system: System, baseline: System | None, split: str, measure: str) -> 
     }
     if baseline is not None and system.name != BASELINE:
         base_SN = baseline.values[split][measure]
-        if len(base_SN) != len(values_SN):  # the baselines and the teacher have no seeds
+        if len(base_SN) != len(values_SN):  # baselines and teacher have a single row
             base_SN, values_SN = base_SN.mean(0, keepdims=True), values_SN.mean(0, keepdims=True)
         cell |= {f"difference_{k}": v for k, v in asdict(paired_difference(base_SN, values_SN)).items()}
     return cell
 
 
 def render_markdown(table: dict[str, Any]) -> str:
-    """`table.md`: one table a split, and what the columns mean."""
+    """`table.md`: a table for each split, and a legend."""
     lines = [f"# Comparison of {len(table['systems'])} systems", ""]
     for split, measures in table["splits"].items():
         names = list(measures)
@@ -107,12 +101,12 @@ def render_markdown(table: dict[str, Any]) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds} | {cost} |")
         lines.append("")
     lines += [
-        "Means over seeds and queries; in brackets the 95 % bootstrap interval (queries and seeds drawn anew); "
-        f"behind it the difference from `{table['baseline']}`, which has the same hard negatives, p of the paired "
-        "randomisation test over queries on the means of the seeds, and that p Holm-corrected over the comparisons of "
-        "one measure and split (* below 0.05). `encoder`: the backbone as it is, one pooled vector a text; `bm25`: "
-        "BM25. Labelling: seconds of the stages that only this objective needs, a training query "
-        f"({table['training_queries']:,} of them); a stage that was interrupted counts its last call only.",
+        "Each cell has the mean over seeds and queries, and in brackets the 95 % bootstrap interval (over queries and "
+        f"seeds). Then follow the difference from `{table['baseline']}`, which has the same hard negatives, p of the "
+        "paired randomisation test over queries on the means of the seeds, and this p Holm-corrected over the "
+        "comparisons of one measure and split (* below 0.05). `encoder`: the backbone as it is, one pooled vector a "
+        "text; `bm25`: BM25. Labelling: the time of the stages that only this objective needs, for each of the "
+        f"{table['training_queries']:,} training queries; an interrupted stage counts its last call only.",
         "",
     ]
     return "\n".join(lines)
@@ -128,7 +122,7 @@ def _text(cell: dict[str, Any]) -> str:
 
 
 def render_text(table: dict[str, Any]) -> str:
-    """For the terminal: one block a split and measure."""
+    """For the terminal: a block for each split and measure."""
     lines = []
     width = max(len(name) for name in table["systems"])
     for split, measures in table["splits"].items():
