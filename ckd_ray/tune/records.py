@@ -1,6 +1,6 @@
-"""The trials of a search on disk: one small JSON file each, written as they begin, are measured, and end.
+"""The trials of a search on disk: a small JSON file for each, written when it begins, is measured, and ends.
 
-They are what a search that was stopped goes on from; nothing is unpickled.
+An interrupted search resumes from them; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Trial:
     """One trial.
 
     Attributes:
-        number: from 0, which is the configuration itself.
-        state: `stopped` by the scheduler, which saw better ones.
+        number: from 0, the trial of the configuration itself.
+        state: `stopped` means by the scheduler, because other trials were better.
         measurements: [steps, MRR@10 on dev, seconds since the start] in ascending steps.
-        ended: the how manieth to end; None before.
+        ended: the number of trials that ended before it; None while it runs.
         cause: why it failed.
     """
 
@@ -37,7 +37,7 @@ class Trial:
 
     @property
     def best(self) -> float | None:
-        """The best measurement, whose checkpoint would be kept."""
+        """The best measurement."""
         return max((m[1] for m in self.measurements), default=None)
 
     @property
@@ -56,18 +56,18 @@ class Records:
         self.trials: dict[int, Trial] = {trial.number: trial for trial in sorted(found, key=lambda t: t.number)}
 
     def write(self, trial: Trial) -> None:
-        """Keep it as it is now."""
+        """Write the present state of a trial."""
         self.trials[trial.number] = trial
         write_json_atomic(join(self.folder, f"trial-{trial.number:05d}.json"), asdict(trial))
 
     def end(self, trial: Trial, state: State, cause: str | None = None) -> None:
-        """Write how it ended."""
+        """Write the end of a trial."""
         trial.state, trial.cause = state, cause and without_secrets(cause)
         trial.ended = sum(t.ended is not None for t in self.trials.values()) if trial.ended is None else trial.ended
         self.write(trial)
 
     def ended(self) -> list[Trial]:
-        """Those that finished or were stopped, in that order."""
+        """The trials that were finished or stopped, in the order of their ends."""
         done = [t for t in self.trials.values() if t.state in ("finished", "stopped")]
         return sorted(done, key=lambda t: t.ended if t.ended is not None else t.number)
 
@@ -77,7 +77,7 @@ class Records:
         return max(finished, key=lambda t: (t.best or 0.0, -t.number), default=None)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One a trial, for the table and for `trials.parquet`."""
+        """A row for each trial, for the summary and for `trials.parquet`."""
         return [
             {
                 "trial": t.number,

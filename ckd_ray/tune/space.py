@@ -1,15 +1,13 @@
-"""What a search may vary, and how: `tune.space` read, checked, and drawn from.
-
-Knows nothing of Ray or Optuna, so that a configuration is checked in no time.
-"""
+"""The space of a search: which keys vary and how (`tune.space`). Without Ray and Optuna, whose imports are slow."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, get_args
 
 import numpy as np
@@ -19,37 +17,17 @@ from ckd_ray.config.checks import schema_problems
 from ckd_ray.config.schema import Config
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
 
-# Keys that the teacher's scores depend on: their worth shows without any training (`first_pass`).
-OF_THE_TEACHER = (
-    "label.feedback_passages",
-    "label.clusters",
-    "label.voters",
-    "label.token_vote",
-    "label.neighbours",
-    "distill.beta",
-    "distill.expansion_share",
-    "distill.expansion_size",
-    "distill.zero_row_floor",
+# The teacher's scores depend on these keys, so `first_pass` can compare their values without training.
+TEACHER_KEYS = (
+    *(f"label.{key}" for key in ("feedback_passages", "clusters", "voters", "token_vote", "neighbours")),
+    *(f"distill.{key}" for key in ("beta", "expansion_share", "expansion_size", "zero_row_floor")),
 )
-KEYS = (
-    *OF_THE_TEACHER,
-    "distill.loss",
-    "distill.temperature",
-    "distill.teacher_weight",
-    "distill.encoder_share",
-    "distill.bm25_share",
-    "distill.margin",
-    "distill.denoise",
-    "distill.score_scale",
-    "distill.smoothing",
-    "distill.learning_rate",
-    "distill.negatives",
-    "distill.negatives_depth",
-    "distill.sampling",
-    "distill.warmup",
-    "distill.weight_decay",
-    "distill.ema",
+_LOSS_KEYS = (
+    *("loss", "temperature", "teacher_weight", "encoder_share", "bm25_share"),
+    *("margin", "denoise", "score_scale", "smoothing"),
 )
+_TRAINING_KEYS = ("learning_rate", "negatives", "negatives_depth", "sampling", "warmup", "weight_decay", "ema")
+KEYS = (*TEACHER_KEYS, *(f"distill.{key}" for key in (*_LOSS_KEYS, *_TRAINING_KEYS)))
 STANDARD: dict[str, dict[str, Any]] = {
     "distill.loss": {"choice": ["decoupled", "mixture", "kl"]},
     "distill.temperature": {"choice": ["auto", 1.0, 2.0, 4.0, 8.0]},
@@ -67,8 +45,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Parameter:
-    """How one key varies: `choice` among `values`; `uniform`, `loguniform` or `int` from `values[0]` to `values[1]`,
-    both included."""
+    """How a key varies: a `choice` among `values`, or `uniform`, `loguniform` or `int` between two inclusive ends."""
 
     kind: str
     values: tuple[Any, ...]
@@ -86,21 +63,21 @@ class Parameter:
 
     @property
     def size(self) -> float:
-        """How many values there are; infinite for a range of real numbers."""
+        """The number of values; infinite for a range of real numbers."""
         if self.kind == "choice":
             return len(self.values)
         return self.values[1] - self.values[0] + 1 if self.kind == "int" else math.inf
 
     def all(self) -> list[Any]:
-        """Every value there is, of which there are finitely many."""
+        """Every value of a finite parameter."""
         return list(self.values) if self.kind == "choice" else list(range(self.values[0], self.values[1] + 1))
 
 
 def parse(spec: Mapping[str, Any]) -> Parameter:
-    """Read `{choice: [...]}` and its like.
+    """The parameter of an entry of `tune.space`, such as `{choice: [...]}`.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: with the problem.
     """
     if len(spec) != 1 or next(iter(spec)) not in _KINDS:
         raise ValueError(f"expected one of {', '.join(_KINDS)} with a list, such as {{uniform: [0.0, 0.2]}}")
@@ -124,7 +101,7 @@ def parse(spec: Mapping[str, Any]) -> Parameter:
 
 
 def space_of(config: Config) -> dict[str, Parameter]:
-    """The parameters of a configuration that was checked, in a fixed order."""
+    """The parameters of a checked configuration, in a fixed order."""
     given = config.tune.space
     if given is None:
         most = config.label.clusters
@@ -134,21 +111,20 @@ def space_of(config: Config) -> dict[str, Parameter]:
 
 
 def _possible(config: Config, key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices of a standard parameter that the objective allows: label_smoothing without smoothing, for one, would
-    be contrastive."""
+    """The choices of a standard parameter that the objective allows; label_smoothing, for example, needs smoothing."""
     allowed = [value for value in spec["choice"] if not _mistake(config, key, value)]
     return {"choice": allowed or spec["choice"]}
 
 
 def _mistake(config: Config, key: str, value: Any) -> str | None:
-    """What the objective has against a value that it has nothing against as configured; None when it is fine."""
+    """The problem that this value causes for the objective, and the configured value does not; None when it is fine."""
     before = set(objective_of(config).mistakes(config))
     changed = with_values(config, {key: value})
     return next((text for path, text in objective_of(changed).mistakes(changed) if (path, text) not in before), None)
 
 
 def _matters(config: Config, key: str) -> bool:
-    """Whether a key changes anything for the objective, under some value of the other keys that the search may vary."""
+    """Whether the objective reads a key, under some value of the other keys that the search may vary."""
     objective = objective_of(config)
     section, _, name = key.partition(".")
     if section == "label":
@@ -163,23 +139,19 @@ def grid(space: Mapping[str, Parameter]) -> Iterator[Values]:
 
 
 def split(space: Mapping[str, Parameter], config: Config) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
-    """(what the labels' worth depends on, where training reads them, the rest)."""
+    """(the keys of the first pass, which only objectives with expansions have; the others)."""
     reads = objective_of(config).reads_expansions
-    first = {key: p for key, p in space.items() if key in OF_THE_TEACHER and reads}
+    first = {key: p for key, p in space.items() if key in TEACHER_KEYS and reads}
     return first, {key: p for key, p in space.items() if key not in first}
 
 
-def values_of(config: Config, keys: Iterator[str] | Mapping[str, Any] | tuple[str, ...]) -> Values:
+def values_of(config: Config, keys: Iterable[str]) -> Values:
     """The configured value of each key."""
-    found = {}
-    for key in keys:
-        section, _, name = key.partition(".")
-        found[key] = getattr(getattr(config, section), name)
-    return found
+    return {key: attrgetter(key)(config) for key in keys}
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values.
+    """The configuration with these values.
 
     Raises:
         pydantic.ValidationError: a value is out of its key's range.
@@ -192,8 +164,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def candidates(config: Config, space: Mapping[str, Parameter], count: int, seed: int) -> list[Values]:
-    """Up to `count` different combinations, those of the configuration itself first: the whole grid when it is that
-    small, else drawn. Combinations that cannot work are left out."""
+    """Up to `count` different combinations, the configuration's own first: the whole grid where it is small enough,
+    else random ones. Combinations that cannot work are left out."""
 
     def works(values: Values) -> bool:
         tried = with_values(config, values)
@@ -219,7 +191,7 @@ def steps_a_measurement(config: Config) -> int:
 
 
 def tune_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """What is wrong with section `tune`: (path, sentence)."""
+    """The problems of section `tune`: (path, sentence)."""
     yield from _space_problems(config)
     if config.tune.grace > config.tune.measurements:
         yield "tune.grace", f"must be at most tune.measurements ({config.tune.measurements})"
@@ -244,13 +216,14 @@ def _space_problems(config: Config) -> Iterator[tuple[str, str]]:
         if key == "label.feedback_passages" and len(config.label.depths) > 1:
             yield path, f"cannot vary while label.feedback_passages is a list, {list(config.label.depths)}"
             continue
-        yield from _out_of_range(config, key, parameter)
+        if problem := _range_problem(config, key, parameter):
+            yield path, problem
         if not _matters(config, key):
             yield path, f"changes nothing for objective {config.distill.objective}"
 
 
 def _kinds(key: str) -> set[Any]:
-    """The types of a key's values, those inside of unions and annotations too."""
+    """The types of a key's values, with those inside unions and annotations."""
     section, _, name = key.partition(".")
     inner: Any = Config.model_fields[section].annotation
     waiting, found = [inner.model_fields[name].annotation], set()
@@ -261,32 +234,30 @@ def _kinds(key: str) -> set[Any]:
     return found
 
 
-def _out_of_range(config: Config, key: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
+def _range_problem(config: Config, key: str, parameter: Parameter) -> str | None:
     kinds = _kinds(key)
     if parameter.kind in ("uniform", "loguniform") and float not in kinds:
-        # The ends may be valid, and what lies between them not.
-        instead = "int or choice" if int in kinds else "choice"
-        yield f"tune.space.{key}", f"{parameter.kind} draws fractions; use {instead}"
-        return
-    for value in parameter.values:  # the ends of a range, which are valid only if all of it is
-        try:
-            changed = with_values(config, {key: value})
-        except ValidationError as error:
-            message = error.errors()[-1]["msg"]  # of a key that takes auto or a number, what the number lacks
-            yield f"tune.space.{key}", f"{message[:1].lower()}{message[1:]}, found {value!r}"
-            return
-        if mistake := _mistake(config, key, value):
-            yield f"tune.space.{key}", f"{mistake}, found {value!r}"
-            return
-        if key == "distill.negatives_depth" and changed.distill.negatives_depth > config.retrieve.depth:
-            yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
-            return
-        scored = config.distill.negatives_depth if config.cross_encoder.depth == "auto" else config.cross_encoder.depth
-        by_model = objective_of(config).reads_pairs and config.cross_encoder.model
-        if key == "distill.negatives_depth" and by_model and changed.distill.negatives_depth > scored:
-            more = f"only {scored} negatives a query are scored; raise cross_encoder.depth"
-            yield f"tune.space.{key}", f"{more}, found {value!r}"
-            return
-        if key == "label.feedback_passages" and changed.label.depths[-1] > config.retrieve.depth:
-            yield f"tune.space.{key}", f"must be at most retrieve.depth ({config.retrieve.depth}), found {value!r}"
-            return
+        # The ends of such a range may be valid, but not the numbers between them.
+        return f"{parameter.kind} draws fractions; use {'int or choice' if int in kinds else 'choice'}"
+    for value in parameter.values:  # a range is valid when both of its ends are
+        if problem := _value_problem(config, key, value):
+            return f"{problem}, found {value!r}"
+    return None
+
+
+def _value_problem(config: Config, key: str, value: Any) -> str | None:
+    try:
+        changed = with_values(config, {key: value})
+    except ValidationError as error:
+        message = error.errors()[-1]["msg"]  # the last error of a key that takes auto or a number is about the number
+        return f"{message[:1].lower()}{message[1:]}"
+    if mistake := _mistake(config, key, value):
+        return mistake
+    negatives, feedback = changed.distill.negatives_depth, changed.label.depths[-1]
+    if {"distill.negatives_depth": negatives, "label.feedback_passages": feedback}.get(key, 0) > config.retrieve.depth:
+        return f"must be at most retrieve.depth ({config.retrieve.depth})"
+    scored = config.distill.negatives_depth if config.cross_encoder.depth == "auto" else config.cross_encoder.depth
+    by_model = objective_of(config).reads_pairs and config.cross_encoder.model
+    if key == "distill.negatives_depth" and by_model and negatives > scored:
+        return f"only {scored} negatives a query are scored; raise cross_encoder.depth"
+    return None

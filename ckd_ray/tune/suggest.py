@@ -1,8 +1,8 @@
-"""Which values the next trial takes: Optuna's TPE, or at random, from the seed and the trials that have ended.
+"""The values of the next trial, from Optuna's TPE or at random.
 
-A suggestion depends on the trial's number and on what had ended when it began, on nothing in memory, so a search that
-was stopped suggests what it would have suggested. In a space of few combinations each is tried once, in an order that
-the seed gives.
+A suggestion depends on the seed, the trial's number, and the trials that had ended when it began, and on no state in
+memory. So a resumed search suggests what the uninterrupted one would have. A space of few combinations is tried
+completely, in an order that the seed determines.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ckd_ray.tune.records import Trial
 from ckd_ray.tune.space import Parameter, Values, grid
 
 _KEPT = "combination"
-# Up to so many combinations a model of them says little, and would ask for some of them again.
+# Up to this many combinations are all tried: a model of so few is poor, and would suggest some of them repeatedly.
 _FEW = 32
 
 
 def check_installed(search: str) -> None:
-    """Raises UserError with the line to install when Optuna is wanted and missing."""
+    """Raise UserError, with the command to install it, when `tune.search` is optuna and Optuna is missing."""
     if search != "optuna":
         return
     try:
@@ -41,14 +41,14 @@ class Suggester:
     """Draws the values of a trial.
 
     Args:
-        kept: combinations of the keys that the teacher's scores depend on, the configuration's own first; {} alone
-            when the space has none.
+        kept: combinations of the keys that the teacher's scores depend on, the configuration's own first; [{}] when the
+            space has no such key.
         space: the other keys.
         default: the configured values of all keys, which trial 0 takes.
-        trials: how many are wanted.
+        trials: the number of trials to run.
 
     Attributes:
-        trials: how many there can be: fewer, when that many different ones do not exist.
+        trials: the same, or the number of different combinations where that is smaller.
     """
 
     def __init__(
@@ -63,20 +63,16 @@ class Suggester:
     ) -> None:
         self.kept, self.space, self.default = list(kept), dict(space), default
         self.search, self.seed = search, seed
-        # TPE needs some trials to model; of a short search a third.
+        # The first trials are random, because TPE needs some to model: a third of a short search.
         self.at_random = max(2, min(10, trials // 3))
         self.trials = trials
         self._order: list[Values] | None = None
-        # Whatever `trials`, which may grow later.
+        # This does not depend on `trials`, which a resumed search may raise.
         if len(self.kept) * math.prod(p.size for p in self.space.values()) <= _FEW:
-            self._order = self._shuffled()
+            found = [{**kept, **values} for kept in self.kept for values in grid(self.space)]
+            order = np.random.default_rng([self.seed, 4]).permutation(len(found))
+            self._order = [dict(self.default), *(found[i] for i in order if found[i] != self.default)]
             self.trials = min(trials, len(self._order))
-
-    def _shuffled(self) -> list[Values]:
-        """Every combination, the configuration itself first."""
-        found = [{**kept, **values} for kept in self.kept for values in grid(self.space)]
-        order = np.random.default_rng([self.seed, 4]).permutation(len(found))
-        return [dict(self.default), *(found[i] for i in order if found[i] != self.default)]
 
     def values(self, number: int, ended: Sequence[Trial]) -> Values:
         """Values of all keys of the space for trial `number`, which is below `trials`."""
@@ -96,8 +92,8 @@ class Suggester:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         seed = int(np.random.default_rng([self.seed, 3, number]).integers(2**31))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of `gamma`, which Optuna 6 is to drop
-            # Searches are short: a quarter of the trials counts as good, where Optuna would take a tenth.
+            warnings.simplefilter("ignore", FutureWarning)  # Optuna 6 will drop `gamma`
+            # Searches are short, so a quarter of the trials counts as good; Optuna's default is a tenth.
             sampler = optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=self.at_random, gamma=lambda n: min(-(-n // 4), 25)
             )
@@ -112,15 +108,13 @@ class Suggester:
         return {**kept, **drawn}
 
     def _distributions(self) -> dict[str, Any]:
-        found = {key: _distribution(p) for key, p in self.space.items()}
+        space = dict(self.space)
         if len(self.kept) > 1:
-            from optuna.distributions import CategoricalDistribution
-
-            found[_KEPT] = CategoricalDistribution(list(range(len(self.kept))))
-        return found
+            space[_KEPT] = Parameter("choice", tuple(range(len(self.kept))))
+        return {key: _distribution(parameter) for key, parameter in space.items()}
 
     def _params(self, values: Values) -> dict[str, Any] | None:
-        """An ended trial's values as Optuna has them; None where they lie outside of the space (trial 0 may)."""
+        """An ended trial's values in Optuna's form; None where they lie outside of the space (trial 0 may)."""
         params = {key: values[key] for key in self.space}
         if any(not _inside(p, params[key]) for key, p in self.space.items()):
             return None
@@ -133,7 +127,7 @@ class Suggester:
 
 
 def importance(trials: Sequence[Trial]) -> dict[str, float] | None:
-    """Share of each key in what separates the better quarter of the trials from the rest (PED-ANOVA), which sum to 1;
+    """The importance of each key for being among the best quarter of the trials (PED-ANOVA), in shares that sum to 1;
     None where Optuna is missing, or fewer than six trials were measured."""
     measured = [t for t in trials if t.measurements]
     try:
@@ -149,14 +143,14 @@ def importance(trials: Sequence[Trial]) -> dict[str, float] | None:
     for t in measured:
         study.add_trial(optuna.trial.create_trial(params=t.values, distributions=distributions, value=t.best))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls the evaluator experimental
+        warnings.simplefilter("ignore")  # Optuna marks the evaluator as experimental
         evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
         found = get_param_importances(study, evaluator=evaluator)
     return {key: round(float(value), 4) for key, value in found.items()}
 
 
 def _spanned(values: list[Any]) -> Any:
-    """The distribution that values seem to come from."""
+    """A distribution from which the values may come."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     distinct = sorted(set(values), key=str)
