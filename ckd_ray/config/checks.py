@@ -1,4 +1,4 @@
-"""Combinations of keys that cannot work, as far as the schema alone can tell; each problem names the key to change."""
+"""Combinations of keys that cannot work, as far as the schema can tell; each problem names the key to change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ckd_ray.config.schema import Config
 
 
 def schema_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """(path of the key, what is wrong and how to mend it)."""
+    """(path of the key, the problem and its fix)."""
     yield from _collection(config)
     if config.retrieve.depth < config.label.depths[-1]:
         yield "retrieve.depth", f"must be at least label.feedback_passages ({config.label.depths[-1]})"

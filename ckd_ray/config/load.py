@@ -1,4 +1,4 @@
-"""YAML and `--set` into a checked `Config`. All problems are collected and raised at once."""
+"""Read YAML and `--set` into a checked `Config`. All problems are collected and raised together."""
 
 from __future__ import annotations
 
@@ -24,35 +24,33 @@ QUICKSTART = "quickstart.yaml"
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the dotted path of the key, and a sentence."""
+    """A problem: the dotted path of the key, and a sentence."""
 
     path: str
     message: str
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, in `problems`."""
+    """All `problems` of a configuration."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{count} in the configuration ({source})", *map(_line, problems)]))
-
-
-def _line(problem: Problem) -> str:
-    return f"  {problem.path}: {problem.message}" if problem.path else f"  {problem.message}"
+        lines = [f"  {p.path}: {p.message}" if p.path else f"  {p.message}" for p in problems]
+        super().__init__("\n".join([f"{count} in the configuration ({source})", *lines]))
 
 
 Check = Callable[[Config], Iterator[tuple[str, str]]]
 
 
 def read_config(path: str | None, overrides: Sequence[str], check: Check) -> Config:
-    """Read a configuration and check it; `ckd_ray.checks.load_config` is this with every check there is.
+    """Read a configuration and check it; `ckd_ray.checks.load_config` does so with every check.
 
     Args:
-        path: a YAML file; None reads the quick start that comes with the package.
+        path: a YAML file; None reads the quick start of the package. When an override then names another collection,
+            the defaults of the schema replace the quick start, whose sizes and steps are for its own small corpus.
         overrides: `key.path=value`, the value in YAML; later ones win. A mapping is merged into the section it names.
-        check: yields (path of a key, what is wrong) for combinations of keys that cannot work.
+        check: yields (path of a key, problem) for combinations of keys that cannot work.
 
     Raises:
         ConfigError: with every problem of the file, the overrides and their combination.
@@ -60,8 +58,9 @@ def read_config(path: str | None, overrides: Sequence[str], check: Check) -> Con
     source = path or f"embedded {QUICKSTART}"
     problems: list[Problem] = []
     tree = _read(path, source, problems)
-    if path is None:
-        tree = _of_another_collection(tree, overrides)
+    named = {override.partition("=")[0].strip() for override in overrides}
+    if path is None and named & {"collection", "collection.format", "collection.path"}:
+        tree = {"run": tree["run"]}
     for override in overrides:
         _apply(tree, override, problems)
     config = _validate(tree, problems)
@@ -73,22 +72,14 @@ def read_config(path: str | None, overrides: Sequence[str], check: Check) -> Con
     return config
 
 
-def _of_another_collection(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The embedded default as it is, or, where the overrides name another collection, the defaults of the schema: the
-    quick start's sizes and steps are those of its own small corpus."""
-    if any(o.partition("=")[0].strip() in ("collection", "collection.format", "collection.path") for o in overrides):
-        return {"run": tree["run"]}
-    return tree
-
-
 def quickstart_text() -> str:
-    """The YAML of the embedded default, `configs/quickstart.yaml`, which is installed with the package."""
+    """The YAML of the embedded quick start, `configs/quickstart.yaml`, which is installed with the package."""
     return resources.files("ckd_ray.config").joinpath(QUICKSTART).read_text(encoding="utf-8")
 
 
 def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
-    """The configuration; wrong keys are noted and fall back to their defaults, so that combinations are checked as
-    well."""
+    """The configuration. Wrong keys are added to `problems` and get their defaults, so that the combinations of the
+    other keys can be checked too."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -109,17 +100,17 @@ def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 3e-6 as a number, which YAML 1.1 does not."""
+    """Safe YAML that reads 3e-6 as a number; YAML 1.1 does not."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-_UNREADABLE = (yaml.YAMLError, TypeError, ValueError, RecursionError)  # all that bad YAML makes PyYAML raise
+_UNREADABLE = (yaml.YAMLError, TypeError, ValueError, RecursionError)  # PyYAML raises these for bad YAML
 
 
 def _parse(text: str) -> tuple[Any, list[Problem]]:
-    """The value of a YAML text, and the keys that it gives twice (a plain reader would drop the first)."""
+    """The value of a YAML text, and problems for repeated keys, of which PyYAML would silently keep the last."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -132,7 +123,7 @@ def _parse(text: str) -> tuple[Any, list[Problem]]:
 
 
 def _given_twice(node: yaml.Node, path: str, met: set[int]) -> Iterator[Problem]:
-    """Walks the nodes once each: an anchor may be used many times over."""
+    """Visits each node once, because an anchor may be used many times."""
     if id(node) in met or not isinstance(node, yaml.CollectionNode):
         return
     met.add(id(node))
@@ -169,7 +160,7 @@ def _read(path: str | None, source: str, problems: list[Problem]) -> dict[str, A
     if not isinstance(tree, dict):
         problems.append(Problem("", f"expected sections ({', '.join(Config.model_fields)}), found {_kind(tree)}"))
         return {}
-    # A section whose keys are all commented out is an empty one.
+    # A section is null when all its keys are commented out.
     return {key: value for key, value in tree.items() if value is not None or key not in Config.model_fields}
 
 
@@ -192,14 +183,14 @@ def _apply(tree: dict[str, Any], override: str, problems: list[Problem]) -> None
         if not isinstance(inner, dict | None):
             problems.append(Problem(key, f"--set: {name} is {_kind(inner)}, not a section"))
             return
-        tree[name] = dict(inner or {})  # a copy: with an anchor, two sections are one object
+        tree[name] = dict(inner or {})  # a copy, because an anchor can make two sections the same object
         tree = tree[name]
     before = tree.get(names[-1])
     tree[names[-1]] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
 
 
 def _problems(error: Any) -> Iterator[Problem]:
-    """A pydantic error in our words; an unknown section is spelled out key by key, so that each finds its neighbour."""
+    """A pydantic error as our problems; an unknown section is one for each key, with the nearest valid key."""
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1 and isinstance(error["input"], dict):
         for name in error["input"]:
             path = f"{error['loc'][0]}.{name}"
@@ -210,9 +201,9 @@ def _problems(error: Any) -> Iterator[Problem]:
 
 
 def _problem(error: Any) -> Problem:
-    """A pydantic error in our words, with the nearest valid key for an unknown one.
+    """A pydantic error as a problem, with the nearest valid key for an unknown one.
 
-    A key that takes `auto` or a number fails once for each kind; both become the one sentence that names both.
+    A key that takes `auto` or a number fails once for each kind; both failures become one sentence.
     """
     location = [
         part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained-")))
@@ -225,7 +216,7 @@ def _problem(error: Any) -> Problem:
     if error["type"] == "model_type":
         return Problem(path, f"expected a section of keys, found {found}")
     if any(option == "auto" for option in _options(path)) and error["type"] != "switch":
-        others = "true or false" if _takes_bool(path) else f"a number in range{_range(path)}"
+        others = "true or false" if bool in get_args(_annotation(path)) else f"a number in range{_range(path)}"
         return Problem(path, f"expected auto or {others}, found {found}")
     if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
         return Problem(path, f"expected a string, found {found}; put it in quotes if it is meant as one")
@@ -233,31 +224,29 @@ def _problem(error: Any) -> Problem:
 
 
 def _range(path: str) -> str:
-    """The bounds of a key that takes `auto` or a number, in brackets; nothing where it has none."""
-    section, _, name = path.partition(".")
+    """The bounds of a key that takes `auto` or a number, in brackets; empty without bounds."""
     signs = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
-    schema = TypeAdapter(Config.model_fields[section].annotation.model_fields[name].annotation).core_schema  # type: ignore[union-attr]
+    schema = TypeAdapter(_annotation(path)).core_schema
     bounds = next((c for c in schema.get("choices", []) if isinstance(c, dict) and signs.keys() & c.keys()), {})
     told = [f"{signs[key]} {bounds[key]:g}" for key in signs if key in bounds and bounds[key] < 2**31]
     return f" ({' '.join(told)})" if told else ""
 
 
-def _takes_bool(path: str) -> bool:
+def _annotation(path: str) -> Any:
+    """The type of a key; None for a path that is not a key of a section."""
     section, _, name = path.partition(".")
-    return bool in get_args(Config.model_fields[section].annotation.model_fields[name].annotation)  # type: ignore[union-attr]
+    kind = Config.model_fields[section].annotation if section in Config.model_fields else None
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return fields[name].annotation if name in fields else None
 
 
 def _options(path: str) -> tuple[Any, ...]:
     """The literal alternatives of a key's type, when its type is a union."""
-    section, _, name = path.partition(".")
-    kind = Config.model_fields[section].annotation if section in Config.model_fields else None
-    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-    parts = get_args(fields[name].annotation) if name in fields else ()
-    return tuple(value for part in parts for value in get_args(part))
+    return tuple(value for part in get_args(_annotation(path)) for value in get_args(part))
 
 
 def _nearest(path: str) -> str:
-    """The valid key that was probably meant: a neighbour, the same name in another section, or what reads alike."""
+    """The valid key that was probably meant: a similar one in its section, the same name elsewhere, or a similar path."""
     valid = list(_paths(Config))
     spelled = path.lower().replace("-", "_")
     section, _, name = spelled.rpartition(".")
@@ -279,7 +268,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _paths(kind, f"{prefix}{name}.")
 
 
-_SHORT = reprlib.Repr()  # bounded in depth and breadth: a few lines of YAML anchors can stand for gigabytes
+_SHORT = reprlib.Repr()  # bounded in depth and breadth: a few lines of YAML anchors can expand to gigabytes
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Computed by trec_eval's own code or by ir-measures itself, whatever the ids, so they are not tried at every start.
+# trec_eval's code or ir-measures itself computes these for any ids, so no start needs to try them.
 _USUAL = ("RR", "nDCG", "R", "P", "AP", "Success")
 
 
@@ -15,7 +15,7 @@ def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
     grades.
 
     Raises:
-        ValueError: ir-measures knows no such measure. One that it knows may still be impossible to compute, see
+        ValueError: ir-measures does not know the measure. A known one may still be impossible to compute, see
             `cannot_compute`.
     """
     import ir_measures
@@ -34,7 +34,7 @@ def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
 
 
 def cannot_compute(measure: Any) -> str | None:
-    """Why a measure cannot be computed here; None where it can. Others than the usual ones are tried on one passage."""
+    """Why a measure cannot be computed here; None if it can. Unusual measures are tried on one passage."""
     import ir_measures
 
     if measure.NAME in _USUAL and set(measure.params) <= {"cutoff", "rel"} and measure.params.get("rel", 1) >= 1:
@@ -47,7 +47,7 @@ def cannot_compute(measure: Any) -> str | None:
         able = [p for p in ir_measures.DefaultPipeline.providers if p.is_available() and p.supports(measure)]
         if not able:
             return "nothing that is installed here does"
-        if able[0].NAME == "gdeval":  # a Perl script, whose complaints would go straight to the terminal
+        if able[0].NAME == "gdeval":  # a Perl script that would write errors to the terminal
             return "gdeval computes it, which fails on query ids that are not numbers"
         list(ir_measures.iter_calc([measure], qrels, run))
     except Exception as error:  # whatever a provider raises
@@ -56,7 +56,7 @@ def cannot_compute(measure: Any) -> str | None:
 
 
 def computed() -> list[str]:
-    """The names that can be computed here, as they are or with a cutoff."""
+    """The names of measures that can be computed here, with or without a cutoff."""
     import ir_measures
 
     def works(measure: Any) -> bool:

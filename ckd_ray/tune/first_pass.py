@@ -1,9 +1,9 @@
-"""The first pass of a search: settings of the labels, judged without any training.
+"""The first pass of a search: compare settings of the labels without training.
 
-A label is as good as the teacher that writes it. So for every combination of settings the teacher ranks dev: the top of
-its plain ranking is ranked again by its score with that expansion (method.md, step 5), and MRR@10 tells.
-Candidates come from the whole collection, by the engine of the retrieve stage. Shapes: B queries, N = depth candidates,
-E expansion embeddings, Q and L rows, D dimensions.
+Labels are as good as the teacher's ranking. So the teacher ranks dev with every combination of settings: its score with
+that expansion (docs/method.md, step 5) reranks the top of its plain ranking, and MRR@10 measures the result. The engine
+of the retrieve stage finds the candidates in the whole collection. Shapes: B queries, N = depth candidates, E expansion
+embeddings, Q and L rows, D dimensions.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _SPLIT = "dev"
 
 
 def first_pass(context: RunContext, folder: str, combinations: Sequence[Values]) -> tuple[list[float], float]:
-    """(MRR@10 on dev of the teacher with each combination, seconds that all of it took).
+    """(the teacher's MRR@10 on dev with each combination, the seconds of the whole pass).
 
-    Resumable: what `folder` holds of an earlier try stays, and its seconds count.
+    Resumable: the contents of `folder` from an earlier call stay, and their seconds count.
 
     Raises:
         UserError: no dev query has a labelled passage.
@@ -86,7 +86,7 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
 
 
 def seconds_of(folder: str) -> float:
-    """How long the artefact in this folder took to make; 0 where its manifest does not tell."""
+    """The seconds that the artefact in this folder took; 0 where its manifest does not tell."""
     return float((manifest_of(folder) or {}).get("seconds", 0.0))
 
 
@@ -127,7 +127,7 @@ def _label_dev(context: RunContext, rankings: str, out: str) -> None:
 
 
 def _timed(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """`work`, which also returns the seconds that it took."""
+    """`work` with its duration in the result."""
 
     def timed() -> dict[str, Any]:
         started = time.monotonic()
@@ -139,7 +139,7 @@ def _timed(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
 def _judge_part(
     batch: dict[str, Any], run: str, checkpoint: str, rankings: str, ways: list[dict[str, Any]], positive_grade: int
 ) -> pa.Table:
-    """Reciprocal ranks of some dev queries, summed over the queries, for every way."""
+    """Reciprocal ranks of some dev queries, summed over the queries, for each combination in `ways`."""
     first, stop = (int(batch[name][0]) for name in ("first", "stop"))
     queries, passages = (open_once(join(run, "embeddings", name)) for name in (f"queries.{_SPLIT}", "passages"))
     similarity = read_json(join(checkpoint, "colbert.json"))["similarity"]

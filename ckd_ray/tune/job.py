@@ -1,7 +1,7 @@
-"""`ckd-ray tune`: the two passes, and the winner trained in full against the configuration itself.
+"""`ckd-ray tune`: the two passes, then the full training of the winner and its comparison with the configuration.
 
-Everything upstream of the labels is the run's own and made once; labels of other settings are made once each, for all
-trials that share them. What is finished stays: run again, the same command goes on.
+All trials share the run's stages upstream of the labels. Labels of other settings are computed once, for all trials
+that share them. After an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     `trials.parquet` and `summary.json`. Ray must be connected. Returns the summary.
 
     Args:
-        fresh: throw away what earlier searches of this run have left.
+        fresh: delete the results of earlier searches of this run.
 
     Raises:
         UserError: Optuna is missing, the collection has no dev split, or the trials do not fit the cluster.
@@ -54,7 +54,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     if fresh:
         with run_lock(context.run):  # another command may be at work in it
             delete(context.path(FOLDER))
-    run_stages(config, until="collection")  # what it lacks is refused before anything is trained
+    run_stages(config, until="collection")  # refuses a wrong collection before any training
     splits = Collection.open(context.run).splits
     if "dev" not in splits:
         raise UserError(
@@ -98,7 +98,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
 
 
 def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any], seed: int) -> str:
-    """Of all that a trial's result depends on, besides its values. The number of trials may grow."""
+    """The fingerprint of all inputs of a trial besides its values. The number of trials is not one: it may grow."""
     t = config.tune.model_dump(mode="json")
     return fingerprint(
         inputs={s.name: (manifest_of(context.path(s.folder)) or {}).get("made_of") for s in upstream},
@@ -113,8 +113,8 @@ def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any]
 def _first(
     context: RunContext, config: Config, folder: str, seed: int
 ) -> tuple[list[Values], list[dict[str, Any]], float]:
-    """(combinations that go on to trials, what the first pass found, its seconds). The configuration's own always go
-    on."""
+    """(the combinations that go on to trials, the configuration's own among them; the results of the first pass; its
+    seconds)."""
     first, _ = split(space_of(config), config)
     if not first:
         return [{}], [], 0.0
@@ -141,13 +141,13 @@ def _first(
 
 
 def _labels_folder(config: Config, values: Values) -> str:
-    """Where the labels of these values are, below the run."""
+    """The folder of the labels of these values, below the run."""
     mine = with_values(config, values)
     return "labels" if mine.label == config.label else labels_folder(mine.label.model_dump(mode="json"))
 
 
 def _label(config: Config, values: Values) -> None:
-    """Labels of the training queries under these settings, unless they are there."""
+    """Compute the labels of the training queries with these settings, unless they exist."""
     folder = _labels_folder(config, values)
     if folder != "labels":
         run_stages(with_values(config, values), until="label", labels=folder)
@@ -178,14 +178,14 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
 def _write_best(context: RunContext, found: Config, best: Trial) -> None:
     tree = found.model_dump(mode="json", exclude={"tune"})
     head = f"# Found by ckd-ray tune: trial {best.number}, MRR@10 {best.best:.4f} on the dev queries of its trials.\n"
-    # Keys in URIs belong into the environment (store.md), not into files that are passed on.
+    # Keys in URIs belong into the environment (docs/store.md), not into files that users share.
     text = without_secrets(head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)).encode()
     write_atomic(context.path(FOLDER, "best.yaml"), lambda stream: stream.write(text))
 
 
 def _write_trials(context: RunContext, records: Records) -> None:
     rows = records.rows()
-    # A column of numbers and words (`auto`) is one of words: Parquet has one type a column.
+    # Parquet has one type a column, so a column of numbers and words (`auto`) is written as words.
     mixed = {key for row in rows for key, value in row.items() if isinstance(value, str)}
     table = pa.Table.from_pylist(
         [{k: str(v) if k in mixed and v is not None else v for k, v in r.items()} for r in rows]
@@ -194,7 +194,7 @@ def _write_trials(context: RunContext, records: Records) -> None:
 
 
 def _retrained(config: Config, found: Config, best: Trial) -> dict[str, Any] | None:
-    """The winner and the configuration, both trained in full and measured on all of dev and test."""
+    """Train the winner and the configuration in full, and compare them on all of dev and test."""
     say("tune: the configuration as it is, in full")
     run_stages(config)
     if best.number == 0:
@@ -208,8 +208,8 @@ def _retrained(config: Config, found: Config, best: Trial) -> dict[str, Any] | N
 
 
 def _agreement(passed: list[dict[str, Any]], records: Records) -> dict[str, Any] | None:
-    """How well the first pass predicts the second: Spearman's rank correlation, over the combinations that trials
-    took, of the teacher's MRR@10 and the best student's. None with fewer than three."""
+    """How well the first pass predicts the second: Spearman's rank correlation, over the combinations of the trials,
+    between the teacher's MRR@10 and the best student's. None with fewer than three combinations."""
     import pandas as pd
 
     best: dict[str, tuple[float, float]] = {}
@@ -231,9 +231,9 @@ def _agreement(passed: list[dict[str, Any]], records: Records) -> dict[str, Any]
 def _saved(
     config: Config, records: Records, upstream: list[Any], context: RunContext, kept: list[Values], first_seconds: float
 ) -> dict[str, float]:
-    """What stopping and sharing saved: the time of the search, with its first pass and the labels of all that it kept,
-    against as many whole pipelines, each with everything upstream and all steps at the rate of the finished trials.
-    Evaluation counts in neither."""
+    """What stopping and sharing saved: the time of the search, with its first pass and the labels of the kept
+    combinations, against that of one whole pipeline a trial, with all stages upstream and all steps at the rate of the
+    finished trials. Evaluation counts in neither."""
     shared = sum(seconds_of(context.path(s.folder)) for s in upstream)
     others = {_labels_folder(config, values) for values in kept} - {"labels"}  # those are upstream
     labels = sum(seconds_of(context.path(name)) for name in others)

@@ -1,7 +1,7 @@
 """The second pass: trials, run by Ray Tune. Each is a real distillation through Ray Train; ASHA stops weak ones.
 
-Ray Tune asks `_Searcher` for the next trial and tells `_Ledger` what happened; both keep what they know in `Records`,
-and ASHA is told of earlier trials when a search goes on. Everything that Ray itself keeps of a search is thrown away.
+Ray Tune asks `_Searcher` for the next trial and reports events to `_Recorder`. Both keep their state in `Records`, and
+ASHA learns of earlier trials when a search resumes. The files that Ray itself keeps of a search are deleted.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from ckd_ray.tune.space import Values, steps_a_measurement
 from ckd_ray.tune.suggest import Suggester
 
 METRIC, TIME, CAUSE = "mrr@10", "steps", "cause"
-# The process that follows a trial's training; it computes nothing.
+# For the process that follows a trial's training and computes nothing.
 _DRIVER_CPUS = 0.01
 _WORKER_CPUS = 0.9
-_CLUSTER_FAILURES = 3  # how often a trial is started again whose process or node was lost
+_CLUSTER_FAILURES = 3  # how often a trial starts again after its process or node was lost
 
-# A training that is stopped ends with a report between two measurements, and so without the metric.
+# Strict metric checking is off because a stopped training ends with a report between two measurements.
 _RAY_TUNE_OFF = (
     "TUNE_DISABLE_SIGINT_HANDLER", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_STRICT_METRIC_CHECKING",
 )  # fmt: skip
 
-# From the number and the values of a trial to its training.
+# Maps the number and the values of a trial to its training.
 TaskOf = Callable[[int, Values], TrainingTask]
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """How trials share the cluster: so many at a time, each with `placement`, its workers with so many threads."""
+    """How trials share the cluster: the number at a time, the workers of each, and the CPU threads of a worker."""
 
     concurrent: int
     placement: Placement
@@ -57,7 +57,7 @@ def plan_trials(config: Config) -> TrialPlan:
     """Fit the trials to the connected cluster.
 
     Raises:
-        UserError: not as many fit as asked for, in numbers.
+        UserError: fewer trials fit than configured.
     """
     t = config.tune
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -102,10 +102,10 @@ def _checked(asked: int | str, wanted: int, room: int, each: str, cpus: list[flo
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """One trial, in a process of Ray Tune: the distillation of `config["task"]`, whose student is thrown away.
+    """One trial, in a process of Ray Tune: the distillation of `config["task"]`, whose student is deleted.
 
-    Its measurements go to Ray Tune as they come. A trial that was lost goes on from its last checkpoint; one that
-    failed of itself would fail again, so it reports its cause and ends.
+    A trial whose process was lost resumes from its last checkpoint. One whose training failed would fail again, so it
+    reports the cause and ends.
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -136,7 +136,7 @@ def actor_name(task: TrainingTask) -> str:
 
 
 def search(config: Config, run: str, folder: str, records: Records, suggester: Suggester, task_of: TaskOf) -> None:
-    """Run the trials that are not done yet. `folder` takes what Ray Tune writes; Ray must be connected.
+    """Run the trials that have not ended. Ray Tune writes into `folder`. Ray must be connected.
 
     Raises:
         UserError: the trials do not fit the cluster.
@@ -159,7 +159,7 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
         time_attr=TIME,
         metric=METRIC,
         mode="max",
-        max_t=steps + 1,  # a trial that takes all its steps ends by itself
+        max_t=steps + 1,  # a trial that takes all its steps ends without ASHA
         grace_period=every * t.grace,
         reduction_factor=t.reduction,
     )
@@ -179,15 +179,15 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
             name="trials",
             storage_path=path,
             storage_filesystem=None if is_local(at) else fs,
-            callbacks=[_Ledger(records, searcher, table, steps), _NoTables()],
+            callbacks=[_Recorder(records, searcher, table, steps), _NoTables()],
             failure_config=tune.FailureConfig(max_failures=_CLUSTER_FAILURES),
             verbose=0,
         ),
     )
-    with _quietly():
+    with _own_output():
         tuner.fit()
     delete(at)
-    for task in searcher.tasks.values():  # of trials that failed
+    for task in searcher.tasks.values():  # failed trials leave theirs
         delete(join(run, task.checkpoints))
     if records.best() is None:
         causes = {trial.cause for trial in records.trials.values() if trial.cause}
@@ -195,7 +195,7 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
 
 
 def trial_task(base: TrainingTask, config: Config, fingerprint: str, labels: str) -> TrainingTask:
-    """`base` with the values of a trial's configuration, measured on dev as a search needs it."""
+    """`base` with the values of a trial's configuration and the search's measurements on dev."""
     every = steps_a_measurement(config)
     measured: dict[str, Any] = {"evaluate_every": every, "checkpoint_every": every, "patience": 0}
     measured |= {"dev_queries": config.tune.dev_queries, "dev_passages": config.tune.dev_passages}
@@ -204,7 +204,7 @@ def trial_task(base: TrainingTask, config: Config, fingerprint: str, labels: str
 
 
 class _Searcher(Searcher):
-    """Hands out trials: those that were stopped in the middle first, then new ones."""
+    """Suggests trials: interrupted ones first, then new ones."""
 
     def __init__(
         self, records: Records, suggester: Suggester, task_of: TaskOf, config: Config, plan: TrialPlan, folder: str
@@ -237,17 +237,17 @@ class _Searcher(Searcher):
         }
 
     def stop(self, trial_id: str) -> None:
-        """Ask a trial to end; one that has ended meanwhile has nobody to ask."""
+        """Ask a trial to end."""
         number = self.numbers.get(trial_id)
         if number is not None:
-            with suppress(ValueError):
+            with suppress(ValueError):  # it has ended, and its actor with it
                 ray.get_actor(actor_name(self.tasks[number])).request_stop.remote()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The ledger hears of it as well, and keeps it."""
+        """`_Recorder` records it."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep beside the records."""
+        """`Records` hold all state."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
@@ -256,8 +256,8 @@ class _Searcher(Searcher):
 class _GentleASHA(ASHAScheduler):
     """ASHA that asks a weak trial to end instead of killing it.
 
-    A killed trial would leave the placement group of its Ray Train workers behind, and the next trial would wait for
-    its CPUs for ever.
+    A killed trial would leave behind the placement group of its Ray Train workers, and the next trial would wait
+    forever for their CPUs.
     """
 
     def __init__(self, searcher: _Searcher, **settings: Any) -> None:
@@ -265,14 +265,14 @@ class _GentleASHA(ASHAScheduler):
         self._searcher = searcher
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """See `ASHAScheduler`; the answer is always to go on."""
+        """As `ASHAScheduler`, but the answer is always CONTINUE."""
         if super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
             self._searcher.stop(trial.trial_id)
         return TrialScheduler.CONTINUE
 
 
-class _Ledger(tune.Callback):
-    """Writes down what happens to the trials, and shows it."""
+class _Recorder(tune.Callback):
+    """Records the events of the trials, and shows them."""
 
     def __init__(self, records: Records, searcher: _Searcher, table: _Table, steps: int) -> None:
         self.records, self.searcher, self.table, self.steps = records, searcher, table, steps
@@ -286,7 +286,7 @@ class _Ledger(tune.Callback):
         if mine is not None and result.get(CAUSE):
             mine.cause = without_secrets(str(result[CAUSE]))
         if mine is None or METRIC not in result or result[TIME] <= mine.steps:
-            return  # a training that goes on after a loss may report a step again
+            return  # a training that resumes after a loss may report a step again
         mine.seconds += float(result.get("time_this_iter_s", 0.0))
         mine.measurements.append([int(result[TIME]), float(result[METRIC]), round(mine.seconds, 1)])
         self.records.write(mine)
@@ -309,14 +309,14 @@ class _Ledger(tune.Callback):
 
 
 class _NoTables(TrialProgressCallback):
-    """In the place of Ray's own, which prints even when told to be silent."""
+    """Replaces Ray's own callback, which prints even with `verbose=0`."""
 
     def _print(self, msg: str) -> None:
         pass
 
 
 def _replay(asha: ASHAScheduler, records: Records) -> None:
-    """Tell a new scheduler what the trials of an earlier call measured, in the order in which they ended."""
+    """Tell a new scheduler the measurements of earlier trials, in the order of their ends."""
     order = sorted(records.trials.values(), key=lambda t: (t.ended is None, t.ended or 0, t.number))
     for trial in order:
         known: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
@@ -326,8 +326,8 @@ def _replay(asha: ASHAScheduler, records: Records) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Ctrl-C ends the search like any other command, and Ray Tune writes no logs of its own."""
+def _own_output() -> Iterator[None]:
+    """A context in which Ctrl-C ends the search like any other command, and Ray Tune writes no logs of its own."""
     names = dict.fromkeys(_RAY_TUNE_OFF, "1") | {"RAY_AIR_NEW_OUTPUT": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -342,7 +342,7 @@ def _quietly() -> Iterator[None]:
 
 
 class _Table:
-    """A row for every trial as it ends, under one head."""
+    """Prints a head, and a row for every trial when it ends."""
 
     def __init__(self, records: Records, values: Values) -> None:
         self.records = records

@@ -256,13 +256,13 @@ def test_a_search_that_goes_on_stops_weak_trials_as_it_would_have(tmp_path: Path
 
 
 def test_the_ledger_tells_finished_stopped_and_failed_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from ckd_ray.tune.search import _Ledger, _Table
+    from ckd_ray.tune.search import _Recorder, _Table
 
     records = Records(str(tmp_path))
     for number in range(3):
         records.write(Trial(number, {"distill.beta": 0.1 * number}))
     searcher = SimpleNamespace(numbers={"a": 0, "b": 1, "c": 2})
-    ledger = _Ledger(records, searcher, _Table(records, {"distill.beta": 0.3}), steps=20)  # type: ignore[arg-type]
+    ledger = _Recorder(records, searcher, _Table(records, {"distill.beta": 0.3}), steps=20)  # type: ignore[arg-type]
     trials = {name: SimpleNamespace(trial_id=name) for name in "abcx"}
     results = [("a", 10, 0.4), ("b", 10, 0.3), ("a", 10, 0.9), ("a", 20, 0.5), ("x", 10, 1.0)]
     for name, steps, value in results:  # a step that is reported again, and a trial that is not ours, do not count
@@ -281,10 +281,10 @@ def test_a_report_without_the_metric_ends_no_search(monkeypatch: pytest.MonkeyPa
     """A trial that is stopped between two measurements reports once more, without MRR@10."""
     import os
 
-    from ckd_ray.tune.search import _quietly
+    from ckd_ray.tune.search import _own_output
 
     monkeypatch.delenv("TUNE_DISABLE_STRICT_METRIC_CHECKING", raising=False)
-    with _quietly():
+    with _own_output():
         assert os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] == "1"
     assert "TUNE_DISABLE_STRICT_METRIC_CHECKING" not in os.environ
 
