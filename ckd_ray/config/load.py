@@ -246,7 +246,7 @@ def _options(path: str) -> tuple[Any, ...]:
 
 
 def _nearest(path: str) -> str:
-    """The valid key that was probably meant: a similar one in its section, the same name elsewhere, or a similar path."""
+    """The valid key that was probably meant: a similar one of its section, its name elsewhere, or a similar path."""
     valid = list(_paths(Config))
     spelled = path.lower().replace("-", "_")
     section, _, name = spelled.rpartition(".")

@@ -1,1 +1,1 @@
-"""`ckd-ray search`: ask a finished run, without Ray."""
+"""`ckd-ray search`: search a finished run, without Ray."""

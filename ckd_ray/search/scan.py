@@ -1,4 +1,4 @@
-"""Exact search by one pass over a store: shards are mapped and scored a block at a time, nothing is kept of them.
+"""Exact search by one pass over a store: shards are memory-mapped and scored block by block.
 
 Shapes: Q query rows, T rows of a block, P passages of a block, D dimensions, K results.
 """
@@ -24,8 +24,7 @@ _BLOCK_ROWS = 1 << 15  # 16 MiB of rows in float32 at 128 dimensions, 4 MiB of s
 def scan(store: EmbeddingStore, queries_QD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
     """The best `depth` passages of the store: (scores_K, dense indices), highest first, ties by index.
 
-    Memory is that of one block and of two lists of `depth`; a local store is memory-mapped, so what the system keeps
-    of it in the page cache makes the next query faster.
+    Memory holds one block and two lists of `depth`. The page cache of a local store makes the next query faster.
     """
     queries = queries_QD.float()
     best = (np.empty((1, 0), np.float32), np.empty((1, 0), np.int64))
@@ -53,7 +52,7 @@ def block_scores(shard: Shard, start: int, stop: int, queries_QD: Tensor) -> Flo
 
 
 def _blocks(shard: Shard) -> list[tuple[int, int]]:
-    """(start, stop) of passages with about `_BLOCK_ROWS` rows together; a longer passage is a block of its own."""
+    """(start, stop) of passages with about `_BLOCK_ROWS` rows together; a longer passage is its own block."""
     bounds, start, count = [], 0, len(shard.lengths)
     while start < count:
         stop = int(np.searchsorted(shard.offsets, shard.offsets[start] + _BLOCK_ROWS, side="right")) - 1
@@ -64,9 +63,9 @@ def _blocks(shard: Shard) -> list[tuple[int, int]]:
 
 
 def winners(rows_LD: Tensor, queries_QD: Tensor) -> tuple[Int64Array, Float32Array]:
-    """For each query row, the passage row that wins its maximum and their similarity: ((Q,), (Q,)).
+    """For each query row the passage row of its maximum (the first of equals) and their similarity: ((Q,), (Q,)).
 
-    The first of equal rows wins. A passage without rows gives -1 and `EMPTY_ROW_SCORE`.
+    A passage without rows gives -1 and `EMPTY_ROW_SCORE`.
     """
     if not len(rows_LD):
         nothing = np.full(len(queries_QD), -1, np.int64)

@@ -1,4 +1,4 @@
-"""A finished run, opened for questions: encode, scan the store, and say which tokens of a passage won.
+"""Search of a finished run: encode the query, scan the store, and match the query's tokens with those of a passage.
 
 Shapes: Q query rows, L passage rows, D dimensions.
 """
@@ -25,11 +25,11 @@ from ckd_ray.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class Match:
-    """A query token and the passage token that wins its maximum.
+    """A query token and the passage token with the highest similarity to it.
 
     Attributes:
-        start, end: characters of the passage's text, equal for a token that has none ([CLS], [D], [SEP]).
-        similarity: their inner product.
+        start, end: characters of the passage token in the text, equal for a token without any ([CLS], [D], [SEP]).
+        similarity: the inner product of their embeddings.
     """
 
     query_token: str
@@ -41,7 +41,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that was found. `matches`: one for each real token of the query, in its order."""
+    """A found passage. `matches` has an entry for each real token of the query, in their order."""
 
     rank: int
     passage_id: str
@@ -55,10 +55,7 @@ class Hit:
 
 
 class Searcher:
-    """Answers queries from a run's student (or teacher) and the store that was made with it.
-
-    Every query reads the whole store once; see `scan`. No Ray.
-    """
+    """Answers queries with a run's student (or teacher) and its store. Every query reads the whole store (`scan`)."""
 
     def __init__(self, run: FinishedRun, system: str = "student") -> None:
         folder = run.path("student_embeddings") if system == "student" else join(run.base, "embeddings")
@@ -74,7 +71,7 @@ class Searcher:
                 )
         if exists(join(checkpoint, "manifest.json")) and not is_of(folder, system, checkpoint):
             raise UserError(
-                f"the {system} of this run was trained anew since its passages were embedded",
+                f"the {system} of this run was trained again after its passages were embedded",
                 where=run.folder,
                 expected=f"embeddings of the {system} that is there now",
                 fix=f"ckd-ray {'embed' if system == 'teacher' else 'evaluate'}, with its configuration, makes them",
@@ -115,7 +112,7 @@ class Searcher:
 
 
 def _real_tokens(tokenizer: ColBERTTokenizer, query: str) -> tuple[list[int], list[str]]:
-    """Rows of the query that stand for its own words (not for markers or [MASK]), and their tokens."""
+    """The rows of the query's own words (not of markers or [MASK]), and their tokens."""
     ids = tokenizer.queries([query])[0][0].numpy()
     real = np.flatnonzero(~np.isin(ids, tokenizer.special_token_ids) & tokenizer.keeps(ids.astype(np.int32)))
     return real.tolist(), tokenizer.hf.convert_ids_to_tokens(ids[real].tolist())
@@ -124,7 +121,7 @@ def _real_tokens(tokenizer: ColBERTTokenizer, query: str) -> tuple[list[int], li
 def token_spans(tokenizer: ColBERTTokenizer, text: str, token_ids: npt.NDArray[np.integer]) -> list[tuple[int, int]]:
     """Characters (start, end) of every stored row of a passage; (0, 0) for markers.
 
-    Where the text does not give the stored tokens (the corpus was changed behind the store's back), all are (0, 0).
+    All are (0, 0) where the text does not give the stored tokens, because the corpus changed after the embedding.
     """
     head = [tokenizer.cls_id, *([] if tokenizer.doc_marker_id is None else [tokenizer.doc_marker_id])]
     encoded = tokenizer.hf(

@@ -1,4 +1,4 @@
-"""Hits for people: the part of each passage where the query's words were found, with these marked."""
+"""Hits for people: the part of each passage that matches the query's words, with these marked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ckd_ray.search.searcher import Hit
 
 Span = tuple[int, int]
 _BOLD, _PLAIN = "\x1b[1;33m", "\x1b[0m"
-# Passages come from anywhere: a control character in one would be carried out by the terminal.
+# A terminal would execute control characters in a passage.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def marked_spans(hit: Hit) -> list[Span]:
-    """The characters that won a maximum, in order; touching and overlapping pieces are one."""
+    """The characters of the matches, in order; adjacent and overlapping spans are merged."""
     joined: list[Span] = []
     for start, end in sorted({(m.start, m.end) for m in hit.matches if m.end > m.start}):
         if joined and start <= joined[-1][1]:
@@ -26,7 +26,7 @@ def marked_spans(hit: Hit) -> list[Span]:
 
 
 def window(text: str, spans: Sequence[Span], width: int) -> Span:
-    """The `width` characters of `text` that hold the most marked spans, moved out to whole words."""
+    """The `width` characters of `text` with the most marked spans, adjusted to whole words."""
     if len(text) <= width:
         return 0, len(text)
     starts = [0, *(max(0, start - 20) for start, _ in spans)]
@@ -43,11 +43,11 @@ def window(text: str, spans: Sequence[Span], width: int) -> Span:
 
 
 def render_hit(hit: Hit, *, colour: bool, columns: int = 100, width: int = 400) -> str:
-    """One hit: rank, id and score in a line, the text indented below it. Marked by colour, else by [brackets]."""
+    """A hit: a line with rank, id and score, then the indented text. Matches are marked by colour or [brackets]."""
     spans = marked_spans(hit)
     first, last = window(hit.text, spans, width)
     pieces, position = ["... " if first else ""], first
-    # Marks are private characters while lines are wrapped, so that escape codes do not count as width.
+    # Marks are single private characters during the wrapping, so that escape codes do not count as width.
     for start, end in spans:
         if start < first or end > last:
             continue
@@ -62,7 +62,7 @@ def render_hit(hit: Hit, *, colour: bool, columns: int = 100, width: int = 400) 
 
 
 def effort(tokens: int, size: int) -> str | None:
-    """What a query costs when the store is large; None for stores of which nobody would notice."""
+    """The cost of a query on a large store; None for a store that is fast to read."""
     if tokens < 20_000_000:
         return None
     return (
