@@ -57,7 +57,14 @@ def plan_workers(workers: int | str, batch_size: int, key: str) -> Placement:
         UserError: they do not fit the cluster, or the batch is smaller than their number.
     """
     placement = place_workers(workers, batch_size, key, [n["Resources"] for n in ray.nodes() if n["Alive"]])
-    _say_what_is_taken(placement, key)
+    free = ray.available_resources()  # other jobs may hold what the workers need
+    for name, each in placement.resources.items():
+        needed, left = each * placement.fewest, free.get(name, 0)
+        if left < needed:
+            say(
+                f"{key}: {placement.fewest} workers need {needed:g} {name}, of which {left:g} are free;"
+                " training starts when the rest are given back"
+            )
     return placement
 
 
@@ -71,16 +78,19 @@ def place_workers(workers: int | str, batch_size: int, key: str, nodes: Sequence
         UserError: they do not fit the cluster, or the batch is smaller than their number.
     """
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    room = sum(_room(node, gpus > 0) for node in nodes)
+    cpus_of = [int(node.get("CPU", 0) // CPUS_PER_WORKER) for node in nodes]
+    gpus_of = [int(node.get("GPU", 0)) for node in nodes]
+    room = sum(map(min, cpus_of, gpus_of) if gpus else cpus_of)
     chosen = parse_workers(workers)
     fewest, most = chosen if chosen is not None else (max(1, min(gpus, room, batch_size)),) * 2
     placement = Placement(fewest, most, gpus > 0)
     if fewest > room:
         cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        each = " and ".join(f"{count:g} {name}" for name, count in placement.resources.items())
         raise UserError(
             "the training workers do not fit the cluster",
             where=f"{key}.workers",
-            expected=f"at most {room}, each with {_words(placement)} on one node",
+            expected=f"at most {room}, each with {each} on one node",
             found=f"{fewest}; the cluster has {cpus} CPU and {gpus} GPU (nodes: {len(nodes)})",
             fix=f"set {key}.workers: auto, or add nodes",
         )
@@ -92,24 +102,3 @@ def place_workers(workers: int | str, batch_size: int, key: str, nodes: Sequence
             found=str(batch_size),
         )
     return placement
-
-
-def _room(node: Mapping[str, Any], use_gpu: bool) -> int:
-    """The number of workers that fit on one node."""
-    cpus = int(node.get("CPU", 0) // CPUS_PER_WORKER)
-    return min(cpus, int(node.get("GPU", 0))) if use_gpu else cpus
-
-
-def _say_what_is_taken(placement: Placement, key: str) -> None:
-    """Tell the user when other jobs hold resources that the workers need: training then waits for them."""
-    free = ray.available_resources()
-    for name, each in placement.resources.items():
-        if free.get(name, 0) < each * placement.fewest:
-            say(
-                f"{key}: {placement.fewest} workers need {each * placement.fewest:g} {name}, of which"
-                f" {free.get(name, 0):g} are free; training starts when the rest are given back"
-            )
-
-
-def _words(placement: Placement) -> str:
-    return " and ".join(f"{count:g} {name}" for name, count in placement.resources.items())

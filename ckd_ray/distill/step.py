@@ -219,7 +219,7 @@ class TrainingStep:
             encoded = []
             for i in range(count):
                 encoded.append(self._encode(inputs, i, self.bare))
-                self._between_parts()
+                return_freed_memory(self.bare.colbert.device)
         queries_bQD = torch.cat([queries for queries, _ in encoded]).requires_grad_()
         groups = [(rows.requires_grad_(), keep) for _, found in encoded for rows, keep in found]
         loss, total = self._agreed(lambda: self._loss(inputs, queries_bQD, groups))
@@ -238,9 +238,5 @@ class TrainingStep:
                     surrogate = surrogate + (rows * gradient).sum()
                 surrogate.backward()
                 del queries, found, surrogate
-            self._between_parts()
+            return_freed_memory(self.bare.colbert.device)
         return total
-
-    def _between_parts(self) -> None:
-        if self.bare.colbert.device.type == "cpu":
-            return_freed_memory()

@@ -53,10 +53,8 @@ def same_queries(first: PerQuery, second: PerQuery, where: str) -> None:
     )
 
 
-def render(comparison: dict[str, Any] | None, names: tuple[str, str] = ("teacher", "student")) -> str:
-    """Plain text, one block a split."""
-    if not comparison:
-        return "no evaluation split, so nothing was measured"
+def render(comparison: Mapping[str, Any], names: tuple[str, str]) -> str:
+    """Plain text, a block for each split."""
     lines = []
     for split, rows in comparison.items():
         if not rows:

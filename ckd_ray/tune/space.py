@@ -61,6 +61,10 @@ class Parameter:
             return float(random.uniform(low, high))
         return min(high, max(low, math.exp(random.uniform(math.log(low), math.log(high)))))
 
+    def holds(self, value: Any) -> bool:
+        """Whether `value` is one of the values."""
+        return value in self.values if self.kind == "choice" else bool(self.values[0] <= value <= self.values[1])
+
     @property
     def size(self) -> float:
         """The number of values; infinite for a range of real numbers."""

@@ -116,7 +116,7 @@ class Suggester:
     def _params(self, values: Values) -> dict[str, Any] | None:
         """An ended trial's values in Optuna's form; None where they lie outside of the space (trial 0 may)."""
         params = {key: values[key] for key in self.space}
-        if any(not _inside(p, params[key]) for key, p in self.space.items()):
+        if not all(p.holds(params[key]) for key, p in self.space.items()):
             return None
         if len(self.kept) > 1:
             own = {key: value for key, value in values.items() if key not in self.space}
@@ -157,12 +157,6 @@ def _spanned(values: list[Any]) -> Any:
     if len(distinct) <= 5 or not all(isinstance(v, int | float) for v in distinct):
         return CategoricalDistribution(distinct)
     return FloatDistribution(min(values), max(values), log=min(values) > 0)
-
-
-def _inside(parameter: Parameter, value: Any) -> bool:
-    if parameter.kind == "choice":
-        return value in parameter.values
-    return bool(parameter.values[0] <= value <= parameter.values[1])
 
 
 def _distribution(parameter: Parameter) -> Any:

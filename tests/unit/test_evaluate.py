@@ -123,7 +123,7 @@ def test_the_table() -> None:
     table = compare(teacher, student)
     assert (table["MRR@10"]["teacher"], table["MRR@10"]["student"]) == (0.125, 0.5)
     assert table["MRR@10"]["difference_mean"] == 0.375
-    text = render({"dev": table})
+    text = render({"dev": table}, ("teacher", "student"))
     assert "dev (4 queries)" in text and "0.1250   0.5000     +0.3750" in text
 
 
