@@ -96,7 +96,7 @@ def _teacher(context: RunContext, splits: list[str]) -> System:
     """The teacher without its expansion, from which every student starts."""
     folder = context.path(FOLDER, "teacher")
     embeddings = context.path("embeddings")
-    fingerprint_of_teacher = _evaluation_of(context, embeddings=(manifest_of(embeddings) or {})["made_of"])
+    identity = _evaluation_of(context, embeddings=(manifest_of(embeddings) or {})["made_of"])
 
     def work() -> dict[str, Any]:
         found = measure_system(context, "teacher", embeddings, splits, folder)
@@ -104,7 +104,7 @@ def _teacher(context: RunContext, splits: list[str]) -> System:
         write_measures(folder, {s: {"teacher": m} for s, m in found.items()}, context.config, collection)
         return {}
 
-    make(folder, fingerprint_of_teacher, work)
+    make(folder, identity, work)
     return System("teacher", [], _values([folder], "teacher", splits))
 
 

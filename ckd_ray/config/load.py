@@ -228,8 +228,8 @@ def _range(path: str) -> str:
     signs = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
     schema = TypeAdapter(_annotation(path)).core_schema
     bounds = next((c for c in schema.get("choices", []) if isinstance(c, dict) and signs.keys() & c.keys()), {})
-    told = [f"{signs[key]} {bounds[key]:g}" for key in signs if key in bounds and bounds[key] < 2**31]
-    return f" ({' '.join(told)})" if told else ""
+    words = [f"{signs[key]} {bounds[key]:g}" for key in signs if key in bounds and bounds[key] < 2**31]
+    return f" ({' '.join(words)})" if words else ""
 
 
 def _annotation(path: str) -> Any:

@@ -10,7 +10,7 @@ from ckd_ray.distill.objectives import BASELINE, OBJECTIVES, Objective
 
 
 def checkpoints_of(stage: str, fingerprint: str) -> str:
-    """The folder, below a run, of what a training has come to. It goes when the stage that trains is finished."""
+    """The folder of a training's checkpoints, below the run. It is deleted when the stage that trains has finished."""
     return f"checkpoints/{stage}-{fingerprint[:16]}"
 
 
@@ -23,7 +23,7 @@ class TrainingTask:
         run: the run directory (collection, store, rankings, labels are below it).
         start: folder of the checkpoint to start from.
         settings: the configuration's section, a `DistillConfig` for a student.
-        seed: behind batches and dropout.
+        seed: of batches and dropout.
         precision: `fp32` or `bf16`, as chosen for this training.
         dropout: probability for every dropout of the encoder.
         positive_grade: the qrels grade from which a passage is a positive.
@@ -50,7 +50,7 @@ class TrainingTask:
 
     @property
     def distillation(self) -> DistillConfig | None:
-        """The settings of a student; None for a teacher, which is trained on its labels alone."""
+        """The settings of a student; None for a teacher."""
         return self.settings if isinstance(self.settings, DistillConfig) else None
 
     @property

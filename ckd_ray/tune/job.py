@@ -67,14 +67,14 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     run_stages(config, until=upstream[-1].name)
     space = space_of(config)
     seed = config.run.seed if config.tune.seed is None else config.tune.seed
-    made_of = _search_fingerprint(config, context, upstream, seed)
-    folder = context.path(FOLDER, f"search-{made_of[:12]}")
+    identity = _search_fingerprint(config, context, upstream, seed)
+    folder = context.path(FOLDER, f"search-{identity[:12]}")
     with run_lock(context.run):
         kept, passed, first_seconds = _first(context, config, folder, seed)
     for combination in kept:
         _label(config, combination)
     with run_lock(context.run):
-        records = _trials(context, config, folder, kept, seed, made_of)
+        records = _trials(context, config, folder, kept, seed, identity)
         best = records.best()
         assert best is not None
         found = with_values(config, best.values)
@@ -153,7 +153,7 @@ def _label(config: Config, values: Values) -> None:
         run_stages(with_values(config, values), until="label", labels=folder)
 
 
-def _trials(context: RunContext, config: Config, folder: str, kept: list[Values], seed: int, made_of: str) -> Records:
+def _trials(context: RunContext, config: Config, folder: str, kept: list[Values], seed: int, identity: str) -> Records:
     space = space_of(config)
     records = Records(join(folder, "trials"))
     suggester = Suggester(
@@ -164,12 +164,12 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
         seed=seed,
         trials=config.tune.trials,
     )
-    base = distill_task(context, made_of, keep=folder)
+    base = distill_task(context, identity, keep=folder)
 
     def task_of(number: int, values: Values) -> Any:
         mine = with_values(config, values)
-        print_of = fingerprint(search=made_of, trial=number, values=values)
-        return trial_task(base, mine, print_of, _labels_folder(config, values))
+        trial_identity = fingerprint(search=identity, trial=number, values=values)
+        return trial_task(base, mine, trial_identity, _labels_folder(config, values))
 
     search(config, context.run, folder, records, suggester, task_of)
     return records

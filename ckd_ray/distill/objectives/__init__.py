@@ -1,7 +1,7 @@
 """The objectives that a student can be trained with, by name.
 
-To add one: write a file beside this one, add it to the tuple below and its name to `distill.objective` in
-`ckd_ray/config/schema.py`.
+To add an objective, write a file in this folder, add the objective to the tuple below, and add its name to
+`distill.objective` in `ckd_ray/config/schema.py`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ckd_ray.collective.losses import BatchScores, LossRows
     from ckd_ray.config.schema import Config, DistillConfig
 
-Problems = Iterator[tuple[str, str]]  # (path of the key, what is wrong and how to mend it)
+Problems = Iterator[tuple[str, str]]  # (path of the key, the problem and its fix)
 
 
 class TeacherScores(Enum):
