@@ -23,6 +23,10 @@ class Candidates:
     labelled: list[Int64Array]
     negatives: list[Int64Array]
 
+    def all(self) -> list[Int64Array]:
+        """Both, the labelled ones first."""
+        return [np.concatenate(pair) for pair in zip(self.labelled, self.negatives, strict=True)]
+
 
 class CandidateReader:
     """Candidates of the training queries of a run."""

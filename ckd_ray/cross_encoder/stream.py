@@ -124,8 +124,7 @@ def _tokenise(batch: dict[str, Any], job: CrossEncoderJob) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     tokenizer, reader = _tokenizer_and_candidates(job)
     queries = collection_once(job.run).queries_between("train", first, stop).texts
-    found = reader.read(first, stop)
-    wanted = [np.concatenate(pair) for pair in zip(found.labelled, found.negatives, strict=True)]
+    wanted = reader.read(first, stop).all()
     counts = np.array([len(passages) for passages in wanted], np.int32)
     flat = np.concatenate([*wanted, np.empty(0, np.int64)]).astype(np.int64)
     unique, where = np.unique(flat, return_inverse=True)  # queries share candidates: each text is read once
