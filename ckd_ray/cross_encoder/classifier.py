@@ -74,7 +74,8 @@ class PairTokenizer:
         ids = encoded["input_ids"]
         lengths = np.array([len(row) for row in ids], np.int32)
         types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-        return Pairs(*(np.concatenate([np.array(row, np.int32) for row in rows]) for rows in (ids, types)), lengths)
+        token_ids, token_types = (np.concatenate([np.array(row, np.int32) for row in rows]) for rows in (ids, types))
+        return Pairs(token_ids, token_types, lengths)
 
 
 class PairClassifier:

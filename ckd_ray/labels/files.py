@@ -100,7 +100,7 @@ class ExpansionReader:
     """
 
     def __init__(self, folder: str, split: str, queries_per_part: int, depths: Sequence[int] = ()) -> None:
-        self.depths, self.blocks = tuple(depths), max(1, len(depths))
+        self.queries_per_part, self.depths, self.blocks = queries_per_part, tuple(depths), max(1, len(depths))
         self._parts = ArrayParts(folder, split, queries_per_part, "label")
 
     @classmethod
