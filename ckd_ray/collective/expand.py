@@ -1,4 +1,4 @@
-"""Collective knowledge: the expansion embeddings of a batch of queries, computed together (docs/method.md, step 4).
+"""Collective knowledge: the expansion embeddings of a batch of queries, computed together (method.md, step 4).
 
 Shapes: B queries, K clusters, T points of a query, D dimensions, M centroids of the batch, V voters, E kept embeddings.
 """

@@ -1,6 +1,6 @@
 """k-means of many queries at once: a deterministic start, then Lloyd's algorithm until each query has converged.
 
-Source: docs/method.md step 4 ("Collective Relevance Labeling for Passage Retrieval", NAACL 2022, section 3). The
+Source: method.md step 4 ("Collective Relevance Labeling for Passage Retrieval", NAACL 2022, section 3). The
 stopping rule and the treatment of empty clusters follow scikit-learn's Lloyd, which the published code calls.
 
 Every operation reads one query's own rows and columns. When a caller pads each query to a size that depends on the

@@ -2,7 +2,7 @@
 
 Every loss compares softmax(s_S / scale), the student's distribution over the passages of the batch, with a target. s_S
 are the student's scores, s_T the teacher's, T is the teacher's temperature. `raise` sets the label (the labelled
-passage) to its row's maximum (docs/method.md, step 6). The loss of a query is:
+passage) to its row's maximum (method.md, step 6). The loss of a query is:
 
     contrastive   CE(label, softmax(s_S / scale)), the label smoothed by e: (1 - e) one-hot + e / n
     kl            KL(softmax(raise(s_T) / T) || softmax(s_S / scale))                       (published: step 6)
@@ -191,7 +191,7 @@ def kl(
 def collective_loss(
     student_scores_BN: Tensor, teacher_scores_BN: Tensor, positives_B: Tensor, temperature: float
 ) -> Tensor:
-    """Mean over rows of KL(softmax(raise(s_T) / T) || softmax(s_S)): docs/method.md, step 6, as published.
+    """Mean over rows of KL(softmax(raise(s_T) / T) || softmax(s_S)): method.md, step 6, as published.
 
     Args:
         student_scores_BN: scores of all passages of the batch for all its queries, with gradient.

@@ -19,7 +19,7 @@ def expansion_weights(
 ) -> Tensor:
     """The weight of each expansion embedding, (B, E). The query's own rows weigh 1 each.
 
-    A number for `beta` gives beta * idf (docs/method.md, step 4), whose sum depends on the size of the collection.
+    A number for `beta` gives beta * idf (method.md, step 4), whose sum depends on the size of the collection.
     `auto` scales the idf so that their sum is share / (1 - share) * Q. The expansion then holds `share` of the total
     weight of the teacher's score, on any collection and for any length of the query and the expansion. A query without
     an expansion (idf 0 everywhere) keeps weights of 0.

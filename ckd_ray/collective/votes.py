@@ -1,4 +1,4 @@
-"""The token that a centroid stands for, and its weight (docs/method.md, step 4).
+"""The token that a centroid stands for, and its weight (method.md, step 4).
 
 Shapes: M centroids, V voters (neighbours) a centroid, nearest first.
 """

@@ -145,7 +145,7 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """The keys that the training of the teacher and of the student share.
 
-    The defaults are for a small pretrained encoder with a new projection (docs/evidence.md); configs/published.yaml has
+    The defaults are for a small pretrained encoder with a new projection (evidence.md); configs/published.yaml has
     the published ones. MaxSim adds one similarity for each query row, so the scores of passages lie tens apart, and an
     undivided softmax gives the best passage everything. `score_scale` prevents that (`ckd_ray.distill.scale`).
 
@@ -264,7 +264,7 @@ class RetrieveConfig(Section):
 
 
 class LabelConfig(Section):
-    """Collective knowledge (docs/method.md step 4).
+    """Collective knowledge (method.md step 4).
 
     Attributes:
         feedback_passages: Passages that an expansion is computed from. A list of 1 to 8 ascending depths ([1, 3, 5])
@@ -299,7 +299,7 @@ class DistillConfig(TrainingConfig):
         loss: The loss that compares the student with its teacher; `kl` is the published one.
         temperature: Divides the teacher's scores; `auto` follows the spread of each query's scores.
         teacher_weight: The teacher's share of the target (mixture, 0 to 1), or the factor of its part of the loss
-            (decoupled); `auto` is 0.5 for mixture and 2 for decoupled.
+            (decoupled); `auto` is 0.5 and 2.
         margin: How far the label is above the best other passage (margin), in units of the temperature.
         denoise: Leave out negatives that the teacher scores within this many temperatures of the label or above it;
             null keeps all.

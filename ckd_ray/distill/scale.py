@@ -3,7 +3,7 @@
 MaxSim adds one similarity for each query row. With 32 rows the scores of random passages lie several units apart, and
 the label lies tens of units above them. An undivided softmax then gives the label all the probability, the loss is
 0.000 in most steps, and training only widens the gaps. Dividing by the spread of the scores keeps every passage of the
-batch in the loss, for any encoder, query length and similarity (measured in docs/evidence.md). Shapes: B queries, N
+batch in the loss, for any encoder, query length and similarity (measured in evidence.md). Shapes: B queries, N
 passages.
 """
 

@@ -1,4 +1,4 @@
-"""The expansions of queries, from their rankings and the token-embedding store (docs/method.md, steps 3 and 4). No Ray.
+"""The expansions of queries, from their rankings and the token-embedding store (method.md, steps 3 and 4). No Ray.
 
 Shapes: B queries, F feedback passages a query, D dimensions.
 """

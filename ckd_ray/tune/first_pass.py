@@ -1,7 +1,7 @@
 """The first pass of a search: compare settings of the labels without training.
 
 Labels are as good as the teacher's ranking. So the teacher ranks dev with every combination of settings: its score with
-that expansion (docs/method.md, step 5) reranks the top of its plain ranking, and MRR@10 measures the result. The engine
+that expansion (method.md, step 5) reranks the top of its plain ranking, and MRR@10 measures the result. The engine
 of the retrieve stage finds the candidates in the whole collection. Shapes: B queries, N = depth candidates, E expansion
 embeddings, Q and L rows, D dimensions.
 """

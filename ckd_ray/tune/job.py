@@ -178,7 +178,7 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
 def _write_best(context: RunContext, found: Config, best: Trial) -> None:
     tree = found.model_dump(mode="json", exclude={"tune"})
     head = f"# Found by ckd-ray tune: trial {best.number}, MRR@10 {best.best:.4f} on the dev queries of its trials.\n"
-    # Keys in URIs belong into the environment (docs/store.md), not into files that users share.
+    # Keys in URIs belong into the environment (store.md), not into files that users share.
     text = without_secrets(head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)).encode()
     write_atomic(context.path(FOLDER, "best.yaml"), lambda stream: stream.write(text))
 

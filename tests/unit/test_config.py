@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,22 +18,6 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_example_is_valid(path: Path) -> None:
     assert load_config(str(path)).run.name == path.stem
-
-
-def test_every_key_has_a_sentence_under_attributes() -> None:
-    """The reference of the configuration is generated from these lines."""
-    lacking = []
-    for section, field in Config.model_fields.items():
-        documented = "\n".join(
-            inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")[2]
-            for kind in field.annotation.__mro__[:-2]
-        )
-        lacking += [
-            f"{section}.{key}"
-            for key in field.annotation.model_fields
-            if not re.search(rf"^    {key}: .*\w(.|\n     )*\.$", documented, re.MULTILINE)
-        ]
-    assert lacking == []
 
 
 def test_no_file_reads_the_embedded_quick_start() -> None:
