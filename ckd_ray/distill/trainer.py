@@ -169,12 +169,10 @@ def _cause(actor: Any, error: BaseException | None) -> str | None:
     return cause
 
 
-def _cause(error: BaseException) -> str:
-    """The workers' own message, without Ray's frames around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    return last_line(error)
+@contextmanager
+def _progress(task: TrainingTask, actor: Any) -> Iterator[None]:
+    """Show the progress that the actor knows while `fit` blocks the main thread."""
+    ended = threading.Event()
 
     def follow() -> None:
         progress, started = Progress(task.stage, task.settings.steps, "steps"), False

@@ -27,16 +27,16 @@ def expand_ranked(
     *,
     neighbours: Neighbours | None,
     special_token_ids: Any,
-    crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
+    in_special_cell: InSpecialCell | None = None,
 ) -> Expansions:
     """The expansions of queries whose feedback passages are known.
 
     Args:
-        feedback_BF: dense passage indices, best first, -1 where a ranking has ended. A query without any gets an empty
-            expansion (its teacher is then the teacher without expansion).
-        neighbours: finds the voters in the collection, see `expand`; None: the feedback's own tokens vote.
-        crowded: see `expand`.
+        feedback_BF: dense passage indices, best first, -1 after the end of a ranking. A query without any gets an empty
+            expansion; its teacher then scores without one.
+        neighbours: finds the voters in the collection, see `expand`. None: the feedback's own tokens vote.
         special_token_ids: token ids that do not vote.
+        in_special_cell: see `expand`.
 
     Raises:
         JobError: the store holds numbers that are not finite; names the passage.
@@ -54,7 +54,7 @@ def expand_ranked(
             neighbours=neighbours,
             document_frequencies=store.document_frequencies,
             num_passages=store.num_passages,
-            special_ids=special_token_ids,
+            special_token_ids=special_token_ids,
             clusters=settings.clusters,
             voters=settings.voters,
             tokens=nest([token_ids[i] for i in place], counts) if neighbours is None else None,
@@ -69,27 +69,14 @@ def expand_ranked(
 
 
 def expand_depths(
-    store: EmbeddingStore,
-    feedback_BF: IntArray,
-    settings: LabelConfig,
-    *,
-    neighbours: Neighbours | None,
-    special_token_ids: Any,
-    crowded: Callable[[torch.Tensor], npt.NDArray[np.bool_]] | None = None,
+    store: EmbeddingStore, feedback_BF: IntArray, settings: LabelConfig, **voting: Any
 ) -> dict[int, Expansions]:
-    """For each depth of `settings.feedback_passages` the expansions from the top `depth` of the feedback; see
-    `expand_ranked`."""
-    return {
-        depth: expand_ranked(
-            store,
-            feedback_BF[:, :depth],
-            settings,
-            neighbours=neighbours,
-            special_token_ids=special_token_ids,
-            crowded=crowded,
-        )
-        for depth in settings.depths
-    }
+    """`expand_ranked` from the top `depth` of the feedback, for each depth of `settings.feedback_passages`.
+
+    Args:
+        voting: the keyword arguments of `expand_ranked`.
+    """
+    return {depth: expand_ranked(store, feedback_BF[:, :depth], settings, **voting) for depth in settings.depths}
 
 
 def nest(flat: Any, counts: Any) -> list[Any]:

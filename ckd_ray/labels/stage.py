@@ -98,7 +98,7 @@ def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
 
 
 def _find_special_cells(uri: str, job: LabelJob, seed: int) -> None:
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else needs the cores now
+    torch.set_num_threads(os.cpu_count() or 1)  # no other task runs at this time
     SpecialCells.of_store(open_once(job.passages), _special_token_ids(job.checkpoint), seed=seed).save(uri)
 
 
@@ -131,7 +131,7 @@ def label_part(job: LabelJob, votes: Votes, part: int, first: int, stop: int) ->
         job.settings,
         neighbours=votes if isinstance(votes, ServerVotes) else None,
         special_token_ids=_special_token_ids(job.checkpoint),
-        crowded=votes.crowded if isinstance(votes, CrowdedCells) else None,
+        in_special_cell=votes.in_special_cell if isinstance(votes, EstimatedVotes) else None,
     )
     present_BF = feedback_BF >= 0
     write_labels(
