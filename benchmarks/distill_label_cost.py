@@ -21,7 +21,8 @@ from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer
 from ckd_ray.data import Collection
 from ckd_ray.labels.feedback import expand_depths
-from ckd_ray.pipeline.work import search_settings, vote_way
+from ckd_ray.pipeline.labelling import vote_way
+from ckd_ray.pipeline.search_engine import search_settings
 from ckd_ray.retrieve.shard_range import ShardRange
 from ckd_ray.store import EmbeddingStore
 

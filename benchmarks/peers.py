@@ -337,8 +337,8 @@ class Bench:
         from ckd_ray.config import Config
         from ckd_ray.model import ColBERTSettings
         from ckd_ray.model.exchange import load_any
+        from ckd_ray.pipeline.embedding import embed_all
         from ckd_ray.pipeline.evaluation import evaluation_splits, measure_system, write_measures
-        from ckd_ray.pipeline.work import embed_all
         from ckd_ray.progress import set_quiet
         from ckd_ray.ray_util.session import connected
         from ckd_ray.runs.directory import RunContext

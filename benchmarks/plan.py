@@ -78,11 +78,12 @@ def config_of(run: str) -> Config:
 
 def seconds_of(run: Path, stages: list[str]) -> dict[str, float]:
     """What every stage took, from the manifests of the run."""
-    from ckd_ray.pipeline.stages import STAGES
+    from ckd_ray.pipeline.graph import STAGES
+    from ckd_ray.runs.directory import RunDir
 
     found = {}
     for stage in STAGES:
-        manifest = run / stage.folder / "manifest.json"
+        manifest = Path(stage.output(RunDir(str(run)))) / "manifest.json"
         if stage.name in stages and manifest.exists():
             found[stage.name] = float(json.loads(manifest.read_text())["seconds"])
     if not found:

@@ -167,7 +167,7 @@ def _check_stages(
     start: str | None, until: str, config: str | None, set_: list[str] | None, generations: int = 1, **_: Any
 ) -> None:
     from ckd_ray.checks import load_config
-    from ckd_ray.pipeline.stages import check_stage_names, needed
+    from ckd_ray.pipeline.graph import check_stage_names, needed
 
     check_stage_names(start, until)
     if generations > 1 and (start is not None or until != "evaluate"):
@@ -296,7 +296,7 @@ def label(
             from ckd_ray.progress import say
             from ckd_ray.runs.directory import RunContext
 
-            count = write(RunContext.of(loaded).run, suggest, SuggestSettings(suggest_top, suggest_min))
+            count = write(RunContext.of(loaded).paths.root, suggest, SuggestSettings(suggest_top, suggest_min))
             say(f"suggest: {count:,} unlabelled passages -> {suggest}")
 
 

@@ -56,7 +56,7 @@ def evaluate(
         reports = run_stages(loaded)
         found = None
         if other is not None:
-            mine = Side.of(open_finished(RunContext.of(loaded).run), system)
+            mine = Side.of(open_finished(RunContext.of(loaded).paths.root), system)
             found = compare_runs(other, mine)
         if json_:
             put({**summary(loaded, reports), **({"against": found} if found else {})})
@@ -100,7 +100,7 @@ def search(
         _prompt(searcher, top)
     elif json_:
         hits = [hit.to_dict() for hit in searcher.search(query, top)]
-        put({"run": finished.folder, "system": system, "query": query, "hits": hits})
+        put({"run": finished.paths.folder, "system": system, "query": query, "hits": hits})
     else:
         _show(searcher, query, top)
 

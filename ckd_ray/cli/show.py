@@ -10,17 +10,17 @@ from ckd_ray.files import exists, join, read_json
 from ckd_ray.pipeline.runner import StageReport
 from ckd_ray.progress import duration, say
 from ckd_ray.runs.artifact import manifest_of
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.directory import RunContext, RunDir
 
 
 def summary(config: Config, reports: list[StageReport]) -> dict[str, Any]:
     """The object that `--json` prints."""
-    context = RunContext.of(config)
+    run = RunContext.of(config).paths
     evaluated = any(r.name == "evaluate" for r in reports)
-    table = _written(context, TABLE) if evaluated else None
+    table = _written(run, TABLE) if evaluated else None
     return {
-        "run": context.run,
-        "student": context.path("student") if manifest_of(context.path("student")) else None,
+        "run": run.root,
+        "student": run.student if manifest_of(run.student) else None,
         "stages": [
             {
                 "name": r.name,
@@ -31,23 +31,23 @@ def summary(config: Config, reports: list[StageReport]) -> dict[str, Any]:
             }
             for r in reports
         ],
-        "comparison": _written(context, "comparison.json") if evaluated else None,
+        "comparison": _written(run, "comparison.json") if evaluated else None,
         "table": table,
         "verdict": table.get("verdict") if table else None,
     }
 
 
-def _written(context: RunContext, name: str) -> Any:
-    path = join(context.path("evaluation"), name)
+def _written(run: RunDir, name: str) -> Any:
+    path = join(run.evaluation, name)
     return read_json(path) if exists(path) else None
 
 
 def closing_table(config: Config, reports: list[StageReport]) -> None:
     """A student that is not worth having, seconds a stage, the table of all systems, and where the student is; on
     standard error."""
-    context = RunContext.of(config)
+    run = RunContext.of(config).paths
     width = max((len(r.name) for r in reports), default=0)
-    table = _written(context, TABLE) if any(r.name == "evaluate" for r in reports) else None
+    table = _written(run, TABLE) if any(r.name == "evaluate" for r in reports) else None
     say("")
     if table and table["verdict"] and not table["verdict"]["better"]:
         say(table["verdict"]["text"])
@@ -61,4 +61,4 @@ def closing_table(config: Config, reports: list[StageReport]) -> None:
         say("")
         say(render_table(table))
         say("")
-        say(f"student: {context.path('student')}")
+        say(f"student: {run.student}")

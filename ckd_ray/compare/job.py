@@ -20,15 +20,14 @@ from ckd_ray.evaluate.significance import aligned
 from ckd_ray.files import delete, join, read_json, write_atomic, write_json_atomic
 from ckd_ray.pipeline.baselines import measure_baselines
 from ckd_ray.pipeline.evaluation import evaluation_splits, measure_system, write_measures
+from ckd_ray.pipeline.graph import needed
 from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.pipeline.stages import STAGES, needed
+from ckd_ray.pipeline.stages import evaluate
 from ckd_ray.progress import say, without_keys
-from ckd_ray.runs.artifact import make, manifest_of
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.artifact import content_fingerprint, fingerprint_of, make, seconds_of
+from ckd_ray.runs.directory import RunContext, RunDir
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.runs.lock import run_lock
-
-FOLDER = "compare"
 
 
 def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -39,12 +38,13 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         fresh: train all students again; the stages upstream of them stay.
     """
     context = RunContext.of(config)
+    run = context.paths
     if fresh:
-        with run_lock(context.run):  # another command may be at work in it
-            delete(context.path(FOLDER))
-    # This writes the run's run.json, and shows before any training whether the splits can be measured.
+        with run_lock(run.root):  # another command may be at work in it
+            delete(run.compare)
+    # Of the run itself: its run.json is written, and what cannot be measured is refused before anything is trained.
     run_stages(config, until="collection")
-    collection = Collection.open(context.run)
+    collection = Collection.open(run.root)
     splits = evaluation_splits(config, collection)
     if not splits:
         raise UserError(
@@ -57,18 +57,18 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         say(f"compare: {variant.objective}, seed {variant.seed} ({number} of {len(planned)})")
         run_stages(variant.config, variant=variant.folder)
         if not config.compare.keep_stores:
-            delete(join(context.run, variant.folder, "student_embeddings"))
-    with run_lock(context.run):
+            delete(run.variant(variant.folder).student_embeddings)
+    with run_lock(run.root):
         names = [name for name in config.evaluate.baselines if name != "bm25" or config.compare.bm25]
         baselines = measure_baselines(context, splits, names)
         systems = [System(name, [], _values([folder], name, splits)) for name, folder in baselines.folders.items()]
         systems.append(_teacher(context, splits))
-        systems += [_objective(context, name, planned, splits) for name in objectives(config)]
+        systems += [_objective(run, name, planned, splits) for name in objectives(config)]
         table = build_table(systems, collection.num_queries("train"))
-        table |= {"budget": _budget(config), "run": context.run, "left_out": baselines.left_out}
-        write_json_atomic(context.path(FOLDER, "table.json"), without_keys(table))
+        table |= {"budget": _budget(config), "run": run.root, "left_out": baselines.left_out}
+        write_json_atomic(join(run.compare, "table.json"), without_keys(table))
         text = render_markdown(table).encode()
-        write_atomic(context.path(FOLDER, "table.md"), lambda stream: stream.write(text))
+        write_atomic(join(run.compare, "table.md"), lambda stream: stream.write(text))
     return table
 
 
@@ -77,7 +77,7 @@ def show(table: dict[str, Any]) -> None:
     say("")
     say(render_text(table))
     say("")
-    say(join(table["run"], FOLDER, "table.md"))
+    say(join(RunDir(table["run"]).compare, "table.md"))
 
 
 def _budget(config: Config) -> dict[str, Any]:
@@ -86,45 +86,39 @@ def _budget(config: Config) -> dict[str, Any]:
 
 
 def _evaluation_of(context: RunContext, **inputs: Any) -> str:
-    """The fingerprint of the evaluation's settings and inputs."""
-    evaluate = next(stage for stage in STAGES if stage.name == "evaluate")
-    collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
-    return fingerprint(evaluate=evaluate.settings(context.config), collection=collection, **inputs)
+    """A fingerprint of the settings of the evaluation and of what is evaluated."""
+    collection = content_fingerprint(context.paths.corpus)
+    return fingerprint(evaluate=evaluate.fingerprint_settings(context.config), collection=collection, **inputs)
 
 
 def _teacher(context: RunContext, splits: list[str]) -> System:
-    """The teacher without its expansion, from which every student starts."""
-    folder = context.path(FOLDER, "teacher")
-    embeddings = context.path("embeddings")
-    identity = _evaluation_of(context, embeddings=(manifest_of(embeddings) or {})["made_of"])
+    """The teacher without its expansion: what every student starts from."""
+    folder = join(context.paths.compare, "teacher")
+    embeddings = context.paths.embeddings
+    made_of = _evaluation_of(context, embeddings=fingerprint_of(embeddings))
 
     def work() -> dict[str, Any]:
         found = measure_system(context, "teacher", embeddings, splits, folder)
-        collection = Collection.open(context.run)
+        collection = Collection.open(context.paths.root)
         write_measures(folder, {s: {"teacher": m} for s, m in found.items()}, context.config, collection)
         return {}
 
-    make(folder, identity, work)
+    make(folder, made_of, work)
     return System("teacher", [], _values([folder], "teacher", splits))
 
 
-def _objective(context: RunContext, name: str, planned: list[Variant], splits: list[str]) -> System:
+def _objective(run: RunDir, name: str, planned: list[Variant], splits: list[str]) -> System:
     mine = [variant for variant in planned if variant.objective == name]
-    folders = [join(context.run, variant.folder) for variant in mine]
-    seconds = [float((manifest_of(join(f, "student")) or {}).get("seconds", 0.0)) for f in folders]
+    students = [run.variant(variant.folder) for variant in mine]
     config = mine[0].config
     plain = next(variant.config for variant in planned if variant.objective == BASELINE.name)
-    ours = {stage.name: stage.folder for stage in needed(config, "distill")}
-    labelling = sum(
-        float((manifest_of(context.path(folder)) or {}).get("seconds", 0.0))
-        for stage, folder in ours.items()
-        if stage not in {s.name for s in needed(plain, "distill")}
-    )
+    shared = needed(plain, "distill")
+    labelling = sum(seconds_of(stage.output(run)) for stage in needed(config, "distill") if stage not in shared)
     return System(
         name,
         [variant.seed for variant in mine],
-        _values([join(f, "evaluation") for f in folders], "student", splits),
-        float(np.mean(seconds)),
+        _values([student.evaluation for student in students], "student", splits),
+        float(np.mean([seconds_of(student.student) for student in students])),
         labelling,
         {key: getattr(config.distill, key) for key in sorted(SETTINGS)},
     )

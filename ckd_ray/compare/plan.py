@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ckd_ray.config.schema import Config, DistillConfig
 from ckd_ray.distill.objectives import BASELINE, CONDITIONAL_KEYS, OBJECTIVES
+from ckd_ray.runs.directory import COMPARE
 
 # The keys that `compare.settings` may change for one objective: those of its loss. The others are the budget, which all
 # objectives share, or change no result.
@@ -25,8 +26,8 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The folder of the variant's own artefacts, below the run."""
-        return f"compare/{self.objective}-{self.seed}"
+        """Where the variant's own artifacts are."""
+        return f"{COMPARE}/{self.objective}-{self.seed}"
 
 
 def objectives(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ from ckd_ray.data.positives import Int64Array
 from ckd_ray.files import join
 from ckd_ray.ray_util.parts import part_file, query_spans
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
+from ckd_ray.runs.directory import RunDir
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CandidateReader:
         collection = Collection.open(run)
         self.num_queries = collection.num_queries("train")
         self.positives = collection.positives("train", positive_grade)
-        self.rankings, self.depth = join(run, "rankings"), depth
+        self.rankings, self.depth = RunDir(run).rankings, depth
 
     def read(self, first: int, stop: int) -> Candidates:
         """The candidates of the queries [first, stop). As in batches, labelled passages do not count for the depth."""

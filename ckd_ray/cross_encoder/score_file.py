@@ -20,9 +20,10 @@ from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.score_rows import read_scores
 from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.data import Collection
+from ckd_ray.data.collection import passage_ids_file
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.errors import UserError
-from ckd_ray.files import filesystem_of, is_local, join, make_folder
+from ckd_ray.files import filesystem_of, is_local, make_folder
 from ckd_ray.progress import Progress, say
 from ckd_ray.ray_util.parts import query_spans
 
@@ -138,7 +139,7 @@ class PassageIndex:
     def __init__(self, collection: Collection) -> None:
         self._collection = collection
         hashes = [np.empty(0, np.uint64)]
-        fs, path = filesystem_of(join(collection.run, "corpus", "ids.arrow"))
+        fs, path = filesystem_of(passage_ids_file(collection.run))
         with fs.open_input_file(path) as file:
             reader = ipc.open_file(file)
             for i in range(reader.num_record_batches):

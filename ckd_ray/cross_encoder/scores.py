@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ckd_ray.files import join, read_json
 from ckd_ray.labels.array_parts import ArrayParts, write_part
+from ckd_ray.runs.artifact import MANIFEST
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
 NO_PASSAGE = 2**31 - 1
@@ -69,7 +70,7 @@ class CrossScores:
     @classmethod
     def open(cls, folder: str, split: str = "train") -> CrossScores:
         """Open the scores of a finished cross_encoder stage."""
-        manifest: dict[str, Any] = read_json(join(folder, "manifest.json"))
+        manifest: dict[str, Any] = read_json(join(folder, MANIFEST))
         return cls(folder, split, manifest["queries_per_part"])
 
     def of_query(self, query: int) -> tuple[Int64Array, Float32Array]:

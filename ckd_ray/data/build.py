@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
-from ckd_ray.files import join, new_folder, remove_stale, sha256_of, signatures, write_json_atomic
+from ckd_ray.files import new_folder, remove_stale, sha256_of, signatures, write_json_atomic
 from ckd_ray.progress import say
+from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.directory import RunDir
 
 SCHEMA_VERSION = 1
 ROWS_A_GROUP = 256  # training reads passages at random, a row group each
@@ -79,13 +81,14 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
         InputError: lists what is wrong, with file and line; up to 20 problems at once.
         UserError: a file is missing or cannot be read.
     """
-    remove_stale(join(out, "queries"))  # the stage does so for the corpus, which is its own folder
+    run = RunDir(out)
+    remove_stale(run.queries)  # the stage does so for the corpus, which is its own folder
     source = open_source(settings)
     problems = Problems()
     splits = {split: _read_split(source, split, problems) for split in source.splits}
     problems.check()
     wanted = {row.passage_id: -1 for split in splits.values() for row in split.labels}
-    with new_folder(join(out, "corpus")) as folder:
+    with new_folder(run.corpus) as folder:
         writer = _CorpusWriter(folder, wanted, settings.limit, progress or (lambda done, total: None))
         writer.write(source.passages(problems), problems)
         _name_duplicates(source, writer.duplicates(), problems)
@@ -94,7 +97,7 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
         problems.check()
         digest = writer.digest
         manifest = CollectionManifest(writer.count, "", writer.empty, writer.mended, writer.cut, settings.limit)
-        with new_folder(join(out, "queries")) as queries:
+        with new_folder(run.queries) as queries:
             for name, split in splits.items():
                 manifest.splits[name] = _write_split(queries, name, split, wanted, settings.positive_grade, digest)
             manifest.fingerprint = digest.hexdigest()
@@ -360,7 +363,7 @@ def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> Non
         "files": files,
         **{name: getattr(manifest, name) for name in counts},
     }
-    write_json_atomic(os.path.join(folder, "manifest.json"), value)
+    write_json_atomic(os.path.join(folder, MANIFEST), value)
 
 
 def _rows(path: str) -> int:

@@ -22,6 +22,8 @@ from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import exists, file_signature, filesystem_of, is_local, join, list_files, read_object, sha256_of
 from ckd_ray.files.cache import ShardCache
+from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.directory import RunDir
 
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
 _REMOTE_READERS = 16
@@ -63,7 +65,7 @@ class Collection:
         Raises:
             JobError: it has not been built. UserError: its manifest is damaged.
         """
-        path = join(run, "corpus", "manifest.json")
+        path = join(RunDir(run).corpus, MANIFEST)
         if not exists(path):
             raise JobError(f"{run}: no collection here; run ckd-ray train --until collection")
         manifest = read_object(path)
@@ -77,7 +79,7 @@ class Collection:
 
     @cached_property
     def _files(self) -> list[pq.ParquetFile]:
-        folder = join(self.run, "corpus")
+        folder = RunDir(self.run).corpus
         local = is_local(folder)
         found = []
         for name in list_files(folder, ".parquet"):
@@ -169,7 +171,7 @@ class Collection:
         Raises:
             JobError: it is not the file that the manifest names.
         """
-        uri = join(self.run, "corpus", "ids.arrow")
+        uri = passage_ids_file(self.run)
         if is_local(self.run):
             return filesystem_of(uri)[1]
         digest = next((str(f["sha256"]) for f in self.manifest["files"] if f["name"] == "ids.arrow"), "")
@@ -206,7 +208,9 @@ class Collection:
 
     def queries(self, split: str) -> Queries:
         """All queries of a split; a part of a large split is better read by `queries_between`."""
-        return self.queries_between(split, 0, self.num_queries(split))
+        fs, path = filesystem_of(join(RunDir(self.run).queries, f"{split}.parquet"))
+        table = pq.read_table(path, filesystem=fs)
+        return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
 
     def num_queries(self, split: str) -> int:
         """How many queries a split has; none of them is read."""
@@ -225,13 +229,13 @@ class Collection:
 
     def _query_file(self, split: str) -> pq.ParquetFile:
         if split not in self._query_files:
-            fs, path = filesystem_of(join(self.run, "queries", f"{split}.parquet"))
+            fs, path = filesystem_of(join(RunDir(self.run).queries, f"{split}.parquet"))
             self._query_files[split] = pq.ParquetFile(path, filesystem=fs)
         return self._query_files[split]
 
     def qrels(self, split: str) -> Qrels:
-        """The labels of a split, as in the input."""
-        fs, path = filesystem_of(join(self.run, "queries", f"{split}.qrels.parquet"))
+        """The labels of a split, as they stand in the input."""
+        fs, path = filesystem_of(join(RunDir(self.run).queries, f"{split}.qrels.parquet"))
         table = pq.read_table(path, filesystem=fs)
         return Qrels(
             table["query_index"].to_numpy().astype(np.int64),
@@ -248,9 +252,14 @@ class Collection:
         return Positives.from_qrels(self.num_queries(split), *rows, grade)
 
 
+def passage_ids_file(run: str) -> str:
+    """The file with the outside ids of all passages, in dense order."""
+    return join(RunDir(run).corpus, "ids.arrow")
+
+
 def collection_once(run: str) -> Collection:
-    """The collection of a run, opened once a process, and again when it has been written anew."""
-    return _collection(run, *file_signature(join(run, "corpus", "manifest.json")))
+    """The collection, opened as a store is."""
+    return _collection(run, *file_signature(join(RunDir(run).corpus, MANIFEST)))
 
 
 @lru_cache(maxsize=2)

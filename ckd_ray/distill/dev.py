@@ -20,8 +20,8 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
-from ckd_ray.model.encoder import Precision, computing
-from ckd_ray.model.length_buckets import default_token_budget, token_budget_batches
+from ckd_ray.model.encoder import Precision, computing, default_token_budget, token_budget_batches
+from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.store import EmbeddingStore
 
 CUTOFF = 10
@@ -74,18 +74,17 @@ class DevMeasure:
         labelled = np.unique(np.concatenate(self.wanted))
         room = max(0, self.task.settings.dev_passages - len(labelled))
         others = np.setdiff1d(sample_S, labelled)
-        store = join(self.task.run, "embeddings")
-        if self.task.stage == "teacher" or not exists(join(store, "queries.dev", "manifest.json")):
+        queries = self.task.paths.query_embeddings("dev")
+        if self.task.stage == "teacher" or not exists(join(queries, MANIFEST)):
             chosen = random.permutation(others)[:room]
         else:
-            chosen = others[top_of_rows(self._teacher_scores(store, others), room)]
+            chosen = others[top_of_rows(self._teacher_scores(queries, others), room)]
         return np.union1d(labelled, chosen)
 
     @torch.inference_mode()
-    def _teacher_scores(self, embeddings: str, others: Int64Array) -> Tensor:
-        """(B, S) from the teacher's rows in the store; each worker scores a share of the sample."""
-        queries = EmbeddingStore.open(join(embeddings, "queries.dev"))
-        passages = EmbeddingStore.open(join(embeddings, "passages"))
+    def _teacher_scores(self, queries_uri: str, others: Int64Array) -> Tensor:
+        """(B, S) by the teacher's own rows; each worker scores a share of the sample."""
+        queries, passages = EmbeddingStore.open(queries_uri), EmbeddingStore.open(self.task.paths.passages)
         rows_BQD = queries.gather(self.queries_B).embeddings_TD.reshape(len(self.queries_B), -1, queries.dim)
         rows_BQD = rows_BQD.to(self.device)
         parts = [rows_BQD.new_empty(len(rows_BQD), 0, dtype=torch.float32)]

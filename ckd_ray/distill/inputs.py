@@ -24,7 +24,6 @@ from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
 from ckd_ray.ensemble.reader import EnsembleReader
-from ckd_ray.files import join
 from ckd_ray.model import ColBERTTokenizer
 from ckd_ray.model.length_buckets import GPU_OVERHEAD, OVERHEAD, even_parts, length_groups
 from ckd_ray.model.tokenizer import Int32Array
@@ -104,7 +103,7 @@ class InputReader:
         self.query_texts = self.collection.queries("train").texts
         self.positives = self.collection.positives("train", task.positive_grade)
         student = task.distillation
-        rankings = read_ranking_matrix(join(task.run, "rankings"), "train") if student else None
+        rankings = read_ranking_matrix(task.paths.rankings, "train") if student else None
         self.plan = BatchPlan(
             self.positives,
             num_passages=self.collection.num_passages,
@@ -119,9 +118,9 @@ class InputReader:
         self.teacher = TeacherReader(task, dim) if task.objective.reads_rows else None
         reads_pairs = task.objective.reads_pairs
         scorers = task.objective.scorers(student) if student else ()
-        folder = join(task.run, "ensemble")
-        self.ensemble = EnsembleReader.open(folder, student, scorers) if student and scorers else None
-        self.cross_scores = CrossScores.open(join(task.run, "cross_scores")) if reads_pairs else None
+        ensemble = task.paths.ensemble
+        self.ensemble = EnsembleReader.open(ensemble, student, scorers) if student and scorers else None
+        self.cross_scores = CrossScores.open(task.paths.cross_scores) if reads_pairs else None
 
     def read(self, step: int) -> StepInputs:
         """The inputs of `step`."""

@@ -7,11 +7,7 @@ from typing import Any
 
 from ckd_ray.config.schema import DistillConfig, TrainingConfig
 from ckd_ray.distill.objectives import BASELINE, OBJECTIVES, Objective
-
-
-def checkpoints_of(stage: str, fingerprint: str) -> str:
-    """The folder of a training's checkpoints, below the run. It is deleted when the stage that trains has finished."""
-    return f"checkpoints/{stage}-{fingerprint[:16]}"
+from ckd_ray.runs.directory import LABELS, RunDir
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,18 @@ class TrainingTask:
     precision: str = "fp32"
     dropout: float = 0.0
     positive_grade: int = 1
-    labels: str = "labels"
+    labels: str = LABELS
     teacher: str | None = None
 
     @property
+    def paths(self) -> RunDir:
+        """The folders of the run, with the labels of this training."""
+        return RunDir(self.run, labels_name=self.labels)
+
+    @property
     def checkpoints(self) -> str:
-        """The folder of this training's checkpoints, below the run."""
-        return checkpoints_of(self.stage, self.fingerprint)
+        """The folder of this training's checkpoints."""
+        return self.paths.training_checkpoints(self.stage, self.fingerprint)
 
     @property
     def distillation(self) -> DistillConfig | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ckd_ray.data.positives import Int64Array
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.files import join
 from ckd_ray.labels.files import ExpansionReader
 from ckd_ray.store import EmbeddingStore
 
@@ -47,10 +46,10 @@ class TeacherReader:
         self.task, self.dim = task, dim
         self.stored = not task.recomputes_teacher
         if self.stored:
-            self.passages = EmbeddingStore.open(join(task.run, "embeddings", "passages"))
-            self.queries = EmbeddingStore.open(join(task.run, "embeddings", "queries.train"))
+            self.passages = EmbeddingStore.open(task.paths.passages)
+            self.queries = EmbeddingStore.open(task.paths.query_embeddings("train"))
         reads_expansions = task.objective.reads_expansions
-        self.expansions = ExpansionReader.open(join(task.run, task.labels), "train") if reads_expansions else None
+        self.expansions = ExpansionReader.open(task.paths.labels, "train") if reads_expansions else None
 
     def read(self, queries_b: Int64Array, groups: Sequence[Int64Array]) -> TeacherInputs:
         """The inputs for these queries and groups of passages, given as dense indices."""

@@ -90,7 +90,7 @@ def fit(
     placement = placement or plan_workers(workers, task.settings.batch_size, task.stage)
     name = actor_name or f"ckd-ray-training-{uuid.uuid4().hex[:8]}"
     actor = ProgressActor.start(name)
-    metrics = join(task.run, task.checkpoints, "metrics")
+    metrics = join(task.checkpoints, "metrics")
     config = {"task": task.to_dict(), "actor": name, "metrics": metrics, "threads": threads}
     config["stoppable"] = actor_name is not None
     trainer = _trainer(task, placement, config, max_failures, callbacks)
@@ -111,7 +111,7 @@ def _trainer(
     from ckd_ray.distill.worker import KEEP, train_worker
 
     workers: Any = placement.num_workers  # the stubs know no pairs
-    checkpoints = parent(join(task.run, task.checkpoints))
+    checkpoints = parent(task.checkpoints)
     fs, path = filesystem_of(checkpoints)
     # Ray never removes the latest checkpoint, from which training resumes; it keeps the best one as well.
     keep = CheckpointConfig(num_to_keep=1)

@@ -23,6 +23,8 @@ from ckd_ray.files import join, make_folder, read_json, write_json_atomic
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_file, parts_present, query_spans, run_parts
 from ckd_ray.retrieve.rankings import read_ranking_part
+from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.directory import passage_store, query_store
 from ckd_ray.store.embeddings import open_once
 
 SCORERS = ("encoder", "bm25")
@@ -70,7 +72,7 @@ def score_ensemble(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight
             for row in run_parts(missing, spans, _score_part, arguments):
                 progress.advance(int(row["queries"]))
         size = spans[0][1] if spans else 1
-        write_json_atomic(join(folder, "manifest.json"), {"queries_per_part": size, "split": SPLIT})
+        write_json_atomic(join(folder, MANIFEST), {"queries_per_part": size, "split": SPLIT})
     return _write_weights(job, num_queries)
 
 
@@ -108,8 +110,8 @@ def _unique(wanted: Sequence[Int64Array]) -> tuple[Int64Array, list[Int64Array]]
 
 def _cosines(job: EnsembleJob, first: int, stop: int, wanted: Sequence[Int64Array]) -> list[Float32Array]:
     unique, where = _unique(wanted)
-    queries = open_once(join(job.vectors, f"queries.{SPLIT}")).gather(np.arange(first, stop)).embeddings_TD.float()
-    passages = open_once(join(job.vectors, "passages")).gather(unique).embeddings_TD.float()
+    queries = open_once(query_store(job.vectors, SPLIT)).gather(np.arange(first, stop)).embeddings_TD.float()
+    passages = open_once(passage_store(job.vectors)).gather(unique).embeddings_TD.float()
     return [(passages[at] @ query).numpy() for query, at in zip(queries, where, strict=True)]
 
 

@@ -33,17 +33,17 @@ class Side:
         Raises:
             UserError: this system of the run was not evaluated.
         """
-        folder = run.path("evaluation")
+        folder = run.paths.evaluation
         ending = ".per_query.json"
         names = [n for n in list_files(folder, ending) if n.startswith(f"{system}.")]
         if not exists(join(folder, "measures.json")) or not names:
             raise UserError(
                 f"no evaluation of a {system} here",
-                where=run.folder,
+                where=run.paths.folder,
                 expected=f"evaluation/{system}.SPLIT{ending}",
                 fix="run ckd-ray evaluate with the configuration of that run",
             )
-        with reading(run.folder):
+        with reading(run.paths.folder):
             splits = {n.removeprefix(f"{system}.").removesuffix(ending): read_object(join(folder, n)) for n in names}
             values = {
                 split: {m: {query: float(v) for query, v in found.items()} for m, found in measures.items()}
@@ -65,7 +65,7 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
                 "the two runs were evaluated with different settings",
                 where=f"evaluate.{key}",
                 expected=f"{mine.settings[key]}, as here",
-                found=f"{other.settings[key]} in {other.run.folder}",
+                found=f"{other.settings[key]} in {other.run.paths.folder}",
                 fix="evaluate both with the same value",
             )
     splits = [split for split in mine.per_query if split in other.per_query]
@@ -85,7 +85,7 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
     ]
     tables = {}
     for split in splits:
-        same_queries(mine.per_query[split], other.per_query[split], f"--against {other.run.folder} ({split})")
+        same_queries(mine.per_query[split], other.per_query[split], f"--against {other.run.paths.folder} ({split})")
         tables[split] = compare_values(other.per_query[split], mine.per_query[split], ("there", "here"))
         lacking = sorted(set(mine.per_query[split]) ^ set(other.per_query[split]))
         if lacking:
@@ -93,14 +93,14 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
     if not any(tables.values()):
         raise UserError("the two runs have no measure in common", where="evaluate.measures")
     found = {
-        "here": {"run": mine.run.folder, "system": mine.system},
-        "there": {"run": other.run.folder, "system": other.system},
+        "here": {"run": mine.run.paths.folder, "system": mine.system},
+        "there": {"run": other.run.paths.folder, "system": other.system},
         "notes": notes,
         "splits": tables,
     }
     # The digest tells runs of the same name apart.
-    digest = hashlib.sha256(f"{mine.system} {other.run.folder} {other.system}".encode()).hexdigest()[:8]
-    file = mine.run.path("evaluation", f"against-{other.run.name.replace('/', '-')}-{digest}.json")
+    digest = hashlib.sha256(f"{mine.system} {other.run.paths.folder} {other.system}".encode()).hexdigest()[:8]
+    file = join(mine.run.paths.evaluation, f"against-{other.run.name.replace('/', '-')}-{digest}.json")
     write_json_atomic(file, without_keys(found))
     return {**found, "written": file}
 

@@ -70,7 +70,7 @@ def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 
         return sorted(entries, key=lambda e: e["rank"] or len(ranking) + 1)
 
     return {
-        "run": opened.folder,
+        "run": opened.paths.folder,
         "query_id": query_id,
         "split": SPLIT,
         "text": opened.queries.texts[query],
@@ -120,7 +120,7 @@ def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -
 def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
     """The query's row of `labels/*.parquet`, without the vectors."""
     part, row = divmod(query, opened.expansions.queries_per_part)
-    fs, path = filesystem_of(join(opened.labels, part_file(SPLIT, part)))
+    fs, path = filesystem_of(join(opened.paths.labels, part_file(SPLIT, part)))
     columns = ["feedback_ids", "idf", "token_ids", *(["depths"] if opened.expansions.depths else [])]
     table = pq.read_table(path, filesystem=fs, columns=columns)
     found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]

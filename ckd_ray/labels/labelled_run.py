@@ -22,11 +22,12 @@ from ckd_ray.data import Collection
 from ckd_ray.data.collection import Queries
 from ckd_ray.data.positives import Positives
 from ckd_ray.errors import UserError
-from ckd_ray.files import exists, filesystem_of, join, last_part, read_json
+from ckd_ray.files import exists, filesystem_of, join, read_json
 from ckd_ray.labels.files import ExpansionReader
 from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.directory import LABELS
 from ckd_ray.runs.finished import FinishedRun, open_finished
-from ckd_ray.runs.layout import labels_folder
 from ckd_ray.store import EmbeddingStore
 
 Int64Array = npt.NDArray[np.int64]
@@ -55,20 +56,19 @@ class LabelledRun:
     """Opened by `LabelledRun.open(run)`. Nothing is read before it is needed.
 
     Attributes:
-        folder: the run, or the variant, that was opened; run: the run that holds its collection, teacher, embeddings
-            and rankings (see `FinishedRun`); labels: the folder of its labels.
-        config: the configuration of `folder`.
+        paths: the folders of what was opened.
+        config: the configuration of `paths.folder`.
     """
 
-    def __init__(self, finished: FinishedRun, labels: str) -> None:
-        self.folder, self.run, self.labels = finished.folder, (run := finished.base), labels
+    def __init__(self, finished: FinishedRun) -> None:
+        self.paths = paths = finished.paths
         self.config = config = finished.record["config"]
-        self.expansions = ExpansionReader.open(labels, SPLIT)
+        self.expansions = ExpansionReader.open(paths.labels, SPLIT)
         known = {key: value for key, value in config["distill"].items() if key in DistillConfig.model_fields}
         self.settings = DistillConfig.model_validate(known)
-        self.collection = Collection.open(run)
-        self.passages = EmbeddingStore.open(join(run, "embeddings", "passages"))
-        self._queries = EmbeddingStore.open(join(run, "embeddings", f"queries.{SPLIT}"))
+        self.collection = Collection.open(paths.root)
+        self.passages = EmbeddingStore.open(paths.passages)
+        self._queries = EmbeddingStore.open(paths.query_embeddings(SPLIT))
 
     @classmethod
     def open(cls, run: str) -> LabelledRun:
@@ -82,16 +82,16 @@ class LabelledRun:
     @classmethod
     def of(cls, finished: FinishedRun) -> LabelledRun:
         """Like `open`, for a run that is open already."""
-        labels = labels_of(finished)
-        if not exists(join(labels, "manifest.json")):
+        paths = finished.paths
+        if not exists(join(paths.labels, MANIFEST)):
             name = finished.record["config"]["run"]["name"]
-            command = f"ckd-ray {'label' if last_part(labels) == 'labels' else 'tune'}"
+            command = f"ckd-ray {'label' if paths.labels_name == LABELS else 'tune'}"
             raise UserError(
                 "this run has no labels yet",
-                where=labels,
+                where=paths.labels,
                 fix=f"{command}, with the configuration of this run (--config FILE or --set; run.name={name})",
             )
-        return cls(finished, labels)
+        return cls(finished)
 
     @cached_property
     def queries(self) -> Queries:
@@ -106,12 +106,12 @@ class LabelledRun:
     @cached_property
     def similarity(self) -> Any:
         """The teacher's similarity, from its checkpoint."""
-        return read_json(join(self.run, "teacher", "colbert.json"))["similarity"]
+        return read_json(join(self.paths.teacher, "colbert.json"))["similarity"]
 
     @cached_property
     def rankings(self) -> npt.NDArray[Any]:
         """The teacher's rankings of the training queries, (Q, depth): best first, -1 where a ranking ends."""
-        return read_ranking_matrix(join(self.run, "rankings"), SPLIT)
+        return read_ranking_matrix(self.paths.rankings, SPLIT)
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:
@@ -119,7 +119,7 @@ class LabelledRun:
         # Not with `transformers`, whose import takes seconds.
         from tokenizers import Tokenizer
 
-        fs, path = filesystem_of(join(self.run, "teacher", "tokenizer.json"))
+        fs, path = filesystem_of(join(self.paths.teacher, "tokenizer.json"))
         with fs.open_input_stream(path) as stream:
             tokenizer = Tokenizer.from_str(stream.read().decode("utf-8"))
         return {i: token for token, i in tokenizer.get_vocab().items()}
@@ -190,13 +190,3 @@ class LabelledRun:
         if not len(turns):
             return (scores_N / temperature_B[0]).softmax(0)
         return soft_labels(scores_BN, positives_B, temperature_B, valid_BN).mean(0)
-
-
-def labels_of(finished: FinishedRun) -> str:
-    """The folder of the labels that the student of a run is distilled from. A search keeps labels of other settings
-    than the run's in folders of their own."""
-    if finished.folder != finished.base and exists(join(finished.base, "run.json")):
-        mine = finished.record.get("config", {}).get("label")
-        if mine and mine != read_json(join(finished.base, "run.json")).get("config", {}).get("label"):
-            return join(finished.base, labels_folder(mine))
-    return join(finished.base, "labels")

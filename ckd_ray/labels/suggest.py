@@ -46,7 +46,7 @@ class SuggestSettings:
 def suggestions_of_part(run: LabelledRun, part: int, first: int, stop: int, settings: SuggestSettings) -> pa.Table:
     """The most probable unlabelled passages of the queries [first, stop), which ranking part `part` holds."""
     columns = ["query_index", "rank", "passage_index"]
-    table = read_ranking_part(join(run.run, "rankings", part_file(SPLIT, part)), columns)
+    table = read_ranking_part(join(run.paths.rankings, part_file(SPLIT, part)), columns)
     depth = run.settings.negatives_depth
     rankings = part_matrix(table, first, stop - first, depth)
     rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
@@ -102,7 +102,7 @@ def suggest(run: str, file: str, settings: SuggestSettings) -> int:
     spans = query_spans(count)
 
     def parts(progress: Progress) -> Iterator[pa.Table]:
-        arguments = {"run": opened.folder, "settings": settings}
+        arguments = {"run": opened.paths.folder, "settings": settings}
         for row in run_parts(list(range(len(spans))), spans, _part, arguments):
             progress.advance(int(row["queries"]))
             with pa.ipc.open_stream(row["rows"]) as reader:

@@ -1,8 +1,8 @@
 """What a user would pick instead of a student: the encoder as it is, and BM25. Measured once a run.
 
-Each is an artefact below `baselines/` of the run directory. It depends on the collection, on the settings of the
-evaluation and (the encoder) on the backbone, and on no teacher or student, so that further students of the run find it
-there. Measures, TREC runs and values of every query stay; embeddings and rankings go once they have been measured.
+Each is an artifact below `baselines/` of the run directory. It depends on the collection, on the settings of the
+evaluation and (the encoder) on the backbone, but on no teacher or student, so further students of the run share it.
+Measures, TREC runs and the values of every query are kept; embeddings and rankings are removed once they are measured.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray
 
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
+from ckd_ray.evaluate.bm25 import rank_bm25
 from ckd_ray.evaluate.measures import Measures
-from ckd_ray.files import delete, exists, join, new_folder, read_json, write_json_atomic
+from ckd_ray.files import delete, exists, join, new_folder, parent, read_json, write_json_atomic
+from ckd_ray.model.pooled import PooledModel
 from ckd_ray.model.sources import signature
+from ckd_ray.pipeline.embedding import embed_all
 from ckd_ray.pipeline.evaluation import measure_rankings, measure_system
-from ckd_ray.pipeline.stages import skips_own_passage
+from ckd_ray.pipeline.stages.evaluate import skips_own_passage
 from ckd_ray.progress import say
-from ckd_ray.runs.artifact import MANIFEST, is_made, make, manifest_of, remove_altered, reopen
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.artifact import MANIFEST, content_fingerprint, is_made, make, remove_altered, reopen
+from ckd_ray.runs.directory import RunContext, query_store, system_rankings
 from ckd_ray.runs.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from ckd_ray.model.pooled import PooledModel
-
-FOLDER = "baselines"
-ENCODER_EMBEDDINGS = f"{FOLDER}/encoder_embeddings"
 
 
 @dataclass
@@ -67,10 +66,10 @@ class LeftOutError(Exception):
     """A baseline cannot be measured; the message says why, in one line."""
 
 
-def _made_of(context: RunContext, splits: list[str], **more: Any) -> str:
+def baseline_fingerprint(context: RunContext, splits: list[str], **more: Any) -> str:
     """The collection and what the evaluation asks of it."""
     e = context.config.evaluate
-    collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
+    collection = content_fingerprint(context.paths.corpus)
     settings = {"measures": e.measures, "depth": e.depth, "relevance_threshold": e.relevance_threshold}
     skips = skips_own_passage(context.config)
     return fingerprint(collection=collection, splits=splits, settings=settings, skip_same_id=skips, **more)
@@ -82,9 +81,9 @@ def _encoder(context: RunContext, splits: list[str]) -> str:
     Raises:
         LeftOutError: the backbone is a ColBERT model, or cannot be loaded.
     """
-    folder, embeddings = context.path(FOLDER, "encoder"), context.path(ENCODER_EMBEDDINGS)
-    print_of = _made_of(context, splits, baseline="encoder", **encoder_settings(context.config))
-    if not _is_whole(folder, print_of):
+    folder, embeddings = context.paths.baseline("encoder"), context.paths.encoder_embeddings
+    made_of = baseline_fingerprint(context, splits, baseline="encoder", **encoder_settings(context.config))
+    if not _is_verified(folder, made_of):
         model = _load(context.config.model.backbone)
 
         def work() -> dict[str, Any]:
@@ -92,8 +91,8 @@ def _encoder(context: RunContext, splits: list[str]) -> str:
             found = measure_system(context, "encoder", embeddings, splits, folder, engine="exact")
             return _written(context, "encoder", folder, found)
 
-        make(folder, print_of, work)
-    delete(embeddings)  # not before the manifest says that they are needed no more
+        make(folder, made_of, work)
+    delete(embeddings)  # not before the manifest says that they are not needed any more
     return folder
 
 
@@ -107,8 +106,6 @@ def encoder_settings(config: Config) -> dict[str, Any]:
 
 
 def _load(backbone: str) -> PooledModel:
-    from ckd_ray.model.pooled import PooledModel
-
     try:
         return PooledModel.from_backbone(backbone)
     except UserError as error:
@@ -118,7 +115,7 @@ def _load(backbone: str) -> PooledModel:
 
 def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | None = None) -> None:
     """Embed the corpus and the queries of `splits` with the encoder as it is, unless they are there: one row a text,
-    streamed into stores as those of teacher and student are. The model lies beside them, where all workers see it.
+    streamed into stores like those of teacher and student. The model is saved beside them, where all workers see it.
 
     Args:
         model: the encoder; loaded when it is None and needed.
@@ -126,15 +123,12 @@ def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | N
     Raises:
         LeftOutError: the backbone is a ColBERT model, or cannot be loaded.
     """
-    from ckd_ray.pipeline.work import embed_all
-
-    out = context.path(ENCODER_EMBEDDINGS)
-    collection = (manifest_of(context.path("corpus")) or {}).get("fingerprint")
-    settings = encoder_settings(context.config)
-    print_of, checkpoint = fingerprint(collection=collection, **settings), join(out, "encoder")
-    if not all(exists(join(out, f"queries.{split}", MANIFEST)) for split in splits):
+    out, settings = context.paths.encoder_embeddings, encoder_settings(context.config)
+    made_of = fingerprint(collection=content_fingerprint(context.paths.corpus), **settings)
+    checkpoint = join(out, "encoder")
+    if not all(exists(join(query_store(out, split), MANIFEST)) for split in splits):
         reopen(out)  # they were made for other splits
-    if is_made(out, print_of):
+    if is_made(out, made_of):
         return
     model = model or _load(context.config.model.backbone)
 
@@ -142,9 +136,9 @@ def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | N
         with new_folder(checkpoint) as folder:
             model.save(folder)
         options: dict[str, Any] = {"stage": "baseline encoder", "splits": splits, "precision": settings["precision"]}
-        embed_all(context, checkpoint, out, print_of, pooled=True, **options)
+        embed_all(context, checkpoint, out, made_of, pooled=True, **options)
 
-    make(out, print_of, work)
+    make(out, made_of, work)
 
 
 def _bm25(context: RunContext, splits: list[str]) -> str:
@@ -153,20 +147,16 @@ def _bm25(context: RunContext, splits: list[str]) -> str:
     Raises:
         LeftOutError: the collection is too large for one process, or bm25s is missing.
     """
-    import ray
-
-    from ckd_ray.evaluate.bm25 import rank_bm25
-
-    folder, evaluate = context.path(FOLDER, "bm25"), context.config.evaluate
-    passages = Collection.open(context.run).num_passages
+    folder, evaluate = context.paths.baseline("bm25"), context.config.evaluate
+    passages = Collection.open(context.paths.root).num_passages
     if passages > evaluate.bm25_passages:
         raise LeftOutError(
             f"it holds the corpus in the memory of one process, and {passages:,} passages are more than"
             f" evaluate.bm25_passages ({evaluate.bm25_passages:,})"
         )
 
-    print_of = _made_of(context, splits, baseline="bm25")
-    if _is_whole(folder, print_of):
+    made_of = baseline_fingerprint(context, splits, baseline="bm25")
+    if _is_verified(folder, made_of):
         return folder
     if find_spec("bm25s") is None:
         raise LeftOutError("bm25s is not installed; pip install bm25s")
@@ -175,16 +165,16 @@ def _bm25(context: RunContext, splits: list[str]) -> str:
         say("baselines: bm25")
         depth = evaluate.depth + skips_own_passage(context.config)
         task = ray.remote(num_cpus=1)(rank_bm25)
-        ray.get(task.remote(context.run, splits, join(folder, "rankings", "bm25"), depth))
+        ray.get(task.remote(context.paths.root, splits, system_rankings(folder, "bm25"), depth))
         return _written(context, "bm25", folder, measure_rankings(context, "bm25", splits, folder, evaluate.depth))
 
-    make(folder, print_of, work)
+    make(folder, made_of, work)
     return folder
 
 
-def _is_whole(folder: str, print_of: str) -> bool:
-    """Whether a baseline is there with every byte of it: it is no input of a stage, whose files are read through."""
-    return is_made(folder, print_of) and not remove_altered(folder)
+def _is_verified(folder: str, made_of: str) -> bool:
+    """Whether a baseline is there and undamaged: it is no input of a stage, so the runner does not verify it."""
+    return is_made(folder, made_of) and not remove_altered(folder)
 
 
 def _written(context: RunContext, name: str, folder: str, found: dict[str, Measures]) -> dict[str, Any]:
@@ -193,6 +183,7 @@ def _written(context: RunContext, name: str, folder: str, found: dict[str, Measu
     write_json_atomic(join(folder, "measures.json"), {"splits": means})
     for split, measures in found.items():
         write_json_atomic(join(folder, f"{name}.{split}.per_query.json"), measures.per_query)
-    delete(join(folder, "rankings"))
-    count = sum(Collection.open(context.run).num_queries(split) for split in found)
+    delete(parent(system_rankings(folder, name)))
+    collection = Collection.open(context.paths.root)
+    count = sum(collection.num_queries(split) for split in found)
     return {"figures": {"count": count, "unit": "queries", "splits": list(found)}}

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckd_ray import __version__
+from ckd_ray.config.schema import DistillConfig
 from ckd_ray.evaluate.table import SYSTEMS
 from ckd_ray.model.settings import ColBERTSettings
 
 TITLE = "Collective Relevance Labeling for Passage Retrieval"
-# Keys of `distill` that say where, how fast or how safely a student was trained.
-_LEFT_OUT = frozenset({
-    "workers", "accumulate", "callbacks", "checkpoint_every", "log_every", "max_failures", "precision",
-    "teacher_embeddings", "seed",
-})  # fmt: skip
+# Keys of `distill` that say where, how fast or how safely a student was trained; the seed has a line of its own.
+_NOT_SHOWN = DistillConfig.operational_keys() | {"precision", "teacher_embeddings", "seed"}
 _LIBRARIES = {"sentence-transformers": "sentence-transformers", "pylate": "PyLate", "colbert": "colbert-ai"}
 _LOADING = {
     None: """from ckd_ray.model import ColBERT, maxsim
@@ -42,7 +40,8 @@ class Facts:
     """What a run knows about a model.
 
     Attributes:
-        name: of the run. `role`: student, teacher, or model when nothing is known.
+        name: of the run.
+        role: student, teacher, or model when nothing is known.
         config: the run's configuration as a tree; empty when there is none.
         measures: split -> measure -> mean, of this model.
         queries: split -> how many queries were measured.
@@ -58,7 +57,12 @@ class Facts:
 
 
 def model_card(settings: ColBERTSettings, facts: Facts, fmt: str | None = None, notes: list[str] | None = None) -> str:
-    """The card as Markdown. `fmt`: an export's format, None for a checkpoint of ours; `notes`: what differs there."""
+    """The card as Markdown.
+
+    Args:
+        fmt: the format of an export; None for a checkpoint of ckd-ray.
+        notes: what differs from ckd-ray in that format.
+    """
     parts = [
         _head(facts, fmt),
         f"# {facts.name}: {facts.role}\n\nA late-interaction (ColBERT) retriever: one vector of {settings.dim} numbers "
@@ -90,17 +94,17 @@ def _measures(facts: Facts) -> str:
     rows = _systems(facts) if facts.table.get("splits") else _means(facts)
     collection = facts.config.get("collection", {})
     source = collection.get("path") or collection.get("passages") or collection.get("format", "")
-    # The name of a collection, not where it lay: a card is published, and folders of a machine tell nothing.
+    # The name of a collection, not where it lay: a card is published, and folders of a machine mean nothing there.
     name = str(source).rstrip("/").rpartition("/")[2]
     exact = facts.config.get("evaluate", {}).get("engine", "exact") == "exact"
     kind = "Exact search" if exact else "Approximate search, with exact scores of the candidates,"
     verdict = facts.table.get("verdict") if facts.role == "student" else None
-    told = f"{verdict['text']}\n\n" if verdict else ""
-    return f"## Measures\n\n{told}{kind} over the collection `{name}`.\n\n" + "\n".join(rows)
+    sentence = f"{verdict['text']}\n\n" if verdict else ""
+    return f"## Measures\n\n{sentence}{kind} over the collection `{name}`.\n\n" + "\n".join(rows)
 
 
 def _means(facts: Facts) -> list[str]:
-    """A row a split, of this model alone."""
+    """One row a split, for this model alone."""
     names = list(dict.fromkeys(name for values in facts.measures.values() for name in values))
     rows = [f"| split | queries | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for split, values in facts.measures.items():
@@ -110,7 +114,7 @@ def _means(facts: Facts) -> list[str]:
 
 
 def _systems(facts: Facts) -> list[str]:
-    """A row a split and system of the run, this model's in bold, with the 95 % bootstrap interval of every mean."""
+    """One row for each split and system of the run, this model's in bold, with 95 % bootstrap intervals."""
     found: list[str] = []
     for split, measures in facts.table["splits"].items():
         if not found:
@@ -138,9 +142,9 @@ def _training(facts: Facts) -> str:
         )
     if facts.role == "student":
         distill = facts.config.get("distill", {})
-        told = [f"{key} {value}" for key, value in distill.items() if key not in _LEFT_OUT]
+        shown = [f"{key} {value}" for key, value in distill.items() if key not in _NOT_SHOWN]
         label = facts.config.get("label", {})
-        lines.append(f"- distillation: {', '.join(told)}")
+        lines.append(f"- distillation: {', '.join(shown)}")
         if "expansion_size" in distill:  # the student reads the labels' expansions
             lines.append(f"- labels: {', '.join(f'{key} {value}' for key, value in label.items())}")
     lines.append(f"- seed: {facts.config.get('run', {}).get('seed')}")
@@ -148,7 +152,7 @@ def _training(facts: Facts) -> str:
 
 
 def _public(source: Any) -> str:
-    """A hub id or package as it is; of a folder the last part."""
+    """A hub id or package unchanged; only the last part of a folder."""
     text = str(source)
     return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", ".", "~")) or text.count("/") > 1 else text
 

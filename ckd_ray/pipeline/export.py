@@ -22,7 +22,9 @@ from ckd_ray.files import (
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
 from ckd_ray.pipeline.card import Facts, model_card
-from ckd_ray.runs.artifact import is_of
+from ckd_ray.runs.artifact import MANIFEST, is_of
+from ckd_ray.runs.directory import RunDir
+from ckd_ray.runs.record import read_record
 
 ROLES = ("student", "teacher")
 
@@ -46,14 +48,16 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
     if role not in ROLES:
         raise UserError("unknown model", where="--model", expected=" or ".join(ROLES), found=role)
     run = run.rstrip("/")
-    single = exists(join(run, "colbert.json"))
-    checkpoint = run if single else join(run, role)
-    if not single:
+    if exists(join(run, "colbert.json")):
+        checkpoint, own, facts = run, with_ending(run, f"-{fmt}"), Facts(name=last_part(run))
+    else:
+        paths = RunDir(run)
+        checkpoint = paths.checkpoint(role)
+        own = join(paths.exports, fmt if role == "student" else f"teacher-{fmt}")
         _check_finished(run, checkpoint, role)
-    own = join(run, "exports", fmt if role == "student" else f"teacher-{fmt}")
-    target = out or (with_ending(run, f"-{fmt}") if single else own)
+        facts = run_facts(paths, role)
+    target = out or own
     _check_target(target)
-    facts = Facts(name=last_part(run)) if single else run_facts(run, role)
     with local_copy(checkpoint) as folder:
         model = ColBERT.from_pretrained(folder)
     with new_folder(target) as folder:
@@ -65,7 +69,7 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
 def _check_finished(run: str, checkpoint: str, role: str) -> None:
     if not exists(run):
         raise UserError("there is no run", where=run, expected="a run directory (run.storage/run.name)")
-    if not exists(join(checkpoint, "manifest.json")):
+    if not exists(join(checkpoint, MANIFEST)):
         raise UserError(
             f"the run has no finished {role}",
             where=checkpoint,
@@ -87,43 +91,43 @@ def _check_target(target: str) -> None:
     )
 
 
-def role_section(role: str) -> str:
+def _section(role: str) -> str:
     """The section of the configuration by which a model was trained."""
     return "distill" if role == "student" else "teacher"
 
 
-def run_facts(run: str, role: str, *, evaluating: bool = False) -> Facts:
+def run_facts(run: RunDir, role: str, *, evaluating: bool = False) -> Facts:
     """What run.json and evaluation/ say about a run's model; what is not there is left out.
 
-    `evaluating`: this is the end of the evaluation itself, whose manifest is still to be written.
+    Args:
+        evaluating: this is the end of the evaluation itself, whose manifest is still to be written.
     """
-    config = read_json(join(run, "run.json")).get("config", {}) if exists(join(run, "run.json")) else {}
-    trained = join(run, role, "training.json")
-    if exists(trained) and role_section(role) in config:
+    config = read_record(run.record).get("config", {}) if exists(run.record) else {}
+    trained, section = join(run.checkpoint(role), "training.json"), _section(role)
+    if exists(trained) and section in config:
         # run.json is of the last command, which may be training another student when this one is looked at; what a
         # student does not read is not in its training.json.
-        section = config[role_section(role)]
-        used = {key: value for key, value in read_json(trained).get("settings", {}).items() if key in section}
-        config = {**config, role_section(role): used}
-    path = join(run, "evaluation", "measures.json")
+        settings = read_json(trained).get("settings", {})
+        config = {**config, section: {key: value for key, value in settings.items() if key in config[section]}}
     # Measures count once the evaluation is finished: an older student's may lie there while a new one is measured.
-    folder = join(run, "evaluation")
-    finished = exists(join(folder, "manifest.json")) and is_of(folder, "student", join(run, "student"))
+    folder = run.evaluation
+    path = join(folder, "measures.json")
+    finished = exists(join(folder, MANIFEST)) and is_of(folder, "student", run.student)
     done = (evaluating or finished) and exists(path)
     splits = read_json(path).get("splits", {}) if done else {}
     measures = {split: systems[role] for split, systems in splits.items() if role in systems}
     queries = {}
     for split in measures:
-        per_query = join(run, "evaluation", f"{role}.{split}.per_query.json")
+        per_query = join(folder, f"{role}.{split}.per_query.json")
         if exists(per_query):
             queries[split] = max((len(values) for values in read_json(per_query).values()), default=0)
-    name = str(config.get("run", {}).get("name") or last_part(run))
+    name = str(config.get("run", {}).get("name") or last_part(run.folder))
     table = read_json(join(folder, TABLE)) if done and exists(join(folder, TABLE)) else {}
     return Facts(name=name, role=role, config=config, measures=measures, queries=queries, table=table)
 
 
-def write_student_card(run: str) -> None:
+def write_student_card(run: RunDir) -> None:
     """README.md beside the student's weights, at the end of the evaluation."""
-    settings = ColBERTSettings.from_dict(read_json(join(run, "student", "colbert.json")))
+    settings = ColBERTSettings.from_dict(read_json(join(run.student, "colbert.json")))
     text = model_card(settings, run_facts(run, "student", evaluating=True))
-    write_atomic(join(run, "student", "README.md"), lambda stream: stream.write(text.encode()))
+    write_atomic(join(run.student, "README.md"), lambda stream: stream.write(text.encode()))

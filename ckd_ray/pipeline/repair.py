@@ -1,4 +1,4 @@
-"""After a stage has failed: is a store that it reads damaged? Then what is broken is removed, to be computed again."""
+"""After a stage has failed: broken files of the stores that it may have read are removed, to be made again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import ray
 
 from ckd_ray.files import delete, exists, join, list_folders
 from ckd_ray.progress import say
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.directory import RunDir
 from ckd_ray.store import EmbeddingStore
-from ckd_ray.store.writing import MANIFEST
 
-# The folders of a run that hold stores.
-_HOLDERS = ("embeddings", "student_embeddings", "baselines/encoder_embeddings")
 _SHARDS_A_TASK = 16
 
 
-def remove_broken_files(context: RunContext) -> int:
+def remove_broken_files(run: RunDir) -> int:
     """Read every file of every finished store of the run, in Ray tasks; delete and name those whose checksum fails.
 
     Returns:
@@ -25,9 +23,9 @@ def remove_broken_files(context: RunContext) -> int:
     """
     check = ray.remote(num_cpus=0.5)(_broken)
     pending: dict[Any, str] = {}
-    for holder in _HOLDERS:
-        for name in list_folders(context.path(holder)):
-            uri = context.path(holder, name)
+    for folder in (run.embeddings, run.student_embeddings, run.encoder_embeddings):
+        for name in list_folders(folder):
+            uri = join(folder, name)
             if exists(join(uri, MANIFEST)):
                 shards = EmbeddingStore.open(uri).num_shards
                 pending[check.remote(uri, None)] = uri

@@ -1,23 +1,27 @@
-"""Runs the stages that are not done yet, and tells people what happened."""
+"""Brings a run up to a stage: plan which stages that takes, verify what each one reads, run it, record what it did."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from ckd_ray import __version__
+import ray
+
 from ckd_ray.config import Config
-from ckd_ray.distill.task import checkpoints_of
-from ckd_ray.errors import LostRayError, UserError
-from ckd_ray.files import delete, write_json_atomic
-from ckd_ray.pipeline.stages import BESIDE, Stage, check_stage_names, made_of, needed
-from ckd_ray.progress import duration, say, without_secrets
-from ckd_ray.runs.artifact import MANIFEST, identity_of, is_made, make, manifest_of, remove_altered
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.errors import JobError, LostRayError, UserError
+from ckd_ray.files import delete, join
+from ckd_ray.pipeline.graph import check_stage_names, needed, stage_fingerprint
+from ckd_ray.pipeline.repair import remove_broken_files
+from ckd_ray.pipeline.stage import Stage
+from ckd_ray.progress import duration, say
+from ckd_ray.runs.artifact import MANIFEST, content_fingerprint, is_made, make, manifest_of, remove_altered
+from ckd_ray.runs.directory import LABELS, RunContext
 from ckd_ray.runs.lock import run_lock
+from ckd_ray.runs.record import write_record
+
+# How often one command makes damaged files again: storage that damages more of them is not to be worked on.
+_MOST_REPAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class StageReport:
     where: str
 
 
+class _BeginAgainError(Exception):
+    """Files of a finished stage were damaged and are removed: the stages have to be gone through from the first."""
+
+
 def run_stages(
     config: Config,
     *,
@@ -38,80 +46,139 @@ def run_stages(
     start: str | None = None,
     fresh: bool = False,
     variant: str | None = None,
-    labels: str = "labels",
+    labels: str = LABELS,
 ) -> list[StageReport]:
     """Bring the run up to `until`. Ray must be connected.
 
     Args:
         start: this stage and all that follow are done again even if they are there.
         fresh: remove the whole run first.
-        variant, labels: folders below the run for this student and these labels (see `RunContext`).
+        variant, labels: folders below the run for this student and these labels (see `RunDir`).
 
     Raises:
-        UserError: a stage name is unknown, or another process holds the run.
+        UserError: a stage name is unknown, another process holds the run, or a later version has written it.
+        JobError: files of finished stages are damaged again and again.
     """
-    check_stage_names(start, until)
     from ckd_ray.data import source_signature
 
+    check_stage_names(start, until)
     context = RunContext.of(config, variant, labels)
     source = source_signature(config.collection)
-    with run_lock(context.run):
+    with run_lock(context.paths.root):
         stages = needed(config, until)
         names = [stage.name for stage in stages]
+        if variant or labels == LABELS:  # run.json is that of the run's own settings
+            write_record(context)
         if fresh:
-            for folder in (*(stage.folder for stage in stages), *BESIDE):
-                delete(context.path(folder))
-        if variant or labels == "labels":  # run.json tells of the run's own settings
-            _record(context)
-        again = {stage.name for stage in stages[names.index(start) :]} if start in names else set()
-        worked: dict[str, StageReport] = {}
-        while (reports := _brought_up(context, stages, source, again, worked)) is None:
-            pass
-        return [worked.get(report.name, report) for report in reports]
+            for folder in (*(stage.output(context.paths) for stage in stages), *context.paths.extras):
+                delete(folder)
+        again = set(names[names.index(start) :]) if start in names else set()
+        reports: dict[str, StageReport] = {}
+        for _ in range(1 + _MOST_REPAIRS):
+            try:
+                _go_through(context, stages, source, again, reports)
+            except _BeginAgainError:
+                continue
+            return [reports[name] for name in names]
+        raise JobError(f"{context.paths.root}: its files were damaged {1 + _MOST_REPAIRS} times while this command ran")
 
 
-def _brought_up(
-    context: RunContext, stages: list[Stage], source: str, again: set[str], worked: dict[str, StageReport]
-) -> list[StageReport] | None:
-    """One pass over the stages; None when another one has to begin anew: files of a store were broken, or what was made
-    again came out differently (see `artefact.identity_of`).
+def _go_through(
+    context: RunContext, stages: list[Stage], source: str, again: set[str], reports: dict[str, StageReport]
+) -> None:
+    """Run every stage that is not done.
 
     Args:
         again: names of stages that are done again even if they are there; each is struck out once that has begun.
-        worked: gets the reports of stages that were not just skipped, in this pass or one before it.
+        reports: gets what every stage did. A stage that has worked keeps that report when it is gone through again.
+
+    Raises:
+        _BeginAgainError: files of an earlier stage were damaged. Making them again can change what later stages read.
     """
-    prints: dict[str, str] = {}  # of each stage: of what it is made
-    done: dict[str, str] = {}  # of each stage: on what those after it depend
-    reports: list[StageReport] = []
+    identities: dict[str, str] = {}
+    for i, stage in enumerate(stages):
+        fingerprint = stage_fingerprint(stage, context.config, identities, source)
+        output, checkpoints = stage.output(context.paths), context.paths.training_checkpoints(stage.name, fingerprint)
+        if stage.name in again:
+            again.remove(stage.name)
+            delete(output)
+            delete(checkpoints)
+        if is_made(output, fingerprint):
+            report = _done_before(context, stage)
+        else:
+            _verify(context, stages[:i])
+            report = _work(context, stage, fingerprint, stages[:i])
+        delete(checkpoints)  # not before the manifest says that they are not needed any more
+        if not report.skipped or stage.name not in reports:
+            reports[stage.name] = report
+        identities[stage.name] = stage.identity(output)
+        if stage.name == "collection" and stage is not stages[-1]:
+            _check_sizes(context)
+
+
+def _verify(context: RunContext, finished: list[Stage]) -> None:
+    """Read the outputs of the finished stages through, as the next one is about to read them.
+
+    Raises:
+        _BeginAgainError: some files were not what their stage has written. They are named and removed.
+    """
+    damaged = False
+    for stage in finished:
+        output = stage.output(context.paths)
+        damaged |= bool(remove_altered(output))
+        for folder in stage.extra_outputs(context.paths):
+            # All are written together; a killed command may have left one of another time, undamaged in itself.
+            if content_fingerprint(folder) != content_fingerprint(output) or remove_altered(folder):
+                delete(join(output, MANIFEST))
+                damaged = True
+    if damaged:
+        raise _BeginAgainError
+
+
+def _work(context: RunContext, stage: Stage, fingerprint: str, finished: list[Stage]) -> StageReport:
+    """Run the stage and write its manifest.
+
+    Raises:
+        _BeginAgainError: it has failed, and files of a store that it may have read are broken; they are removed.
+    """
+    output, started = stage.output(context.paths), time.monotonic()
+    say(f"{stage.name}: starting")
+
+    def work() -> dict[str, Any]:
+        figures = stage.run(context, fingerprint)
+        return {"figures": figures, "seconds": round(time.monotonic() - started, 3)}
+
     try:
-        for stage in stages:
-            print_of = prints[stage.name] = made_of(stage, context.config, done, source)
-            if stage.name in again:
-                again.remove(stage.name)
-                delete(context.path(stage.folder))
-                delete(_checkpoints(context, stage, print_of))
-            try:
-                if not is_made(context.path(stage.folder), print_of):
-                    _read_through(context, stages, reports, prints)
-                    if done != {earlier.name: _identity(context, earlier) for earlier in stages[: len(reports)]}:
-                        return None
-                reports.append(_run(context, stage, print_of))
-            except (UserError, LostRayError):
-                raise
-            except Exception:
-                if not _repaired(context, stages, reports, prints):
-                    raise
-                return None  # what was to be read before this stage may not have been looked at to the end
-            done[stage.name] = _identity(context, stage)
-            if stage.name == "collection" and stage is not stages[-1]:
-                _check_sizes(context)
-    finally:
-        worked |= {report.name: report for report in reports if not report.skipped}
-    return reports
+        make(output, fingerprint, work, replace_atomically=stage.replace_atomically)
+    except (UserError, LostRayError):
+        raise
+    except Exception:
+        if any(earlier.name == "embed" for earlier in finished) and _broken_files_removed(context):
+            raise _BeginAgainError from None
+        raise
+    figures = (manifest_of(output) or {}).get("figures", {})
+    seconds = time.monotonic() - started
+    say(f"{stage.name}: {_summary(figures, seconds)} -> {output}")
+    return StageReport(stage.name, False, seconds, figures, output)
+
+
+def _broken_files_removed(context: RunContext) -> bool:
+    try:
+        return remove_broken_files(context.paths) > 0
+    except ray.exceptions.RayError:  # the failure was Ray's own, which the caller raises
+        return False
+
+
+def _done_before(context: RunContext, stage: Stage) -> StageReport:
+    output = stage.output(context.paths)
+    manifest = manifest_of(output) or {}
+    if not context.paths.variant_name:  # a comparison would say it again for every student
+        say(f"{stage.name}: done before, nothing to do ({output})")
+    return StageReport(stage.name, True, manifest.get("seconds", 0.0), manifest.get("figures", {}), output)
 
 
 def _check_sizes(context: RunContext) -> None:
-    """What the size of the collection makes impossible is refused here, not after hours of training.
+    """Refuse now, and not after hours of training, what the size of the collection makes impossible.
 
     Raises:
         UserError: the corpus would be cut into too many shards.
@@ -119,106 +186,11 @@ def _check_sizes(context: RunContext) -> None:
     from ckd_ray.data import Collection
     from ckd_ray.embed.stream import plan_shards
 
-    plan_shards(Collection.open(context.run).num_passages, context.config.embed.passages_per_shard)
+    plan_shards(Collection.open(context.paths.root).num_passages, context.config.embed.passages_per_shard)
 
 
-def _read_through(context: RunContext, stages: list[Stage], reports: list[StageReport], prints: dict[str, str]) -> None:
-    """Before a stage works: what those before it have finished is what was written, or is made again."""
-    for i, earlier in enumerate(stages[: len(reports)]):
-        altered = remove_altered(context.path(earlier.folder))
-        for folder in earlier.beside:
-            mine, its = manifest_of(context.path(earlier.folder)) or {}, manifest_of(context.path(folder)) or {}
-            if mine.get("fingerprint") != its.get("fingerprint") or remove_altered(context.path(folder)):
-                # They are written together; a killed command may have left one of another time, whole in itself.
-                delete(context.path(earlier.folder, MANIFEST))
-                altered = [folder]
-        if altered:
-            reports[i] = _run(context, earlier, prints[earlier.name])
-
-
-def _repaired(context: RunContext, stages: list[Stage], reports: list[StageReport], prints: dict[str, str]) -> bool:
-    """After a failure, look for broken files of a store and make these again. Returns whether there were any."""
-    import ray
-
-    from ckd_ray.pipeline.repair import remove_broken_files
-
-    if "embed" not in {report.name for report in reports}:
-        return False
-    try:
-        if not remove_broken_files(context):
-            return False
-    except ray.exceptions.RayError:  # the failure was Ray's own, and nothing can be looked at; it is what is told
-        return False
-    embed = next(stage for stage in stages if stage.name == "embed")
-    at = next(i for i, report in enumerate(reports) if report.name == "embed")
-    reports[at] = _run(context, embed, prints["embed"])
-    return True
-
-
-def _run(context: RunContext, stage: Stage, print_of: str) -> StageReport:
-    folder = context.path(stage.folder)
-    started = time.monotonic()
-    if is_made(folder, print_of):
-        manifest = manifest_of(folder) or {}
-        delete(_checkpoints(context, stage, print_of))  # of a command that was killed before it came to that
-        if context.variant is None:  # a comparison would say it again for every student
-            say(f"{stage.name}: done before, nothing to do ({folder})")
-        return StageReport(stage.name, True, manifest.get("seconds", 0.0), manifest.get("figures", {}), folder)
-    say(f"{stage.name}: starting")
-
-    def work() -> dict[str, Any]:
-        figures = stage.work(context, print_of)
-        return {"figures": figures, "seconds": round(time.monotonic() - started, 3)}
-
-    make(folder, print_of, work, whole=stage.whole)
-    delete(_checkpoints(context, stage, print_of))  # not before the manifest says that they are needed no more
-    figures = (manifest_of(folder) or {}).get("figures", {})
-    seconds = time.monotonic() - started
-    say(f"{stage.name}: {_what(figures, seconds)} -> {folder}")
-    return StageReport(stage.name, False, seconds, figures, folder)
-
-
-def _checkpoints(context: RunContext, stage: Stage, print_of: str) -> str:
-    return context.path(checkpoints_of(stage.name, print_of))
-
-
-def _what(figures: dict[str, Any], seconds: float) -> str:
+def _summary(figures: dict[str, Any], seconds: float) -> str:
     if "count" not in figures:
         return f"done in {duration(seconds)}"
     rate = figures["count"] / max(seconds, 1e-9)
     return f"{figures['count']:,} {figures['unit']} in {duration(seconds)} ({rate:,.1f} {figures['unit']}/s)"
-
-
-def _identity(context: RunContext, stage: Stage) -> str:
-    """What later stages depend on: the content for the collection (wherever it was read from), else how it was made
-    and the weights that came of it."""
-    if stage.name != "collection":
-        return identity_of(context.path(stage.folder))
-    return str((manifest_of(context.path("corpus")) or {})["fingerprint"])
-
-
-def _cluster() -> dict[str, Any]:
-    import ray
-
-    if not ray.is_initialized():
-        return {}
-    have = ray.cluster_resources()
-    return {"nodes": sum(n["Alive"] for n in ray.nodes()), "ray_cpus": have.get("CPU", 0), "gpus": have.get("GPU", 0)}
-
-
-def _record(context: RunContext) -> None:
-    """`run.json`: the configuration and the versions, for whoever opens the run later."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("ray", "torch", "transformers", "pyarrow", "faiss-cpu", "numpy")
-    record = {
-        "ckd_ray": __version__,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_cluster()},
-        **({"variant": context.variant} if context.variant else {}),
-        "config": context.config.model_dump(mode="json"),
-    }
-    # Keys that stand in a URI are not kept: a run directory is passed on.
-    write_json_atomic(context.path("run.json"), json.loads(without_secrets(json.dumps(record))))

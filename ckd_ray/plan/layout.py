@@ -12,8 +12,8 @@ from ckd_ray.config import Config
 from ckd_ray.distill.placement import place_workers
 from ckd_ray.embed.stream import plan_shards
 from ckd_ray.errors import UserError
-from ckd_ray.pipeline.stages import needed
-from ckd_ray.pipeline.work import vote_way
+from ckd_ray.pipeline.graph import needed
+from ckd_ray.pipeline.labelling import vote_way
 from ckd_ray.plan.cluster import PlannedCluster
 from ckd_ray.plan.estimate import Layout
 from ckd_ray.plan.search_time import Servers

@@ -37,6 +37,7 @@ from ckd_ray.plan.measure_search import search_rates
 from ckd_ray.plan.rates import Rates, StepRate
 from ckd_ray.plan.sizes import Sample, Sizes, with_tokens
 from ckd_ray.progress import say
+from ckd_ray.runs.directory import RunDir
 from ckd_ray.store import EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16
 
@@ -189,7 +190,7 @@ def _building(shop: Workshop) -> dict[str, float]:
     return {
         "build_passage_s": seconds[0] / many,
         "build_query_s": max(1e-6, (seconds[1] - seconds[0]) / built),
-        "corpus_share": sum(f.stat().st_size for f in (shop.folder / "corpus").glob("part-*"))
+        "corpus_share": sum(f.stat().st_size for f in Path(RunDir(str(shop.folder)).corpus).glob("part-*"))
         / max(1, sum(len(text.encode("utf-8", "replace")) for _, text in passages)),
     }
 
@@ -256,7 +257,7 @@ def _stores(shop: Workshop, encoded: Encoded) -> tuple[EmbeddingStore, Embedding
     encoder = TextEncoder(shop.model, device=shop.device, precision=shop.precision)
     asked = Collection.open(shop.run).queries("train").texts
     found = [("passages", encoded), ("queries.train", encoder.queries(asked))]
-    return tuple(_write_store(shop.folder / "embeddings" / name, value) for name, value in found)  # type: ignore[return-value]
+    return tuple(_write_store(Path(RunDir(str(shop.folder)).embeddings) / name, value) for name, value in found)  # type: ignore[return-value]
 
 
 def _write_store(folder: Path, encoded: Encoded) -> EmbeddingStore:
@@ -375,11 +376,11 @@ def load_model(config: Config) -> ColBERT:
     Raises:
         UserError: it cannot be loaded here.
     """
-    from ckd_ray.pipeline.work import _load
+    from ckd_ray.pipeline.loading import load_backbone, load_teacher
 
-    source, given = config.teacher.checkpoint, config.teacher.checkpoint is not None
+    given = config.teacher.checkpoint
     try:
-        return _load(source or config.model.backbone, config, given=given)
+        return load_backbone(config) if given is None else load_teacher(given, config)
     except UserError as error:
         raise UserError(
             error.problem,

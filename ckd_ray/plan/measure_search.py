@@ -33,6 +33,7 @@ from ckd_ray.retrieve.faiss_index import candidate_passages, choose_subquantizer
 from ckd_ray.retrieve.merge import merge_top
 from ckd_ray.retrieve.rankings import read_ranking_part, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.rows import FlatRows, ShardRows
+from ckd_ray.runs.directory import RunDir
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import Residual
 
@@ -227,7 +228,7 @@ class _Coded:
 def _ranking(run: str, ranked: tuple[Any, Any]) -> dict[str, float]:
     """Write the rankings of the sample's training queries, and time a part of 256 queries as the stage writes it."""
     collection = Collection.open(run)
-    ids, folder = collection.queries("train").ids, Path(run) / "rankings"
+    ids, folder = collection.queries("train").ids, Path(RunDir(run).rankings)
     scores, passages = (np.asarray(x) for x in ranked)
 
     def write(where: Path, count: int) -> None:

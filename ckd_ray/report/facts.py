@@ -10,12 +10,14 @@ import numpy as np
 
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
-from ckd_ray.files import exists, filesystem_of, join, list_files, read_json
+from ckd_ray.files import exists, filesystem_of, join, last_part, list_files, read_json
 from ckd_ray.labels.inspect import inspect_labelled
-from ckd_ray.labels.labelled_run import LabelledRun, labels_of
+from ckd_ray.labels.labelled_run import LabelledRun
 from ckd_ray.labels.summary import summarize_labels
-from ckd_ray.pipeline.stages import STAGES
+from ckd_ray.pipeline.graph import STAGES
 from ckd_ray.report.wins import SplitWins, wins_of
+from ckd_ray.runs.artifact import MANIFEST, manifest_of
+from ckd_ray.runs.directory import RunDir
 from ckd_ray.runs.finished import FinishedRun
 
 _LABELS = 4  # training queries whose labels are shown
@@ -58,22 +60,23 @@ class Facts:
 
 def gather(run: FinishedRun) -> Facts:
     """Read the run. Memory holds one number a query, and the texts of a few."""
-    evaluation = run.path("evaluation")
+    paths = run.paths
+    evaluation = paths.evaluation
     measures = _maybe(join(evaluation, "measures.json"))
-    built = exists(join(run.base, "corpus", "manifest.json"))
+    built = exists(join(paths.corpus, MANIFEST))
     return Facts(
         run=run,
-        collection=read_json(join(run.base, "corpus", "manifest.json")) if built else {},
+        collection=read_json(join(paths.corpus, MANIFEST)) if built else {},
         measures=measures,
         comparison=_maybe(join(evaluation, "comparison.json")) or {},
         closing=_maybe(join(evaluation, TABLE)),
-        table=_maybe(join(run.base, "compare", "table.json")),
-        search=_maybe(join(run.base, "tune", "summary.json")),
+        table=_maybe(join(paths.compare, "table.json")),
+        search=_maybe(join(paths.tune, "summary.json")),
         against=[read_json(join(evaluation, n)) for n in list_files(evaluation, ".json") if n.startswith("against-")],
         stages=_stages(run),
         curves={
             name: _records(join(folder, "metrics.jsonl"))
-            for name, folder in (("teacher", join(run.base, "teacher")), ("student", run.path("student")))
+            for name, folder in (("teacher", paths.teacher), ("student", paths.student))
         },
         wins=wins_of(run, measures) if built and measures else [],
         labels=_labels(run) if built else None,
@@ -87,11 +90,12 @@ def _maybe(uri: str) -> Any:
 def _stages(run: FinishedRun) -> list[dict[str, Any]]:
     found = []
     for stage in STAGES:
-        own = join(labels_of(run) if stage.folder == "labels" else run.path(stage.folder), "manifest.json")
-        manifest = _maybe(own if exists(own) else join(run.base, stage.folder, "manifest.json"))
+        of_run = stage.output(RunDir(run.paths.root))
+        # A variant has no stages before its student, and an old one may have no labels of its own.
+        manifest = manifest_of(stage.output(run.paths)) or manifest_of(of_run)
         if manifest is not None and "made_of" in manifest:
             seconds, figures = manifest.get("seconds", 0.0), manifest.get("figures", {})
-            found.append({"name": stage.name, "folder": stage.folder, "seconds": seconds, "figures": figures})
+            found.append({"name": stage.name, "folder": last_part(of_run), "seconds": seconds, "figures": figures})
     return found
 
 
@@ -110,7 +114,7 @@ def _records(uri: str) -> list[dict[str, Any]]:
 def _labels(run: FinishedRun) -> dict[str, Any] | None:
     """The summary over a sample of training queries, and some of them in full: those to which collective labels add
     relevant passages come first."""
-    if not all(exists(join(folder, "manifest.json")) for folder in (labels_of(run), join(run.base, "embeddings"))):
+    if not all(exists(join(folder, MANIFEST)) for folder in (run.paths.labels, run.paths.embeddings)):
         return None
     opened = LabelledRun.of(run)
     summary = summarize_labels(opened)

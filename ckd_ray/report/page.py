@@ -38,8 +38,8 @@ def write_report(run: FinishedRun, out: str | None = None) -> str:
     Raises:
         UserError: a file of the run is missing, or is not what ckd-ray writes.
     """
-    where = out or run.path("report.html")
-    with reading(run.folder):
+    where = out or run.paths.report
+    with reading(run.paths.folder):
         page = render_page(gather(run)).encode()
     write_atomic(where, lambda stream: stream.write(page))
     return where

@@ -15,6 +15,7 @@ from ckd_ray.data import Collection
 from ckd_ray.evaluate.runs import without_space
 from ckd_ray.evaluate.table import STUDENT
 from ckd_ray.files import exists, filesystem_of, join, read_json
+from ckd_ray.runs.directory import RunDir
 from ckd_ray.runs.finished import FinishedRun
 
 SHOWN = 3  # passages of a system, and labelled ones
@@ -81,11 +82,11 @@ def wins_of(run: FinishedRun, measures: Mapping[str, Any]) -> list[SplitWins]:
     Args:
         measures: `evaluation/measures.json`.
     """
-    collection, own = Collection.open(run.base), run.path("evaluation")
+    collection, own = Collection.open(run.paths.root), run.paths.evaluation
     # A variant measures its student alone; the teacher was measured by the comparison or by the run.
     places = {
-        "encoder": [join(run.base, "baselines", "encoder")],
-        "teacher": [own, join(run.base, "compare", "teacher"), join(run.base, "evaluation")],
+        "encoder": [run.paths.baseline("encoder")],
+        "teacher": [own, join(run.paths.compare, "teacher"), RunDir(run.paths.root).evaluation],
         STUDENT: [own],
     }
     threshold = int(measures.get("settings", {}).get("relevance_threshold", 1))

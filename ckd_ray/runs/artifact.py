@@ -1,11 +1,11 @@
-"""An artefact: a folder of a run with a `manifest.json`, made by one step, kept while its fingerprint holds.
+"""An artifact: a folder of a run with a `manifest.json`, made by one step, kept while its fingerprint holds.
 
-While it is being made, the folder holds `making.json` with the fingerprint instead. A stopped step finds its own
-half-made folder by that and goes on in it; a folder made of other settings or inputs is removed first.
+While it is being made, the folder holds `making.json` with the fingerprint instead. A step that was stopped finds its
+half-made folder by that and goes on in it; a folder of other settings or inputs is removed first.
 
-The manifest names every file with its bytes and its SHA-256. Sizes are looked at by every command, contents before a
-stage reads them (`remove_altered`). The files of a store have checksums of their own (store/shard.py), looked at
-whenever a passage is read.
+The manifest names every file with its bytes and its SHA-256. Every command compares the sizes; before a stage reads the
+files, their contents are verified too (`remove_altered`). The files of a store have checksums of their own
+(store/shard.py), which are verified whenever a passage is read.
 """
 
 from __future__ import annotations
@@ -30,41 +30,59 @@ from ckd_ray.files import (
 )
 from ckd_ray.progress import say
 from ckd_ray.runs.digests import digests_of
-from ckd_ray.runs.fingerprint import fingerprint
+from ckd_ray.runs.fingerprint import fingerprint as combined_fingerprint
 
 MANIFEST, MAKING = "manifest.json", "making.json"
 SCHEMA_VERSION = 1
-# Beside the weights of a training: no stage reads them, so a bit of theirs is no reason to train again.
-_FOR_PEOPLE = ("metrics.jsonl", "training.json", "tensorboard/", "last/")
+# The key of the fingerprint in both files. (`fingerprint` in a manifest is that of the contents, where the step that
+# wrote them has one.)
+_FINGERPRINT = "made_of"
+# Files beside the weights of a training: no stage reads them, so damage to them is no reason to train again.
+_NOT_READ = ("metrics.jsonl", "training.json", "tensorboard/", "last/")
 
 
 def manifest_of(uri: str) -> dict[str, Any] | None:
-    """The manifest of a finished artefact, else None."""
+    """The manifest of a finished artifact, else None."""
     path = join(uri, MANIFEST)
     return read_object(path) if exists(path) else None
 
 
+def fingerprint_of(uri: str) -> str | None:
+    """What a finished artifact was made of; None when it is not finished."""
+    return (manifest_of(uri) or {}).get(_FINGERPRINT)
+
+
+def content_fingerprint(uri: str) -> str | None:
+    """The fingerprint of the contents of a finished artifact, where its manifest has one (the corpus, a store)."""
+    return (manifest_of(uri) or {}).get("fingerprint")
+
+
+def seconds_of(uri: str) -> float:
+    """How long a finished artifact took to make; 0 where its manifest does not say."""
+    return float((manifest_of(uri) or {}).get("seconds", 0.0))
+
+
 def is_made(uri: str, fingerprint: str) -> bool:
-    """True when the artefact is finished, of this fingerprint, and no file it names is missing or of another size."""
+    """True when the artifact is finished, of this fingerprint, and no file it names is missing or of another size."""
     manifest = manifest_of(uri)
-    return manifest is not None and manifest.get("made_of") == fingerprint and not _damaged(uri, manifest)
+    return manifest is not None and manifest.get(_FINGERPRINT) == fingerprint and not _damaged(uri, manifest)
 
 
 def remove_altered(uri: str) -> list[str]:
-    """Read the files of a finished artefact through; name, and remove, those that are not what its manifest says.
+    """Verify the files of a finished artifact; name, and remove, those that are not what its manifest says.
 
     Returns:
-        their names, with those that are missing or of another size. A manifest without checksums (of a store, or
-        written by an earlier version) vouches for sizes alone.
+        their names, with those that are missing or of another size. Where a manifest has no checksums (that of a store,
+        or of an earlier version), the sizes alone are compared.
     """
     manifest = manifest_of(uri)
     if manifest is None:
         return []
     damaged = _damaged(uri, manifest)
     known = {e["name"]: str(e["sha256"]) for e in manifest.get("files", []) if "sha256" in e}
-    whole = {name: size for name, size in _named(uri, manifest) if name in known and name not in damaged}
-    altered = {name: whole[name] for name, digest in digests_of(uri, whole).items() if digest != known[name]}
-    # Once more before anything is lost: a read that went wrong is no file that is wrong.
+    present = {name: size for name, size in _named(uri, manifest) if name in known and name not in damaged}
+    altered = {name: present[name] for name, digest in digests_of(uri, present).items() if digest != known[name]}
+    # A file is read twice before it is removed: the first read itself may have gone wrong.
     altered = {name: size for name, size in altered.items() if digests_of(uri, {name: size})[name] != known[name]}
     for name in altered:
         say(f"{join(uri, name)}: its bytes do not match its checksum; it is made again")
@@ -79,7 +97,7 @@ def _damaged(uri: str, manifest: dict[str, Any]) -> list[str]:
 
 
 def _named(uri: str, manifest: dict[str, Any]) -> list[tuple[str, int]]:
-    """Names and bytes of the files in a manifest. A damaged one is removed for good, so none may lie elsewhere."""
+    """Names and bytes of the files in a manifest. A damaged file is deleted, so no name may lead out of the folder."""
     entries, where = manifest.get("files", []), join(uri, MANIFEST)
     try:
         named = [(str(entry["name"]), int(entry["bytes"])) for entry in entries]
@@ -90,24 +108,26 @@ def _named(uri: str, manifest: dict[str, Any]) -> list[tuple[str, int]]:
     return named
 
 
-def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None], *, whole: bool = False) -> bool:
-    """Run `work` unless the artefact is there. Returns whether it ran. What killed writers have left is removed first.
+def make(
+    uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None], *, replace_atomically: bool = False
+) -> bool:
+    """Run `work` unless the artifact is there. Returns whether it ran. What killed writers have left is removed first.
 
     Args:
-        work: writes into the folder and returns what is to stand in the manifest besides the fingerprint and the list
-            of files. When it writes a manifest of its own (the token store does), that one is extended.
-        whole: it puts a new folder in the place of the former one, all at once. Then that one stays until it does: a
-            collection that cannot be read any more, or a training that is stopped, takes nothing away.
+        work: writes into the folder and returns what goes into the manifest besides the fingerprint and the list of
+            files. When it writes a manifest of its own (as the token store does), that one is extended.
+        replace_atomically: `work` puts a new folder in the place of the former one, all at once. The former one stays
+            until then, so a collection that cannot be read any more, or a training that is stopped, loses nothing.
     """
     if is_made(uri, fingerprint):
         return False
     remove_stale(uri)
-    kept = _go_on(uri, fingerprint)
-    if not whole:
-        if not kept:
+    resumed = _can_resume(uri, fingerprint)
+    if not replace_atomically:
+        if not resumed:
             delete(uri)
         make_folder(uri)
-        write_json_atomic(join(uri, MAKING), {"made_of": fingerprint})
+        write_json_atomic(join(uri, MAKING), {_FINGERPRINT: fingerprint})
         delete(join(uri, MANIFEST))
     extra = work() or {}
     own = manifest_of(uri) or {}
@@ -116,7 +136,7 @@ def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None], 
         "fingerprint": fingerprint,
         **own,
         **extra,
-        "made_of": fingerprint,
+        _FINGERPRINT: fingerprint,
         "files": own.get("files") or _with_digests(uri, _files(uri)),
     }
     write_json_atomic(join(uri, MANIFEST), manifest)
@@ -125,16 +145,16 @@ def make(uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None], 
 
 
 def reopen(uri: str) -> None:
-    """A finished artefact is to get further files: `make` then goes on in it, and keeps what is there."""
+    """Make a finished artifact half made, so that `make` adds further files to it and keeps those that are there."""
     manifest = manifest_of(uri)
     if manifest is not None:
-        write_json_atomic(join(uri, MAKING), {"made_of": manifest.get("made_of")})
+        write_json_atomic(join(uri, MAKING), {_FINGERPRINT: manifest.get(_FINGERPRINT)})
         delete(join(uri, MANIFEST))
 
 
 def identity_of(uri: str) -> str:
-    """What follows from a finished artefact depends on this: how it was made, and the weights that came of it. A
-    training need not give the same ones again (on a GPU, or with other versions of the libraries).
+    """What later stages depend on: what a finished artifact was made of, and the weights that came of it, since a
+    training need not give the same weights again (on a GPU, or with other versions of the libraries).
 
     Raises:
         JobError: it is not finished.
@@ -144,12 +164,12 @@ def identity_of(uri: str) -> str:
         raise JobError(f"{uri} is not finished")
     files = manifest.get("files", [])
     weights = {e["name"]: e["sha256"] for e in files if e["name"].endswith(".safetensors") and "sha256" in e}
-    made_of = str(manifest["made_of"])
-    return fingerprint(made_of=made_of, weights=weights) if weights else made_of
+    made_of = str(manifest[_FINGERPRINT])
+    return combined_fingerprint(made_of=made_of, weights=weights) if weights else made_of
 
 
 def is_of(uri: str, role: str, model: str) -> bool:
-    """Whether a finished artefact was made with the model that is at `model` now, as far as its manifest tells.
+    """Whether a finished artifact was made with the model that is at `model` now, as far as its manifest says.
 
     Args:
         role: `teacher` or `student`.
@@ -158,11 +178,11 @@ def is_of(uri: str, role: str, model: str) -> bool:
     return known is None or (manifest_of(model) is not None and known == identity_of(model))
 
 
-def _go_on(uri: str, fingerprint: str) -> bool:
+def _can_resume(uri: str, fingerprint: str) -> bool:
     """True when the folder's contents are of this fingerprint: half made, or finished and damaged since."""
     making, manifest = join(uri, MAKING), manifest_of(uri)
     known = read_object(making) if exists(making) else manifest
-    if known is None or known.get("made_of") != fingerprint:
+    if known is None or known.get(_FINGERPRINT) != fingerprint:
         return False
     for name in _damaged(uri, manifest) if manifest else ():
         say(f"{join(uri, name)}: missing or of another size; it is made again")
@@ -180,6 +200,7 @@ def _files(uri: str) -> list[dict[str, Any]]:
 
 
 def _with_digests(uri: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of a manifest with SHA-256, but for files of stores inside the folder, and for those not read."""
     stores = tuple(e["name"].removesuffix(MANIFEST) for e in files if e["name"].endswith("/" + MANIFEST))
-    digests = digests_of(uri, {e["name"]: e["bytes"] for e in files if not e["name"].startswith(stores + _FOR_PEOPLE)})
+    digests = digests_of(uri, {e["name"]: e["bytes"] for e in files if not e["name"].startswith(stores + _NOT_READ)})
     return [e | {"sha256": digests[e["name"]]} if e["name"] in digests else e for e in files]

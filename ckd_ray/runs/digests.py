@@ -1,4 +1,4 @@
-"""SHA-256 of many files: a few here, more than a quarter of a gibibyte in Ray tasks."""
+"""SHA-256 of many files: up to a quarter of a gibibyte in this process, more in Ray tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def digests_of(folder: str, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def _in_tasks(folder: str, groups: list[list[str]]) -> list[dict[str, str]]:
-    import ray  # slow to import, and many who look at an artefact have no need of it
+    import ray  # slow to import, and not needed to look at an artifact
 
     if not ray.is_initialized():
         return [_digests(folder, group) for group in groups]
@@ -30,7 +30,7 @@ def _in_tasks(folder: str, groups: list[list[str]]) -> list[dict[str, str]]:
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Names, in their order, so that a group has `_BYTES_A_TASK` bytes or one file."""
+    """Names in groups of `_BYTES_A_TASK` bytes, or of one file; the order is kept."""
     groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():

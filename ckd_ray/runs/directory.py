@@ -1,42 +1,160 @@
-"""What every stage is given: the configuration and the run directory."""
+"""The directory of a run: `RunDir` alone knows the names of its folders, `RunContext` adds the configuration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.files import filesystem_of, join
+from ckd_ray.runs.fingerprint import fingerprint
 
-# What a variant of a run has of its own; everything else is that of the run.
-_OF_A_VARIANT = ("student", "student_embeddings", "evaluation", "run.json")
+LABELS, COMPARE, TUNE = "labels", "compare", "tune"
+# The winner of a search is a variant of the run.
+BEST = f"{TUNE}/best"
+
+
+class _Shared:
+    """A folder that the run and all of its variants share."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunDir, owner: object = None) -> str:
+        return join(run.root, self.name)
+
+
+class _Own(_Shared):
+    """A folder or file that a variant has for itself."""
+
+    def __get__(self, run: RunDir, owner: object = None) -> str:
+        return join(run.folder, self.name)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run; nothing is read or written.
+
+    Attributes:
+        root: the absolute path or URI of the run directory.
+        variant_name: a folder below it for another student (of another objective or seed), which shares the collection,
+            teacher, embeddings, rankings and labels of the run; empty for the run's own student.
+        labels_name: the folder of the labels below `root`; a search keeps labels of other settings in others.
+    """
+
+    root: str
+    variant_name: str = ""
+    labels_name: str = LABELS
+
+    corpus = _Shared("corpus")
+    queries = _Shared("queries")
+    teacher = _Shared("teacher")
+    embeddings = _Shared("embeddings")
+    rankings = _Shared("rankings")
+    ensemble = _Shared("ensemble")
+    cross_scores = _Shared("cross_scores")
+    baselines = _Shared("baselines")
+    encoder_embeddings = _Shared("baselines/encoder_embeddings")
+    checkpoints = _Shared("checkpoints")
+    index = _Shared("index")
+    compare = _Shared(COMPARE)
+    tune = _Shared(TUNE)
+    student = _Own("student")
+    student_embeddings = _Own("student_embeddings")
+    evaluation = _Own("evaluation")
+    exports = _Own("exports")
+    record = _Own("run.json")
+    report = _Own("report.html")
+
+    @property
+    def folder(self) -> str:
+        """Where the student and its evaluation are: `root`, or a folder below it for a variant."""
+        return join(self.root, self.variant_name) if self.variant_name else self.root
+
+    @property
+    def labels(self) -> str:
+        """The labels that the student is distilled from."""
+        return join(self.root, self.labels_name)
+
+    @property
+    def passages(self) -> str:
+        """The store of the corpus under the teacher."""
+        return passage_store(self.embeddings)
+
+    def query_embeddings(self, split: str) -> str:
+        """The store of a split's queries under the teacher."""
+        return query_store(self.embeddings, split)
+
+    def checkpoint(self, role: str) -> str:
+        """The finished `student` or `teacher`."""
+        return {"student": self.student, "teacher": self.teacher}[role]
+
+    def embeddings_of(self, role: str) -> str:
+        """The folder with the stores that were made with the `student` or `teacher`."""
+        return {"student": self.student_embeddings, "teacher": self.embeddings}[role]
+
+    def baseline(self, name: str) -> str:
+        """Where the measures of a baseline are."""
+        return join(self.baselines, name)
+
+    def training_checkpoints(self, stage: str, fingerprint: str) -> str:
+        """What a training has come to; it goes when the stage that trains is finished."""
+        return join(self.checkpoints, f"{stage}-{fingerprint[:16]}")
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Folders that belong to the run without being the output of a stage."""
+        return (
+            self.queries, self.student_embeddings, self.checkpoints, self.index, self.exports, self.compare, self.tune,
+            self.baselines,
+        )  # fmt: skip
+
+    def variant(self, name: str) -> RunDir:
+        """The same run with another student."""
+        return replace(self, variant_name=name)
+
+    def with_labels(self, name: str) -> RunDir:
+        """The same run with other labels."""
+        return replace(self, labels_name=name)
+
+
+def passage_store(embeddings: str) -> str:
+    """The store of the corpus in a folder of embeddings."""
+    return join(embeddings, "passages")
+
+
+def query_store(embeddings: str, split: str) -> str:
+    """The store of a split's queries in a folder of embeddings."""
+    return join(embeddings, f"queries.{split}")
+
+
+def system_rankings(measured: str, system: str) -> str:
+    """The rankings of a system in the folder where it is measured (`evaluation`, `baselines/NAME`)."""
+    return join(measured, "rankings", system)
+
+
+def labels_name(label: Mapping[str, Any]) -> str:
+    """A name for the folder of labels of these settings (a section `label`), the same for all that share them."""
+    return f"labels-{fingerprint(label=dict(label))[:12]}"
+
+
+def labels_folder(label: Mapping[str, Any]) -> str:
+    """Where a search keeps labels of other settings than the run's, below the run."""
+    return f"{TUNE}/{labels_name(label)}"
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run: `config`, and `run`, the absolute path or URI of its directory.
-
-    `variant` is a folder below it for another student (of another objective or seed) that shares the collection,
-    teacher, embeddings, rankings and labels of the run. `labels` is where the labels are, for a search over settings of
-    the labels.
-    """
+    """What every stage is given: the configuration and the paths of its run."""
 
     config: Config
-    run: str
-    variant: str | None = None
-    labels: str = "labels"
+    paths: RunDir
 
     @classmethod
-    def of(cls, config: Config, variant: str | None = None, labels: str = "labels") -> RunContext:
-        """The run directory is `run.storage`/`run.name`."""
+    def of(cls, config: Config, variant: str | None = None, labels: str = LABELS) -> RunContext:
+        """The run directory is `run.storage`/`run.name`; see `RunDir` for `variant` and `labels`."""
         storage = config.run.storage
         if "://" not in storage:
             storage = filesystem_of(storage)[1]
-        return cls(config, join(storage, config.run.name), variant, labels)
-
-    def path(self, *parts: str) -> str:
-        """A path below the run directory, or below the variant's for what it has of its own."""
-        if self.variant and parts and parts[0] in _OF_A_VARIANT:
-            return join(self.run, self.variant, *parts)
-        if parts and parts[0] == "labels":
-            return join(self.run, self.labels, *parts[1:])
-        return join(self.run, *parts)
+        return cls(config, RunDir(join(storage, config.run.name), variant or "", labels))

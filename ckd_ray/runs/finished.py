@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from ckd_ray.errors import UserError, first_line
-from ckd_ray.files import exists, filesystem_of, join, last_part, list_folders, parent, read_object
+from ckd_ray.files import exists, filesystem_of, join, last_part, list_folders, parent
+from ckd_ray.runs.directory import RunDir
+from ckd_ray.runs.record import labels_of, read_record
 
 
 @dataclass(frozen=True)
@@ -18,44 +20,33 @@ class FinishedRun:
     """A run directory, or that of a variant of a run (RUN/compare/OBJECTIVE-SEED, RUN/tune/best).
 
     Attributes:
-        folder: what the user named; student, evaluation and run.json are here.
-        base: the run that holds collection, teacher, embeddings, rankings and labels; the same but for a variant.
-        record: `run.json`.
+        paths: its folders; `paths.folder` is what the user named.
+        record: `run.json` of that folder.
     """
 
-    folder: str
-    base: str
+    paths: RunDir
     record: dict[str, Any]
 
     @property
     def name(self) -> str:
         """The folder's name; for a variant with the run's in front."""
-        own = last_part(self.folder)
-        return own if self.folder == self.base else f"{last_part(self.base)}/{own}"
-
-    def path(self, *parts: str) -> str:
-        """A path below the run (of a variant: its own part)."""
-        return join(self.folder, *parts)
+        own = last_part(self.paths.folder)
+        return f"{last_part(self.paths.root)}/{own}" if self.paths.variant_name else own
 
 
 def open_finished(run: str, where: str = "RUN") -> FinishedRun:
     """The run at `run`: a path, a URI, or the name of one in `runs/`.
 
     Raises:
-        UserError: no run is there.
+        UserError: no run is there, or one of a later version of ckd-ray.
     """
     tried = [run.rstrip("/") if "://" in run else filesystem_of(run)[1]]
     if "://" not in run and "/" not in run:
         tried.append(filesystem_of(join("runs", run))[1])
     for folder in tried:
-        if exists(join(folder, "run.json")):
-            record = read_object(join(folder, "run.json"))
-            if not isinstance(record.get("config", {}), dict):
-                raise UserError("not the record of a run", where=join(folder, "run.json"), expected="a section config")
-            base = folder
-            for _ in filter(None, (record.get("variant") or "").split("/")):
-                base = parent(base)
-            return FinishedRun(folder, base, record)
+        if exists(path := RunDir(folder).record):
+            record = read_record(path)
+            return FinishedRun(_paths(folder, record), record)
     found = "nothing" if not exists(tried[0]) else f"folders {', '.join(list_folders(tried[0])[:8]) or 'none'}"
     raise UserError(
         "no run here",
@@ -66,10 +57,20 @@ def open_finished(run: str, where: str = "RUN") -> FinishedRun:
     )
 
 
+def _paths(folder: str, record: dict[str, Any]) -> RunDir:
+    """The paths of the run or variant at `folder`; the record of a variant says how far below its run it is."""
+    root, names = folder, list[str]()
+    for _ in filter(None, str(record.get("variant") or "").split("/")):
+        names.insert(0, last_part(root))
+        root = parent(root)
+    paths = RunDir(root, "/".join(names))
+    return paths.with_labels(labels_of(paths, record))
+
+
 @contextmanager
 def reading(run: str) -> Iterator[None]:
-    """While the files of a run are read, which may have come from anywhere: what is wrong with them becomes a UserError
-    that names the run, whatever the library says that has met it first."""
+    """Turn what goes wrong while the files of a run are read into a UserError that names the run, whatever library
+    met it first: the files may have come from anywhere."""
     try:
         yield
     except UserError:

@@ -1,10 +1,10 @@
-"""One run directory, one command at a time, on this machine and across machines that share its storage.
+"""One command at a time in a run directory, on this machine and across machines that share its storage.
 
-`RUN/.lock` says who holds the run. On a file system it is also held by flock, which the kernel lets go of when its
-process ends, however that ends; so on one machine a lock without flock is stale, and is taken over. On an object store
-the process is looked for by number and start. Across machines nobody can ask whether a process lives: the holder writes
-the lock anew twice a minute, and one that was not written for three minutes, by the clock of the storage itself, is
-stale.
+`RUN/.lock` says who holds the run. On a file system the holder also has an flock on it, which the kernel releases when
+the process ends, whatever ends it; so on one machine a lock without flock is stale, and is taken over. On an object
+store the process is looked up by its number and start time. Across machines nobody can ask whether a process lives: the
+holder rewrites the lock twice a minute, and a lock that was not written for three minutes, by the clock of the storage,
+is stale.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import delete, filesystem_of, is_local, join, make_folder
 
 LOCK = ".lock"
-_BEAT_S, _STALE_S = 30.0, 180.0
-# On an object store: how long after writing the lock another's may still arrive over it.
+_HEARTBEAT_S, _STALE_S = 30.0, 180.0
+# On an object store: for how long after one process has written the lock that of another may still overwrite it.
 _SETTLE_S = 1.0
 
 Holder = dict[str, Any]
@@ -34,7 +34,7 @@ Holder = dict[str, Any]
 
 @contextmanager
 def run_lock(run: str) -> Iterator[None]:
-    """Hold the run for the length of the block.
+    """Hold the run while the block runs.
 
     Raises:
         UserError: another command holds it (says which, where and since when), or the folder cannot be written.
@@ -71,22 +71,21 @@ def _writable(run: str) -> Iterator[None]:
 
 
 def _kernel() -> str:
-    """Of this start of this machine; empty where there is no such thing. Containers of one machine share it."""
+    """An id of this boot of this machine, which its containers share; empty where the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _pid_namespace() -> str:
-    """In which process numbers mean what they mean here."""
+    """The namespace in which the process numbers seen here are valid."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _started(pid: Any) -> str | None:
-    """When a process was started, in ticks since the start of the machine; None when there is none, or a dead one whose
-    parent has not asked yet."""
+    """When a process was started, in ticks since the machine was; None when there is no such process, or a zombie."""
     with suppress(OSError, ValueError, IndexError):
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
@@ -94,7 +93,7 @@ def _started(pid: Any) -> str | None:
 
 
 def _is_dead(holder: Holder, me: Holder) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
+    """Whether the holder was a process of this machine that has ended."""
     here = all(me[key] and holder.get(key) == me[key] for key in ("kernel", "pids"))
     return here and _started(holder.get("pid")) != holder.get("started")
 
@@ -112,7 +111,7 @@ def _busy(run: str, holder: Holder, lock: str, age: float | None = None) -> User
 
 
 def _hold_file(run: str, me: Holder) -> Callable[[], None]:
-    """Take `RUN/.lock` of a file system; returns the call that lets it go."""
+    """Take `RUN/.lock` of a file system; returns the call that releases it."""
     path = os.path.join(filesystem_of(run)[1], LOCK)
     while True:
         fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -122,18 +121,18 @@ def _hold_file(run: str, me: Holder) -> Callable[[], None]:
             holder = _read(fd)
             os.close(fd)
             raise _busy(run, holder, path) from None
-        except OSError:  # a file system without locks: what the file says must do
+        except OSError:  # a file system without locks: the contents of the file decide
             pass
         if _is_at(fd, path):
             break
-        os.close(fd)  # its holder has let it go in between, and removed it
+        os.close(fd)  # its holder has released and removed it in between
     holder = _read(fd)
     age = _age(path) if holder and _may_live(holder, me) else _STALE_S
     if age < _STALE_S:
         os.close(fd)
         raise _busy(run, holder, path, age)
     _write(fd, me)
-    stop = _beating(lambda: os.utime(fd))
+    stop = _start_heartbeat(lambda: os.utime(fd))
 
     def release() -> None:
         stop()
@@ -145,23 +144,23 @@ def _hold_file(run: str, me: Holder) -> Callable[[], None]:
 
 
 def _is_at(fd: int, path: str) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Whether the open file is still the one at that path."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False
 
 
 def _may_live(holder: Holder, me: Holder) -> bool:
-    """Whether the holder may be alive although nobody holds the file's flock here.
+    """Whether the holder may be alive although no process here has the flock.
 
-    One of this kernel would hold it. One of another machine need not show: not all file systems share locks.
+    A process of this machine would have it. That of another machine may be invisible: not all file systems share locks.
     """
     same_host, same_kernel = holder.get("host") == me["host"], holder.get("kernel") == me["kernel"]
     return not (same_host or (me["kernel"] and same_kernel))
 
 
 def _read(fd: int) -> Holder:
-    """What a lock says; nothing when it was not written to its end."""
+    """The contents of a lock; empty when it was not written completely."""
     try:
         value = json.loads(os.pread(fd, 65536, 0))
     except (OSError, ValueError):
@@ -175,7 +174,7 @@ def _write(fd: int, me: Holder) -> None:
 
 
 def _age(path: str) -> float:
-    """Seconds since the file was written, both ends by the clock of its file system."""
+    """Seconds since the file was written, by the clock of its file system."""
     probe = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
     with open(probe, "xb"):
         now = os.stat(probe).st_mtime
@@ -184,9 +183,9 @@ def _age(path: str) -> float:
 
 
 def _hold_object(run: str, me: Holder) -> Callable[[], None]:
-    """Take `RUN/.lock` of an object store, which can only be written and read back: of two commands that start within a
-    second of one another both see whose lock has stayed. Should both go on for all that, they waste work at worst: what
-    stages write is the same, and appears whole."""
+    """Take `RUN/.lock` of an object store, which can only be written and read back: two commands that start within a
+    second of one another both see whose lock has stayed. If both go on all the same, they waste work at worst: stages
+    write the same files, each of them atomically."""
     uri = join(run, LOCK)
     holder, age = _read_object(uri)
     if holder and age < _STALE_S and not _is_dead(holder, me):
@@ -196,7 +195,7 @@ def _hold_object(run: str, me: Holder) -> Callable[[], None]:
     holder, _ = _read_object(uri)
     if holder.get("token") != me["token"]:
         raise _busy(run, holder, uri)
-    stop = _beating(lambda: _write_object(uri, me))
+    stop = _start_heartbeat(lambda: _write_object(uri, me))
 
     def release() -> None:
         stop()
@@ -207,7 +206,7 @@ def _hold_object(run: str, me: Holder) -> Callable[[], None]:
 
 
 def _read_object(uri: str) -> tuple[Holder, float]:
-    """Who holds the lock, and for how many seconds it was not written anew, by the clock of the storage."""
+    """Who holds the lock, and how many seconds ago it was written, by the clock of the storage."""
     fs, path = filesystem_of(uri)
     try:
         with fs.open_input_stream(path) as stream:
@@ -228,13 +227,13 @@ def _write_object(uri: str, me: Holder) -> None:
         out.write(json.dumps(me).encode())
 
 
-def _beating(beat: Callable[[], None]) -> Callable[[], None]:
-    """Call `beat` every half minute in a thread of its own; returns the call that ends it."""
+def _start_heartbeat(beat: Callable[[], None]) -> Callable[[], None]:
+    """Call `beat` every half minute in a thread; returns the call that ends the thread."""
     ended = threading.Event()
 
     def follow() -> None:
-        while not ended.wait(_BEAT_S):
-            with suppress(OSError):  # the next one may get through
+        while not ended.wait(_HEARTBEAT_S):
+            with suppress(OSError):  # the next one may succeed
                 beat()
 
     thread = threading.Thread(target=follow, name="run-lock", daemon=True)

@@ -17,7 +17,8 @@ from ckd_ray.files import exists, join, local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.model.tokenizer import ColBERTTokenizer
-from ckd_ray.runs.artifact import is_of
+from ckd_ray.runs.artifact import MANIFEST, is_of
+from ckd_ray.runs.directory import passage_store
 from ckd_ray.runs.finished import FinishedRun, reading
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.store import EmbeddingStore
@@ -58,27 +59,27 @@ class Searcher:
     """Answers queries with a run's student (or teacher) and its store. Every query reads the whole store (`scan`)."""
 
     def __init__(self, run: FinishedRun, system: str = "student") -> None:
-        folder = run.path("student_embeddings") if system == "student" else join(run.base, "embeddings")
-        checkpoint = run.path("student") if system == "student" else join(run.base, "teacher")
-        for needed in (join(checkpoint, "colbert.json"), join(folder, "passages", "manifest.json")):
+        paths = run.paths
+        folder, checkpoint = paths.embeddings_of(system), paths.checkpoint(system)
+        for needed in (join(checkpoint, "colbert.json"), join(passage_store(folder), MANIFEST)):
             if not exists(needed):
                 stage = "embed" if system == "teacher" else "evaluate"
                 raise UserError(
                     f"this run has no {system} to search with yet",
-                    where=run.folder,
+                    where=paths.folder,
                     expected=needed,
                     fix=f"ckd-ray {stage}, with the configuration of this run, makes it",
                 )
-        if exists(join(checkpoint, "manifest.json")) and not is_of(folder, system, checkpoint):
+        if exists(join(checkpoint, MANIFEST)) and not is_of(folder, system, checkpoint):
             raise UserError(
-                f"the {system} of this run was trained again after its passages were embedded",
-                where=run.folder,
+                f"the {system} of this run was trained anew since its passages were embedded",
+                where=paths.folder,
                 expected=f"embeddings of the {system} that is there now",
                 fix=f"ckd-ray {'embed' if system == 'teacher' else 'evaluate'}, with its configuration, makes them",
             )
-        with reading(run.folder):
-            self.collection = Collection.open(run.base)
-            self.store = EmbeddingStore.open(join(folder, "passages"))
+        with reading(paths.folder):
+            self.collection = Collection.open(paths.root)
+            self.store = EmbeddingStore.open(passage_store(folder))
         with local_copy(checkpoint) as local:
             self.encoder = TextEncoder(ColBERT.from_pretrained(local))
 

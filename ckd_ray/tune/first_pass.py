@@ -22,17 +22,16 @@ from ckd_ray.distill.dev import mean_reciprocal_rank
 from ckd_ray.errors import UserError
 from ckd_ray.files import join, read_json
 from ckd_ray.labels.files import ExpansionReader
-from ckd_ray.labels.stage import LabelJob
-from ckd_ray.pipeline.work import search_settings, write_labels_of
+from ckd_ray.pipeline.labelling import label_split
+from ckd_ray.pipeline.search_engine import search_settings
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import query_spans, run_parts
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.retrieve.servers import serving
 from ckd_ray.retrieve.stream import RetrieveJob, retrieve
-from ckd_ray.runs.artifact import make, manifest_of
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.artifact import fingerprint_of, make, seconds_of
+from ckd_ray.runs.directory import RunContext, RunDir, labels_name
 from ckd_ray.runs.fingerprint import fingerprint
-from ckd_ray.runs.layout import labels_name
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.embeddings import open_once
 from ckd_ray.tune.space import Values, with_values
@@ -52,7 +51,7 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
     changed = [with_values(context.config, values) for values in combinations]
     labels = [join(folder, labels_name(config.label.model_dump(mode="json"))) for config in changed]
     for config, out in {out: (config, out) for config, out in zip(changed, labels, strict=True)}.values():
-        _label_dev(RunContext(config, context.run), rankings, out)
+        _label_dev(RunContext(config, context.paths), rankings, out)
     ways = [
         {
             "labels": out,
@@ -65,11 +64,11 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
     ]
     seconds = sum(seconds_of(made) for made in (rankings, *set(labels)))
     started = time.monotonic()
-    count = Collection.open(context.run).num_queries(_SPLIT)
+    count = Collection.open(context.paths.root).num_queries(_SPLIT)
     spans = query_spans(count, 64)
     arguments: dict[str, Any] = {
-        "run": context.run,
-        "checkpoint": context.path("teacher"),
+        "run": context.paths.root,
+        "checkpoint": context.paths.teacher,
         "rankings": rankings,
         "ways": ways,
         "positive_grade": context.config.collection.positive_grade,
@@ -85,43 +84,28 @@ def first_pass(context: RunContext, folder: str, combinations: Sequence[Values])
     return [float(total) / queries for total in sums], round(seconds + time.monotonic() - started, 3)
 
 
-def seconds_of(folder: str) -> float:
-    """The seconds that the artefact in this folder took; 0 where its manifest does not tell."""
-    return float((manifest_of(folder) or {}).get("seconds", 0.0))
-
-
 def _rank_dev(context: RunContext, out: str) -> str:
     config = context.config.retrieve
-    queries = context.path("embeddings", f"queries.{_SPLIT}")
-    store = EmbeddingStore.open(context.path("embeddings", "passages"))
-    count = Collection.open(context.run).num_queries(_SPLIT)
+    queries = context.paths.query_embeddings(_SPLIT)
+    store = EmbeddingStore.open(context.paths.passages)
+    count = Collection.open(context.paths.root).num_queries(_SPLIT)
 
     def work() -> dict[str, Any]:
-        job = RetrieveJob(run=context.run, split=_SPLIT, queries=queries, out=out, depth=config.depth)
+        job = RetrieveJob(run=context.paths.root, split=_SPLIT, queries=queries, out=out, depth=config.depth)
         with serving(store, search_settings(context.config, store, count), config.actors) as servers:
             retrieve(job, servers, count, stage="tune: dev rankings")
         return {}
 
-    embeddings = (manifest_of(context.path("embeddings")) or {})["made_of"]
+    embeddings = fingerprint_of(context.paths.embeddings)
     make(out, fingerprint(dev=embeddings, retrieve=config.model_dump(mode="json", exclude={"actors"})), _timed(work))
     return out
 
 
 def _label_dev(context: RunContext, rankings: str, out: str) -> None:
-    job = LabelJob(
-        run=context.run,
-        split=_SPLIT,
-        checkpoint=context.path("teacher"),
-        passages=context.path("embeddings", "passages"),
-        rankings=rankings,
-        out=out,
-        settings=context.config.label,
-    )
-
     def work() -> dict[str, Any]:
-        return write_labels_of(context, job)
+        return label_split(context, _SPLIT, rankings, out)
 
-    ranked = (manifest_of(rankings) or {})["made_of"]
+    ranked = fingerprint_of(rankings)
     settings = context.config.label.model_dump(mode="json")
     make(out, fingerprint(label=settings, rankings=ranked, seed=context.config.run.seed), _timed(work))
 
@@ -141,7 +125,8 @@ def _judge_part(
 ) -> pa.Table:
     """Reciprocal ranks of some dev queries, summed over the queries, for each combination in `ways`."""
     first, stop = (int(batch[name][0]) for name in ("first", "stop"))
-    queries, passages = (open_once(join(run, "embeddings", name)) for name in (f"queries.{_SPLIT}", "passages"))
+    paths = RunDir(run)
+    queries, passages = open_once(paths.query_embeddings(_SPLIT)), open_once(paths.passages)
     similarity = read_json(join(checkpoint, "colbert.json"))["similarity"]
     positives = collection_once(run).positives(_SPLIT, positive_grade)
     top_BN = np.asarray(read_ranking_matrix(rankings, _SPLIT)[first:stop])

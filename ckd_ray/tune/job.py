@@ -17,23 +17,23 @@ from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.against import Side, compare_runs
 from ckd_ray.files import delete, exists, join, read_json, write_atomic, write_json_atomic
+from ckd_ray.pipeline.graph import needed
 from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.pipeline.stages import distill_seed, needed
-from ckd_ray.pipeline.work import distill_task
+from ckd_ray.pipeline.stage import Stage
+from ckd_ray.pipeline.stages.distill import distill_seed
+from ckd_ray.pipeline.training import distill_task
 from ckd_ray.progress import say, without_keys, without_secrets
-from ckd_ray.runs.artifact import manifest_of
-from ckd_ray.runs.directory import RunContext
+from ckd_ray.runs.artifact import fingerprint_of, seconds_of
+from ckd_ray.runs.directory import BEST, LABELS, RunContext, RunDir, labels_folder
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.runs.finished import open_finished
-from ckd_ray.runs.layout import FOLDER, labels_folder
 from ckd_ray.runs.lock import run_lock
-from ckd_ray.tune.first_pass import first_pass, seconds_of
+from ckd_ray.tune.first_pass import first_pass
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import search, shown, trial_task
 from ckd_ray.tune.space import Values, candidates, space_of, split, values_of, with_values
 from ckd_ray.tune.suggest import Suggester, check_installed, importance
 
-WINNER = f"{FOLDER}/best"
 _OF_THE_SEARCH = ("search", "label_candidates", "label_kept", "measurements", "grace", "reduction", "dev_queries",
                   "dev_passages")  # fmt: skip
 
@@ -52,10 +52,10 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     check_installed(config.tune.search)
     context = RunContext.of(config)
     if fresh:
-        with run_lock(context.run):  # another command may be at work in it
-            delete(context.path(FOLDER))
-    run_stages(config, until="collection")  # refuses a wrong collection before any training
-    splits = Collection.open(context.run).splits
+        with run_lock(context.paths.root):  # another command may be at work in it
+            delete(context.paths.tune)
+    run_stages(config, until="collection")  # what it lacks is refused before anything is trained
+    splits = Collection.open(context.paths.root).splits
     if "dev" not in splits:
         raise UserError(
             "the search needs labelled dev queries",
@@ -67,21 +67,21 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     run_stages(config, until=upstream[-1].name)
     space = space_of(config)
     seed = config.run.seed if config.tune.seed is None else config.tune.seed
-    identity = _search_fingerprint(config, context, upstream, seed)
-    folder = context.path(FOLDER, f"search-{identity[:12]}")
-    with run_lock(context.run):
+    made_of = _search_fingerprint(config, context, upstream, seed)
+    folder = join(context.paths.tune, f"search-{made_of[:12]}")
+    with run_lock(context.paths.root):
         kept, passed, first_seconds = _first(context, config, folder, seed)
     for combination in kept:
         _label(config, combination)
-    with run_lock(context.run):
-        records = _trials(context, config, folder, kept, seed, identity)
+    with run_lock(context.paths.root):
+        records = _trials(context, config, folder, kept, seed, made_of)
         best = records.best()
         assert best is not None
         found = with_values(config, best.values)
         _write_best(context, found, best)
         _write_trials(context, records)
     summary = {
-        "run": context.run,
+        "run": context.paths.root,
         "trials": records.rows(),
         "best": {"trial": best.number, "mrr@10": best.best, **best.values},
         "default": values_of(config, space),
@@ -92,16 +92,16 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "comparison": _retrained(config, found, best) if config.tune.retrain else None,
         "seed": seed,
     }
-    with run_lock(context.run):
-        write_json_atomic(context.path(FOLDER, "summary.json"), without_keys(summary))
+    with run_lock(context.paths.root):
+        write_json_atomic(join(context.paths.tune, "summary.json"), without_keys(summary))
     return summary
 
 
-def _search_fingerprint(config: Config, context: RunContext, upstream: list[Any], seed: int) -> str:
-    """The fingerprint of all inputs of a trial besides its values. The number of trials is not one: it may grow."""
+def _search_fingerprint(config: Config, context: RunContext, upstream: list[Stage], seed: int) -> str:
+    """Of all that a trial's result depends on, besides its values. The number of trials may grow."""
     t = config.tune.model_dump(mode="json")
     return fingerprint(
-        inputs={s.name: (manifest_of(context.path(s.folder)) or {}).get("made_of") for s in upstream},
+        inputs={stage.name: fingerprint_of(stage.output(context.paths)) for stage in upstream},
         distill=config.distill.for_fingerprint(),
         label=config.label.model_dump(mode="json"),
         space={key: [p.kind, list(p.values)] for key, p in space_of(config).items()},
@@ -143,13 +143,13 @@ def _first(
 def _labels_folder(config: Config, values: Values) -> str:
     """The folder of the labels of these values, below the run."""
     mine = with_values(config, values)
-    return "labels" if mine.label == config.label else labels_folder(mine.label.model_dump(mode="json"))
+    return LABELS if mine.label == config.label else labels_folder(mine.label.model_dump(mode="json"))
 
 
 def _label(config: Config, values: Values) -> None:
     """Compute the labels of the training queries with these settings, unless they exist."""
     folder = _labels_folder(config, values)
-    if folder != "labels":
+    if folder != LABELS:
         run_stages(with_values(config, values), until="label", labels=folder)
 
 
@@ -171,7 +171,7 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
         trial_identity = fingerprint(search=identity, trial=number, values=values)
         return trial_task(base, mine, trial_identity, _labels_folder(config, values))
 
-    search(config, context.run, folder, records, suggester, task_of)
+    search(config, context.paths.root, folder, records, suggester, task_of)
     return records
 
 
@@ -180,7 +180,7 @@ def _write_best(context: RunContext, found: Config, best: Trial) -> None:
     head = f"# Found by ckd-ray tune: trial {best.number}, MRR@10 {best.best:.4f} on the dev queries of its trials.\n"
     # Keys in URIs belong into the environment (store.md), not into files that users share.
     text = without_secrets(head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)).encode()
-    write_atomic(context.path(FOLDER, "best.yaml"), lambda stream: stream.write(text))
+    write_atomic(join(context.paths.tune, "best.yaml"), lambda stream: stream.write(text))
 
 
 def _write_trials(context: RunContext, records: Records) -> None:
@@ -190,7 +190,7 @@ def _write_trials(context: RunContext, records: Records) -> None:
     table = pa.Table.from_pylist(
         [{k: str(v) if k in mixed and v is not None else v for k, v in r.items()} for r in rows]
     )
-    write_atomic(context.path(FOLDER, "trials.parquet"), lambda stream: pq.write_table(table, stream))
+    write_atomic(join(context.paths.tune, "trials.parquet"), lambda stream: pq.write_table(table, stream))
 
 
 def _retrained(config: Config, found: Config, best: Trial) -> dict[str, Any] | None:
@@ -201,9 +201,9 @@ def _retrained(config: Config, found: Config, best: Trial) -> dict[str, Any] | N
         say("tune: no trial was better than the configuration itself")
         return None
     say("tune: the best trial, in full")
-    run_stages(found, variant=WINNER, labels=_labels_folder(config, best.values))
-    run = RunContext.of(config).run
-    other, mine = (Side.of(open_finished(at), "student") for at in (run, join(run, WINNER)))
+    run_stages(found, variant=BEST, labels=_labels_folder(config, best.values))
+    run = RunContext.of(config).paths
+    other, mine = (Side.of(open_finished(at), "student") for at in (run.root, run.variant(BEST).folder))
     return compare_runs(other, mine)
 
 
@@ -229,14 +229,19 @@ def _agreement(passed: list[dict[str, Any]], records: Records) -> dict[str, Any]
 
 
 def _saved(
-    config: Config, records: Records, upstream: list[Any], context: RunContext, kept: list[Values], first_seconds: float
+    config: Config,
+    records: Records,
+    upstream: list[Stage],
+    context: RunContext,
+    kept: list[Values],
+    first_seconds: float,
 ) -> dict[str, float]:
-    """What stopping and sharing saved: the time of the search, with its first pass and the labels of the kept
-    combinations, against that of one whole pipeline a trial, with all stages upstream and all steps at the rate of the
-    finished trials. Evaluation counts in neither."""
-    shared = sum(seconds_of(context.path(s.folder)) for s in upstream)
-    others = {_labels_folder(config, values) for values in kept} - {"labels"}  # those are upstream
-    labels = sum(seconds_of(context.path(name)) for name in others)
+    """What stopping and sharing saved: the time of the search, with its first pass and the labels of all that it kept,
+    against as many whole pipelines, each with everything upstream and all steps at the rate of the finished trials.
+    Evaluation counts in neither."""
+    shared = sum(seconds_of(stage.output(context.paths)) for stage in upstream)
+    others = {_labels_folder(config, values) for values in kept} - {LABELS}  # those are upstream
+    labels = sum(seconds_of(context.paths.with_labels(name).labels) for name in others)
     trials = [t for t in records.trials.values() if t.measurements]
     finished = [t for t in trials if t.state == "finished"]
     whole = sum(t.seconds for t in finished) / max(1, len(finished))
@@ -270,4 +275,4 @@ def show(summary: dict[str, Any]) -> None:
         say("")
         say(render_against(summary["comparison"]))
     say("")
-    say(join(summary["run"], FOLDER, "best.yaml"))
+    say(join(RunDir(summary["run"]).tune, "best.yaml"))

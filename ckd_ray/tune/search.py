@@ -124,7 +124,7 @@ def run_trial(config: dict[str, Any]) -> None:
             threads=config["threads"],
             actor_name=actor_name(task),
         )
-        delete(join(task.run, task.checkpoints))
+        delete(task.checkpoints)
     except (JobError, UserError) as error:
         tune.report({CAUSE: str(error)})
     delete(config["out"])
@@ -187,8 +187,8 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
     with _own_output():
         tuner.fit()
     delete(at)
-    for task in searcher.tasks.values():  # failed trials leave theirs
-        delete(join(run, task.checkpoints))
+    for task in searcher.tasks.values():  # of trials that failed
+        delete(task.checkpoints)
     if records.best() is None:
         causes = {trial.cause for trial in records.trials.values() if trial.cause}
         raise JobError(f"tune: no trial was finished: {'; '.join(sorted(causes)) or 'all were stopped'}")

@@ -28,8 +28,8 @@ from ckd_ray.labels.summary import summarize_labels
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page
 from ckd_ray.retrieve.rankings import read_ranking_matrix
+from ckd_ray.runs.directory import labels_folder
 from ckd_ray.runs.finished import open_finished
-from ckd_ray.runs.layout import labels_folder
 from ckd_ray.store import EmbeddingStore
 from tests.labelled import ranked_run
 from tests.support import write_collection
@@ -128,7 +128,7 @@ def test_what_cannot_be_inspected(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_search_s_winner_has_labels_and_settings_of_its_own(run: Path, tmp_path: Path) -> None:
-    """Its run.json tells both; the labels lie beside the run's, under their settings."""
+    """Its run.json says both; the labels lie beside the run's, under their settings."""
     made = tmp_path / "tiny"
     shutil.copytree(run, made)
     record = json.loads((made / "run.json").read_text())
@@ -142,9 +142,11 @@ def test_a_search_s_winner_has_labels_and_settings_of_its_own(run: Path, tmp_pat
     assert (found["settings"]["temperature"], plain["settings"]["temperature"]) == (3.0, TEMPERATURE)
 
     mine["config"]["label"]["feedback_passages"] = 1
-    (winner / "run.json").write_text(json.dumps(mine))
-    with pytest.raises(UserError, match=r"tune/labels-\w+: this run has no labels yet(.|\n)*ckd-ray tune"):
-        inspect_query(str(winner), "q0")
+    of_version_1 = {key: value for key, value in mine.items() if key != "schema"}  # it left the folder to be found
+    for written in (of_version_1, mine | {"labels": labels_folder(mine["config"]["label"])}):
+        (winner / "run.json").write_text(json.dumps(written))
+        with pytest.raises(UserError, match=r"tune/labels-\w+: this run has no labels yet(.|\n)*ckd-ray tune"):
+            inspect_query(str(winner), "q0")
     settings = LabelConfig.model_validate(mine["config"]["label"]).model_copy(update={"token_vote": "feedback"})
     labels = made / labels_folder(mine["config"]["label"])
     part = LabelJob(

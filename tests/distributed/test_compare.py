@@ -70,7 +70,7 @@ def _other_engine_and_own_passages(storage: Path, backbone: str, collection: str
     """The engine of section retrieve answers; one more is asked for where the query's own passage may be among them."""
     changes = ("evaluate.engine=retrieve", "retrieve.engine=faiss", "evaluate.skip_same_id=true", "evaluate.depth=50")
     context = RunContext.of(config(storage, backbone, collection, *changes))
-    found = measure_system(context, "teacher", context.path("embeddings"), ["dev"], str(run / "other"))
+    found = measure_system(context, "teacher", context.paths.embeddings, ["dev"], str(run / "other"))
     exact = json.loads((run / "compare" / "teacher" / "teacher.dev.per_query.json").read_text())
     assert found["dev"].per_query["nDCG@10"] == pytest.approx(exact["nDCG@10"])
     ranked = pq.read_table(run / "other" / "rankings" / "teacher" / "dev-000000.parquet")

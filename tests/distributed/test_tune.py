@@ -69,15 +69,15 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
     """Every combination against the teacher's score written out, over the top of an exact ranking."""
     assert summary["first_pass"][0]["values"] == {"label.clusters": 8, "distill.beta": 0.3}
     assert len(summary["first_pass"]) == 5  # the configuration's own, and the grid of four
-    context = RunContext.of(config)
-    passages = EmbeddingStore.open(context.path("embeddings", "passages"))
-    store = EmbeddingStore.open(context.path("embeddings", "queries.dev"))
+    paths = RunContext.of(config).paths
+    passages = EmbeddingStore.open(paths.passages)
+    store = EmbeddingStore.open(paths.query_embeddings("dev"))
     asked_BQD = store.gather(np.arange(store.num_passages)).embeddings_TD.view(store.num_passages, -1, 16).double()
     rows = [p.double() for p in passages.gather(np.arange(passages.num_passages)).split()]
     every = torch.cat(rows)
     token_ids = np.concatenate([passages.shard(i).token_ids for i in range(passages.num_shards)])
-    qrels = Collection.open(context.run).qrels("dev")
-    silent = load_tokenizer(context.path("teacher")).special_token_ids
+    qrels = Collection.open(paths.root).qrels("dev")
+    silent = load_tokenizer(paths.teacher).silent_ids
 
     def similarity(a_RD: torch.Tensor, passage_LD: torch.Tensor) -> torch.Tensor:
         return -torch.cdist(a_RD, passage_LD).square().amin(1)

@@ -137,7 +137,7 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     write_json_atomic(join(run, "run.json"), {"config": {}})
     write_json_atomic(join(run, "tune", "best", "run.json"), {"config": {}, "variant": "tune/best"})
     found = open_finished(join(run, "tune", "best"))
-    assert (found.base, found.name, open_finished(run).name) == (run, "mine/best", "mine")
+    assert (found.paths.root, found.name, open_finished(run).name) == (run, "mine/best", "mine")
     assert last_part(with_ending(run, "-pylate")) == "mine-pylate" and "scheme=http" in with_ending(run, "-pylate")
 
 

@@ -17,7 +17,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.evaluate import bm25
 from ckd_ray.evaluate.significance import holm
 from ckd_ray.pipeline.baselines import measure_baselines
-from ckd_ray.pipeline.stages import STAGES, made_of
+from ckd_ray.pipeline.graph import STAGES, stage_fingerprint
 from ckd_ray.runs.directory import RunContext
 from ckd_ray.runs.finished import open_finished
 from tests.support import overrides, write_collection
@@ -32,16 +32,16 @@ def test_variants_differ_in_the_distillation_alone() -> None:
     assert {v.config.distill.smoothing for v in planned if v.objective == "label_smoothing"} == {0.1}
     assert {v.config.distill.smoothing for v in planned if v.objective != "label_smoothing"} == {0.0}
     assert {v.config.distill.temperature for v in planned} == {"auto", 1.0}
-    prints: dict[str, set[str]] = {}
+    fingerprints: dict[str, set[str]] = {}
     for variant in planned:
         done: dict[str, str] = {}
         for stage in STAGES:
-            done[stage.name] = made_of(stage, variant.config, done, "source")
-            prints.setdefault(stage.name, set()).add(done[stage.name])
-    assert {name: len(found) for name, found in prints.items() if len(found) > 1} == {"distill": 8, "evaluate": 8}
-    context = RunContext.of(planned[0].config, planned[0].folder)
-    assert context.path("student", "config.json").endswith("/compare/contrastive-3/student/config.json")
-    assert context.path("labels") == RunContext.of(config).path("labels")
+            done[stage.name] = stage_fingerprint(stage, variant.config, done, "source")
+            fingerprints.setdefault(stage.name, set()).add(done[stage.name])
+    assert {name: len(found) for name, found in fingerprints.items() if len(found) > 1} == {"distill": 8, "evaluate": 8}
+    paths = RunContext.of(planned[0].config, planned[0].folder).paths
+    assert paths.student.endswith("/compare/contrastive-3/student")
+    assert paths.labels == RunContext.of(config).paths.labels
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_comparison_records_its_run_and_refuses_before_it_trains(tmp_path: Pat
 
 
 def test_the_own_passage_is_skipped_for_beir_and_on_request() -> None:
-    from ckd_ray.pipeline.stages import skips_own_passage
+    from ckd_ray.pipeline.stages.evaluate import skips_own_passage
 
     beir = ["collection.format=beir", "collection.path=x"]
     assert skips_own_passage(load_config(None, beir))

@@ -28,7 +28,7 @@ from ckd_ray.data import Collection, build_collection
 from ckd_ray.data.problems import InputError
 from ckd_ray.errors import UserError
 from ckd_ray.files import write_json_atomic
-from ckd_ray.pipeline.stages import made_of, needed
+from ckd_ray.pipeline.graph import needed, stage_fingerprint
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import write_ranking_part
 from tests.support import classifier, overrides
@@ -263,7 +263,7 @@ def graph(*values: str) -> tuple[list[str], dict[str, str]]:
     config = load_config(None, list(values))
     done: dict[str, str] = {}
     for stage in needed(config, "distill"):
-        done[stage.name] = made_of(stage, config, done, "source")
+        done[stage.name] = stage_fingerprint(stage, config, done, "source")
     return list(done), done
 
 

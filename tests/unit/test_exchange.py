@@ -22,6 +22,7 @@ from ckd_ray.model.exchange import FORMATS, load_any, write_export
 from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.card import Facts, model_card
 from ckd_ray.pipeline.export import export_run, write_student_card
+from ckd_ray.runs.directory import RunDir
 from tests.support import WORDS
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=8, doc_maxlen=12)
@@ -310,7 +311,7 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
     (run / "evaluation" / "measures.json").write_text(json.dumps(measures))
     (run / "evaluation" / "student.dev.per_query.json").write_text(json.dumps({"MRR@10": {"a": 0.125, "b": 0.5}}))
     assert export_run(str(run), "pylate")["measures"] == {}, "an unfinished evaluation says nothing"
-    write_student_card(str(run))  # at the end of the evaluation, before its manifest
+    write_student_card(RunDir(str(run)))  # at the end of the evaluation, before its manifest
     assert "| dev | 2 | 0.3125 |" in (run / "student" / "README.md").read_text()
     (run / "evaluation" / "manifest.json").write_text("{}")
     written = export_run(str(run), "pylate")  # over the earlier export
@@ -339,15 +340,17 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
 def test_import_as_teacher_or_backbone(model: ColBERT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The pipeline's own loading: a folder's settings stand and are told, another dimension is an error."""
     from ckd_ray.checks import load_config
-    from ckd_ray.pipeline.work import _load
+    from ckd_ray.pipeline.loading import load_backbone, load_teacher
 
     folder = str(exported(model, tmp_path / "m", "pylate"))
     config = load_config(None, ["model.dim=16", "model.doc_maxlen=40"])
-    for given in (False, True):
-        assert torch.equal(_load(folder, config, given=given).projection.weight, model.projection.weight)
+    backbone = config.model.model_copy(update={"backbone": folder})
+    assert torch.equal(load_teacher(folder, config).projection.weight, model.projection.weight)
+    loaded = load_backbone(config.model_copy(update={"model": backbone}))
+    assert torch.equal(loaded.projection.weight, model.projection.weight)
     assert f"model.doc_maxlen: 12 is taken from {folder} (40 in the configuration)" in capsys.readouterr().err
     with pytest.raises(UserError, match="another dimension"):
-        _load(folder, load_config(None, ["model.dim=128"]))
+        load_teacher(folder, load_config(None, ["model.dim=128"]))
 
 
 def test_a_card_without_facts(model: ColBERT) -> None:

@@ -1,6 +1,6 @@
 """Every key of the configuration either changes what some stage is made of, or is marked as operational.
 
-A key that is neither would leave an old artefact behind that is reported as done.
+A key that is neither would leave an old artifact behind that is reported as done.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import pytest
 from ckd_ray.collective.losses import BatchScores
 from ckd_ray.config.schema import Config, DistillConfig, Section
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, LOSS_KEYS, OBJECTIVES
-from ckd_ray.pipeline.stages import STAGES
+from ckd_ray.pipeline.graph import STAGES
+from ckd_ray.pipeline.stages import cross_encoder, ensemble, evaluate, teacher
 
 # Configurations that between them read every key.
 BASES: list[dict[str, dict[str, Any]]] = [
@@ -66,14 +67,15 @@ def another(section: Section, path: str, key: str) -> Any:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    return {stage.name: (stage.settings(config), stage.inputs(config)) for stage in STAGES}
+    return {stage.name: (stage.fingerprint_settings(config), stage.inputs(config)) for stage in STAGES}
 
 
 @pytest.fixture(autouse=True)
 def _no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources count by their names here: there are no files behind them."""
-    monkeypatch.setattr("ckd_ray.pipeline.stages.signature", lambda source: [])
-    monkeypatch.setattr("ckd_ray.pipeline.stages.file_signature", lambda uri: (uri, 0))
+    for stage in (teacher, ensemble, cross_encoder, evaluate):
+        monkeypatch.setattr(stage, "signature", lambda source: [])
+    monkeypatch.setattr(cross_encoder, "file_signature", lambda uri: (uri, 0))
 
 
 @pytest.mark.parametrize(("section", "key"), keys())

@@ -97,7 +97,7 @@ def test_a_process_of_this_machine_can_be_asked_for(tmp_path: Path, holder: subp
 
 
 def test_a_holder_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_BEAT_S", 0.05)
+    monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.05)
     with run_lock(str(tmp_path)):
         os.utime(tmp_path / ".lock", (1, 1))
         for _ in range(100):

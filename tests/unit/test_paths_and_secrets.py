@@ -20,6 +20,7 @@ from ckd_ray.model.exchange import load_any
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.progress import printable, say, without_keys, without_secrets
 from ckd_ray.runs.artifact import make
+from ckd_ray.runs.directory import RunDir
 from ckd_ray.runs.finished import FinishedRun
 from ckd_ray.tune.records import Records, Trial
 
@@ -39,8 +40,8 @@ def test_names_with_dots_are_names() -> None:
 
 @pytest.mark.parametrize("name", ["../precious", "ABSOLUTE", "link/precious"])
 def test_a_manifest_deletes_nothing_elsewhere(tmp_path: Path, name: str) -> None:
-    """A damaged file of an artefact is removed before it is made again; the manifest may have come from anybody."""
-    folder, precious = tmp_path / "run" / "artefact", tmp_path / "run" / "precious"
+    """A damaged file of an artifact is removed before it is made again; the manifest may have come from anybody."""
+    folder, precious = tmp_path / "run" / "artifact", tmp_path / "run" / "precious"
     folder.mkdir(parents=True)
     precious.write_text("mine")
     (folder / "link").symlink_to(tmp_path / "run")
@@ -52,7 +53,7 @@ def test_a_manifest_deletes_nothing_elsewhere(tmp_path: Path, name: str) -> None
     assert precious.read_text() == "mine"
 
 
-def test_a_linked_artefact_is_an_artefact(tmp_path: Path) -> None:
+def test_a_linked_artifact_is_an_artifact(tmp_path: Path) -> None:
     """People put `embeddings/` on another disk; the folder itself may be a link, what it holds is looked at."""
     (tmp_path / "disk" / "passages").mkdir(parents=True)
     (tmp_path / "disk" / "passages" / "x").write_text("1")
@@ -143,7 +144,7 @@ def test_what_a_run_writes_holds_no_keys(tmp_path: Path, capsys: pytest.CaptureF
     """A comparison with a run elsewhere, a trial that failed, and the last words of a command."""
     where = "s3://key:secret@bucket/other"
     sides = [
-        Side(FinishedRun(folder, folder, {}), "student", {}, {"dev": {"MRR@10": {"q1": 0.5, "q2": 1.0}}})
+        Side(FinishedRun(RunDir(folder), {}), "student", {}, {"dev": {"MRR@10": {"q1": 0.5, "q2": 1.0}}})
         for folder in (where, str(tmp_path))
     ]
     (tmp_path / "evaluation").mkdir()

@@ -16,8 +16,8 @@ from ckd_ray.config import Config
 from ckd_ray.config.load import ConfigError
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
-from ckd_ray.runs.directory import RunContext
-from ckd_ray.runs.layout import labels_folder
+from ckd_ray.pipeline.stages import embed, label
+from ckd_ray.runs.directory import RunContext, labels_folder
 from ckd_ray.tune import job
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import trial_task
@@ -310,7 +310,7 @@ def test_the_time_of_a_search_has_its_first_pass_and_the_labels_of_every_kept_se
     for number, (state, steps, seconds) in enumerate([("finished", 20, 40.0), ("stopped", 10, 20.0), ("failed", 0, 0)]):
         measured = [[steps, 0.5, seconds]] if steps else []
         records.write(Trial(number, {}, state, measured, seconds))  # type: ignore[arg-type]
-    upstream = [SimpleNamespace(folder="embeddings"), SimpleNamespace(folder="labels")]
+    upstream = [embed.STAGE, label.STAGE]
     saved = job._saved(given, records, upstream, RunContext.of(given), kept, 7.0)
     assert saved["search_seconds"] == 120 + 7 + 30 + 60 and saved["as_pipelines_seconds"] == 2 * (120 + 40)
     assert saved["share"] == round(1 - 217 / 320, 4) and saved["steps_share"] == 0.75
@@ -369,11 +369,11 @@ def test_a_trial_trains_with_every_value_of_its_configuration() -> None:
 def test_trials_with_words_and_numbers_in_one_key_are_written(tmp_path: Path) -> None:
     given = config(f"run.storage={tmp_path}")
     context = RunContext.of(given)
-    records = Records(context.path("tune"))
+    records = Records(context.paths.tune)
     for number, value in enumerate(("auto", 1.0, 2.0)):
         values = {"distill.temperature": value, "distill.expansion_share": 0.1 * number}
         records.write(Trial(number, values, "finished", [[10, 0.5, 1.0]], ended=number))
     job._write_trials(context, records)
-    table = pq.read_table(Path(context.run) / "tune" / "trials.parquet").to_pydict()
+    table = pq.read_table(Path(context.paths.tune) / "trials.parquet").to_pydict()
     assert table["distill.temperature"] == ["auto", "1.0", "2.0"]
     assert table["distill.expansion_share"] == pytest.approx([0.0, 0.1, 0.2])

@@ -45,13 +45,13 @@ class Objective:
     Attributes:
         name: the value of `distill.objective`.
         formula: the target or loss, for `training.json`, in the notation of `ckd_ray.collective.losses`.
-        scores: the source of the teacher's scores.
-        stages: stages whose artefacts it reads with these settings, besides those that every distillation reads.
-        own_keys: keys of `distill` that it reads and some other objective does not, except for `distill.loss` and the
-            keys that a loss reads.
-        problems: the problems of a configuration that only this objective has; `mistakes` yields these and the common
-            ones.
-        in_comparison: the keys of `distill` that `ckd-ray compare` changes for it, given the configuration.
+        scores: where the teacher's scores come from.
+        stages: stages whose artifacts it reads with these settings, besides those that every distillation reads.
+        own_keys: keys of `distill` that it reads and some other objective does not, `distill.loss` and what follows
+            from it aside.
+        problems: what is wrong with a configuration that uses it, besides what `mistakes` finds for all objectives.
+        in_comparison: what it changes in section `distill` when `ckd-ray compare` trains it under the budget of
+            another objective, given the configuration.
     """
 
     name: str

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from ckd_ray.runs import artifact as artefact, digests
+from ckd_ray.runs import artifact as artifact, digests
 from ckd_ray.runs.artifact import identity_of, is_made, make, manifest_of, remove_altered, reopen
 from tests.support import flip_bit
 
 
 def filled(folder: Path) -> Path:
-    """An artefact with two files, one of them in a folder, and a store."""
+    """An artifact with two files, one of them in a folder, and a store."""
 
     def work() -> None:
         (folder / "runs").mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ def filled(folder: Path) -> Path:
 
 
 def test_the_manifest_has_the_digest_of_every_file_outside_stores(tmp_path: Path) -> None:
-    manifest = manifest_of(str(filled(tmp_path / "artefact")))
+    manifest = manifest_of(str(filled(tmp_path / "artifact")))
     assert manifest is not None
     found = {entry["name"]: entry.get("sha256") for entry in manifest["files"]}
     expected = {name: hashlib.sha256(text).hexdigest() for name, text in (("a", b"first"), ("runs/b", b"second"))}
@@ -44,7 +44,7 @@ def test_the_manifest_has_the_digest_of_every_file_outside_stores(tmp_path: Path
 def test_an_altered_file_is_named_and_removed_and_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = filled(tmp_path / "artefact")
+    folder = filled(tmp_path / "artifact")
     assert remove_altered(str(folder)) == []
     flip_bit(folder / "runs" / "b", 3)
     assert is_made(str(folder), "f"), "of the same size: only reading tells"
@@ -57,14 +57,14 @@ def test_an_altered_file_is_named_and_removed_and_made_again(
 
 
 def test_missing_files_and_those_of_another_size_are_told_too(tmp_path: Path) -> None:
-    folder = filled(tmp_path / "artefact")
+    folder = filled(tmp_path / "artifact")
     (folder / "a").unlink()
     (folder / "runs" / "b").write_text("longer than it was")
     assert remove_altered(str(folder)) == ["a", "runs/b"]
 
 
 def test_a_manifest_without_digests_vouches_for_sizes(tmp_path: Path) -> None:
-    folder = filled(tmp_path / "artefact")
+    folder = filled(tmp_path / "artifact")
     manifest = json.loads((folder / "manifest.json").read_text())
     for entry in manifest["files"]:
         entry.pop("sha256", None)
@@ -74,21 +74,21 @@ def test_a_manifest_without_digests_vouches_for_sizes(tmp_path: Path) -> None:
 
 
 def test_a_read_that_went_wrong_once_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, reads = filled(tmp_path / "artefact"), list[str]()
+    folder, reads = filled(tmp_path / "artifact"), list[str]()
 
     def once_wrong(uri: str, sizes: Mapping[str, int]) -> dict[str, str]:
         reads.extend(sizes)
         found = digests.digests_of(uri, sizes)
         return found | ({"a": "0"} if reads.count("a") == 1 else {})
 
-    monkeypatch.setattr(artefact, "digests_of", once_wrong)
+    monkeypatch.setattr(artifact, "digests_of", once_wrong)
     assert remove_altered(str(folder)) == [] and reads.count("a") == 2
 
 
 def test_a_folder_that_is_replaced_stays_until_then(tmp_path: Path) -> None:
-    folder = filled(tmp_path / "artefact")
+    folder = filled(tmp_path / "artifact")
     with pytest.raises(ValueError, match="cannot be read"):
-        make(str(folder), "g", failing, whole=True)
+        make(str(folder), "g", failing, replace_atomically=True)
     assert is_made(str(folder), "f")
     with pytest.raises(ValueError, match="cannot be read"):
         make(str(folder), "g", failing)
@@ -101,7 +101,7 @@ def failing() -> dict[str, Any]:
 
 def test_a_killed_command_leaves_a_folder_to_go_on_in(tmp_path: Path) -> None:
     """Killed between writing the one and removing the other of manifest.json and making.json, at either end."""
-    folder = filled(tmp_path / "artefact")
+    folder = filled(tmp_path / "artifact")
     (folder / "making.json").write_text(json.dumps({"made_of": "f"}))
     assert is_made(str(folder), "f")
     (folder / "a").write_text("cut")
@@ -117,22 +117,22 @@ def test_a_killed_command_leaves_a_folder_to_go_on_in(tmp_path: Path) -> None:
     assert not (folder / "making.json").exists()
 
 
-def test_a_reopened_artefact_gets_further_files(tmp_path: Path) -> None:
-    folder = filled(tmp_path / "artefact")
+def test_a_reopened_artifact_gets_further_files(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "artifact")
     reopen(str(folder))
     assert not is_made(str(folder), "f")
     assert make(str(folder), "f", lambda: (folder / "c").write_text("more") and None)
     assert {"a", "c", "runs/b"} <= {entry["name"] for entry in (manifest_of(str(folder)) or {})["files"]}
 
 
-def test_other_weights_are_another_artefact(tmp_path: Path) -> None:
+def test_other_weights_are_another_artifact(tmp_path: Path) -> None:
     identities = []
     for number, (weights, log) in enumerate((("w", "1"), ("w", "2"), ("v", "1"))):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "model.safetensors").write_text(weights)
         (folder / "metrics.jsonl").write_text(log)
-        make(str(folder), "f", lambda: None, whole=True)
+        make(str(folder), "f", lambda: None, replace_atomically=True)
         identities.append(identity_of(str(folder)))
     assert identities[0] == identities[1] != identities[2]
     assert identity_of(str(filled(tmp_path / "without"))) == "f"
