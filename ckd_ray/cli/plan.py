@@ -31,19 +31,30 @@ def plan(
         typer.Option("--eval-queries", help="Queries of an evaluated split, likewise; else 1,000."),
     ] = None,
     price: Annotated[
-        list[str] | None, typer.Option("--price", help="USD an hour of an instance type: g5.xlarge=0.45 (repeatable).")
+        list[str] | None, typer.Option("--price", help="USD an hour of a node type: g5.xlarge=0.45 (repeatable).")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option("--prices", help="A YAML file of prices; that of CKD_RAY_PRICES when left out.")
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option("--assume", help="Override what no measurement here gives: gpu_share=0.4 (repeatable)."),
     ] = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Time, memory, storage and cost of every stage, from a short calibration here or from given rates."""
+    """Time, memory, storage and cost of every stage, from a calibration here or from given rates."""
     from ckd_ray.checks import load_config
-    from ckd_ray.plan.job import GivenSizes, make_plan, parse_prices
+    from ckd_ray.jobs.prices import parse_prices
+    from ckd_ray.plan.cluster import Prices
+    from ckd_ray.plan.job import make_plan
+    from ckd_ray.plan.rates import parse_assumptions
     from ckd_ray.plan.show import render
+    from ckd_ray.plan.sizes import GivenSizes
     from ckd_ray.progress import set_quiet
 
     set_quiet(quiet)
-    prices = parse_prices(price or [])
+    paid, assumed = Prices(parse_prices(price or []), prices), parse_assumptions(assume or [])
     loaded = load_config(config, set_ or [])
     with _nothing_else_on_stdout():
         planned = make_plan(
@@ -52,7 +63,8 @@ def plan(
             rates=rates,
             keep=save_rates,
             given=GivenSizes(passages, queries, tokens, evaluated),
-            prices=prices,
+            prices=paid,
+            assumed=assumed,
         )
         if json_:
             put(planned.to_dict())

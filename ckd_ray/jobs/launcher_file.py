@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ckd_ray.errors import UserError
-from ckd_ray.jobs.prices import AS_OF, SOURCE, hourly
+from ckd_ray.jobs.prices import PRICES_VARIABLE, hourly
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DASHBOARD = re.compile(r"--dashboard-host(?:=|\s+)[\"']?([^\s\"';]+)")
@@ -60,12 +60,12 @@ class LauncherFile:
     @property
     def head(self) -> NodeType:
         """The head's type; its counts are those of workers of the same type."""
-        return self._node_type(self.prepared["head_node_type"])
+        return self.node_type(self.prepared["head_node_type"])
 
     @property
     def workers(self) -> list[NodeType]:
         """The types of which there may be workers."""
-        types = [self._node_type(name) for name in self.prepared["available_node_types"]]
+        types = [self.node_type(name) for name in self.prepared["available_node_types"]]
         return [kind for kind in types if kind.most > 0]
 
     @property
@@ -85,7 +85,8 @@ class LauncherFile:
         found = [local for remote, local in mounts.items() if remote.rstrip("/").endswith(f".ray/{_TOKEN_NAME}")]
         return Path(found[0]).expanduser() if found else None
 
-    def _node_type(self, name: str) -> NodeType:
+    def node_type(self, name: str) -> NodeType:
+        """The node type of that name in `available_node_types`."""
         values = self.prepared["available_node_types"][name]
         node = values.get("node_config") or {}
         least = int(values.get("min_workers") or 0)
@@ -239,10 +240,10 @@ def describe(launcher: LauncherFile) -> list[str]:
         lines.append(f"  {kind.name:<{width}} {count} x {_machine(kind)}")
     low, high = cost_per_hour(launcher)
     if low is None or high is None:
-        lines.append(f"  {'cost':<{width}} price unknown (CKD_RAY_PRICES names a table of your own)")
+        lines.append(f"  {'cost':<{width}} unknown ({PRICES_VARIABLE}=FILE.yaml names a file of your prices)")
     else:
         span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-        lines.append(f"  {'cost':<{width}} about {span} USD an hour, without disks and traffic ({SOURCE}, {AS_OF})")
+        lines.append(f"  {'cost':<{width}} about {span} USD an hour by your prices, without disks and traffic")
     return lines
 
 

@@ -1,64 +1,80 @@
-"""What a machine does in a second: measured by `measure.py`, kept in a JSON file, and carried over to other hardware.
+"""What a calibration has found: seconds and bytes for each unit of work, kept in a JSON file.
 
-Rates on a CPU are those of one core while all cores are busy; rates of a GPU are those of one GPU. What is carried over
-to hardware that was not measured is an assumption, and is listed as such with the plan.
+Units are those of `work.py`. What no calibration here can know is an assumption: it has a name and a default, and
+`--assume NAME=NUMBER` overrides it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ckd_ray import __version__
 from ckd_ray.errors import UserError
-from ckd_ray.plan.hardware import ACCELERATORS, SHAPES
+from ckd_ray.plan.hardware import Shape
 
-FORMAT = 1
-# Share of a GPU's peak rate (dense 16-bit products) that encoding reaches where no GPU was measured: published BERT
-# encoders come to 30 to 50 % with long batches; small encoders stay below. Training: forward and backward pass.
-ENCODE_SHARE, TRAIN_SHARE, SEARCH_SHARE = 0.3, 0.25, 0.1
-# A training step takes at least so long on a GPU: thousands of kernels that start one after the other.
-GPU_STEP_S = 0.06
+FORMAT = 2
+_MAKE = "ckd-ray plan --save-rates FILE, on the machine to be measured"
 
 
 @dataclass(frozen=True)
-class StepRate:
-    """Seconds of a training step: `fixed_s` + tokens * `token_s`, tokens of all passages and queries encoded in it.
+class Assumption:
+    """A number that a calibration cannot give, with its unit and source."""
 
-    On a CPU with all cores of the machine, on a GPU with one. padding: tokens encoded a token of the texts.
+    value: float
+    what: str
+
+
+ASSUMPTIONS = {
+    "gpu_share": Assumption(
+        0.25,
+        "share of its peak rate that a GPU reaches where none was measured (a guess that no measurement of ours backs; "
+        "--rates of one such machine is better)",
+    ),
+    "gpu_step_s": Assumption(
+        0.06, "seconds that a training step takes on such a GPU at least, starting its kernels (a guess, likewise)"
+    ),
+    "gpu_link_gbit": Assumption(160, "Gbit/s between the GPUs of one machine (two thirds of PCIe 4.0 x16, 256 Gbit/s)"),
+    "bm25_token_s": Assumption(1e-6, "seconds a token of the corpus in BM25 (one core of a Xeon, Sapphire Rapids)"),
+    "bm25_score_s": Assumption(1.5e-8, "seconds a passage and query in BM25 (the same core, 200,000 passages)"),
+}
+
+
+def parse_assumptions(values: Sequence[str]) -> dict[str, float]:
+    """`NAME=NUMBER` of `--assume`, over the defaults.
+
+    Raises:
+        UserError: a value has another form.
     """
-
-    fixed_s: float
-    token_s: float
-    padding: float
+    found = {name: assumption.value for name, assumption in ASSUMPTIONS.items()}
+    for value in values:
+        name, _, text = value.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if name not in found or not 0 < number < 1e9:
+            expected = f"NAME=NUMBER; names are {', '.join(found)}"
+            raise UserError("not an assumption", where="--assume", expected=expected, found=value)
+        found[name] = number
+    return found
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates; times in seconds, "ops" are multiplications and additions a second (2 a multiply-add).
+    """Measured rates.
 
     Attributes:
-        machine, cores, device (`cpu` or `cuda`), accelerator: where they were measured.
-        backbone, parameters, embedding_parameters, layers, hidden: the encoder; token_flops: operations of
-            a token's forward pass.
-        encode_token_s: a padded token through the encoder, on a core or a GPU.
-        tokenize_token_s: a token through the tokenizer. write_byte_s: a byte of a shard, with its checksums.
-        build_passage_s, build_query_s: the collection stage, on the driver; corpus_share: bytes of its files a byte
-            of text.
-        training: of the `teacher` and of `distill`.
-        checkpoint_s: writing one. dense_ops: exact search, all passages. pair_ops, single_ops, pair_exact_ops,
-            single_exact_ops: chosen pairs, float32 and float64; many queries a passage, and one.
-        nearest_ops, nearest_vector_s: nearest token embeddings, by their number, and what a vector costs beside them.
-            assign_ops: faiss' nearest centroid. probe_ops: the same in float64.
-        merge_entry_s: merging a ranked entry of a server. rank_row_s: writing a row of a ranking.
-        evaluate_row_s: a row of a ranking through run file and measures, on the driver.
-        expand_query_s: clusters, votes of the feedback and label files of a query; crowded_query_s: asking the cells.
-        add_token_s, pq_train_s, ivf_row_s, ivf_probe_s, ivf_code_s, promising_query_s: faiss: coding a token, training
-            the quantiser, a query row, a cell and a code that it looks at, and choosing a query's candidates.
-        list_entry_s, list_passage_s: centroids: an entry of an inverted list, and a passage of the range.
-        decode_token_s: a row of a residual codec.
-        process_start_s: a new process that imports torch, transformers and Ray.
-        assumptions: what was carried over.
+        machine, cores, device (`cpu` or `cuda`), accelerator, version: where they were measured, and by which ckd-ray.
+        backbone, shape, dim, tokens: the encoder, its projection, and the tokens of a passage.
+        costs: seconds a unit of work, by the names of `work.py`.
+        lanes: devices that shared the work of each kind then (`Layout.lanes`).
+        storage: for each folder of a run, its fixed bytes and its bytes a unit (`work.storage_units`).
+        seconds: that the calibration took. load: processes that wanted to run when it began.
+        observations: the stages that were run, with their work and their seconds.
+        assumptions: what was carried over to hardware or an encoder that was not measured.
     """
 
     machine: str
@@ -66,47 +82,33 @@ class Rates:
     device: str
     accelerator: str | None
     backbone: str
-    parameters: int
-    embedding_parameters: int
-    layers: int
-    hidden: int
-    token_flops: float
-    precision: str
-    encode_token_s: float
-    tokenize_token_s: float
-    write_byte_s: float
-    build_passage_s: float
-    build_query_s: float
-    corpus_share: float
-    training: dict[str, StepRate]
-    checkpoint_s: float
-    dense_ops: float
-    pair_ops: float
-    single_ops: float
-    pair_exact_ops: float
-    single_exact_ops: float
-    nearest_ops: float
-    nearest_vector_s: float
-    assign_ops: float
-    probe_ops: float
-    merge_entry_s: float
-    rank_row_s: float
-    evaluate_row_s: float
-    expand_query_s: float
-    crowded_query_s: float
-    add_token_s: float
-    pq_train_s: float
-    ivf_row_s: float
-    ivf_code_s: float
-    ivf_probe_s: float
-    promising_query_s: float
-    list_entry_s: float
-    list_passage_s: float
-    decode_token_s: float
-    process_start_s: float
-    seconds: float = 0.0  # that measuring took
-    load: float = 0.0  # processes that wanted to run when it began
+    shape: Shape
+    dim: int
+    tokens: float
+    costs: dict[str, float]
+    lanes: dict[str, float]
+    storage: dict[str, tuple[float, float]]
+    version: str = __version__
+    seconds: float = 0.0
+    load: float = 0.0
+    observations: tuple[dict[str, Any], ...] = ()
     assumptions: tuple[str, ...] = field(default_factory=tuple)
+
+    def cost(self, unit: str) -> float:
+        """Seconds of one unit.
+
+        Raises:
+            UserError: the calibration ran with another configuration, which has no such work.
+        """
+        if unit not in self.costs:
+            raise UserError(
+                "these rates are of another configuration",
+                where="--rates",
+                expected=f"a rate of `{unit}`",
+                found=", ".join(self.costs),
+                fix="calibrate with this configuration: ckd-ray plan --config ... --save-rates FILE",
+            )
+        return self.costs[unit]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -131,7 +133,7 @@ def load_rates(path: str) -> Rates:
     """Read a rates file.
 
     Raises:
-        UserError: it cannot be read, is of another format, or a rate is missing or not positive.
+        UserError: it cannot be read, is of another format, or lacks a rate.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -142,127 +144,21 @@ def load_rates(path: str) -> Rates:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise UserError("not a rates file", where=path, expected=f"format {FORMAT}", found=str(found), fix=_MAKE)
-    known = {f.name: f for f in fields(Rates)}
-    optional = {"seconds", "load", "assumptions"}
-    missing = [name for name in known if name not in values and name not in optional]
-    if missing:
-        raise UserError("rates are missing", where=path, expected=", ".join(missing), fix=_MAKE)
-    chosen = {name: values[name] for name in known if name in values}
-    for name, value in chosen.items():
-        wants_number = known[name].type in ("float", "int") and name not in optional
-        if wants_number and not (_is_number(value) and value > 0):
-            raise UserError("not a rate", where=f"{path}: {name}", expected="a positive number", found=repr(value)[:60])
+    values = {name: value for name, value in values.items() if name in {f.name for f in fields(Rates)}}
     try:
-        chosen["training"] = {name: StepRate(**step) for name, step in values["training"].items()}
-    except (TypeError, AttributeError):
-        expected = ", ".join(f.name for f in fields(StepRate))
-        raise UserError("not the rate of a step", where=f"{path}: training", expected=expected) from None
-    if set(chosen["training"]) != {"teacher", "distill"}:
-        found = ", ".join(chosen["training"]) or "nothing"
-        raise UserError("rates are missing", where=f"{path}: training", expected="teacher, distill", found=found)
-    chosen["assumptions"] = tuple(values.get("assumptions", ()))
-    return Rates(**chosen)
+        values["shape"] = Shape(**values["shape"])
+        for name in ("costs", "lanes"):
+            values[name] = {key: _not_negative(value) for key, value in values[name].items()}
+        pairs = values["storage"].items()
+        values["storage"] = {key: (_not_negative(fixed), _not_negative(each)) for key, (fixed, each) in pairs}
+        for name in ("assumptions", "observations"):
+            values[name] = tuple(values.get(name, ()))
+        return Rates(**values)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError("rates are missing or broken", where=path, found=str(error), fix=_MAKE) from None
 
 
-_MAKE = "ckd-ray plan --save-rates FILE, on the machine to be measured"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def carried_over(rates: Rates, accelerator: str | None) -> Rates:
-    """The rates for a cluster whose GPUs are of this kind (None: it has none).
-
-    The same kind: as measured. Another, or a GPU where a CPU was measured: in the ratio of the peak rates, or at
-    `ENCODE_SHARE`, `TRAIN_SHARE` and `SEARCH_SHARE` of the peak. A cluster without GPUs wants rates of a CPU.
-
-    Raises:
-        UserError: a GPU that is not in our table, or rates of a GPU for a cluster without any.
-    """
-    if accelerator is None:
-        if rates.device == "cuda":
-            raise UserError(
-                "these rates are of a GPU, and the cluster has none",
-                where="--rates",
-                expected="rates measured on a CPU",
-                found=f"{rates.accelerator} ({rates.machine})",
-            )
-        return rates
-    if rates.device == "cuda" and rates.accelerator == accelerator:
-        return rates
-    if accelerator not in ACCELERATORS:
-        raise UserError(
-            "a GPU that is not known here",
-            where="--cluster",
-            expected=f"one of {', '.join(ACCELERATORS)}, or rates measured on it (--rates)",
-            found=accelerator,
-        )
-    peak = ACCELERATORS[accelerator]
-    if rates.device == "cuda":
-        if rates.accelerator not in ACCELERATORS:
-            raise UserError("a GPU that is not known here", where="--rates", found=str(rates.accelerator))
-        of = ACCELERATORS[rates.accelerator]
-        ratio = peak.teraflops / of.teraflops
-        steps = {n: replace(s, token_s=s.token_s / ratio) for n, s in rates.training.items()}
-        return rates.assuming(
-            f"{accelerator} at {ratio:.2f} times the measured {rates.accelerator} (ratio of their peak rates)",
-            accelerator=accelerator,
-            encode_token_s=rates.encode_token_s / ratio,
-            training=steps,
-            **{name: getattr(rates, name) * ratio for name in _SEARCH},
-        )
-    flops = peak.teraflops * 1e12
-    token = rates.token_flops / flops
-    steps = {
-        name: StepRate(GPU_STEP_S, 3 * token / TRAIN_SHARE * _extra(step, rates), step.padding)
-        for name, step in rates.training.items()
-    }
-    return rates.assuming(
-        f"no {accelerator} was measured: encoding at {ENCODE_SHARE:.0%}, training at {TRAIN_SHARE:.0%} and search at "
-        f"{SEARCH_SHARE:.0%} of its peak of {peak.teraflops:g} TFLOP/s; at least {GPU_STEP_S:g} s a training step",
-        device="cuda",
-        accelerator=accelerator,
-        precision="bf16",
-        encode_token_s=token / ENCODE_SHARE,
-        training=steps,
-        **dict.fromkeys(_SEARCH, flops * SEARCH_SHARE),
-    )
-
-
-def for_backbone(rates: Rates, backbone: str, tokens: float) -> Rates:
-    """The rates for another encoder than was measured: times in proportion to the operations of a token.
-
-    Only for encoders whose shape is known here; for others the rates stay as they are (and the plan warns).
-    """
-    shape = SHAPES.get(backbone.rpartition("/")[2])
-    if backbone == rates.backbone or shape is None:
-        return rates
-    flops = shape.token_flops(tokens)
-    ratio = flops / rates.token_flops
-    steps = {n: replace(s, fixed_s=s.fixed_s, token_s=s.token_s * ratio) for n, s in rates.training.items()}
-    return rates.assuming(
-        f"{backbone} was not measured: {ratio:.2f} times the operations a token of {rates.backbone}",
-        backbone=backbone,
-        parameters=shape.parameters,
-        embedding_parameters=shape.embedding_parameters,
-        layers=shape.layers,
-        hidden=shape.hidden,
-        token_flops=flops,
-        encode_token_s=rates.encode_token_s * ratio,
-        training=steps,
-        checkpoint_s=rates.checkpoint_s * shape.parameters / rates.parameters,
-    )
-
-
-# Computed on the server's GPU where it has one (retrieve/exact.py); the rest of retrieval runs on the CPU.
-_SEARCH = ("dense_ops", "pair_ops", "single_ops", "pair_exact_ops", "single_exact_ops")
-
-
-def _extra(step: StepRate, rates: Rates) -> float:
-    """What a token of a step costs beside three forward passes of the encoder, as measured on the CPU: 1 at least.
-
-    Scores of a step, the teacher's rows and the optimiser are counted so.
-    """
-    forward = rates.encode_token_s / rates.cores
-    return min(2.0, max(1.0, step.token_s / (3 * forward)))
+def _not_negative(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise ValueError(f"{value!r} is not a rate")
+    return float(value)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ckd_ray.plan.cluster import Machines
     from ckd_ray.plan.job import Planned
 
+HOW_TO_PRICE = "no price is known: add --price NODE_TYPE=USD_PER_HOUR or --prices FILE"
+
 
 def size(count: float) -> str:
     """`3.4 GB`, in powers of 1,000 as storage is sold."""
@@ -30,39 +32,50 @@ def render(planned: Planned) -> str:
     plan, sizes, cluster, layout = planned.plan, planned.sizes, planned.cluster, planned.layout
     how = "counted" if sizes.counted else "given"
     machines = ", ".join(f"{m.count} x {_machine(m)}" for m in cluster.groups if m.count)
+    paid = HOW_TO_PRICE if cluster.usd is None else f"{money(cluster.usd)} an hour"
     lines = [
         f"collection: {sizes.passages:,} passages of {sizes.tokens:.0f} tokens ({sizes.kept:.0f} stored), "
         f"{sizes.queries.get('train', 0):,} training queries ({how})",
-        f"cluster: {machines}; {money(cluster.usd)} an hour",
+        f"cluster: {machines}; {paid}",
         f"rates: {planned.rates.machine}, {planned.rates.backbone}",
-        f"ways: {layout.actors} encoders, search by {layout.retrieve.engine} ({layout.retrieve.count} servers), "
-        f"votes by {layout.votes}, {layout.distill_workers} training workers",
+        f"ways: {layout.pool.actors} encoders, "
+        f"search by {layout.engine} ({layout.servers[layout.engine].servers} servers), "
+        f"votes by {layout.votes}, {layout.workers['distill']} training workers",
         "",
+        *_table(planned),
     ]
-    rows: list[tuple[str, ...]] = [("stage", "time", "cost", "storage", "driver", "actor", "GPU", "waits for")]
-    for stage in plan.stages:
-        bound = f"{stage.bound.waits}: {stage.bound.name}" if stage.bound else ""
-        memory = [_memory(stage.memory.get(name)) for name in ("driver", "actor", "gpu")]
-        stored = size(sum(stage.storage.values()))
-        rows.append((stage.name, duration(stage.seconds), money(stage.cost(cluster.usd)), stored, *memory, bound))
-    total = None if cluster.usd is None else cluster.usd * plan.seconds / 3600
-    rows.append(("all", duration(plan.seconds), money(total), size(plan.storage), "", "", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)), row[-1]]
-        lines.append("  ".join(cells).rstrip())
     longest = plan.bound
-    share = longest.seconds / max(plan.seconds, 1e-9)
     part = longest.bound
     lines += [
         "",
-        f"{longest.name} bounds: {share:.0%} of the time"
+        f"{longest.name} bounds: {longest.seconds / max(plan.seconds, 1e-9):.0%} of the time"
         + (f", and most of that is {part.name} (waits for: {part.waits})" if part else ""),
         f"{duration(plan.serial_seconds)} would not shrink with more machines",
     ]
     lines += [f"assumed: {text}" for text in planned.rates.assumptions]
     lines += [f"warning: {text}" for text in planned.warnings]
     return "\n".join(lines)
+
+
+def _table(planned: Planned) -> list[str]:
+    plan = planned.plan
+    head = ("stage", "time", "node hours", "cost", "storage", "driver", "actor", "GPU", "waits for")
+    rows: list[tuple[str, ...]] = [head]
+    for stage in plan.stages:
+        bound = f"{stage.bound.waits}: {stage.bound.name}" if stage.bound else ""
+        memory = [_memory(stage.memory.get(name)) for name in ("driver", "actor", "gpu")]
+        stored = size(sum(stage.storage.values()))
+        rows.append((stage.name, *_paid(planned, stage.seconds), stored, *memory, bound))
+    rows.append(("all", *_paid(planned, plan.seconds), size(plan.storage), "", "", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    cells = [[c.rjust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *c[1:-1], row[-1]]).rstrip() for row, c in zip(rows, cells, strict=True)
+    ]
+
+
+def _paid(planned: Planned, seconds: float) -> tuple[str, str, str]:
+    return duration(seconds), f"{planned.node_hours(seconds):.2f}", money(planned.cost(seconds))
 
 
 def _machine(m: Machines) -> str:

@@ -1,14 +1,13 @@
 """How large a collection is: counted in its own files, a line at a time, or given in numbers.
 
-While the files stream by, a few queries with their labelled passages and a few other passages are kept, so that what is
-measured on them has the collection's own lengths.
+While the files stream by, some passages and queries are kept, so that the calibration runs on texts of the collection.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,9 +16,7 @@ from ckd_ray.data.problems import Problems
 from ckd_ray.data.sources import Source, open_source
 from ckd_ray.errors import UserError
 
-# Of English text in WordPiece, with the space behind it: for collections that are given in numbers only.
-BYTES_A_TOKEN = 4.7
-_DEV_QUERIES = 1000
+_EVALUATED_QUERIES = 1000
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,7 @@ class Sizes:
     Attributes:
         queries: by split; labels: judgements of all splits.
         tokens: the encoder's tokens a passage, cut at `model.doc_maxlen`; kept: those of them that the store keeps
-            (without punctuation).
-        text_bytes: a passage, in UTF-8.
+            (without punctuation). Both are 0 until the tokenizer has read a sample.
         read_seconds: what reading the source once took here; None when it was not read.
         counted: from the files, not from options.
     """
@@ -40,7 +36,6 @@ class Sizes:
     labels: int
     tokens: float
     kept: float
-    text_bytes: float
     read_seconds: float | None = None
     counted: bool = True
 
@@ -51,26 +46,44 @@ class Sizes:
 
     @property
     def all_queries(self) -> int:
-        """Of all splits."""
+        """Queries of all splits."""
         return sum(self.queries.values())
 
+    def evaluated(self, config: Config) -> int:
+        """Queries of the splits that are evaluated."""
+        return sum(self.queries.get(split, 0) for split in config.evaluate.splits)
 
-@dataclass
+
+@dataclass(frozen=True)
 class Sample:
-    """Some texts of a collection: (id, text) of passages and training queries, and (query id, passage id) labels."""
+    """Texts of some passages and of some queries."""
 
-    passages: list[tuple[str, str]] = field(default_factory=list)
-    queries: list[tuple[str, str]] = field(default_factory=list)
-    labels: list[tuple[str, str]] = field(default_factory=list)
+    passages: list[str]
+    queries: list[str]
+
+
+class _Reservoir:
+    """A sample of `most` items without replacement, of a stream whose end is not known (Vitter's algorithm R)."""
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.items: list[str] = []
+        self.seen, self._most, self._chooser = 0, most, np.random.default_rng(seed)
+
+    def add(self, item: str) -> None:
+        self.seen += 1
+        if len(self.items) < self._most:
+            self.items.append(item)
+        elif (place := int(self._chooser.integers(self.seen))) < self._most:
+            self.items[place] = item
 
 
 def count_collection(
     settings: CollectionConfig, *, passages: int, queries: int, seed: int = 17
 ) -> tuple[Sizes, Sample]:
-    """Count a collection by streaming it, and keep a sample. `tokens` and `kept` are left at 0 for the tokenizer.
+    """Count a collection by streaming it, and keep a sample.
 
     Args:
-        passages, queries: how many of each the sample should have.
+        passages, queries: how many texts of each the sample has, where the collection has so many.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -78,117 +91,82 @@ def count_collection(
     """
     started = time.perf_counter()
     source, problems = open_source(settings), Problems()
-    chooser = np.random.default_rng(seed)
-    counts, labels, sample = _count_queries(source, problems, queries, chooser)
+    texts, asked = _Reservoir(passages, seed), _Reservoir(queries, seed)
+    counts, labels, labelled = _count_queries(source, problems, asked)
     problems.check()
-    wanted = {passage for _, passage in sample.labels}
-    labelled: set[str] = set()
-    if settings.limit is not None:
-        labelled = {row.passage_id for split in source.splits for row in source.qrels(split, problems)}
-    total = others = size = 0
-    found: list[tuple[str, str]] = []
-    reservoir: list[tuple[str, str]] = []
+    room = None if settings.limit is None else max(0, settings.limit - len(labelled))
+    others = 0
     for row in source.passages(problems):
-        if settings.limit is not None and row.id not in labelled:
+        if room is not None and row.id not in labelled:
             others += 1
-            if others > max(0, settings.limit - len(labelled)):
+            if others > room:
                 continue
-        total += 1
-        size += len(row.text)
-        if row.id in wanted:
-            found.append((row.id, row.text))
-        _keep(reservoir, (row.id, row.text), total, passages, chooser)
+        texts.add(row.text)
     problems.check()
-    if not total:
+    if not texts.seen:
         raise UserError("no passages", where="collection", expected="at least one")
-    sample.passages = list(dict([*found, *reservoir]).items())
-    here = {name for name, _ in sample.passages}
-    sample.labels = [label for label in sample.labels if label[1] in here]
-    # Characters for bytes: the same in English, and only the corpus' own files follow from it.
-    sizes = Sizes(total, counts, labels, 0.0, 0.0, size / total, time.perf_counter() - started)
-    return sizes, sample
+    sizes = Sizes(texts.seen, counts, labels, 0.0, 0.0, time.perf_counter() - started)
+    return sizes, Sample(texts.items, asked.items or ["a query"])
 
 
-def _count_queries(
-    source: Source, problems: Problems, most: int, chooser: np.random.Generator
-) -> tuple[dict[str, int], int, Sample]:
-    """Queries by split, labels of all, and a sample of training queries with their labels."""
-    counts: dict[str, int] = {}
-    total, sample = 0, Sample()
+def _count_queries(source: Source, problems: Problems, asked: _Reservoir) -> tuple[dict[str, int], int, set[str]]:
+    """Queries by split, the number of labels, and the labelled passages."""
+    counts, labels, labelled = {}, 0, set()
     for split in source.splits:
-        pairs = ((row.query_id, row.passage_id) for row in source.qrels(split, problems))
-        labelled: set[str] = set()
-        kept: list[tuple[str, str]] = []
-        for number, pair in enumerate(pairs, 1):
-            total += 1
-            if source.shared_queries:
-                labelled.add(pair[0])
-            if split == "train":
-                _keep(kept, pair, number, most, chooser)
+        named = set()
+        for label in source.qrels(split, problems):
+            labels += 1
+            named.add(label.query_id)
+            labelled.add(label.passage_id)
         counts[split] = 0
-        asked = {query for query, _ in kept}
         for row in source.queries(split, problems):
-            if source.shared_queries and row.id not in labelled:
-                continue
-            counts[split] += 1
-            if row.id in asked:
-                sample.queries.append((row.id, row.text))
-        if split == "train":
-            sample.labels = kept
-    return counts, total, sample
+            if row.id in named or not source.shared_queries:
+                counts[split] += 1
+                asked.add(row.text)
+    return counts, labels, labelled
 
 
-def _keep(
-    reservoir: list[tuple[str, str]], item: tuple[str, str], number: int, most: int, chooser: np.random.Generator
-) -> None:
-    """A sample of `most` items without replacement, of a stream whose end is not known (Vitter's algorithm R)."""
-    if len(reservoir) < most:
-        reservoir.append(item)
-    else:
-        place = int(chooser.integers(number))
-        if place < most:
-            reservoir[place] = item
+@dataclass(frozen=True)
+class GivenSizes:
+    """`--passages`, `--queries`, `--tokens-per-passage`; all None when the collection is to be counted. evaluated:
+    `--eval-queries`, with the others only."""
+
+    passages: int | None = None
+    queries: int | None = None
+    tokens: float | None = None
+    evaluated: int | None = None
+
+    def sizes(self, config: Config) -> Sizes | None:
+        """The collection that they describe: one label a query, every token stored. None when nothing is given.
+
+        Raises:
+            UserError: some are given and some are not, or a number cannot be.
+        """
+        given = {"--passages": self.passages, "--queries": self.queries, "--tokens-per-passage": self.tokens}
+        missing = [option for option, value in given.items() if value is None]
+        if missing and (len(missing) < len(given) or self.evaluated is not None):
+            expected, found = ", ".join(given), f"no {' and no '.join(missing)}"
+            raise UserError("sizes come together", where=missing[0], expected=expected, found=found)
+        if self.passages is None or self.queries is None or self.tokens is None:
+            return None
+        for option, value in {**given, "--eval-queries": self.evaluated}.items():
+            if value is not None and value <= 0:
+                raise UserError("must be positive", where=option, expected="> 0", found=f"{value:g}")
+        if self.tokens > config.model.doc_maxlen:
+            raise UserError(
+                "longer than the encoder reads",
+                where="--tokens-per-passage",
+                expected=f"at most model.doc_maxlen ({config.model.doc_maxlen})",
+                found=f"{self.tokens:g}",
+            )
+        each = min(self.queries, _EVALUATED_QUERIES) if self.evaluated is None else self.evaluated
+        counts: dict[str, int] = {"train": self.queries, **dict.fromkeys(config.evaluate.splits, each)}
+        return Sizes(self.passages, counts, sum(counts.values()), self.tokens, self.tokens, None, counted=False)
 
 
-def given_sizes(passages: int, queries: int, tokens: float, config: Config, evaluated: int | None = None) -> Sizes:
-    """Sizes from options: one label a query, every token stored.
-
-    Args:
-        evaluated: queries of each split that is evaluated; at most 1,000 when None.
-
-    Raises:
-        UserError: a number that cannot be.
-    """
-    given = (("--passages", passages), ("--queries", queries), ("--tokens-per-passage", tokens))
-    for option, value in (*given, *((("--eval-queries", evaluated),) if evaluated is not None else ())):
-        if value <= 0:
-            raise UserError("must be positive", where=option, expected="> 0", found=f"{value:g}")
-    if tokens > config.model.doc_maxlen:
-        raise UserError(
-            "longer than the encoder reads",
-            where="--tokens-per-passage",
-            expected=f"at most model.doc_maxlen ({config.model.doc_maxlen})",
-            found=f"{tokens:g}",
-        )
-    counts: dict[str, int] = {"train": queries}
-    each = min(queries, _DEV_QUERIES) if evaluated is None else evaluated
-    counts |= dict.fromkeys(config.evaluate.splits, each)
-    text = tokens * BYTES_A_TOKEN
-    return Sizes(passages, counts, sum(counts.values()), tokens, tokens, text, None, counted=False)
-
-
-def made_up_sample(words: Sequence[str], tokens: float, longest: int, passages: int, queries: int) -> Sample:
-    """Texts of single-token words, where the collection is not at hand: lengths vary by a half around the mean."""
+def synthetic_sample(words: Sequence[str], tokens: float, longest: int, passages: int, queries: int) -> Sample:
+    """Texts of single-token words, for a collection that is not here: lengths vary by a half around the mean."""
     chooser = np.random.default_rng(17)
-    texts = []
-    for i in range(passages):
-        length = max(3, min(longest - 3, round(tokens * float(chooser.uniform(0.5, 1.5))) - 3))
-        texts.append((f"p{i}", " ".join(chooser.choice(words, length))))
-    asked = [(f"q{i}", " ".join(chooser.choice(words, 6))) for i in range(queries)]
-    labels = [(f"q{i}", f"p{i % passages}") for i in range(queries)]
-    return Sample(texts, asked, labels)
-
-
-def with_tokens(sizes: Sizes, tokens: float, kept: float) -> Sizes:
-    """The sizes with what the tokenizer made of a sample."""
-    return replace(sizes, tokens=tokens, kept=kept)
+    lengths = np.clip(tokens * chooser.uniform(0.5, 1.5, passages), 6, longest).round().astype(int) - 3
+    texts = [" ".join(chooser.choice(words, length)) for length in lengths]
+    return Sample(texts, [" ".join(chooser.choice(words, 6)) for _ in range(queries)])

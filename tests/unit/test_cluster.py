@@ -114,38 +114,46 @@ def test_options_that_contradict() -> None:
             options.check(target)
 
 
-def test_what_a_file_would_start_and_cost(tmp_path: Path) -> None:
+PRICES = """
+m5.xlarge: 0.2
+g5.xlarge: [1.0, 0.4]
+n1-standard-8: [0.4, 0.1]
+nvidia-tesla-t4: [0.3, 0.1]
+"""
+
+
+def test_what_a_file_would_start_and_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    monkeypatch.setenv("CKD_RAY_PRICES", str(tmp_path / "prices.yaml"))
     launcher = read_launcher_file(aws(tmp_path))
     assert (launcher.least_nodes, launcher.most_nodes) == (2, 4)
     assert launcher.token_source == Path.home() / ".ray" / "auth_token"
-    head, spot = price_of("m5.xlarge"), price_of("g5.xlarge")
-    assert head is not None and spot is not None and spot.spot < spot.on_demand
-    assert cost_per_hour(launcher) == pytest.approx((head.on_demand + spot.spot, head.on_demand + 3 * spot.spot))
+    # A head at 0.2 on demand, and one to three spot machines at 0.4.
+    assert cost_per_hour(launcher) == pytest.approx((0.6, 1.4))
     text = "\n".join(describe(launcher))
     assert "1 x m5.xlarge, on demand" in text and "1 to 3 x g5.xlarge, spot" in text
-    assert f"{head.on_demand + spot.spot:.2f} to {head.on_demand + 3 * spot.spot:.2f} USD an hour" in text
+    assert "about 0.60 to 1.40 USD an hour by your prices" in text
     local = describe(read_launcher_file(str(LOCAL)))
     assert "192.168.1.10" in local[1] and "192.168.1.11" in local[2] and not any("USD" in line for line in local)
 
 
 def test_unknown_prices_and_prices_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    types = yaml.safe_load(Path(aws(tmp_path)).read_text())["available_node_types"]
-    types["gpu"]["node_config"]["InstanceType"] = "z9.huge"
-    path = aws(tmp_path, available_node_types=types)
-    assert cost_per_hour(read_launcher_file(path)) == (None, None)
-    assert "price unknown" in "\n".join(describe(read_launcher_file(path)))
-    (tmp_path / "prices.yaml").write_text("z9.huge: [10, 4]\n")
+    monkeypatch.delenv("CKD_RAY_PRICES", raising=False)
+    launcher = read_launcher_file(aws(tmp_path))
+    assert price_of("m5.xlarge") is None and cost_per_hour(launcher) == (None, None)
+    told = "\n".join(describe(launcher))
+    assert "price unknown" in told and "CKD_RAY_PRICES=FILE.yaml" in told
+    (tmp_path / "prices.yaml").write_text(PRICES)
     monkeypatch.setenv("CKD_RAY_PRICES", str(tmp_path / "prices.yaml"))
-    low, high = cost_per_hour(read_launcher_file(path))
-    assert low is not None and high == pytest.approx(low + 8)
-    (tmp_path / "prices.yaml").write_text("z9.huge: ten\n")
-    with pytest.raises(UserError, match="CKD_RAY_PRICES"):
-        price_of("z9.huge")
-    monkeypatch.delenv("CKD_RAY_PRICES")
-    t4 = price_of("nvidia-tesla-t4")
-    n1 = price_of("n1-standard-8")
-    assert t4 is not None and n1 is not None
-    assert hourly("n1-standard-8", spot=False, accelerators={"nvidia-tesla-t4": 2}) == n1.on_demand + 2 * t4.on_demand
+    assert cost_per_hour(launcher) == pytest.approx((0.6, 1.4))
+    assert hourly("n1-standard-8", spot=False, accelerators={"nvidia-tesla-t4": 2}) == pytest.approx(1.0)
+    assert hourly("n1-standard-8", spot=True, accelerators={"nvidia-l4": 1}) is None
+    (tmp_path / "other.yaml").write_text("m5.xlarge: 7\n")
+    assert hourly("m5.xlarge", spot=True, file=str(tmp_path / "other.yaml")) == 7
+    for text in ("z9.huge: ten", "z9.huge: -1", "z9.huge: [1]", "[1, 2]"):
+        (tmp_path / "prices.yaml").write_text(text)
+        with pytest.raises(UserError, match="CKD_RAY_PRICES"):
+            price_of("z9.huge")
 
 
 @pytest.mark.parametrize(
