@@ -1,18 +1,18 @@
-"""The two ways in which a command fails, by the user's input (exit status 2) or by the job (exit status 1), and what
-an error of another library says in one line."""
+"""The errors with which a command fails, because of the user's input (exit status 2) or of the job (exit status 1), and
+the one-line message of another library's error."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Input or configuration that the user can mend; shown without a traceback, exit status 2.
+    """Input or configuration that the user can correct; shown without a traceback, exit status 2.
 
     Args:
         problem: one sentence, what is wrong.
         where: the file and line, the configuration key, or the option.
-        expected: what would have been accepted.
-        found: what stood there (shortened to one line by the caller).
-        fix: the next thing to do.
+        expected: what is accepted.
+        found: what is there instead, as one line.
+        fix: what to do next.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class JobError(RuntimeError):
 
 
 class LostRayError(JobError):
-    """The Ray of this process is gone, so nothing that needs it can be tried any more."""
+    """The Ray of this process is lost, and nothing that needs it can be tried again."""
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

@@ -1,13 +1,16 @@
-"""One line of progress: how far, how fast, how long still. People's output goes to standard error."""
+"""Lines for people: messages without secrets, and the progress of a stage. They go to standard error."""
 
 from __future__ import annotations
 
+import os
 import re
-import sys
+import threading
 import time
-from types import TracebackType
 from typing import Any
 
+from ckd_ray.streams import may_rewrite, people
+
+_PRINT_EVERY_S, _REWRITE_EVERY_S = 10.0, 0.5
 _quiet = False
 # `key:secret` of a URI such as s3://key:secret@bucket/path (the key may be empty), and options such as &token=secret.
 _SECRET = re.compile(r"""(?<=://)[^/@\s:"'<>]*:[^@\s"'<>]+(?=@)""")
@@ -17,7 +20,7 @@ _SECRET_OPTION = re.compile(
     re.IGNORECASE,
 )
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*$")
-# What a terminal would carry out, or would show in another order than it stands; line ends and tabs are kept.
+# Characters that a terminal would act on, or that change the order of a line; line ends and tabs are kept.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -28,13 +31,12 @@ def set_quiet(quiet: bool) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the keys in its URIs hidden, for people and logs."""
+    """`text` with the keys in its URIs hidden."""
     return _SECRET_OPTION.sub(r"\1***", _SECRET.sub("***", text))
 
 
 def without_keys(value: Any) -> Any:
-    """A JSON value whose strings that are URIs have their keys hidden, for records that are passed on; texts and ids
-    stay as they are."""
+    """A JSON value in which the keys of URIs are hidden; strings that are no URIs stay as they are."""
     if isinstance(value, dict):
         return {key: without_keys(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -43,15 +45,21 @@ def without_keys(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal or a log: texts and ids come from anywhere, and a control character in one of them would be
-    carried out. It becomes a question mark; keys in URIs are hidden."""
+    """`text` for a terminal or a log: control characters, which a passage or an id may hold, become question marks, and
+    keys in URIs are hidden."""
     return _CONTROL.sub("?", without_secrets(text))
 
 
-def say(text: str) -> None:
-    """Print one line for people."""
-    if not _quiet:
-        print(printable(text), file=sys.stderr, flush=True)
+def say(text: str, *, always: bool = False) -> None:
+    """Print one line for people.
+
+    Args:
+        always: even with `--quiet`.
+    """
+    if always or not _quiet:
+        with _line.lock:
+            _line.clear()
+            print(printable(text), file=people(), flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -64,10 +72,51 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+class _LiveLine:
+    """The last line of the terminal: the progress that began last, rewritten twice a second by a thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.shown: list[Progress] = []
+        self._written = False
+
+    def push(self, progress: Progress) -> None:
+        with self.lock:
+            self.shown.append(progress)
+            if len(self.shown) == 1:
+                threading.Thread(target=self._rewrite, args=(progress,), daemon=True).start()
+
+    def remove(self, progress: Progress) -> None:
+        with self.lock:
+            self.shown.remove(progress)
+            self.clear()
+
+    def clear(self) -> None:
+        """Leave an empty line for other output."""
+        if self._written:
+            print("\r\x1b[K", end="", file=people(), flush=True)
+            self._written = False
+
+    def _rewrite(self, outermost: Progress) -> None:
+        while True:
+            with self.lock:
+                if outermost not in self.shown:
+                    return
+                columns = os.get_terminal_size(people().fileno()).columns or 80
+                text = printable(self.shown[-1].line())[: columns - 1]  # a line that wraps cannot be rewritten
+                print(f"\r\x1b[K{text}", end="", file=people(), flush=True)
+                self._written = True
+            time.sleep(_REWRITE_EVERY_S)
+
+
+_line = _LiveLine()
+
+
 class Progress:
     """Progress of one stage; a context manager.
 
-    On a terminal the line is rewritten four times a second; elsewhere (a log) a line is printed every ten seconds.
+    A terminal shows one line with the time so far and the time left. Elsewhere (in a log) a line is printed every ten
+    seconds.
 
     Args:
         stage: the name in front of the line.
@@ -76,21 +125,30 @@ class Progress:
         done: units that an earlier run has finished; they do not count into the rate.
     """
 
-    def __init__(self, stage: str, total: int | None, unit: str, done: int = 0) -> None:
+    def __init__(self, stage: str, total: int | None = None, unit: str = "", done: int = 0) -> None:
         self.stage, self.total, self.unit = stage, total, unit
-        self.done = self._at_start = done
         self.started = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._every = 0.25 if self._terminal else 10.0
-        self._shown = self.started
         self.note = ""
+        self.count_from(done)
+        self._printed = self.started
+        self._live = False
 
     def __enter__(self) -> Progress:
+        self._live = may_rewrite() and not _quiet
+        if self._live:
+            _line.push(self)
+        elif not self.unit:
+            say(f"{self.stage}: starting")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if self._terminal and not _quiet:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            _line.remove(self)
+
+    def count_from(self, done: int) -> None:
+        """The rate counts from now on, when `done` units are finished."""
+        self.done = self._at_start = done
+        self._counts_since = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -100,7 +158,7 @@ class Progress:
     @property
     def rate(self) -> float:
         """Units a second, of this process alone."""
-        return (self.done - self._at_start) / max(self.seconds, 1e-9)
+        return (self.done - self._at_start) / max(time.monotonic() - self._counts_since, 1e-9)
 
     def advance(self, count: int) -> None:
         """`count` more units are done."""
@@ -111,19 +169,20 @@ class Progress:
         self.done = done
         self.total = total if total is not None else self.total
         now = time.monotonic()
-        if now - self._shown >= self._every and not _quiet:
-            self._shown = now
-            self._show()
+        if not self._live and now - self._printed >= _PRINT_EVERY_S:
+            self._printed = now
+            say(self.line())
 
-    def _show(self) -> None:
-        text = f"{self.stage}: {self.done:,}"
+    def line(self) -> str:
+        """`embed: 16 of 60 passages (27 %), 12.0 s, 33.0 s left, 1.3 passages/s`; a log has no time so far."""
+        parts = [duration(_line.shown[0].seconds)] if self._live else []  # of the stage, which began first
+        if not self.unit:
+            return ", ".join([f"{self.stage}: working", *parts])
+        count = f"{self.done:,} {self.unit}"
         if self.total:
-            text += f" of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
+            count = f"{self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
             if self.rate > 0 and self.done < self.total:
-                text += f", {duration((self.total - self.done) / self.rate)} left"
-        else:
-            text += f" {self.unit}"
-        text += f", {self.rate:,.1f} {self.unit}/s" + (f", {self.note}" if self.note else "")
-        end = "" if self._terminal else "\n"
-        start = "\r\x1b[K" if self._terminal else ""
-        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+                parts.append(f"{duration((self.total - self.done) / self.rate)} left")
+        if self.rate > 0:
+            parts.append(f"{self.rate:,.1f} {self.unit}/s")
+        return ", ".join([f"{self.stage}: {count}", *parts, *([self.note] if self.note else [])])

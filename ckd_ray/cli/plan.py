@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ckd_ray.cli import ConfigOption, JsonOption, QuietOption, SetOption, _nothing_else_on_stdout, app, guarded, put
+from ckd_ray.cli.command import CLUSTERS, ConfigOption, SetOption, command, put
+from ckd_ray.progress import say
 
 
-@app.command()
-@guarded
+@command(CLUSTERS)
 def plan(
+    json_: bool,
     config: ConfigOption = None,
     set_: SetOption = None,
     cluster: Annotated[
@@ -40,8 +41,6 @@ def plan(
         list[str] | None,
         typer.Option("--assume", help="Override what no measurement here gives: gpu_share=0.4 (repeatable)."),
     ] = None,
-    json_: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Time, memory, storage and cost of every stage, from a calibration here or from given rates."""
     from ckd_ray.checks import load_config
@@ -51,22 +50,15 @@ def plan(
     from ckd_ray.plan.rates import parse_assumptions
     from ckd_ray.plan.show import render
     from ckd_ray.plan.sizes import GivenSizes
-    from ckd_ray.progress import set_quiet
 
-    set_quiet(quiet)
     paid, assumed = Prices(parse_prices(price or []), prices), parse_assumptions(assume or [])
-    loaded = load_config(config, set_ or [])
-    with _nothing_else_on_stdout():
-        planned = make_plan(
-            loaded,
-            cluster=cluster,
-            rates=rates,
-            keep=save_rates,
-            given=GivenSizes(passages, queries, tokens, evaluated),
-            prices=paid,
-            assumed=assumed,
-        )
-        if json_:
-            put(planned.to_dict())
-        else:
-            typer.echo(render(planned), err=True)
+    planned = make_plan(
+        load_config(config, set_ or []),
+        cluster=cluster,
+        rates=rates,
+        keep=save_rates,
+        given=GivenSizes(passages, queries, tokens, evaluated),
+        prices=paid,
+        assumed=assumed,
+    )
+    put(planned.to_dict()) if json_ else say(render(planned), always=True)

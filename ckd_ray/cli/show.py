@@ -1,4 +1,4 @@
-"""What a finished command shows: the closing table for people, one object for programs."""
+"""The results of a finished command: a closing table for people, one object for programs."""
 
 from __future__ import annotations
 

@@ -175,8 +175,8 @@ def _progress(task: TrainingTask, actor: Any) -> Iterator[None]:
     ended = threading.Event()
 
     def follow() -> None:
-        progress, started = Progress(task.stage, task.settings.steps, "steps"), False
-        with progress:
+        started = False
+        with Progress(task.stage, task.settings.steps, "steps") as progress:
             while not ended.wait(0.5):
                 try:
                     state = ray.get(actor.state.remote(), timeout=5)
@@ -185,7 +185,8 @@ def _progress(task: TrainingTask, actor: Any) -> Iterator[None]:
                 step = state["step"]
                 if step and not started:
                     # The rate counts from the first finished step: before it the workers start.
-                    progress, started = Progress(task.stage, task.settings.steps, "steps", done=step), True
+                    progress.count_from(step)
+                    started = True
                 progress.note = f"loss {state['loss']:.4f}"
                 if step:
                     progress.reach(step)

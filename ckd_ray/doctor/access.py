@@ -1,4 +1,4 @@
-"""What the machine may reach: the storage, the clock of that storage, the token."""
+"""Checks of what the machine may reach: the storage, the temporary folder, the clock, the token."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ckd_ray.files import filesystem_of, is_local, join
 from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.ray_util.token import token_file
 
-_TIGHT, _LITTLE = 1 * GIB, 10 * GIB
-# S3 refuses requests that are signed a quarter of an hour off.
+_SPACE_FAIL, _SPACE_WARN = 1 * GIB, 10 * GIB
+# S3 refuses requests whose time is a quarter of an hour off.
 _CLOCK_FAIL_S, _CLOCK_WARN_S = 600.0, 30.0
-_BUILT_AFTER = 1_735_689_600  # 2025-01-01: an earlier clock was never set
+_EARLIEST = 1_735_689_600  # 2025-01-01: a clock that shows less was never set
 
 
 def storage(uri: str) -> Iterator[Check]:
-    """run.storage: an object is put there, read and deleted; the space of a local disk."""
+    """run.storage: write, read and delete a file there; the free space of a local disk."""
     try:
         local = is_local(uri)
     except UserError as error:
@@ -63,45 +63,51 @@ def _local_storage(path: str) -> Iterator[Check]:
 
 
 def space(name: str, folder: str, why: str) -> Check:
-    """Free space of a disk."""
+    """Free space of the disk of a folder; `why` says what the space is for."""
     free = os.statvfs(folder)
     size = free.f_bavail * free.f_frsize
     found = f"{size / GIB:.1f} GiB free at {folder}"
-    state: State = "fail" if size < _TIGHT else "warn" if size < _LITTLE else "ok"
-    return Check(name, state, found, None if state == "ok" else f"make room: {why}")
+    state: State = "fail" if size < _SPACE_FAIL else "warn" if size < _SPACE_WARN else "ok"
+    return Check(name, state, found, f"make room: {why}")
 
 
 def _remote_storage(uri: str) -> Check:
-    """With the few attempts that a plain URI has: a diagnosis need not outlast an outage."""
+    """Without the many attempts that a stage makes: a diagnosis does not wait for the end of an outage."""
     probe = join(uri, f".ckd-ray-doctor-{uuid.uuid4().hex[:8]}")
     try:
         fs, path = pafs.FileSystem.from_uri(probe)
         with fs.open_output_stream(path) as out:
             out.write(b"ckd-ray")
         with fs.open_input_stream(path) as stream:
-            came = stream.read()
+            read = stream.read()
         fs.delete_file(path)
     except (pa.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())
-        return Check("storage", "fail", f"{uri}: {said[:300]}", _advice(said))
-    if came != b"ckd-ray":
+        message = " ".join(str(error).split())
+        return Check("storage", "fail", f"{uri}: {message[:300]}", _advice(message.lower()))
+    if read != b"ckd-ray":
         return Check("storage", "fail", f"{uri}: other bytes came back", "look for a proxy or cache before the bucket")
     return Check("storage", "ok", f"{uri}: put, read and deleted")
 
 
-def _advice(said: str) -> str:
-    text = said.lower()
-    if "no such bucket" in text or "nosuchbucket" in text or "bucket does not exist" in text:
-        return "make the bucket, or correct its name in run.storage"
-    if any(
-        word in text for word in ("accessdenied", "access denied", "access_denied", "forbidden", "403", "signature")
-    ):
-        return (
-            "these keys may not read and write there: check AWS_ACCESS_KEY_ID or the machine's profile, and the policy"
-        )
-    if "network" in text or "connect" in text or "resolve" in text:
-        return "nothing answers there: check the endpoint (AWS_ENDPOINT_URL), the region and the network"
-    return "check the URI, the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the endpoint (AWS_ENDPOINT_URL)"
+_ADVICE = (
+    (
+        ("no such bucket", "nosuchbucket", "bucket does not exist"),
+        "make the bucket, or correct its name in run.storage",
+    ),
+    (
+        ("accessdenied", "access denied", "access_denied", "forbidden", "403", "signature"),
+        "these keys may not read and write there: check AWS_ACCESS_KEY_ID or the machine's profile, and the policy",
+    ),
+    (
+        ("network", "connect", "resolve"),
+        "nothing answers there: check the endpoint (AWS_ENDPOINT_URL), the region and the network",
+    ),
+    (("",), "check the URI, the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the endpoint (AWS_ENDPOINT_URL)"),
+)
+
+
+def _advice(message: str) -> str:
+    return next(advice for words, advice in _ADVICE if any(word in message for word in words))
 
 
 def scratch(uri: str) -> Iterator[Check]:
@@ -112,63 +118,59 @@ def scratch(uri: str) -> Iterator[Check]:
     try:
         cache = ShardCache.of_this_machine()
     except (UserError, JobError) as error:
-        yield Check(
-            "cache", "fail", str(error).splitlines()[0], f"set {FOLDER_VARIABLE} to a folder that can be written"
-        )
+        fix = f"set {FOLDER_VARIABLE} to a folder that can be written"
+        yield Check("cache", "fail", str(error).splitlines()[0], fix)
         return
     size = cache.limit / GIB
-    found = f"{size:.1f} GiB at {cache.folder}"
-    if size < 1:
-        fix = f"{FOLDER_VARIABLE} names a larger disk, {LIMIT_VARIABLE} how much of it may be taken"
-        yield Check("cache", "warn", found, fix)
-    else:
-        yield Check("cache", "ok", found)
+    fix = f"{FOLDER_VARIABLE} names a folder on a larger disk, {LIMIT_VARIABLE} how much of it may be used"
+    yield Check("cache", "warn" if size < 1 else "ok", f"{size:.1f} GiB at {cache.folder}", fix)
 
 
 def clock(uri: str) -> Iterator[Check]:
-    """Against the storage's own clock, whose servers refuse requests that are signed far off."""
-    if time.time() < _BUILT_AFTER:
+    """The clock, compared with that of the storage, which refuses requests whose time is far off."""
+    if time.time() < _EARLIEST:
         yield Check("clock", "fail", time.strftime("it shows %Y-%m-%d"), "set the clock (timedatectl set-ntp true)")
         return
     endpoint = None if "://" not in uri or is_local(uri) else endpoint_of(uri)
     if endpoint is None:
-        yield Check("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %z; compared with nothing, the storage is local"))
+        yield Check(
+            "clock",
+            "ok",
+            time.strftime("%Y-%m-%d %H:%M:%S %z; the storage is local, so there is nothing to compare it with"),
+        )
         return
-    told = _date_of(endpoint)
-    if told is None:
+    theirs = _date_of(endpoint)
+    if theirs is None:
         fix = "check it by hand (timedatectl), and that this machine reaches the storage"
         yield Check("clock", "warn", f"{endpoint} did not tell the time", fix)
         return
-    off = time.time() - told
+    off = time.time() - theirs
     state: State = "fail" if abs(off) > _CLOCK_FAIL_S else "warn" if abs(off) > _CLOCK_WARN_S else "ok"
     found = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} {endpoint}"
-    yield Check("clock", state, found, None if state == "ok" else "set the clock (timedatectl set-ntp true)")
+    yield Check("clock", state, found, "set the clock (timedatectl set-ntp true)")
 
 
 def endpoint_of(uri: str) -> str | None:
-    """The address of an object store's server, without keys; None where there is none to ask."""
+    """The address of the server of an object store, without keys; None for storage without one."""
     parts = urllib.parse.urlsplit(uri)
     options = dict(urllib.parse.parse_qsl(parts.query))
     if parts.scheme in ("gs", "gcs"):
         return "https://storage.googleapis.com"
     if parts.scheme != "s3":
         return None
-    given = (
-        options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    )
+    env = os.environ.get
+    given = options.get("endpoint_override") or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
     if given:
         return given if "://" in given else f"{options.get('scheme', 'https')}://{given}"
-    region = (
-        options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    )
+    region = options.get("region") or env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1"
     return f"https://s3.{region}.amazonaws.com"
 
 
 def _date_of(endpoint: str) -> float | None:
-    """Seconds since 1970 by the server's Date header; whatever the answer is, it has one."""
+    """Seconds since 1970 by the Date header of the server; answers that are errors have one, too."""
     if not endpoint.startswith(("http://", "https://")):
         return None
-    request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310  (http or https, as was just seen)
+    request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310  (http or https, see above)
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
             date = answer.headers.get("Date")
@@ -183,9 +185,9 @@ def _date_of(endpoint: str) -> float | None:
 
 
 def token() -> Iterator[Check]:
-    """Ray's token: there, and readable by its owner alone."""
+    """Ray's token exists, and only its owner can read it."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        fix = "unset RAY_AUTH_MODE: whoever reaches a Ray without a token runs code as you"
+        fix = "unset RAY_AUTH_MODE: everybody who reaches a Ray without a token can run code as you"
         yield Check("token", "fail", "RAY_AUTH_MODE=disabled", fix)
     path = token_file()
     try:
@@ -205,8 +207,7 @@ def token() -> Iterator[Check]:
     if mode & 0o077:
         yield Check("token", "fail", f"{path} has mode {mode:04o}: others can read it", f"chmod 600 {path}")
     elif empty:
-        yield Check(
-            "token", "fail", f"{path} is empty", f"rm {path} && ray get-auth-token --generate && chmod 600 {path}"
-        )
+        fix = f"rm {path} && ray get-auth-token --generate && chmod 600 {path}"
+        yield Check("token", "fail", f"{path} is empty", fix)
     else:
         yield Check("token", "ok", f"{path}, mode {mode:04o}")

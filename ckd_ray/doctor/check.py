@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at (`name`), how it stands, what was found, and what to do about it (nothing when ok)."""
+    """The name of a check, its result, what was found, and what to do about it unless the result is `ok`."""
 
     name: str
     state: State
@@ -20,11 +20,13 @@ class Check:
     fix: str | None = None
 
     def __post_init__(self) -> None:
-        assert (self.state == "ok") or self.fix, f"{self.name}: a finding without advice"
+        assert self.state == "ok" or self.fix, f"{self.name}: a finding without advice"
+        if self.state == "ok":
+            object.__setattr__(self, "fix", None)
 
 
 def render(checks: Iterable[Check]) -> str:
-    """One line a check, and below what is not ok what to do."""
+    """A line for each check, and below it what to do if it is not ok."""
     rows = list(checks)
     width = max(len(row.name) for row in rows)
     lines = []

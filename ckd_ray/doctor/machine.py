@@ -1,4 +1,4 @@
-"""What the machine has: versions, extras, processor, memory, accelerators, its own name."""
+"""Checks of the machine: versions, extras, processor, memory, accelerators, its host name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from ckd_ray.config import Config
-from ckd_ray.doctor.check import GIB, Check
+from ckd_ray.doctor.check import GIB, Check, State
 
 _OLDEST_PYTHON = (3, 10)
 _LIBRARIES = ("ray", "torch", "transformers", "faiss-cpu", "pyarrow")
-# What Ray takes of the memory that is available, for its object store, unless it is told otherwise.
+# The share of the available memory that Ray takes for its object store by default.
 _STORE_SHARE = 0.3
 _LEAST_MEMORY = 6 * GIB
 _SHM = "/dev/shm"  # noqa: S108  (not a file that we make)
@@ -28,18 +28,15 @@ _EXTRAS = {"optuna": "tune", "ir_datasets": "datasets", "boto3": "aws"}
 
 def versions() -> Iterator[Check]:
     """Python and the libraries, against the ranges that the package declares."""
-    mine = platform.python_version()
-    if sys.version_info >= _OLDEST_PYTHON:
-        yield Check("python", "ok", mine)
-    else:
-        yield Check("python", "fail", mine, "use Python 3.10 or newer")
+    state: State = "ok" if sys.version_info >= _OLDEST_PYTHON else "fail"
+    yield Check("python", state, platform.python_version(), "use Python 3.10 or newer")
     ranges = declared()
     for name in _LIBRARIES:
         yield library(name, ranges.get(name))
 
 
 def declared() -> dict[str, str]:
-    """Distribution to version range, as in the package's metadata; empty where it runs without being installed."""
+    """The version range of each dependency by the metadata of the package; empty where it is not installed."""
     try:
         lines = requires("ckd-ray") or []
     except PackageNotFoundError:
@@ -53,7 +50,7 @@ def declared() -> dict[str, str]:
 
 
 def library(name: str, accepted: str | None) -> Check:
-    """One library. `accepted`: such as `>=2.50`; None where nothing is declared."""
+    """One library against the accepted versions, such as `>=2.50`; None accepts every version."""
     from packaging.specifiers import SpecifierSet
 
     try:
@@ -68,7 +65,7 @@ def library(name: str, accepted: str | None) -> Check:
 
 
 def extras(config: Config) -> Iterator[Check]:
-    """Optional packages. What the configuration asks for must be there; of the rest is told what is missing."""
+    """Optional packages: those that the configuration needs must be there, the others are listed."""
     have = {name: importlib.util.find_spec(name) is not None for name in _EXTRAS}
     if config.collection.format == "ir_datasets" and not have["ir_datasets"]:
         found = "collection.format is ir_datasets, which is not installed"
@@ -80,20 +77,19 @@ def extras(config: Config) -> Iterator[Check]:
 
 
 def processor() -> Iterator[Check]:
-    """Cores, and the instructions that the encoders and faiss are fast with."""
+    """The cores, and the vector instructions that make the encoders and faiss fast."""
     flags = cpu_flags()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {"avx2": "", "avx512f": "", "avx512_vnni": "int8", "avx512_bf16": "bf16", "amx_bf16": "bf16"}
     has = [f"{flag} ({use})" if use else flag for flag, use in wanted.items() if flag in flags]
-    found = f"{cores} cores; {', '.join(has) or 'no vector instructions that we know'}"
-    if flags and "avx2" not in flags and platform.machine() in ("x86_64", "AMD64"):
-        yield Check("processor", "warn", found, "encoding on this CPU is slow: use a machine with AVX2, or a GPU")
-    else:
-        yield Check("processor", "ok", found)
+    found = f"{cores} cores; {', '.join(has) or 'no known vector instructions'}"
+    slow = flags and "avx2" not in flags and platform.machine() in ("x86_64", "AMD64")
+    fix = "encoding on this CPU is slow: use a machine with AVX2, or a GPU"
+    yield Check("processor", "warn" if slow else "ok", found, fix)
 
 
 def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
-    """Flags of the first core; empty where the system does not tell."""
+    """The flags of the first core; empty where the system does not list them."""
     try:
         match = re.search(r"^(?:flags|Features)\s*:(.*)$", Path(path).read_text(), re.M)
     except OSError:
@@ -102,22 +98,19 @@ def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
 
 
 def memory(path: str = "/proc/meminfo") -> Iterator[Check]:
-    """Of the machine, or what the container may have of it."""
+    """The memory of the machine, or the share of it that the container may use."""
     total, available = memory_bytes(path)
     if total is None or available is None:
         return
     limit = _container_limit()
     most = min(total, limit) if limit else total
     found = f"{most / GIB:.1f} GiB, {min(available, most) / GIB:.1f} available"
-    if most < _LEAST_MEMORY:
-        fix = "the quick start takes about 3 GiB beside the system; close other programs, or use a larger machine"
-        yield Check("memory", "warn", found, fix)
-    else:
-        yield Check("memory", "ok", found)
+    fix = "the quick start takes about 3 GiB; close other programs, or use a larger machine"
+    yield Check("memory", "warn" if most < _LEAST_MEMORY else "ok", found, fix)
 
 
 def memory_bytes(path: str = "/proc/meminfo") -> tuple[int | None, int | None]:
-    """(all, available) of the machine, from the kernel's own table."""
+    """(total, available) memory of the machine by the table of the kernel."""
     try:
         rows = dict(line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
         total, available = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
@@ -136,13 +129,13 @@ def _container_limit() -> int | None:
 
 
 def shared_memory(folder: str = _SHM) -> Iterator[Check]:
-    """What `ray start` takes there for its object store (in place, ckd-ray takes half a GiB)."""
+    """Space for the object store of `ray start`; ckd-ray itself takes half a GiB."""
     if not os.path.isdir(folder):
         return
     size = shutil.disk_usage(folder).total
     _, available = memory_bytes()
     wanted = int((available or 0) * _STORE_SHARE)
-    found = f"{size / GIB:.2f} GiB at {folder}; a Ray that is started without a size wants {wanted / GIB:.2f}"
+    found = f"{size / GIB:.2f} GiB at {folder}; `ray start` takes by default {wanted / GIB:.2f}"
     if size < min(wanted, 512 * 2**20):
         fix = "Ray would use the disk, which is slow: docker run --shm-size=4g (Kubernetes: an emptyDir in Memory)"
         yield Check("shared memory", "fail", found, fix)
@@ -155,7 +148,7 @@ def shared_memory(folder: str = _SHM) -> Iterator[Check]:
 
 
 def accelerators() -> Iterator[Check]:
-    """GPUs as PyTorch sees them, and whether Ray and the driver see as many."""
+    """The GPUs that PyTorch sees, and whether Ray and the driver see as many."""
     import torch
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
@@ -176,15 +169,15 @@ def accelerators() -> Iterator[Check]:
     by_ray = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
     allowed = seen if hidden is None else len([part for part in hidden.split(",") if part])
     found = f"{', '.join(names)}; {'bf16' if torch.cuda.is_bf16_supported() else 'no bf16'}"
-    if min(by_ray, allowed) != seen:
-        fix = f"start Ray with --num-gpus={seen}"
-        yield Check("gpu", "warn", f"{found}; Ray would count {min(by_ray, allowed)}", fix)
+    counted = min(by_ray, allowed)
+    if counted != seen:
+        yield Check("gpu", "warn", f"{found}; Ray would count {counted}", f"start Ray with --num-gpus={seen}")
     else:
         yield Check("gpu", "ok", found)
 
 
 def hostname(*, several_machines: bool = False) -> Iterator[Check]:
-    """Training across machines connects to the address that a machine's own name resolves to."""
+    """The machine's own name. Training across machines connects to the address that it resolves to."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -194,5 +187,5 @@ def hostname(*, several_machines: bool = False) -> Iterator[Check]:
         yield Check("host name", "ok", f"{name} is {address}")
         return
     found = f"{name} is {address}, which others cannot reach" if address else f"{name} has no address"
-    fix = f"for training across machines: put a line `ADDRESS {name}` with this machine's own address into /etc/hosts"
+    fix = f"for training across machines: add a line `ADDRESS {name}` with the address of this machine to /etc/hosts"
     yield Check("host name", "fail" if several_machines else "warn", found, fix)

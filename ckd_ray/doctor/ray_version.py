@@ -1,4 +1,4 @@
-"""Ray itself: its ports, how far they are open, and one that runs already."""
+"""Checks of Ray: its ports, who can reach them, and a Ray that runs already."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ANY = ("00000000", "0" * 32)
 
 @dataclass(frozen=True)
 class Joined:
-    """A Ray that was looked for: its address when one runs, its machines, and the finding."""
+    """The Ray that `ckd-ray` would join: its address if one runs, the number of its machines, and the check."""
 
     address: str | None
     nodes: int
@@ -40,14 +40,14 @@ class Joined:
 
 
 def running_ray(target: Target | None = None) -> Joined:
-    """Join the Ray that `ckd-ray` would join (--cluster, RAY_ADDRESS, or the one of this machine), look, and leave."""
+    """Join the Ray that `ckd-ray` would join (--cluster, RAY_ADDRESS, or the one of this machine), and leave again."""
     from ckd_ray.ray_util.token import use_token
 
     use_token()
     from ray._private.utils import read_ray_address
 
     if target is not None and target.kind == "local":
-        return Joined(None, 0, Check("running ray", "ok", "none is looked for; --cluster local starts Ray in place"))
+        return Joined(None, 0, Check("running ray", "ok", "not needed; --cluster local starts Ray in place"))
     given, source = os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS"
     if target is not None and target.kind == "address":
         given, source = target.text, "--cluster"
@@ -60,7 +60,7 @@ def running_ray(target: Target | None = None) -> Joined:
     except OSError as error:
         if given:
             return Joined(address, 0, Check("running ray", "fail", f"{source}={address}: {error}", fix))
-        return Joined(None, 0, Check("running ray", "ok", f"none; the one at {address} has gone without a word"))
+        return Joined(None, 0, Check("running ray", "ok", f"none; the one at {address} does not run any more"))
     seen = _seen_from_a_child(address)
     if "error" in seen:
         return Joined(address, 0, Check("running ray", "fail", f"{address} cannot be joined: {seen['error']}", fix))
@@ -79,14 +79,14 @@ def _knock(address: str) -> None:
 
 
 def _seen_from_a_child(address: str) -> dict[str, Any]:
-    """What a process of its own sees that joins: Ray waits for minutes for a head that dies or refuses us."""
+    """What a child process sees that joins: Ray waits for minutes for a head that dies or refuses us."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _LOOK, address], capture_output=True, text=True, timeout=_PATIENCE_S, env=os.environ
         )
     except subprocess.TimeoutExpired as error:
-        told = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        return {"error": _refusal(told) or f"it took no driver in {_PATIENCE_S} s"}
+        printed = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        return {"error": _refusal(printed) or f"it took no driver in {_PATIENCE_S} s"}
     if done.returncode == 0:
         value: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
         return value
@@ -94,8 +94,8 @@ def _seen_from_a_child(address: str) -> dict[str, Any]:
     return {"error": _refusal(done.stderr) or lines[-1][:200]}
 
 
-def _refusal(told: str) -> str | None:
-    return "it refuses our token" if "InvalidAuthToken" in told or "Unauthenticated" in told else None
+def _refusal(printed: str) -> str | None:
+    return "it refuses our token" if "InvalidAuthToken" in printed or "Unauthenticated" in printed else None
 
 
 def ports(joined: Joined) -> Iterator[Check]:
@@ -107,7 +107,7 @@ def ports(joined: Joined) -> Iterator[Check]:
 
 
 def port(number: int, holder: str | None, command: str) -> Check:
-    """`holder`: the Ray that is known to hold it; None: nothing may."""
+    """Whether the port is free, or held by the Ray that is named as its `holder`."""
     name = f"port {number}"
     if not answers(number):
         return Check(name, "ok", "free")
@@ -118,7 +118,7 @@ def port(number: int, holder: str | None, command: str) -> Check:
 
 
 def answers(number: int) -> bool:
-    """Whether something listens there on this machine."""
+    """Whether a program listens on that port of this machine."""
     try:
         socket.create_connection(("127.0.0.1", number), timeout=2).close()
     except OSError:
@@ -127,7 +127,7 @@ def answers(number: int) -> bool:
 
 
 def dashboard(number: int) -> str | None:
-    """The version of the Ray whose dashboard answers there; None when it is something else."""
+    """The version of the Ray whose dashboard answers there; None for another program."""
     url = f"http://127.0.0.1:{number}/api/version"
     try:
         with urllib.request.urlopen(url, timeout=3) as answer:
@@ -140,16 +140,16 @@ def dashboard(number: int) -> str | None:
 
 
 def world(number: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/proc/net/tcp6")) -> Check:
-    """Whether the dashboard's port is open to other machines: it runs whatever job it is sent."""
+    """Whether the port of the dashboard, which runs every job that it is sent, is open to other machines."""
     name = f"port {number} from outside"
     if any(address in _ANY for address, at in listening(tables) if at == number):
         fix = "start Ray with --dashboard-host=127.0.0.1, and reach it through SSH"
-        return Check(name, "fail", f"something listens on 0.0.0.0:{number}", fix)
+        return Check(name, "fail", f"a program listens on 0.0.0.0:{number}", fix)
     return Check(name, "ok", "closed")
 
 
 def listening(tables: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """(address in the kernel's hexadecimal form, port) of every socket that listens."""
+    """(address in the hexadecimal form of the kernel, port) of every socket that listens."""
     for table in tables:
         try:
             lines = Path(table).read_text().splitlines()[1:]

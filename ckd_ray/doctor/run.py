@@ -1,11 +1,12 @@
-"""`ckd-ray doctor`: what this machine and its cluster offer, what is missing, and what to do about it."""
+"""All checks of `ckd-ray doctor`, in their order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 from ckd_ray.config import Config
-from ckd_ray.doctor import access as access, machine as machine, ray_version as ray_checks, tls as tls
+from ckd_ray.doctor import access, machine, ray_version as ray_checks, tls
 from ckd_ray.doctor.check import Check
 from ckd_ray.doctor.target import cluster
 from ckd_ray.progress import without_secrets
@@ -13,33 +14,30 @@ from ckd_ray.ray_util.target import Target
 
 
 def examine(config: Config, target: Target | None = None) -> list[Check]:
-    """Every check, in the order in which they are shown. Starts no Ray; joins one that runs, and leaves it again.
+    """Every check. No Ray is started; one that runs is joined, and left again.
 
     Args:
-        target: what `--cluster` names. Of machines that jobs are sent to, only the way there is looked at.
+        target: what `--cluster` names. Of a cluster for jobs, only the connection is checked.
     """
-    found: list[Check] = []
-    for one in _all(config, target):
-        found += [Check(c.name, c.state, without_secrets(c.found), c.fix) for c in one()]
-    return found
+    return [replace(check, found=without_secrets(check.found)) for check in _all(config, target)]
 
 
-def _all(config: Config, target: Target | None) -> Iterator[Callable[[], Iterator[Check]]]:
+def _all(config: Config, target: Target | None) -> Iterator[Check]:
     storage = config.run.storage
     joined = ray_checks.running_ray(target)
-    yield machine.versions
-    yield lambda: machine.extras(config)
-    yield machine.processor
-    yield machine.memory
-    yield machine.shared_memory
-    yield machine.accelerators
-    yield lambda: access.storage(storage)
-    yield lambda: access.scratch(storage)
-    yield lambda: access.clock(storage)
-    yield access.token
-    yield tls.transport_encryption
-    yield lambda: ray_checks.ports(joined)
-    yield lambda: iter([joined.check])
+    yield from machine.versions()
+    yield from machine.extras(config)
+    yield from machine.processor()
+    yield from machine.memory()
+    yield from machine.shared_memory()
+    yield from machine.accelerators()
+    yield from access.storage(storage)
+    yield from access.scratch(storage)
+    yield from access.clock(storage)
+    yield from access.token()
+    yield from tls.transport_encryption()
+    yield from ray_checks.ports(joined)
+    yield joined.check
     if target is not None and target.remote:
-        yield lambda: cluster(target)
-    yield lambda: machine.hostname(several_machines=joined.nodes > 1)
+        yield from cluster(target)
+    yield from machine.hostname(several_machines=joined.nodes > 1)

@@ -1,4 +1,4 @@
-"""What `doctor --cluster` says of a cluster that jobs are sent to: its file, or its dashboard."""
+"""Checks of a cluster for jobs: its file, or its dashboard."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ _NAME = "cluster"
 
 
 def cluster(target: Target) -> Iterator[Check]:
-    """Starts nothing, and asks no cloud: whether a launcher's cluster is up is what `ckd-ray status` tells."""
+    """Starts nothing and asks no cloud; `ckd-ray status` shows whether the cluster of a file is up."""
     try:
         yield from _launcher(target) if target.kind == "launcher" else _dashboard(target)
     except UserError as error:
         found = ": ".join(part for part in (error.where, error.problem, error.found) if part)
         yield Check(_NAME, "fail", found, error.fix or error.expected or f"correct {target.text}")
-    except (JobError, ConnectionError) as error:  # something answers there, but not as a dashboard does
-        yield Check(_NAME, "fail", (str(error).splitlines() or [""])[0], f"look what runs at {target.text}")
+    except (JobError, ConnectionError) as error:  # another program answers there
+        yield Check(_NAME, "fail", (str(error).splitlines() or [""])[0], f"check what runs at {target.text}")
 
 
 def _launcher(target: Target) -> Iterator[Check]:
     launcher = read_launcher_file(target.text)
     ray_launcher.check_can_launch(launcher)
-    yield Check(_NAME, "ok", f"{target.text} can be used ({launcher.provider}); `ckd-ray status` tells if it is up")
+    yield Check(
+        _NAME, "ok", f"{target.text} can be used ({launcher.provider}); `ckd-ray status` shows whether it is up"
+    )
     for text in warnings(launcher):
         yield Check(_NAME, "warn", text, f"correct {target.text}")
 

@@ -1,4 +1,4 @@
-"""Certificates, where Ray's own TLS is switched on (SECURITY.md)."""
+"""Checks of the certificates, where Ray's TLS is on (SECURITY.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TLS = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 
 
 def transport_encryption() -> Iterator[Check]:
-    """RAY_USE_TLS: the three files, and whether machines with them would believe this one."""
+    """The three files of RAY_USE_TLS, and whether machines with the same files trust this one."""
     if os.environ.get("RAY_USE_TLS") not in ("1", "true", "True"):
         yield Check("tls", "ok", "off (RAY_USE_TLS); the token travels unencrypted between machines")
         return
@@ -38,7 +38,7 @@ def transport_encryption() -> Iterator[Check]:
 
 
 def handshake(certificate: str, key: str, authority: str, address: str) -> str | None:
-    """Both sides of a TLS connection in memory, each asking for the other's certificate; None, or what went wrong."""
+    """A TLS connection in memory whose sides check each other's certificate. None, or what went wrong."""
     try:
         server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for context in (server, client):

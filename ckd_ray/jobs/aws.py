@@ -1,5 +1,4 @@
-"""What Ray's launcher leaves open or undone on AWS is put right before a machine starts; and what in aws.yaml is to be
-filled in."""
+"""AWS: the values of aws.yaml that the user fills in, and what Ray's launcher does not set up itself."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ from typing import Any
 from ckd_ray.errors import JobError, UserError
 
 NO_IMAGE = "ami-00000000000000000"
-# RFC 5737: addresses for documentation, which nobody has.
-_NOBODY = ("192.0.2.", "198.51.100.", "203.0.113.")
-# The launcher's own mark on what it has made.
+# RFC 5737: addresses for documentation, which no machine has.
+_EXAMPLE_ADDRESSES = ("192.0.2.", "198.51.100.", "203.0.113.")
+# The launcher's tag and prefix on what it has made.
 _MADE_BY_RAY = "ray-autoscaler"
 _PASS_ITSELF = "ckd-ray-pass-itself"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -23,32 +22,34 @@ Rule = tuple[str, int, int, str]
 
 
 def not_filled_in(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, what belongs there) of the marked values of cluster/aws.yaml that are still those that we ship."""
+    """(key, what belongs there) of the values of cluster/aws.yaml that the user has not filled in."""
     for name, kind in config["available_node_types"].items():
         if (kind.get("node_config") or {}).get("ImageId") == NO_IMAGE:
             yield (
                 f"available_node_types.{name}.node_config.ImageId",
                 "an image with NVIDIA's driver in your region (the comment in cluster/aws.yaml has the command)",
             )
-    if any(address.startswith(_NOBODY) for _, _, _, address in _rules(_wanted(config) or [])):
+    if any(address.startswith(_EXAMPLE_ADDRESSES) for _, _, _, address in _rules(_wanted(config) or [])):
         yield (
             "provider.security_group.IpPermissions",
-            "your own address (curl https://checkip.amazonaws.com) and /32 behind it",
+            "your own address (curl https://checkip.amazonaws.com), followed by /32",
         )
 
 
 def prepare_account(config: dict[str, Any]) -> list[str]:
     """Close the cluster's security group to the world, and let its head start workers that have the head's role.
 
-    Ray's launcher puts SSH from 0.0.0.0/0 beside the rules of `provider.security_group.IpPermissions` when it fills a
-    new group, and never touches a group that has rules, so an address that has changed since would stay out. The role
-    that it makes for the head may start machines, but may not hand a role to them, so AWS would refuse workers with
-    an `IamInstanceProfile`. To be called before every launch, with what `read_launcher_file` has checked; the group,
-    key pair and profile are there afterwards, and no machine yet.
+    Call it before every launch, with what `read_launcher_file` has checked. Afterwards the group, the key pair and the
+    profile exist, and no machine does. Two things need it:
+
+    - Ray's launcher adds SSH from 0.0.0.0/0 to the rules of `provider.security_group.IpPermissions` when it fills a new
+      group. It never changes a group that has rules, so a new address of the user's would stay out.
+    - The role that it makes for the head may start machines, but may not pass a role to them, so AWS would refuse
+      workers with an `IamInstanceProfile`.
 
     Returns:
-        One line a change, for people. Nothing for other providers. A file without rules keeps the launcher's own;
-        groups that the file names by id, and groups and roles that the launcher has not made, are left alone.
+        One line for people for each change; none for other providers. A file without rules keeps the launcher's own.
+        Groups that the file names by id, and groups and roles that the launcher has not made, do not change.
 
     Raises:
         UserError: boto3 is not installed, or the role may not be changed. JobError: AWS refuses, or cannot be reached.
@@ -56,7 +57,7 @@ def prepare_account(config: dict[str, Any]) -> list[str]:
     wanted = _wanted(config)
     if config["provider"]["type"] != "aws" or (wanted is None and not _workers_with_profile(config)):
         return []
-    told: list[str] = []
+    changes: list[str] = []
     with _errors_of_aws():
         import boto3
         from ray.autoscaler.sdk import bootstrap_config
@@ -72,16 +73,16 @@ def prepare_account(config: dict[str, Any]) -> list[str]:
             own = {kind["node_config"]["SecurityGroupIds"][0] for kind in made["available_node_types"].values()}
             for group in ec2.describe_security_groups(GroupIds=sorted(own))["SecurityGroups"]:
                 if any(tag["Key"] == _MADE_BY_RAY for tag in group.get("Tags", [])):
-                    told += _match(ec2, group, set(_rules(wanted)))
+                    changes += _update_group(ec2, group, set(_rules(wanted)))
         profile = _profile_of_all(made)
         if profile is not None:
-            told += _let_pass_itself(client("iam"), profile)
-    return told
+            changes += _allow_to_pass_itself(client("iam"), profile)
+    return changes
 
 
 @contextmanager
 def _errors_of_aws() -> Iterator[None]:
-    """What goes wrong, in a line; what the launcher prints meanwhile is dropped, but for its last line then."""
+    """Errors of AWS as one line. What the launcher prints is dropped, except its last line before an error."""
     import click
 
     try:
@@ -90,13 +91,13 @@ def _errors_of_aws() -> Iterator[None]:
         raise UserError(
             "the launcher needs boto3 for AWS", found=str(error), fix="pip install 'ckd-ray[cluster,aws]'"
         ) from None
-    told = io.StringIO()
+    printed = io.StringIO()
     try:
-        with redirect_stdout(told), redirect_stderr(told):
+        with redirect_stdout(printed), redirect_stderr(printed):
             yield
     except (click.ClickException, BotoCoreError, ClientError) as error:
-        said = str(error).strip() or _COLOUR.sub("", told.getvalue().strip().rpartition("\n")[2])
-        raise JobError(f"AWS: {' '.join(said.split())}") from error
+        message = str(error).strip() or _COLOUR.sub("", printed.getvalue().strip().rpartition("\n")[2])
+        raise JobError(f"AWS: {' '.join(message.split())}") from error
 
 
 def _wanted(config: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -105,7 +106,7 @@ def _wanted(config: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _rules(permissions: list[dict[str, Any]]) -> Iterator[Rule]:
-    """(protocol, first port, last port, addresses) of every range; those between machines of the group are left out."""
+    """(protocol, first port, last port, addresses) of every range of addresses; rules within the group have none."""
     for one in permissions:
         ports = (one["IpProtocol"], one.get("FromPort", -1), one.get("ToPort", -1))
         for key, address in (("IpRanges", "CidrIp"), ("Ipv6Ranges", "CidrIpv6")):
@@ -113,7 +114,7 @@ def _rules(permissions: list[dict[str, Any]]) -> Iterator[Rule]:
                 yield (*ports, addresses[address])
 
 
-def _match(ec2: Any, group: dict[str, Any], wanted: set[Rule]) -> list[str]:
+def _update_group(ec2: Any, group: dict[str, Any], wanted: set[Rule]) -> list[str]:
     have = set(_rules(group["IpPermissions"]))
     extra, missing = sorted(have - wanted), sorted(wanted - have)
     if extra:
@@ -147,7 +148,7 @@ def _workers_with_profile(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _profile_of_all(made: dict[str, Any]) -> str | None:
-    """The name of the profile that the launcher has chosen for the head, if workers are to have it too."""
+    """The name of the profile that the launcher has chosen for the head, if workers have it too."""
     arn = (made.get("head_node") or {}).get("IamInstanceProfile", {}).get("Arn")
     if arn is None:  # the file names the head's profile: its owner has seen to its rights
         return None
@@ -155,9 +156,9 @@ def _profile_of_all(made: dict[str, Any]) -> str | None:
     return name if any(p.get("Name") == name or p.get("Arn") == arn for p in _workers_with_profile(made)) else None
 
 
-def _let_pass_itself(iam: Any, profile: str) -> list[str]:
-    """Give the launcher's role the right to hand itself, and no other role, to machines. Its holder gains nothing by
-    it: what such a machine may do, the holder may do already."""
+def _allow_to_pass_itself(iam: Any, profile: str) -> list[str]:
+    """Allow the launcher's role to be passed to machines by its holders. They gain nothing: such a machine may do what
+    they may do themselves."""
     from botocore.exceptions import ClientError
 
     (role,) = iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
@@ -178,7 +179,7 @@ def _let_pass_itself(iam: Any, profile: str) -> list[str]:
     try:
         if iam.get_role_policy(RoleName=name, PolicyName=_PASS_ITSELF)["PolicyDocument"] == wanted:
             return []
-    except ClientError as error:  # there is none, or we may not look: what counts is whether it can be put there
+    except ClientError as error:  # there is none, or we may not read it: what counts is whether we may write it
         if error.response["Error"]["Code"] not in ("NoSuchEntity", "AccessDenied"):
             raise
     try:
@@ -187,12 +188,12 @@ def _let_pass_itself(iam: Any, profile: str) -> list[str]:
         if error.response["Error"]["Code"] != "AccessDenied":
             raise
         raise UserError(
-            "the head could not start workers: its role may not be handed to machines (iam:PassRole), and you may not"
+            "the head could not start workers: its role may not be passed to machines (iam:PassRole), and you may not"
             " change the role",
             where=role["Arn"],
             found=error.response["Error"].get("Message"),
-            fix=f"let somebody who may put this inline policy on the role, once, under the name {_PASS_ITSELF}:"
-            f" {json.dumps(wanted)}; or, where the role has the right already, write `IamInstanceProfile: {{Name:"
-            f" {profile}}}` in the head's node_config too",
+            fix="ask somebody who may change the role to add this inline policy to it, once, under the name"
+            f" {_PASS_ITSELF}: {json.dumps(wanted)}; or, if the role has the right already, write"
+            f" `IamInstanceProfile: {{Name: {profile}}}` in the head's node_config too",
         ) from None
-    return [f"role {name}: may be handed to workers"]
+    return [f"role {name}: may be passed to workers"]

@@ -1,7 +1,7 @@
-"""What travels with a job: this very version of the package, and the configuration; never a secret.
+"""What travels with a job: this version of the package and the configuration, and never a secret.
 
-The machines of a cluster hold the dependencies; the package comes with the job, in one small archive that Ray unpacks
-on every node. Relative paths of a job are below `~/ckd-ray` of the node that it runs on.
+The machines of a cluster have the dependencies installed. The package comes with the job, in one small archive that Ray
+unpacks on every node. Relative paths of a job lie below `~/ckd-ray` on the node where it runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOME = "~/ckd-ray"
 CONFIG_NAME = "job.yaml"
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 _SECRET_OPTION = re.compile(r"secret|token|password|access_key|account_key|credential|sas|signature", re.IGNORECASE)
-# Keys that name a file or a folder of the user's, and may also be a hub id or a package.
+# Keys whose value is a file or folder, a hub id, or a package.
 _MODELS = ("model.backbone", "teacher.checkpoint", "cross_encoder.model")
 
 
@@ -38,31 +38,33 @@ def write_bundle(config: Config, path: Path) -> None:
         for file in sorted(base.rglob("*")):
             inside = file.relative_to(base.parent)
             if file.is_file() and not _LEFT_OUT & set(inside.parts) and file.suffix not in (".pyc", ".pyo"):
-                # One date for all: the same files make the same archive.
-                info = zipfile.ZipInfo(inside.as_posix())
-                info.external_attr, info.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
-                archive.writestr(info, file.read_bytes())
+                _add(archive, inside.as_posix(), file.read_bytes(), 0o644)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        info = zipfile.ZipInfo(CONFIG_NAME)
-        info.external_attr, info.compress_type = 0o600 << 16, zipfile.ZIP_DEFLATED
-        archive.writestr(info, text.encode())
+        _add(archive, CONFIG_NAME, text.encode(), 0o600)
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
+    """All entries have the date of a new ZipInfo, so the same files make the same archive."""
+    info = zipfile.ZipInfo(name)
+    info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+    archive.writestr(info, content)
 
 
 def check_for_job(config: Config, arguments: dict[str, Any], launcher: LauncherFile | None) -> None:
-    """Refuse, before anything is started or paid for, what cannot work on another machine.
+    """Refuse what cannot work on another machine, before anything starts or costs money.
 
     Args:
-        arguments: options of the command with what they were given.
+        arguments: the options of the command and their values.
         launcher: the cluster's file, where there is one.
 
     Raises:
-        UserError: a value is still to be filled in, a URI holds a key, or a path means nothing there.
+        UserError: a value is not filled in, a URI holds a key, or a path has no meaning there.
     """
     check_config_filled_in(config)
     for key, value in [*texts(config.model_dump(mode="json")), *arguments.items()]:
         if isinstance(value, str) and holds_secret(value):
             raise UserError(
-                "a key in a URI would be stored on the cluster for everybody there to read",
+                "a key in a URI would be stored on the cluster, where everybody can read it",
                 where=key,
                 found=without_secrets(value) if "@" in value else value.partition("?")[0] + "?...",
                 fix="leave it out; give the machines the right to the storage (an instance profile, a service"
@@ -71,7 +73,7 @@ def check_for_job(config: Config, arguments: dict[str, Any], launcher: LauncherF
     for key, value in input_paths(config):
         if not value.startswith("/") and "://" not in value:
             raise UserError(
-                "this path is relative, and means nothing on another machine",
+                "this path is relative, and has no meaning on another machine",
                 where=key,
                 expected="an absolute path that all nodes see, a hub id, or package:NAME/FOLDER"
                 if key in _MODELS  # these are loaded by libraries that read no URIs
@@ -92,9 +94,9 @@ def _check_paths_of_options(storage: str, arguments: dict[str, Any], launcher: L
         value = arguments.get(option)
         if not value or "://" in value:
             continue
-        beside = option == "against" and not value.startswith("/") and not storage.startswith("/")
         shared = value.startswith("/") and (not rented or storage.startswith("/"))
-        if not shared and not (beside and "://" not in storage):
+        in_storage = option == "against" and not value.startswith("/") and not storage.startswith("/")
+        if not shared and not (in_storage and "://" not in storage):
             raise UserError(
                 problem,
                 where=f"--{option}",
@@ -120,13 +122,13 @@ def _check_storage(config: Config, launcher: LauncherFile | None) -> None:
         )
     place = f"{HOME}/{storage}" if relative else storage
     if alone or relative:
-        say(f"run.storage: {place} of the head node; it is gone when the machine is")
+        say(f"run.storage: {place} on the head node; it is lost with the machine")
     elif rented:
         say(f"run.storage: {place} must be a shared file system that every node mounts")
 
 
 def input_paths(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, path or URI) of every file and folder that the configuration reads; no hub ids, no packages."""
+    """(key, path or URI) of every file and folder that the configuration reads, without hub ids and packages."""
     c = config.collection
     if c.path and c.format not in ("docstrings", "ir_datasets"):
         yield "collection.path", c.path
@@ -145,7 +147,7 @@ def input_paths(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def holds_secret(text: str) -> bool:
-    """A URI with a key in front of the host, or in its options."""
+    """Whether the text is a URI with a key in front of its host or in its options."""
     if "://" not in text:
         return False
     try:

@@ -1,11 +1,10 @@
-"""Following a job as if it ran here: its lines, its object, its exit status; through broken connections and Ctrl-C."""
+"""Follow a job as if it ran here: its lines, its object and its exit status, through lost connections and Ctrl-C."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, TextIO
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.jobs.submit import BEGIN, MARK, Jobs
 from ckd_ray.progress import duration, say
+from ckd_ray.streams import people
 
 _POLL_S = 2.0
 _LONGEST_PAUSE_S = 20.0
@@ -24,15 +24,15 @@ _GIVE_UP_AFTER_S = 900.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How following ended: `status` is the exit status of this process; `detached` when the job may still run."""
+    """`status` is the exit status of this process; `detached` says that the job may still run."""
 
     status: int
     detached: bool = False
 
 
 class Printer:
-    """Takes a job's log in pieces, from its beginning, and prints its lines: people's to standard error, the object of
-    `--json` to `objects`. What was taken before is passed over when the log is read again."""
+    """Prints a job's log, which comes in pieces: lines for people to standard error, the object of `--json` to
+    `objects`. `taken` counts the characters, for a log that is read again from its beginning."""
 
     def __init__(self, objects: TextIO | None) -> None:
         self._objects = objects
@@ -49,13 +49,13 @@ class Printer:
             self._line(line)
 
     def end(self) -> None:
-        """The log is complete; if the job never began, what Ray said is all there is to show."""
+        """The log is complete. If the job never began, print what Ray wrote."""
         if self._rest:
             self._line(self._rest)
             self._rest = ""
         if not self._begun:
             for line in self._before:
-                print(line, file=sys.stderr, flush=True)
+                print(line, file=people(), flush=True)
 
     def _line(self, line: str) -> None:
         if not self._begun:
@@ -65,11 +65,11 @@ class Printer:
             if self._objects is not None:
                 print(line.removeprefix(MARK), file=self._objects, flush=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=people(), flush=True)
 
 
 class _Tail(threading.Thread):
-    """Reads a job's log from the beginning, in a thread, and puts its pieces into a queue; None at its end."""
+    """Reads a job's log from its beginning and puts the pieces into a queue; None at the end."""
 
     def __init__(self, client: Any, job: str) -> None:
         super().__init__(daemon=True)
@@ -78,7 +78,7 @@ class _Tail(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with suppress(Exception):  # whatever breaks the connection: the one who follows finds out why
+        with suppress(Exception):  # of any kind when the connection breaks; the follower finds the reason
             asyncio.run(self._read())
         self.pieces.put(None)
 
@@ -88,7 +88,7 @@ class _Tail(threading.Thread):
 
 
 class Interrupts:
-    """Counts Ctrl-C and SIGTERM instead of being thrown out of whatever is going on; the fourth throws."""
+    """Counts Ctrl-C and SIGTERM, which then do not interrupt what is going on; the fourth one does."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -112,12 +112,12 @@ class Interrupts:
 
 
 def follow(jobs: Jobs, job: str, reattach: str, objects: TextIO | None) -> Outcome:
-    """Print the job's log until the job has ended, or the user has had enough.
+    """Print the job's log until the job has ended or the user leaves.
 
-    The first Ctrl-C asks the job to stop and waits for it, the second leaves it alone.
+    The first Ctrl-C asks the job to stop and waits for that; the second one leaves the job alone.
 
     Args:
-        reattach: the command that follows this job again, for people.
+        reattach: the command that follows this job again.
         objects: where the object of `--json` goes.
 
     Raises:
@@ -142,15 +142,15 @@ class _Follower:
                     return outcome
             except ConnectionError as error:
                 self._lost(str(error))
-                if self._waited_out(self.pause):
+                if self._wait(self.pause):
                     return self._detached()
                 self.pause = min(2 * self.pause, _LONGEST_PAUSE_S)
 
     def _while_connected(self) -> Outcome | None:
-        """One connection's life; None when the log's stream has ended and the job has not."""
+        """Follow over one connection. None when the stream of the log has ended before the job."""
         client = self.jobs.client()
         info = self._info()
-        self._found_again()
+        self._connected_again()
         if info.status.is_terminal():
             return self._ended(info)
         tail, skip, asked = _Tail(client, self.job), self.printer.taken, time.monotonic()
@@ -161,7 +161,7 @@ class _Follower:
             with suppress(queue.Empty):
                 piece = tail.pieces.get(timeout=0.3)
             if piece is None:
-                self._waited_out(1.0)
+                self._wait(1.0)
                 return None
             if piece:
                 new = piece[skip:]
@@ -177,8 +177,8 @@ class _Follower:
             return self.jobs.info(self.job)
         except UserError as error:
             raise JobError(
-                f"the cluster has forgotten job {self.job}: its head was started anew; give the same command again,"
-                " without --fresh or --from: what was finished in run.storage is kept"
+                f"the cluster does not know job {self.job} any more: its head has restarted; run the same command again"
+                " without --fresh or --from, and finished work in run.storage is kept"
             ) from error
 
     def _stop_wanted(self) -> str | None:
@@ -190,8 +190,8 @@ class _Follower:
             self.asked_to_stop = True
         return None
 
-    def _waited_out(self, seconds: float) -> bool:
-        """Wait; True as soon as the user wants to leave."""
+    def _wait(self, seconds: float) -> bool:
+        """Wait. True as soon as the user wants to leave."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.interrupts.count < 2:
             time.sleep(0.1)
@@ -203,12 +203,12 @@ class _Follower:
             self.lost_since = now
         if now - self.lost_since > _GIVE_UP_AFTER_S:
             raise JobError(
-                f"the cluster cannot be reached since {duration(now - self.lost_since)} ({reason}); the job may still"
+                f"the cluster has been out of reach for {duration(now - self.lost_since)} ({reason}); the job may still"
                 f" run: {self.reattach}"
             )
-        say(f"the connection to the cluster is lost ({reason}); trying again in {self.pause:.0f} s")
+        say(f"lost the connection to the cluster ({reason}); trying again in {self.pause:.0f} s")
 
-    def _found_again(self) -> None:
+    def _connected_again(self) -> None:
         if self.lost_since is not None:
             say(f"connected again after {duration(time.monotonic() - self.lost_since)}")
         self.lost_since, self.pause = None, 1.0

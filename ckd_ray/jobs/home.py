@@ -1,4 +1,4 @@
-"""Results that lie on the head's own disk are copied into the local `runs/` folder."""
+"""Copies results from the disk of the head into the local `runs/` folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from ckd_ray.jobs import launcher as ray_launcher
 from ckd_ray.jobs.bundle import HOME
 from ckd_ray.jobs.launcher_file import LauncherFile
 from ckd_ray.progress import say
+from ckd_ray.streams import keep_log
 
-# A folder ends with a slash. Stores and checkpoints stay where they are.
+# Names of folders end with a slash. Stores and checkpoints stay on the head.
 _OF_A_RUN = ("run.json", "evaluation/", "student/")
 RESULTS: dict[str, tuple[str, ...]] = {
     "train": _OF_A_RUN,
@@ -23,9 +24,10 @@ _NOTE = ".fetched"
 
 
 def bring_home(launcher: LauncherFile, command: str, run: str) -> Path | None:
-    """Fetch what `command` made of the run `run` (storage/name, as the job was given it). Returns the local folder.
+    """Fetch the results of `command` in the run `run` (storage/name, as in the job's configuration).
 
-    A local run of the same name is left alone: the results then go beside it, into NAME-CLUSTER.
+    Returns:
+        the local folder: runs/NAME, or runs/NAME-CLUSTER where a local run has that name; None for remote storage.
     """
     if "://" in run:
         say(f"results: {run}")
@@ -41,8 +43,8 @@ def bring_home(launcher: LauncherFile, command: str, run: str) -> Path | None:
     fetched = [name for name in wanted if ray_launcher.fetch(launcher, f"{remote}/{name}", local / name)]
     say(f"fetched {', '.join(fetched) or 'nothing'} -> {local}")
     missing = [name for name in wanted if name not in fetched]
-    if missing:  # of a command that ended before these were made, or --until an earlier stage
-        say(f"not there, or out of reach: {', '.join(missing)} (log: {ray_launcher.log_file(launcher)})")
+    if missing:  # after --until an earlier stage, say
+        say(f"missing or out of reach: {', '.join(missing)} (log: {keep_log()})")
     return local
 
 

@@ -1,4 +1,4 @@
-"""A cluster launcher's YAML: read, checked before anything is paid for, and described with what it will cost."""
+"""A cluster launcher's YAML: read it, check it before anything costs money, and describe it with its price."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKEN_NAME = "auth_token"
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of machine, and how many of it there will be (the head, one more of its type, is not counted)."""
+    """A type of machines, and how many workers of it there are; the head is not counted."""
 
     name: str
     machine: str | None
@@ -36,13 +36,13 @@ class NodeType:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of one machine; None where its price is unknown."""
+        """Price of one machine; None where it is unknown."""
         return hourly(self.machine, spot=self.spot, accelerators=self.accelerators) if self.machine else None
 
 
 @dataclass(frozen=True)
 class LauncherFile:
-    """The YAML at `path`, as Ray reads it (`prepared`, with Ray's defaults filled in)."""
+    """The YAML at `path`; `prepared` has Ray's defaults filled in."""
 
     path: str
     prepared: dict[str, Any]
@@ -54,7 +54,7 @@ class LauncherFile:
 
     @property
     def own_machines(self) -> bool:
-        """Machines that cost nothing by the hour, and share what their owner lets them share."""
+        """Whether the machines are the user's own, without a price."""
         return self.provider == "local"
 
     @property
@@ -70,12 +70,12 @@ class LauncherFile:
 
     @property
     def least_nodes(self) -> int:
-        """The head and the workers that are always there."""
+        """The head and the least number of workers."""
         return 1 + sum(kind.least for kind in self.workers)
 
     @property
     def most_nodes(self) -> int:
-        """The head and as many workers as the autoscaler may start."""
+        """The head and the greatest number of workers."""
         return 1 + min(int(self.prepared["max_workers"]), sum(kind.most for kind in self.workers))
 
     @property
@@ -103,19 +103,16 @@ class LauncherFile:
 
 
 def read_launcher_file(path: str, *, strict: bool = True) -> LauncherFile:
-    """The file, checked by Ray's own schema and (`strict`) by what ckd-ray asks of a cluster before it starts one.
+    """The file, checked by Ray's schema and (`strict`) for what would let strangers in.
 
     Raises:
         UserError: with the file and the key.
     """
     raw = _read(path)
     prepared = _prepared(path, raw)
-    found = LauncherFile(path, prepared)
-    problems = list(_unsafe(prepared)) if strict else []
-    if problems:
-        where, what, fix = problems[0]
-        raise UserError(what, where=f"{path}: {where}", fix=fix)
-    return found
+    for key, problem, fix in _unsafe(prepared) if strict else ():
+        raise UserError(problem, where=f"{path}: {key}", fix=fix)
+    return LauncherFile(path, prepared)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -127,24 +124,26 @@ def _read(path: str) -> dict[str, Any]:
         raise UserError("not valid YAML", where=path, found=" ".join(str(error).split())) from None
     if not isinstance(value, dict) or "provider" not in value or "cluster_name" not in value:
         raise UserError(
-            "this is no cluster launcher's file",
+            "this is not a cluster launcher's file",
             where=path,
             expected="a YAML with cluster_name, provider, auth, ...; see cluster/ for examples",
         )
     if not isinstance(value["provider"], dict) or not isinstance(value["provider"].get("type"), str):
-        raise UserError("names no kind of machines", where=f"{path}: provider.type", expected="aws, gcp, local, ...")
+        raise UserError(
+            "the kind of machines is missing", where=f"{path}: provider.type", expected="aws, gcp, local, ..."
+        )
     return value
 
 
 def _prepared(path: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """Ray's defaults filled in, then Ray's schema: the file alone does not satisfy it."""
+    """Ray's defaults filled in, then checked by Ray's schema, which the file alone does not satisfy."""
     import click
     import jsonschema
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    told = io.StringIO()  # the launcher speaks to standard output
+    printed = io.StringIO()
     try:
-        with redirect_stdout(told), redirect_stderr(told):
+        with redirect_stdout(printed), redirect_stderr(printed):
             logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
             prepared: dict[str, Any] = prepare_config(raw)
             validate_config(prepared)
@@ -174,7 +173,7 @@ def _commands(prepared: dict[str, Any], *keys: str) -> list[str]:
 
 
 def _unsafe(prepared: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(key, what is wrong, how to mend it) of what would let strangers in."""
+    """(key, problem, fix) of everything that would let strangers in."""
     starts = {
         key: [c for c in _commands(prepared, key) if re.search(r"\bray start\b", c)]
         for key in ("head_start_ray_commands", "worker_start_ray_commands")
@@ -184,9 +183,9 @@ def _unsafe(prepared: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             if host not in _LOOPBACK:
                 yield (
                     key,
-                    f"--dashboard-host {host} opens the dashboard, which runs whatever it is sent, to the network",
+                    f"--dashboard-host {host} opens the dashboard, which runs every job sent to it, to the network",
                     "write --dashboard-host=127.0.0.1; ckd-ray reaches it through SSH. Ray's own default start"
-                    " commands open it, so the file must give its own",
+                    " commands open it, so the file must have commands of its own",
                 )
     setup = _commands(prepared, "initialization_commands", "setup_commands", "head_setup_commands")
     for key, commands in starts.items():
@@ -194,13 +193,13 @@ def _unsafe(prepared: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             if "RAY_AUTH_MODE=token" not in command and not any("RAY_AUTH_MODE=token" in c for c in setup):
                 yield key, "Ray would start without asking for a token", "write RAY_AUTH_MODE=token before `ray start`"
     mounts = prepared.get("file_mounts") or {}
-    told = " ".join([*mounts, *setup, *_commands(prepared, *starts)])
-    if _TOKEN_NAME not in told and "RAY_AUTH_TOKEN" not in told:
+    everything = " ".join([*mounts, *setup, *_commands(prepared, *starts)])
+    if _TOKEN_NAME not in everything and "RAY_AUTH_TOKEN" not in everything:
         yield "file_mounts", "no token reaches the machines", 'add "~/.ray/auth_token": ~/.ray/auth_token'
 
 
 def warnings(launcher: LauncherFile) -> list[str]:
-    """What is allowed, but may cost or expose more than one thinks."""
+    """What is allowed, but may cost or expose more than the user expects."""
     provider, found = launcher.prepared["provider"], []
     if launcher.provider == "aws":
         rules = (provider.get("security_group") or {}).get("IpPermissions")
@@ -208,22 +207,21 @@ def warnings(launcher: LauncherFile) -> list[str]:
             r for rule in rules or [] for r in (rule.get("IpRanges") or []) + (rule.get("Ipv6Ranges") or [])
             if r.get("CidrIp", r.get("CidrIpv6")) in _WORLD
         ]  # fmt: skip
-        own = any("SecurityGroupIds" in (t.get("node_config") or {}) for t in _types(launcher))
+        types = launcher.prepared["available_node_types"].values()
+        own = any("SecurityGroupIds" in (t.get("node_config") or {}) for t in types)
         if world:
             found.append("provider.security_group is open to the whole internet; name your own address range")
         elif rules is None and not own:
             found.append("without provider.security_group.IpPermissions, SSH is open to the whole internet")
         if provider.get("cache_stopped_nodes", True):
-            found.append("provider.cache_stopped_nodes is on: `down` stops machines, whose disks go on costing")
+            found.append(
+                "provider.cache_stopped_nodes is on: `down` only stops machines, and their disks still cost money"
+            )
     return found
 
 
-def _types(launcher: LauncherFile) -> list[dict[str, Any]]:
-    return list(launcher.prepared["available_node_types"].values())
-
-
 def describe(launcher: LauncherFile) -> list[str]:
-    """Lines for people: machines, how many, spot or not, and USD an hour from the least to the most."""
+    """Lines for people: the machines, their numbers, spot or on demand, and the least and greatest price an hour."""
     name = launcher.prepared["cluster_name"]
     lines = [f"cluster {name} ({launcher.provider}), from {launcher.path}"]
     if launcher.own_machines:
@@ -277,5 +275,5 @@ def _is_spot(node: dict[str, Any]) -> bool:
 
 
 def _last_part(value: str | None) -> str | None:
-    """GCP names things by address: projects/P/zones/Z/acceleratorTypes/nvidia-tesla-t4."""
+    """GCP's names are addresses: projects/P/zones/Z/acceleratorTypes/nvidia-tesla-t4."""
     return value.rsplit("/", 1)[-1] if value else None

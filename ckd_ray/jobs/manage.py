@@ -1,4 +1,4 @@
-"""`ckd-ray status` and `ckd-ray down`: what is there, and its end."""
+"""`ckd-ray status` and `ckd-ray down`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckd_ray.ray_util.target import Target
 
 
 def status(target: Target) -> dict[str, Any]:
-    """What `--json` prints: whether the cluster is up, its nodes and its jobs."""
+    """The object of `--json`: whether the cluster is up, its nodes and its jobs."""
     if target.kind == "dashboard":
         with dashboard(target) as jobs:
             return {"target": target.text, "up": True, **_seen(jobs)}
@@ -35,7 +35,7 @@ def status(target: Target) -> dict[str, Any]:
 
 
 def show_status(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print what `status` returned, for people."""
     if not found["up"]:
         say("not up")
         return
@@ -50,12 +50,12 @@ def show_status(found: dict[str, Any]) -> None:
 
 
 def down(target: Target, yes: bool) -> None:
-    """End the cluster of a launcher's file, after asking."""
+    """End the cluster of a launcher's file, after a question."""
     if target.kind != "launcher":
         raise UserError(
             "only a cluster that was started from a YAML can be taken down",
             where=target.text,
-            fix="give the YAML; a head that was started by hand is ended by `ray stop` on its machine",
+            fix="name the YAML; `ray stop` on its machine ends a head that was started by hand",
         )
     launcher = read_launcher_file(target.text, strict=False)
     for line in describe(launcher):

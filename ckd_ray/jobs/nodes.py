@@ -1,7 +1,7 @@
-"""The nodes of a running cluster: waiting for those that are still starting, and whether all see what the job needs.
+"""The nodes of a running cluster: wait until they have started, and check that all of them see the job's files.
 
-On one node nothing is asked. On several, one small task a node looks at the input files and at the run's storage,
-before the first stage begins: a file that only the driver's machine has would else fail hours later, on another one.
+On one node there is nothing to check. On several, a small task on each node looks at the input files and at the storage
+of the run before the first stage: a file that only the driver's machine has would fail hours later on another one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,13 @@ _ANSWER_WITHIN_S = 120.0
 _SEEN_WITHIN_S = 5.0
 _SAMPLE = 1 << 16
 
-# Of one path: None when it is not there, else {name below it: size and a digest of its ends}.
+# What a node sees at a path: None when nothing is there, else {name below it: size and a digest of both ends}.
 Seen = dict[str, str] | None
 
 
 def wait_for_nodes() -> None:
-    """Where the job was told how many nodes its cluster always has (NODES_VARIABLE), wait until they are there.
-
-    What a stage does with the machines it finds is decided when it begins. After a quarter of an hour it goes on with
-    what there is: spot machines may be out of stock.
-    """
+    """Wait for as many nodes as NODES_VARIABLE says, because a stage uses the machines that it finds when it begins.
+    After a quarter of an hour go on with those that there are: spot machines may be out of stock."""
     wanted = int(os.environ.get(NODES_VARIABLE) or 1)
     if wanted == 1:
         return
@@ -53,7 +50,7 @@ def wait_for_nodes() -> None:
 
 
 def check_nodes_see(config: Config) -> None:
-    """Every node that is alive sees the local input files, as they are here, and `run.storage`.
+    """Check that every node sees the same local input files as this one, and `run.storage`.
 
     Raises:
         UserError: with the nodes that do not.
@@ -79,7 +76,7 @@ def check_nodes_see(config: Config) -> None:
         blind = [name for name, (_, sees) in theirs.items() if not sees]
         if blind:
             raise UserError(
-                "not every node sees this folder, or may write to it",
+                "not every node sees this folder and may write to it",
                 where="run.storage",
                 expected="a shared file system that all nodes mount at this path, or a URI such as s3://bucket/runs",
                 found=f"{storage}, which is not shared with {_list(blind)}",
@@ -89,7 +86,7 @@ def check_nodes_see(config: Config) -> None:
 def look_at(path: str) -> Seen:
     """Names, sizes and a digest of both ends of the file, or of the files in the folder and one folder below it.
 
-    A time of change would differ between copies that are the same; whole contents would take minutes.
+    Times of change differ between equal copies, and a digest of whole files would take minutes.
     """
     root = Path(path)
     if root.is_file():
@@ -109,29 +106,27 @@ def _sign(file: Path) -> str:
     return f"{size}:{digest.hexdigest()}"
 
 
-class _probe:
-    """A file with a new name in `storage`, for the others to find; a context manager that removes all of them."""
-
-    def __init__(self, storage: str | None) -> None:
-        self.path = f"{storage}/.probe-{uuid.uuid4().hex[:12]}" if storage else None
-
-    def __enter__(self) -> str | None:
-        if self.path:
-            try:
-                make_folder(os.path.dirname(self.path))
-                Path(self.path).write_text("ckd-ray")
-            except OSError as error:
-                raise UserError("this folder cannot be written to", where="run.storage", found=str(error)) from error
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        if self.path:
-            with suppress(OSError):
-                os.remove(self.path)
+@contextmanager
+def _probe(storage: str | None) -> Iterator[str | None]:
+    """A file with a new name in `storage` for the length of the block, which the other nodes have to find."""
+    if storage is None:
+        yield None
+        return
+    path = f"{storage}/.probe-{uuid.uuid4().hex[:12]}"
+    try:
+        make_folder(storage)
+        Path(path).write_text("ckd-ray")
+    except OSError as error:
+        raise UserError("this folder cannot be written to", where="run.storage", found=str(error)) from error
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            os.remove(path)
 
 
 def _answer(paths: Sequence[str], probe: str | None) -> tuple[list[Seen], bool]:
-    """On each node: what it sees of `paths`, and whether it finds the probe and may write beside it."""
+    """Runs on each node: what it sees at `paths`, and whether it finds the probe and may write to that folder."""
     seen = [look_at(path) for path in paths]
     if probe is None:
         return seen, True
@@ -150,7 +145,7 @@ def _answer(paths: Sequence[str], probe: str | None) -> tuple[list[Seen], bool]:
 
 
 def _ask(nodes: list[dict[str, Any]], paths: list[str], probe: str | None) -> dict[str, tuple[list[Seen], bool]]:
-    """The answer of every node that gives one, by its name; a node that dies meanwhile will not work either."""
+    """The answers by the name of the node. A node that dies meanwhile gives none, and takes no part in the job."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -169,13 +164,13 @@ def _ask(nodes: list[dict[str, Any]], paths: list[str], probe: str | None) -> di
         except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
             raise JobError(f"node {name} cannot run ckd-ray: {str(error).strip().splitlines()[-1]}") from error
         except ray.exceptions.RayError as error:
-            say(f"node {name} gives no answer, and is left out of the check ({type(error).__name__})")
+            say(f"node {name} does not answer, and is left out of the check ({type(error).__name__})")
     return answers
 
 
 def _refuse(key: str, path: str, missing: list[str], other: list[str]) -> None:
     found = [f"it is missing on {_list(missing)}"] if missing else []
-    found += [f"there are other contents on {_list(other)}"] if other else []
+    found += [f"it has other contents on {_list(other)}"] if other else []
     raise UserError(
         "not every node sees this path",
         where=f"{key} {path}",

@@ -1,4 +1,4 @@
-"""Values that our example files leave for the user to fill in; refused before anything is asked or started."""
+"""Values that our example files leave for the user to fill in. They are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ PLACEHOLDER = "CHANGE-ME"
 
 
 def check_launcher_filled_in(prepared: dict[str, Any], where: str) -> None:
-    """Refuse a launcher's file of which marked values are still those that we ship.
-
-    Args:
-        where: its path, for the message.
+    """Refuse a launcher's file, at the path `where`, that has values to be filled in.
 
     Raises:
         UserError: names every such key, and how to find its value.
@@ -34,11 +31,7 @@ def check_launcher_filled_in(prepared: dict[str, Any], where: str) -> None:
 
 
 def check_config_filled_in(config: Config) -> None:
-    """Refuse to run with a configuration that holds CHANGE-ME.
-
-    Raises:
-        UserError: names every such key.
-    """
+    """Refuse a configuration that holds CHANGE-ME. UserError names every such key."""
     found = [(key, text) for key, text in texts(config.model_dump(mode="json")) if PLACEHOLDER in text]
     if found:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A command that runs on a cluster: bring it up if need be, send the job, follow it, bring the results home."""
+"""A command that runs on a cluster: start the cluster if need be, send the job, follow it, fetch the results."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from typing import Any, TextIO
 from ckd_ray.config import Config
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.jobs import launcher as ray_launcher
+from ckd_ray.jobs.aws import prepare_account
 from ckd_ray.jobs.bundle import check_for_job
 from ckd_ray.jobs.confirm import confirmed
 from ckd_ray.jobs.follow import Outcome, follow
 from ckd_ray.jobs.home import bring_home
 from ckd_ray.jobs.launcher_file import LauncherFile, describe, read_launcher_file, warnings
 from ckd_ray.jobs.submit import JobRequest, Jobs, running, which
-from ckd_ray.jobs.tunnel import Direct, Tunnel
+from ckd_ray.jobs.tunnel import Tunnel
 from ckd_ray.progress import say
 from ckd_ray.ray_util.target import Target
 from ckd_ray.ray_util.token import use_token
+from ckd_ray.streams import log_path
 
 _DASHBOARD_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """`--yes`, `--down`, `--keep`, `--detach`: what every command that takes `--cluster` offers."""
+    """`--yes`, `--down`, `--keep` and `--detach`, which every command with `--cluster` has."""
 
     yes: bool = False
     down: bool = False
@@ -37,24 +39,24 @@ class ClusterOptions:
     detach: bool = False
 
     def check(self, target: Target | None) -> None:
-        """Raises UserError where they contradict each other or the target."""
+        """UserError where they contradict each other or the target."""
         if self.down and self.keep:
             raise UserError("--down and --keep contradict each other", where="--down")
         if self.detach and self.down:
             raise UserError(
-                "nobody would be there to take the cluster down",
+                "after --detach, no process waits for the job to take the cluster down",
                 where="--detach --down",
                 fix="leave one out; `ckd-ray attach TARGET --down` follows the job later and takes the cluster down",
             )
         if (self.down or self.keep) and (target is None or target.kind != "launcher"):
-            raise UserError("counts for a cluster that ckd-ray starts from a YAML", where="--down, --keep")
+            raise UserError("these are for a cluster that ckd-ray starts from a YAML", where="--down, --keep")
         if self.detach and (target is None or not target.remote):
-            raise UserError("there is no job to leave: the command runs in this process", where="--detach")
+            raise UserError("there is no job to detach from: the command runs in this process", where="--detach")
 
 
 @dataclass(frozen=True)
 class Command:
-    """`ckd-ray name words...` with its configuration; `arguments` are the options behind `words`, by name."""
+    """`ckd-ray NAME WORDS...` with its configuration; `arguments` has the values of the options by name."""
 
     name: str
     words: list[str]
@@ -69,8 +71,8 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
         objects: where the one object of `--json` goes.
 
     Raises:
-        UserError: the cluster or the configuration cannot be used; nothing was started.
-        JobError: the launcher failed, or the cluster is gone.
+        UserError: the cluster or the configuration cannot be used; nothing has started.
+        JobError: the launcher failed, or the cluster is lost.
     """
     if target.kind == "dashboard":
         check_for_job(command.config, command.arguments, None)
@@ -89,12 +91,13 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
         say(f"the cluster is up, head {head}")
     elif not confirmed("start this cluster?", options.yes):
         raise UserError("nothing was started")
-    else:  # not part of the work: should it fail, there is no cluster to take down or to warn of
-        ray_launcher.prepare_cloud(launcher)
+    else:  # before `work`: if it fails, there is no cluster to take down or to warn of
+        for line in prepare_account(launcher.prepared):
+            say(line)
 
     def work() -> Outcome:
         if head is None:
-            say(f"starting the cluster, which takes minutes (log: {ray_launcher.log_file(launcher)})")
+            say(f"starting the cluster, which takes minutes (log: {log_path() or 'below'})")
             ray_launcher.bring_up(launcher)
         with through_ssh(launcher) as jobs:
             outcome = _submitted(jobs, request, target, options, objects)
@@ -102,16 +105,20 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
             bring_home(launcher, request.command, request.run)
         return outcome
 
-    return _and_afterwards(launcher, options.down, work).status
+    return _then_end(launcher, options.down, work).status
 
 
 def attach(target: Target, job: str | None, down: bool, objects: TextIO | None) -> int:
-    """Follow a job that was sent before; None is the newest. Returns its exit status."""
+    """Follow a job that was sent before, the newest for None. Returns its exit status."""
     if target.kind == "dashboard":
         with dashboard(target) as jobs:
             chosen = which(jobs, job)
             return follow(jobs, chosen, reattach(target, chosen), objects).status
-    launcher = running_launcher(target)
+    launcher = read_launcher_file(target.text, strict=False)
+    ray_launcher.use_launcher_s_token(launcher)
+    if ray_launcher.head_address(launcher) is None:
+        fix = f"a job with --cluster {target.text} starts it"
+        raise UserError("this cluster is not up", where=target.text, fix=fix)
 
     def work() -> Outcome:
         with through_ssh(launcher) as jobs:
@@ -122,7 +129,7 @@ def attach(target: Target, job: str | None, down: bool, objects: TextIO | None) 
             bring_home(launcher, str(metadata["command"]), str(metadata["run"]))
         return outcome
 
-    return _and_afterwards(launcher, down, work).status
+    return _then_end(launcher, down, work).status
 
 
 def reattach(target: Target, job: str) -> str:
@@ -130,32 +137,17 @@ def reattach(target: Target, job: str) -> str:
     return shlex.join(["ckd-ray", "attach", target.text, job])
 
 
-def running_launcher(target: Target) -> LauncherFile:
-    """The launcher's file, with its token in use.
-
-    Raises:
-        UserError: its cluster is not up.
-    """
-    launcher = read_launcher_file(target.text, strict=False)
-    ray_launcher.use_launcher_s_token(launcher)
-    if ray_launcher.head_address(launcher) is None:
-        raise UserError(
-            "this cluster is not up", where=target.text, fix=f"a job with --cluster {target.text} starts it"
-        )
-    return launcher
-
-
 @contextmanager
 def dashboard(target: Target) -> Iterator[Jobs]:
     """The jobs of the dashboard at an address.
 
     Raises:
-        UserError: nobody answers there, or our token is refused.
+        UserError: nothing answers there, or it refuses our token.
     """
     use_token()
     if target.in_clear:
-        say(f"{target.text}: without https the token and the data travel in clear; an SSH tunnel hides them")
-    jobs = Jobs(Direct(target.text), target.text)
+        say(f"{target.text}: without https the token and the data travel unencrypted; an SSH tunnel encrypts them")
+    jobs = Jobs(target.text, target.text)
     try:
         jobs.client()
     except ConnectionError as error:
@@ -170,13 +162,13 @@ def dashboard(target: Target) -> Iterator[Jobs]:
 
 @contextmanager
 def through_ssh(launcher: LauncherFile) -> Iterator[Jobs]:
-    """The jobs of a launcher's cluster, through a tunnel; a head that has just started is given two minutes.
+    """The jobs of a launcher's cluster, through a tunnel. A head that has just started has two minutes to answer.
 
     Raises:
-        JobError: it cannot be reached.
+        JobError: it does not answer.
     """
     with Tunnel(ray_launcher.ssh_command(launcher)) as tunnel:
-        jobs = Jobs(tunnel, launcher.path)
+        jobs = Jobs(tunnel.address, launcher.path, tunnel.ensure)
         deadline = time.monotonic() + _DASHBOARD_WITHIN_S
         while True:
             try:
@@ -185,19 +177,19 @@ def through_ssh(launcher: LauncherFile) -> Iterator[Jobs]:
             except ConnectionError as error:
                 if time.monotonic() > deadline:
                     raise JobError(
-                        f"the head of {launcher.path} is there, but no dashboard answers ({error}); if Ray has died on"
-                        f" it, `ckd-ray down {shlex.quote(launcher.path)}` and start again"
+                        f"the head of {launcher.path} runs, but its dashboard does not answer ({error}); if Ray has"
+                        f" died there, run `ckd-ray down {shlex.quote(launcher.path)}` and start again"
                     ) from error
                 time.sleep(2)
         yield jobs
 
 
 def _submitted(jobs: Jobs, request: JobRequest, target: Target, options: ClusterOptions, objects: TextIO) -> Outcome:
-    """Send the job, and follow it unless it is to be left."""
+    """Send the job, and follow it unless the options say `--detach`."""
     busy = running(jobs, request.run)
     if busy is not None:
         raise UserError(
-            "a job of this run is running there already",
+            "a job of this run is already running there",
             where=request.run,
             found=busy,
             fix=reattach(target, busy),
@@ -223,8 +215,8 @@ def _submitted(jobs: Jobs, request: JobRequest, target: Target, options: Cluster
     return follow(jobs, job, again, objects)
 
 
-def _and_afterwards(launcher: LauncherFile, down: bool, work: Callable[[], Outcome]) -> Outcome:
-    """Whatever happens to the work, the cluster is taken down, or it is said how."""
+def _then_end(launcher: LauncherFile, down: bool, work: Callable[[], Outcome]) -> Outcome:
+    """Do the work. Whatever happens to it, take the cluster down or say how the user can do that."""
     outcome: Outcome | None = None
     try:
         outcome = work()

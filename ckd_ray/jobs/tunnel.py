@@ -1,4 +1,4 @@
-"""The way to a dashboard: straight, or through SSH, whose tunnel is opened again when it breaks."""
+"""An SSH tunnel to the dashboard of a head, which is opened again after it breaks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Protocol
 
 from ckd_ray.errors import JobError
 
@@ -19,41 +18,16 @@ DASHBOARD_PORT = 8265
 _OPEN_WITHIN_S = 30.0
 
 
-class Way(Protocol):
-    """A dashboard's address, which `ensure` makes reachable if it can."""
-
-    address: str
-
-    def ensure(self) -> None:
-        """Raises ConnectionError when it cannot be reached now; to be asked again a little later."""
-
-    def close(self) -> None:
-        """Nothing is left behind."""
-
-
-class Direct:
-    """A dashboard that is reachable as it is; whoever asks it finds out."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def ensure(self) -> None:
-        """There is nothing to do."""
-
-    def close(self) -> None:
-        """There is nothing to do."""
-
-
 class Tunnel:
-    """`ssh -N -L` in a process group of its own, so that Ctrl-C at the terminal does not reach it; a context manager.
+    """`ssh -N -L` in a process group of its own, which Ctrl-C at the terminal does not reach; a context manager.
 
     Args:
-        ssh: the ssh command with its options and the host, as the launcher would call it.
-        port: of the dashboard on the head, on its loopback.
+        ssh: the ssh command with its options and the host, as the launcher calls it.
+        port: of the dashboard on the loopback of the head.
     """
 
     def __init__(self, ssh: Sequence[str], port: int = DASHBOARD_PORT) -> None:
-        self._local = _free_port()  # kept over reconnections: the address stays what it was
+        self._local = _free_port()  # a new connection keeps the address
         self.address = f"http://127.0.0.1:{self._local}"
         forward = f"127.0.0.1:{self._local}:127.0.0.1:{port}"
         self._command = [ssh[0], "-N", "-T", "-o", "BatchMode=yes", "-L", forward, *ssh[1:]]
@@ -67,7 +41,7 @@ class Tunnel:
         self.close()
 
     def ensure(self) -> None:
-        """Open it where it is not open.
+        """Open the tunnel if it is not open.
 
         Raises:
             ConnectionError: ssh cannot connect now.
@@ -87,12 +61,12 @@ class Tunnel:
                 start_new_session=True,
             )
         except FileNotFoundError as error:
-            raise JobError("ssh is not installed on this machine; a cluster is reached through it") from error
+            raise JobError("ssh, which connects to clusters, is not installed on this machine") from error
         deadline = time.monotonic() + _OPEN_WITHIN_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
-                raise ConnectionError(f"ssh: {self._last_words()}")
+                raise ConnectionError(f"ssh: {self._last_error()}")
             time.sleep(0.1)
 
     def close(self) -> None:
@@ -112,7 +86,7 @@ class Tunnel:
             return True
         return False
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         self._errors.seek(0)
         lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
         lines = [line for line in lines if "Permanently added" not in line]

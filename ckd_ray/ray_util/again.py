@@ -1,4 +1,4 @@
-"""How to go on with a command that was cut off: by itself, but without what would make it begin anew."""
+"""How to continue an interrupted command: with the same command, without the options that begin anew."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _left_out: list[str] = []
 
 
 def remember(*, fresh: bool, start: str | None) -> None:
-    """What the command of this process was given as `--fresh` and `--from`."""
+    """Keep whether the command of this process has `--fresh` and `--from`."""
     _left_out[:] = [option for option, given in (("--fresh", fresh), ("--from", start is not None)) if given]
 
 

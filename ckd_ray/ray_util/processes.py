@@ -1,4 +1,4 @@
-"""What our processes on a cluster set up for themselves."""
+"""What a worker process of ours does for itself: end when it is broken, and find its GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from ckd_ray.errors import UserError, first_line
 
 
 def die_when_aborted() -> None:
-    """Let abort() end this process at once; for actors, which come back.
+    """Let abort() end this process at once; for actors, which restart.
 
-    Ray's handler of fatal signals prints a trace, for which it wants memory. In a process that has none left it aborts
-    in turn, is called again, and so on for ever: the process neither works nor ends, and its log fills the disk.
+    Ray's handler of fatal signals prints a trace, which needs memory. Without memory it aborts, is called again, and so
+    on forever: the process neither works nor ends, and its log fills the disk.
     """
     # 0 is SIG_DFL. Not signal.signal, which only the main thread may call.
     ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGABRT), ctypes.c_void_p(0))
 
 
 def actor_device() -> str:
-    """`cuda` in an actor that Ray has given a GPU, else `cpu`. Ray hides the GPUs of a machine from nobody, so that
-    torch alone cannot tell: actors without one would all crowd on the first.
+    """`cuda` in an actor that Ray has given a GPU, else `cpu`.
+
+    Torch cannot tell, because Ray does not hide the other GPUs: actors without one would all use the first.
 
     Raises:
         UserError: torch cannot use the GPU that was given.
@@ -45,8 +46,8 @@ def actor_device() -> str:
 
 
 def leave_a_lost_gpu() -> None:
-    """After an error: end this process, as a crash would, when its GPU cannot even add any more. Every later call would
-    fail in it, whatever it is about; the process that takes its place begins anew."""
+    """After an error, end this process if its GPU does not work any more: every later call in it would fail, while the
+    process that replaces it works."""
     import torch
 
     if not torch.cuda.is_initialized():

@@ -1,10 +1,11 @@
-"""Where Ray comes from: a running cluster, an address, or a fresh one inside this process."""
+"""Connect to Ray: a running one, an address, or a new one of this process."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,9 @@ from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.progress import say
 from ckd_ray.ray_util.token import has_token, keep_private, use_token
 from ckd_ray.ray_util.watch import watched
+from ckd_ray.streams import is_redirected, may_colour
 
-# Blocks that travel through the object store are token ids of a few shards; embeddings never do. A small store is
-# enough, and leaves the memory to the encoders.
+# The object store holds token ids of a few shards, and never embeddings. A small store leaves memory to the encoders.
 _LOCAL_OBJECT_STORE = 512 * 2**20
 
 
@@ -30,37 +31,40 @@ def connected(target: str | None) -> Iterator[None]:
     Raises:
         UserError: the address cannot be reached, or refuses our token.
     """
-    # At ERROR it shows the traceback of an error that we tell in a line.
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR" if os.environ.get("CKD_RAY_TRACEBACK") else "CRITICAL")
+    if not may_colour(sys.stderr):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    quiet: dict[str, Any] = {}
+    if not is_redirected():  # nothing else keeps Ray's lines away from ours
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # at ERROR it shows tracebacks
     use_token()
     import ray
 
-    _start(target)
+    _start(target, quiet)
     with watched(ray.shutdown):
         _quiet_data()
         keep_private()
         yield
 
 
-def _start(target: str | None) -> None:
+def _start(target: str | None, options: dict[str, Any]) -> None:
     import ray
     from ray._private.utils import read_ray_address
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if target is None and not os.environ.get("RAY_ADDRESS"):
         try:
             _reach(read_ray_address() or "", "this machine's Ray")
-            ray.init(address="auto", **quiet)
+            ray.init(address="auto", **options)
             say(f"joined the running Ray ({_size()})")
             return
-        except OSError:  # none, or one whose head is gone without having said so: Ray would wait minutes for it
+        except OSError:  # there is none, or its head has died, for which Ray would wait minutes
             target = "local"
     if target == "local":
         os.environ.pop("RAY_ADDRESS", None)
-        # Ray ends a worker that has idled for a second; to load torch and transformers anew takes five of a core.
+        # Ray ends a worker that is idle for a second; another one takes five seconds of a core to load its modules.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         try:
-            ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **quiet)
+            ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **options)
         except Exception as error:  # a start that takes too long is a plain Exception
             raise JobError(f"Ray did not start here: {error}") from error
         say(f"started Ray in place ({_size()})")
@@ -68,7 +72,7 @@ def _start(target: str | None) -> None:
     address = target or os.environ["RAY_ADDRESS"]
     try:
         _reach(address, "--cluster" if target else "RAY_ADDRESS")
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **options)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # OSError holds ConnectionError and TimeoutError
@@ -83,8 +87,8 @@ def _start(target: str | None) -> None:
 
 
 def _reach(address: str, where: str) -> None:
-    """Knock first: Ray itself waits for minutes where nobody answers, and says nothing of the token where it is not let
-    in. `auto` and ray:// addresses are left to Ray.
+    """Try the address: Ray would wait for minutes where nothing answers, and its error does not name the token. `auto`
+    and ray:// addresses are left to Ray.
 
     Raises:
         UserError: the head refuses our token.
@@ -104,11 +108,11 @@ def _reach(address: str, where: str) -> None:
 
 
 def _refused(address: str) -> bool:
-    """Asks the head a question that anybody with the token may ask, as Ray's own first one."""
+    """Whether the head refuses our token, in a request like Ray's first one."""
     try:
         import grpc
         from ray._private.grpc_utils import init_grpc_channel
-    except ImportError:  # Ray without its extra `default`: ray.init finds out, more slowly
+    except ImportError:  # Ray without its extra `default`; ray.init finds out, but takes longer
         return False
     from ray.exceptions import AuthenticationError
 
@@ -133,7 +137,7 @@ def _size() -> str:
 
 
 def _quiet_data() -> None:
-    """Our own progress lines replace Ray Data's bars and plan print-outs; our own errors come back as what they are."""
+    """Our progress lines replace Ray Data's; our errors keep their type."""
     import ray
 
     context = ray.data.DataContext.get_current()

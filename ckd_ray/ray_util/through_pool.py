@@ -1,8 +1,8 @@
-"""Ray Data streams units of work through tasks that prepare them into a pool of actors that hold a model.
+"""Ray Data streams units of work through tasks that prepare them to a pool of actors that hold a model.
 
-A unit (a shard of texts, a part of queries) is one row and one batch, so that a dead actor costs what it was working on
-and the one that waited. Only rows of figures come back. A pool that does not start, or a stream that stands still,
-ends with numbers and is no silent hang.
+A unit (a shard of texts, a part of queries) is one row and one batch, so a dead actor loses the unit that it works on
+and the one that waits. Only rows of figures come back. A pool that does not start and a stream that stops fail with
+numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import ray
 
 from ckd_ray.errors import JobError
 from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
+from ckd_ray.ray_util.parts import MOST_BLOCKS
 
-# Ray Data keeps a few kilobytes a block and looks through all of them; beyond this many, units share a block.
-_MOST_BLOCKS = 2048
-# From asking for the actors to one of them having loaded the model.
+# From the request for actors until one of them has loaded the model.
 _START_TIMEOUT_S = 900
-# Without any unit finished, anywhere. A shard of 16,384 texts takes minutes on a CPU with a small encoder.
+# Time in which no unit is finished. A shard of 16,384 texts takes minutes on a CPU with a small encoder.
 _NO_PROGRESS_TIMEOUT_S = 4 * 3600
 
 
@@ -34,18 +33,18 @@ def through_pool(
     actor_arguments: dict[str, Any],
     smaller: str,
 ) -> Iterator[dict[str, Any]]:
-    """Rows that the actors return, one a unit, as they are finished.
+    """The rows that the actors return, one per unit, as they are finished.
 
     Args:
-        work: the units, small.
-        prepare: (a unit as a numpy batch of one row, **prepare_arguments) to a table of one row.
-        actor: its instances take such a table and return one of figures.
-        smaller: what to do when a unit takes longer than the limit, for the message.
+        work: the units, which are small.
+        prepare: takes a unit as a numpy batch of one row and `prepare_arguments`, and returns a table of one row.
+        actor: its instances take such a table and return a table of figures.
+        smaller: how to make a unit smaller, for the message when one takes longer than the limit.
 
     Raises:
         JobError: no actor started in time, or no unit was finished for hours.
     """
-    dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), _MOST_BLOCKS))
+    dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), MOST_BLOCKS))
     dataset = dataset.map_batches(
         prepare,
         fn_kwargs=prepare_arguments,
@@ -61,12 +60,12 @@ def through_pool(
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
-        # All at once from the start; the pool may be smaller for a while, as it is when a node is lost.
+        # All actors start at once; after the loss of a node the pool is smaller for a while.
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=pool.actors, initial_size=pool.actors, max_tasks_in_flight_per_actor=2
         ),
     )
-    # An actor that waits for its first unit is not too many.
+    # Keep an actor that waits for its first unit.
     dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
     dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
@@ -89,8 +88,8 @@ def through_pool(
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
     """The rows of a data set. An error that ends it does not keep the actors alive.
 
-    Ray Data ends its actors by dropping their handles. The frames in an error's traceback hold such handles, and with
-    them the CPUs and GPUs, for as long as somebody keeps the error.
+    Ray Data ends its actors by dropping their handles. The frames of an error's traceback hold such handles, and so the
+    CPUs and GPUs, as long as the error exists.
     """
     try:
         yield from dataset.iter_rows()

@@ -1,21 +1,20 @@
-"""Is the Ray of this process still there? Nobody else says so: when the daemon of its machine (raylet) is gone, a call
-that waits for Ray waits for ever.
+"""Watches for the loss of Ray: without the daemon of this machine (raylet), a call that waits for Ray never returns.
 
-A thread looks once a second. It says what it has found, at once: Ray ends a process without a word, status 1, when it
-misses its object store. Then it ends the wait by SIGTERM, whose handler (`cli`) raises what `lost` says; should that
-not end the process within a minute, the thread does.
+A thread looks once a second. It prints a loss at once, because Ray may end the process with status 1 and no message.
+Then it sends SIGTERM, whose handler (`cli.command.terminate`) raises what `lost` returns. If the process has not ended
+after a minute, the thread ends it.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ckd_ray.progress import say
 from ckd_ray.ray_util.again import same_command
 
 _LOOK_S, _ASK_S, _PATIENCE_S = 1.0, 10.0, 60.0
@@ -23,14 +22,14 @@ _why: str | None = None
 
 
 def lost() -> str | None:
-    """Why this process has no Ray any more; None while it has."""
+    """Why this process has lost its Ray; None while it has one."""
     return _why
 
 
 @contextmanager
 def watched(close: Callable[[], None]) -> Iterator[None]:
-    """Look after the Ray that is connected, for the length of the block, and then `close` it. The signal goes to the
-    main thread; in another one there is no watch."""
+    """Watch the connected Ray for the length of the block, and then `close` it. There is no watch in other threads than
+    the main one, because a signal interrupts that one only."""
     global _why
     _why = None
     if threading.current_thread() is not threading.main_thread():
@@ -44,7 +43,7 @@ def watched(close: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        with watch.judging:  # a daemon that ends from here on was told to
+        with watch.judging:  # from here on a daemon ends because it was asked to
             watch.leaving.set()
         try:
             close()
@@ -68,7 +67,7 @@ class _Watch:
                 if self.leaving.is_set():
                     return
                 _why = f"{why}; give {same_command()} again: what was finished is kept"
-                print(f"ckd-ray: {_why}", file=sys.stderr, flush=True)
+                say(f"ckd-ray: {_why}", always=True)
                 os.kill(os.getpid(), signal.SIGTERM)
             if not self.closed.wait(_PATIENCE_S):
                 os._exit(1)
@@ -76,7 +75,7 @@ class _Watch:
 
 
 def _ended_daemon() -> str | None:
-    """Of a Ray that this process has started: the raylet and the GCS are its children."""
+    """For a Ray that this process has started: the raylet and the GCS are its children."""
     from ray._private import worker
 
     node: Any = worker._global_node
@@ -84,17 +83,19 @@ def _ended_daemon() -> str | None:
         for info in getattr(node, "all_processes", {}).get(kind, []):
             code = info.process.poll()
             if code is not None:
-                return f"Ray's daemon on this machine ({kind}) has ended (status {code}), killed or for want of memory"
+                return (
+                    f"Ray's daemon on this machine ({kind}) has ended (status {code}): it was killed, or lacked memory"
+                )
     return None
 
 
 def _dead_node() -> str | None:
-    """Of a Ray that was joined: what the head says of this machine."""
+    """For a Ray that was joined: what the head says of this machine."""
     import ray
 
     try:
         mine = ray.get_runtime_context().get_node_id()
         dead = any(node["NodeID"] == mine and not node["Alive"] for node in ray.nodes())
-    except Exception:  # the head does not answer, or Ray is being shut down: not for us to judge
+    except Exception:  # the head does not answer, or Ray is shutting down: that decides nothing
         return None
-    return "Ray calls the node of this machine dead" if dead else None
+    return "Ray has declared the node of this machine dead" if dead else None

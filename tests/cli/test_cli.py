@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from ckd_ray.cli import app, guarded
+from ckd_ray.cli import app
+from ckd_ray.cli.command import guarded, put, session
 from ckd_ray.errors import JobError, UserError
 from tests.support import overrides
 
@@ -40,8 +41,21 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 False False"
-    for command in ("train", "embed", "retrieve", "label", "distill", "evaluate", "attach", "status", "down"):
-        assert command in done.stdout
+    shown = [word for line in done.stdout.splitlines() if (word := line.lstrip("│╭─ ").split(" ")[0])]
+    panels = {
+        "Run": "train tune compare embed retrieve label distill evaluate",
+        "Look": "report inspect search",
+        "Share": "export",
+        "Clusters": "plan doctor status attach down",
+    }
+    expected = [word for panel, commands in panels.items() for word in (panel, *commands.split())]
+    assert [word for word in shown if word in expected] == expected
+    assert "--install-completion" in done.stdout
+
+
+def test_no_arguments_show_the_help() -> None:
+    done = call()
+    assert done.returncode == 0 and "Clusters" in done.stdout and done.stderr == ""
 
 
 def test_every_command_speaks_to_programs_and_can_be_quiet() -> None:
@@ -59,6 +73,8 @@ def test_every_command_speaks_to_programs_and_can_be_quiet() -> None:
         (["train", "--from", "label", "--until", "embed"], "--from: embed does not need this stage"),
         (["train", "--from", "label", "--set", "distill.objective=contrastive"], "--from: evaluate does not need this"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--set", "model.backbone=./no/such/folder"], "model.backbone: this folder does not exist"),
+        (["embed", "--set", "teacher.checkpoint=./no/such"], "teacher.checkpoint: this folder does not exist"),
         (["train", "--bogus"], "--bogus"),
         (["trian"], "trian"),
         (["train", "--cluster", "cluster.yaml"], "this file does not exist"),
@@ -189,27 +205,27 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, tiny_backbon
 def test_what_others_print_does_not_reach_standard_output(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray prints warnings of its daemons there; `--json` promises one object and nothing else."""
+    """Ray prints warnings of its daemons to both streams; `--json` promises one object and nothing else."""
     from contextlib import contextmanager
 
     import ckd_ray.jobs.nodes
     import ckd_ray.ray_util.session
-    from ckd_ray.cli import put, session
+    from ckd_ray.streams import only_ours
 
     @contextmanager
     def noisy(cluster: str | None):  # type: ignore[no-untyped-def]
         print("(raylet) WARNING: starting")
         yield
 
-    monkeypatch.setattr("ckd_ray.progress._quiet", False)  # put back afterwards: the session below is a quiet one
     monkeypatch.setattr(ckd_ray.ray_util.session, "connected", noisy)
     monkeypatch.setattr(ckd_ray.jobs.nodes, "check_nodes_see", lambda config: None)
-    with session(None, [], None, True):
-        print("(raylet) WARNING: 8 PYTHON worker processes have been started")
-        put({"done": True})
-    put({"after": "s3://key:secret@bucket/runs"})
-    out, err = capsys.readouterr()
-    assert out == '{"done": true}\n{"after": "s3://***@bucket/runs"}\n' and err.count("(raylet)") == 2
+    for verbose in (False, True):
+        with only_ours(verbose=verbose), session(None, [], None):
+            print("(raylet) WARNING: 8 PYTHON worker processes have been started")
+            put({"done": True})
+        put({"after": "s3://key:secret@bucket/runs"})
+        out, err = capsys.readouterr()
+        assert out == '{"done": true}\n{"after": "s3://***@bucket/runs"}\n' and "(raylet)" not in err
 
 
 def test_an_error_of_a_task_is_told_without_the_hints_of_ray_data(capsys: pytest.CaptureFixture[str]) -> None:

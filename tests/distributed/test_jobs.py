@@ -178,7 +178,7 @@ def test_a_job_is_left_found_again_and_stopped(
     assert sent.returncode == 0, sent.stderr
     job = json.loads(sent.stdout)["job"]
     again = head.call("train", *values, "--cluster", head.url)
-    assert again.returncode == 2 and "is running there already" in again.stderr and job in again.stderr
+    assert again.returncode == 2 and "is already running there" in again.stderr and job in again.stderr
     checkpoints = tmp_path / "tiny" / "checkpoints"
     wait_for(lambda: list(checkpoints.glob("teacher-*/step-*")))
     status = json.loads(head.call("status", head.url, "--json").stdout)

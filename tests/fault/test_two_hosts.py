@@ -125,7 +125,7 @@ def test_what_only_the_head_sees_is_refused_before_the_first_stage(
     for name in workers:
         subprocess.run(hosts.ssh(name, f"{copy}; echo >> /root/data/queries.dev.tsv"), check=True, capture_output=True)
     done = call("embed", *arguments, "--cluster", cluster)
-    assert done.returncode == 2 and "there are other contents on" in done.stderr
+    assert done.returncode == 2 and "it has other contents on" in done.stderr
     for name in workers:
         subprocess.run(hosts.ssh(name, copy), check=True, capture_output=True)
     done = call("embed", *arguments, "--cluster", cluster, "--json")

@@ -22,7 +22,6 @@ from ckd_ray.jobs.bundle import CONFIG_NAME, check_for_job, holds_secret, input_
 from ckd_ray.jobs.confirm import confirmed
 from ckd_ray.jobs.follow import Printer
 from ckd_ray.jobs.home import local_folder
-from ckd_ray.jobs.launcher import object_stream
 from ckd_ray.jobs.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
 from ckd_ray.jobs.nodes import look_at
 from ckd_ray.jobs.prices import hourly, price_of
@@ -168,7 +167,7 @@ def test_unknown_prices_and_prices_of_one_s_own(tmp_path: Path, monkeypatch: pyt
         ({"worker_start_ray_commands": ["ray start"]}, "worker_start_ray_commands: .*without asking for a token"),
         ({"file_mounts": {}}, "file_mounts: no token reaches the machines"),
         ({"provider": {"region": "r"}}, "provider.type"),
-        ({"provider": None}, "no cluster launcher's file"),
+        ({"provider": None}, "not a cluster launcher's file"),
         ({"available_node_types": {}}, "aws.yaml"),
     ],
 )
@@ -195,7 +194,7 @@ def test_warnings(tmp_path: Path) -> None:
         )
     ]
     assert [len(found) for found in told] == [0, 1, 1, 1]
-    assert "whole internet" in told[1][0] and "SSH is open" in told[2][0] and "disks go on costing" in told[3][0]
+    assert "whole internet" in told[1][0] and "SSH is open" in told[2][0] and "disks still cost" in told[3][0]
 
 
 def config(*overrides: str) -> Config:
@@ -327,8 +326,8 @@ def test_a_job_s_command_and_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_options_travel_and_where_it_runs_does_not() -> None:
     import inspect
 
-    from ckd_ray.cli import evidence, label, train
-    from ckd_ray.cli.jobs import job_words
+    from ckd_ray.cli.command import job_words
+    from ckd_ray.cli.run import evaluate, label, train
 
     def words(command: Any, **given: Any) -> list[str]:
         signature = inspect.signature(command)
@@ -339,7 +338,8 @@ def test_options_travel_and_where_it_runs_does_not() -> None:
     assert words(train, **given, config="x.yaml", down=True) == ["--from", "embed", "--fresh", "--json"]
     assert words(label, suggest="out", suggest_top=5) == ["--suggest", "out", "--suggest-top", "5"]
     assert words(label, suggest_min=0.0) == ["--suggest-min", "0.0"]
-    assert words(evidence.evaluate, against="r", quiet=True) == ["--against", "r", "--quiet"]
+    given = {"against": "r", "quiet": True, "verbose": True}
+    assert words(evaluate, **given) == ["--against", "r", "--verbose", "--quiet"]
 
 
 def test_a_log_is_taken_apart_whatever_its_pieces(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,17 +360,6 @@ def test_a_log_is_taken_apart_whatever_its_pieces(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "no such package\n"
 
 
-def test_standard_output_is_for_the_object_even_of_children(tmp_path: Path) -> None:
-    code = (
-        "import subprocess\nfrom ckd_ray.jobs.launcher import object_stream\n"
-        "with object_stream() as objects:\n"
-        "    print('python')\n    subprocess.run(['echo', 'child'])\n    print('{}', file=objects)\nprint('after')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "{}\nafter\n" and sorted(done.stderr.split()) == ["child", "python"]
-    assert object_stream.__doc__
-
-
 def test_a_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "auth_token"
     assert ensure_token(path)
@@ -384,7 +373,7 @@ def test_a_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
 def test_nobody_to_ask_is_no_yes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert confirmed("start?", yes=True)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    with pytest.raises(UserError, match="-y says yes"):
+    with pytest.raises(UserError, match="-y answers yes"):
         confirmed("start?", yes=False)
 
 

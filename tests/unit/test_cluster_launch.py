@@ -66,7 +66,7 @@ def test_the_head_may_hand_its_own_role_to_workers_and_no_other(iam: Any) -> Non
         "Resource": iam.get_role(RoleName=PROFILE)["Role"]["Arn"],
         "Condition": {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}},
     }
-    assert told == [f"role {PROFILE}: may be handed to workers"]
+    assert told == [f"role {PROFILE}: may be passed to workers"]
     assert prepare_account(without_rules()) == [], "what is as it should be is left alone"
 
 
@@ -170,7 +170,7 @@ def test_an_account_that_cannot_be_prepared_leaves_no_cluster(
 
     launcher = Launcher(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda tool: f"/usr/bin/{tool}")
-    monkeypatch.setattr(ray_launcher, "prepare_account", refused)
+    monkeypatch.setattr("ckd_ray.jobs.remote.prepare_account", refused)
     with pytest.raises(JobError, match="AWS: no"):
         train_on(ROOT / "cluster" / "local.yaml")
     assert launcher.asked == ["use_launcher_s_token", "head_address"]
@@ -189,12 +189,13 @@ def test_results_that_were_not_made_cost_a_line_and_no_log(
         Path(target).touch()
 
     monkeypatch.setattr("ray.autoscaler.sdk.rsync", rsync)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     launcher = read_launcher_file(str(ROOT / "cluster" / "local.yaml"))
     monkeypatch.chdir(tmp_path)
     assert bring_home(launcher, "train", "runs/r") == Path("runs/r")
     told = capsys.readouterr().err.splitlines()
     assert told[1] == "fetched run.json -> runs/r"
-    assert told[2].startswith("not there, or out of reach: evaluation/, student/ (log: ") and len(told) == 3
+    assert told[2].startswith("missing or out of reach: evaluation/, student/ (log: ") and len(told) == 3
 
 
 def test_down_tells_programs_and_can_be_quiet(

@@ -11,6 +11,7 @@ import torch
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
 from ckd_ray.model.encoder import TextEncoder, choose_precision
+from ckd_ray.model.exchange import load_any
 from ckd_ray.model.length_buckets import token_budget_batches
 from ckd_ray.model.sources import resolve_backbone
 from tests.support import WORDS
@@ -138,6 +139,21 @@ def test_errors_say_what_to_do(tiny_backbone: str, tmp_path: Path) -> None:
         resolve_backbone("package:no_such_package/model")
     with pytest.raises(UserError, match="no encoder in this package folder"):
         resolve_backbone("package:torch/../../..")
+
+
+def test_a_missing_folder_is_told_with_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "teacher").mkdir(parents=True)
+    missing = tmp_path / "models" / "techer" / "best"
+    with pytest.raises(UserError, match=r"teacher\.checkpoint: this folder does not exist") as told:
+        load_any(str(missing), SETTINGS, key="teacher.checkpoint")
+    assert told.value.found == str(missing)
+    assert told.value.fix == f"the nearest folder that exists is {tmp_path / 'models'}, which holds teacher"
+    monkeypatch.chdir(tmp_path)
+    for source in ("./bert", "../no/such", "~/no/such/model", "models/bert/x", "bert/"):
+        with pytest.raises(UserError, match=r"model.backbone: this folder does not exist(.|\n)*nearest folder"):
+            ColBERT.from_backbone(source, SETTINGS)
+    for hub_id in ("bert-base-uncased", "colbert-ir/colbertv2.0", "hf://owner/name/file"):
+        assert resolve_backbone(hub_id) == hub_id
 
 
 def test_precision(model: ColBERT) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckd_ray.cli import _fail
+from ckd_ray.cli.command import fail
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.against import Side, compare_runs
@@ -151,7 +151,7 @@ def test_what_a_run_writes_holds_no_keys(tmp_path: Path, capsys: pytest.CaptureF
     compare_runs(sides[0], sides[1])
     records = Records(str(tmp_path / "trials"))
     records.end(Trial(0, {}), "failed", f"{where}/shard: broken")
-    assert _fail(f"{where} failed", 1) == 1
+    assert fail(f"{where} failed", 1) == 1
     say(where)
     told = capsys.readouterr().err + "".join(p.read_text() for p in tmp_path.rglob("*.json"))
     assert told.count("s3://***@bucket") >= 4 and "secret" not in told
@@ -163,12 +163,12 @@ def test_a_terminal_is_shown_no_control_characters(
     evil = "a \x1b[31mred\x07 \x9b2J \u202etxet\ud800\r"
     assert printable(evil + "\n\tok") == "a ?[31mred? ?2J ?txet??\n\tok"
     say(evil)
-    _fail(evil, 2)
+    fail(evil, 2)
     import ckd_ray.labels.inspect
-    from ckd_ray.cli import inspect
+    from ckd_ray.cli.look import inspect
 
     monkeypatch.setattr(ckd_ray.labels.inspect, "inspect_query", lambda *_: SimpleNamespace())
     monkeypatch.setattr(ckd_ray.labels.inspect, "render", lambda _: evil)
-    inspect("run", "q", 1, False)
+    inspect(run="run", query_id="q", top=1, json_=False, quiet=False)
     told = capsys.readouterr().err
     assert told.count("red") == 3 and not any(c in told for c in "\x1b\x07\x9b\u202e\ud800\r")

@@ -40,7 +40,13 @@ class Loaded:
 
 
 def load_any(
-    source: str, defaults: ColBERTSettings, *, encoder: str | None = None, seed: int = 0, dropout: float = 0.0
+    source: str,
+    defaults: ColBERTSettings,
+    *,
+    encoder: str | None = None,
+    seed: int = 0,
+    dropout: float = 0.0,
+    key: str = "model.backbone",
 ) -> Loaded:
     """Load whatever is accepted as `model.backbone` or `teacher.checkpoint`.
 
@@ -50,11 +56,12 @@ def load_any(
         defaults: settings for what the source does not say; a bare encoder says nothing.
         encoder: where the tokenizer and configuration of a `.dnn` file come from.
         seed, dropout: for the new projection and the layers of a bare encoder.
+        key: the key of the configuration that names `source`, for messages.
 
     Raises:
         UserError: the source is not accepted, is broken, or has a setting without a counterpart in ckd-ray.
     """
-    path = Path(resolve_backbone(source))
+    path = Path(resolve_backbone(source, key))
     if not path.exists():
         return Loaded(ColBERT.from_backbone(source, defaults, seed=seed, dropout=dropout), "encoder")
     kind = kind_of(path)

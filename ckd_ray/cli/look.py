@@ -1,0 +1,111 @@
+"""The commands that look at a finished run: report, inspect, search."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ckd_ray.cli.command import LOOK, command, put
+from ckd_ray.cli.run import SystemOption, check_system
+from ckd_ray.errors import UserError
+from ckd_ray.progress import say
+from ckd_ray.streams import may_colour
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
+
+
+@command(LOOK)
+def report(
+    run: RunArgument,
+    json_: bool,
+    out: Annotated[str | None, typer.Option("--out", help="The file to write. Default: RUN/report.html.")] = None,
+) -> None:
+    """Write one HTML page about a run: measures, curves, queries won and lost, labels, stages, configuration."""
+    from ckd_ray.report.page import write_report
+    from ckd_ray.runs.finished import open_finished
+
+    where = write_report(open_finished(run), out)
+    put({"report": where}) if json_ else say(f"report: {where}")
+
+
+@command(LOOK)
+def inspect(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: runs/NAME.")],
+    query_id: Annotated[str, typer.Argument(metavar="QUERY_ID", help="The id of a training query.")],
+    json_: bool,
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Passages of the ranking to compare.")] = 10,
+) -> None:
+    """Show why a query has its labels: feedback, expansion, and one-hot, teacher and collective labels."""
+    from ckd_ray.labels.inspect import inspect_query, render
+
+    found = inspect_query(run, query_id, top)
+    put(found) if json_ else say(render(found), always=True)
+
+
+@command(LOOK, prompts=True)
+def search(
+    run: RunArgument,
+    json_: bool,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="The query. Default: a prompt.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many passages.")] = 10,
+    system: SystemOption = "student",
+) -> None:
+    """Search with the student. The words of a passage that match the query best are marked."""
+    from ckd_ray.runs.finished import open_finished
+
+    check_system("--system", system)
+    if json_ and query is None:
+        raise UserError("--json needs a query", where="QUERY", fix='ckd-ray search RUN "what causes hives?" --json')
+    if query is not None and not query.strip():
+        raise UserError("the query is empty", where="QUERY", expected="some words")
+    finished = open_finished(run)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from ckd_ray.search.searcher import Searcher
+    from ckd_ray.search.show import effort
+
+    searcher = Searcher(finished, system)
+    note = effort(searcher.store.num_tokens, searcher.store.manifest["bytes"])
+    if note:
+        say(note)
+    if query is None:
+        _prompt(searcher, top)
+    elif json_:
+        hits = [hit.to_dict() for hit in searcher.search(query, top)]
+        put({"run": finished.paths.folder, "system": system, "query": query, "hits": hits})
+    else:
+        _show(searcher, query, top)
+
+
+def _show(searcher: Any, query: str, top: int) -> None:
+    from ckd_ray.search.show import render_hit
+
+    columns = min(120, shutil.get_terminal_size((100, 24)).columns)
+    for hit in searcher.search(query, top):
+        typer.echo(render_hit(hit, colour=may_colour(sys.stdout), columns=columns))
+
+
+def _prompt(searcher: Any, top: int) -> None:
+    """Read queries until the end of the input, `exit` or `quit`. Ctrl-C ends it as well, with status 130."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401  (arrow keys and history in input())
+
+        typer.echo(f"{searcher.store.num_passages:,} passages; an empty line, exit or Ctrl-D ends", err=True)
+    while True:
+        try:
+            line = input("query> " if terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        if line in ("exit", "quit") or (terminal and not line):
+            return
+        if line:
+            if not terminal:
+                typer.echo(f"query: {line}")
+            _show(searcher, line, top)
+            typer.echo("")
