@@ -40,7 +40,7 @@ def inspect(
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Passages of the ranking to compare.")] = 10,
 ) -> None:
     """Show why a query has its labels: feedback, expansion, and one-hot, teacher and collective labels."""
-    from ckd_ray.labels.inspect import inspect_query, render
+    from ckd_ray.inspection.inspect import inspect_query, render
 
     found = inspect_query(run, query_id, top)
     put(found) if json_ else say(render(found), always=True)

@@ -118,7 +118,7 @@ _stage_command("retrieve", "Rank the corpus for every training query.")
 
 
 def _check_suggestions(suggest_top: int, suggest_min: float, **_: Any) -> None:
-    from ckd_ray.labels.suggest import SuggestSettings
+    from ckd_ray.inspection.suggest import SuggestSettings
 
     SuggestSettings(suggest_top, suggest_min).check()
 
@@ -139,7 +139,7 @@ def label(
     """Write collective relevance labels for every training query. Missing stages before it run first."""
     _stages(config, json_, until="label")
     if suggest is not None:
-        from ckd_ray.labels.suggest import SuggestSettings, suggest as write
+        from ckd_ray.inspection.suggest import SuggestSettings, suggest as write
         from ckd_ray.progress import say
         from ckd_ray.runs.directory import RunContext
 

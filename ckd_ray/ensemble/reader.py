@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.cross_encoder.scores import CrossScores, Int64Array
-from ckd_ray.ensemble.stage import SPLIT, read_weights
-from ckd_ray.ensemble.weights import factor
+from ckd_ray.ensemble.weights import SPLIT, factor, read_weights
 from ckd_ray.files import join
 
 

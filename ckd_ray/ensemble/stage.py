@@ -17,9 +17,9 @@ from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.data.collection import collection_once
 from ckd_ray.ensemble.bm25 import Statistics, collection_statistics
-from ckd_ray.ensemble.weights import ScorerWeight, fit_weights, spreads
+from ckd_ray.ensemble.weights import SPLIT, WEIGHTS, ScorerWeight, fit_weights, spreads
 from ckd_ray.evaluate.bm25 import words
-from ckd_ray.files import join, make_folder, read_json, write_json_atomic
+from ckd_ray.files import join, make_folder, write_json_atomic
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_file, parts_present, query_spans, run_parts
 from ckd_ray.retrieve.rankings import read_ranking_part
@@ -28,8 +28,6 @@ from ckd_ray.runs.directory import passage_store, query_store
 from ckd_ray.store.embeddings import open_once
 
 SCORERS = ("encoder", "bm25")
-WEIGHTS = "weights.json"
-SPLIT = "train"
 _QUERIES_TO_FIT = 2000
 
 Int64Array = npt.NDArray[np.int64]
@@ -180,9 +178,3 @@ def _padded(rows: Sequence[npt.NDArray[np.float64]], features: int) -> tuple[npt
     for i, row in enumerate(rows):
         padded_BKF[i, : len(row)], valid_BK[i, : len(row)] = row, True
     return padded_BKF, valid_BK
-
-
-def read_weights(folder: str) -> tuple[dict[str, ScorerWeight], float]:
-    """The weights that an ensemble stage has written, by scorer, and the spread of the teacher's MaxSim."""
-    record = read_json(join(folder, WEIGHTS))
-    return {name: ScorerWeight(**weight) for name, weight in record["scorers"].items()}, record["teacher_spread"]

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ckd_ray.files import join, read_json
+
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
+# The file of the weights, and the split whose queries they are fitted to.
+WEIGHTS, SPLIT = "weights.json", "train"
 _STEPS, _RIDGE, _CONVERGED = 50, 1e-6, 1e-9
 
 
@@ -117,3 +121,9 @@ def factor(scorer: ScorerWeight, share: float | str, shares: float, teacher_spre
     if not scorer.spread:
         return 0.0
     return float(share) / (1 - shares) * teacher_spread / scorer.spread * expansion
+
+
+def read_weights(folder: str) -> tuple[dict[str, ScorerWeight], float]:
+    """The weights that an ensemble stage has written, by scorer, and the spread of the teacher's MaxSim."""
+    record = read_json(join(folder, WEIGHTS))
+    return {name: ScorerWeight(**weight) for name, weight in record["scorers"].items()}, record["teacher_spread"]

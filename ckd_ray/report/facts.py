@@ -11,9 +11,9 @@ import numpy as np
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
 from ckd_ray.files import exists, filesystem_of, join, last_part, list_files, read_json
-from ckd_ray.labels.inspect import inspect_labelled
-from ckd_ray.labels.labelled_run import LabelledRun
-from ckd_ray.labels.summary import summarize_labels
+from ckd_ray.inspection.inspect import inspect_labelled
+from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.inspection.summary import summarize_labels
 from ckd_ray.pipeline.graph import STAGES
 from ckd_ray.report.wins import SplitWins, wins_of
 from ckd_ray.runs.artifact import MANIFEST, manifest_of

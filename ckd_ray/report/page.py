@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ckd_ray.evaluate.table import SYSTEMS
 from ckd_ray.files import write_atomic
-from ckd_ray.labels.inspect import by_depth
+from ckd_ray.inspection.inspect import by_depth
 from ckd_ray.progress import duration, without_secrets
 from ckd_ray.report import curves, plots, trials
 from ckd_ray.report.facts import Facts, gather

@@ -19,12 +19,12 @@ from ckd_ray.config.schema import LabelConfig
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import write_trec_run
 from ckd_ray.files import write_json_atomic
+from ckd_ray.inspection.inspect import inspect_query, nearest_ids, render
+from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.inspection.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
+from ckd_ray.inspection.summary import summarize_labels
 from ckd_ray.labels.files import ExpansionReader
-from ckd_ray.labels.inspect import inspect_query, nearest_ids, render
-from ckd_ray.labels.labelled_run import LabelledRun
 from ckd_ray.labels.stage import LabelJob, label_part
-from ckd_ray.labels.suggest import SuggestSettings, best, merge, suggestions_of_part, write_suggestions
-from ckd_ray.labels.summary import summarize_labels
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page
 from ckd_ray.retrieve.rankings import read_ranking_matrix

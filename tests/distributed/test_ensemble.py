@@ -17,6 +17,7 @@ from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.ensemble.reader import EnsembleReader
 from ckd_ray.evaluate.bm25 import rank_bm25
+from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.pipeline.runner import run_stages
@@ -108,3 +109,15 @@ def test_a_scorer_that_the_stage_left_out_is_left_out(run: Path, tmp_path: Path)
     settings = load_config(None, ["distill.bm25_share=0.3"]).distill
     reader = EnsembleReader.open(str(tmp_path), settings, ("encoder", "bm25"))
     assert len(reader.readers) == 1
+
+
+def test_inspect_shows_the_targets_of_training(run: Path) -> None:
+    """The collective scores have the ensemble's part."""
+    opened = LabelledRun.open(str(run))
+    passages = opened.with_labelled(3, opened.rankings[3][:10])
+    assert opened.ensemble is not None
+    further, _ = opened.ensemble.of_batch(np.array([3]), passages)
+    found = opened.distributions(3, passages).collective_scores
+    opened.ensemble = None
+    assert torch.allclose(found, opened.distributions(3, passages).collective_scores + further[0], atol=1e-4)
+    assert float(further.std()) > 0

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ckd_ray.checks import load_config
-from ckd_ray.labels.labelled_run import LabelledRun
+from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.inspection.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
 from ckd_ray.labels.stage import EstimatedVotes, LabelJob, ServerVotes, find_special_cells, label
-from ckd_ray.labels.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
 from ckd_ray.model.encoder import Encoded
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.retrieve import stream

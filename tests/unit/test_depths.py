@@ -17,11 +17,11 @@ from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.files import write_json_atomic
+from ckd_ray.inspection.inspect import inspect_query, render
+from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.inspection.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.labels.files import ExpansionReader, manifest_of_labels
-from ckd_ray.labels.inspect import inspect_query, render
-from ckd_ray.labels.labelled_run import LabelledRun
 from ckd_ray.labels.stage import LabelJob, label_part
-from ckd_ray.labels.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.model import ColBERT
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page

@@ -164,11 +164,11 @@ def test_a_terminal_is_shown_no_control_characters(
     assert printable(evil + "\n\tok") == "a ?[31mred? ?2J ?txet??\n\tok"
     say(evil)
     fail(evil, 2)
-    import ckd_ray.labels.inspect
+    import ckd_ray.inspection.inspect
     from ckd_ray.cli.look import inspect
 
-    monkeypatch.setattr(ckd_ray.labels.inspect, "inspect_query", lambda *_: SimpleNamespace())
-    monkeypatch.setattr(ckd_ray.labels.inspect, "render", lambda _: evil)
+    monkeypatch.setattr(ckd_ray.inspection.inspect, "inspect_query", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(ckd_ray.inspection.inspect, "render", lambda _: evil)
     inspect(run="run", query_id="q", top=1, json_=False, quiet=False)
     told = capsys.readouterr().err
     assert told.count("red") == 3 and not any(c in told for c in "\x1b\x07\x9b\u202e\ud800\r")

@@ -19,7 +19,7 @@ import pyarrow as pa
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import without_space
 from ckd_ray.files import join, write_atomic
-from ckd_ray.labels.labelled_run import SPLIT, LabelledRun
+from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 

@@ -21,6 +21,9 @@ from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection
 from ckd_ray.data.collection import Queries
 from ckd_ray.data.positives import Positives
+from ckd_ray.distill.objectives import OBJECTIVES
+from ckd_ray.ensemble.reader import EnsembleReader
+from ckd_ray.ensemble.weights import WEIGHTS
 from ckd_ray.errors import UserError
 from ckd_ray.files import exists, filesystem_of, join, read_json
 from ckd_ray.labels.files import ExpansionReader
@@ -109,6 +112,15 @@ class LabelledRun:
         return read_json(join(self.paths.teacher, "colbert.json"))["similarity"]
 
     @cached_property
+    def ensemble(self) -> EnsembleReader | None:
+        """The scores of further scorers, where the teacher's score has them."""
+        scorers = OBJECTIVES[self.settings.objective].scorers(self.settings)
+        folder = self.paths.ensemble
+        return (
+            EnsembleReader.open(folder, self.settings, scorers) if scorers and exists(join(folder, WEIGHTS)) else None
+        )
+
+    @cached_property
     def rankings(self) -> npt.NDArray[Any]:
         """The teacher's rankings of the training queries, (Q, depth): best first, -1 where a ranking ends."""
         return read_ranking_matrix(self.paths.rankings, SPLIT)
@@ -149,6 +161,9 @@ class LabelledRun:
             return found[0].double()
 
         plain, collective = score(torch.zeros_like(weights)), score(weights)
+        if self.ensemble is not None:
+            further_1N, _ = self.ensemble.of_batch(np.array([query]), passages_N)
+            collective = collective + further_1N[0].double()
         labelled = torch.from_numpy(np.isin(passages_N, self.positives.of(query)))
         one_hot = labelled.double() / max(1, int(labelled.sum()))
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)

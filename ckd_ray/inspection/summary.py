@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ckd_ray.labels.labelled_run import LabelledRun
+from ckd_ray.inspection.labelled_run import LabelledRun
 
 KINDS = ("one_hot", "teacher", "collective")
 RELEVANT = 0.1  # the probability from which a label calls an unlabelled passage relevant, as `label --suggest` does

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ckd_ray.errors import UserError
 from ckd_ray.files import filesystem_of, join
-from ckd_ray.labels.labelled_run import SPLIT, LabelledRun
+from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.runs.finished import reading
 
@@ -45,7 +45,9 @@ def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 
     feedback = ranking[: len(label["feedback_ids"])]
     labelled_ids = set(opened.collection.passage_ids(labelled))
     settings, depths = opened.settings, opened.expansions.depths
-    names = ("temperature", "beta", "expansion_share", "expansion_size", "zero_row_floor")
+    names = (
+        "temperature", "beta", "expansion_share", "expansion_size", "encoder_share", "bm25_share", "zero_row_floor",
+    )  # fmt: skip
 
     def shown(indices: Int64Array) -> list[dict[str, Any]]:
         ids, texts = opened.collection.passage_ids(indices), opened.collection.texts(indices)
