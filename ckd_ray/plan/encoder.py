@@ -9,7 +9,7 @@ import torch
 from ckd_ray.config import Config, ModelConfig
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
-from ckd_ray.pipeline.work import _load
+from ckd_ray.pipeline.loading import load_backbone, load_teacher
 from ckd_ray.plan.hardware import SHAPES, Shape
 from ckd_ray.plan.sizes import Sample, Sizes
 from ckd_ray.progress import say
@@ -35,7 +35,7 @@ def load_encoder(config: Config) -> tuple[Config, ColBERT]:
 
     def load(config: Config) -> ColBERT:
         given = config.teacher.checkpoint
-        return _load(given or config.model.backbone, config, given=given is not None)
+        return load_teacher(given, config) if given else load_backbone(config)
 
     try:
         return config, load(config)

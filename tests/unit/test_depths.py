@@ -148,7 +148,15 @@ def test_select_gives_the_top_of_each_depth(run: Path, size: int) -> None:
 @pytest.mark.parametrize("beta", [0.3, "auto"])
 def test_training_takes_the_mean_over_the_depths(run: Path, beta: float | str) -> None:
     settings = DistillConfig(
-        steps=1, batch_size=3, negatives=2, negatives_depth=15, expansion_size=SIZE, beta=beta, expansion_share=SHARE
+        steps=1,
+        batch_size=3,
+        negatives=2,
+        negatives_depth=15,
+        expansion_size=SIZE,
+        beta=beta,
+        expansion_share=SHARE,
+        encoder_share=0.0,
+        bm25_share=0.0,
     )
     teacher = str(run / "teacher")
     task = TrainingTask("distill", str(run), teacher, "f", seed=17, settings=settings)
