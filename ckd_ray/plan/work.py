@@ -85,8 +85,8 @@ def stage_work(stage: str, config: Config, sizes: Sizes, layout: Layout) -> dict
         pairs = float(train * min(config.distill.negatives_depth, sizes.passages) * len(scorers))
         return work | {"scored pair": pairs} | ({"token": vectors} if "encoder" in scorers else {})
     if stage == "cross_encoder":
-        if config.cross_encoder.model is None:  # scores from a file
-            return work
+        if config.cross_encoder.scores is not None:  # no calibration reads them: they are of the real collection
+            return {"text": float(train)}
         depth = config.cross_encoder.depth
         pairs = train * (1 + (config.distill.negatives_depth if depth == "auto" else depth))
         return work | {"pair token": pairs * min(float(config.cross_encoder.maxlen), sizes.tokens + q_rows / 2)}

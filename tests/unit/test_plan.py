@@ -169,6 +169,8 @@ def test_work_of_approximate_search_and_votes_by_hand() -> None:
     c = config("distill.objective=cross_encoder", "cross_encoder.model=m", "distill.negatives_depth=50")
     pairs = stage_work("cross_encoder", c, SMALL, lay_out(c, SMALL, machines()))
     assert pairs["pair token"] == 400 * 51 * 116
+    c = config("distill.objective=cross_encoder", "cross_encoder.scores=s.tsv")
+    assert e.estimate(c, SMALL, rates(), lay_out(c, SMALL, machines()), ASSUMED).stages[4].name == "cross_encoder"
 
 
 def test_seconds_by_hand_and_over_machines() -> None:
