@@ -86,7 +86,7 @@ def _budget(config: Config) -> dict[str, Any]:
 
 
 def _evaluation_of(context: RunContext, **inputs: Any) -> str:
-    """A fingerprint of the settings of the evaluation and of what is evaluated."""
+    """The fingerprint of the settings and inputs of the evaluation."""
     collection = content_fingerprint(context.paths.corpus)
     return fingerprint(evaluate=evaluate.fingerprint_settings(context.config), collection=collection, **inputs)
 
@@ -95,7 +95,7 @@ def _teacher(context: RunContext, splits: list[str]) -> System:
     """The teacher without its expansion: what every student starts from."""
     folder = join(context.paths.compare, "teacher")
     embeddings = context.paths.embeddings
-    made_of = _evaluation_of(context, embeddings=fingerprint_of(embeddings))
+    identity = _evaluation_of(context, embeddings=fingerprint_of(embeddings))
 
     def work() -> dict[str, Any]:
         found = measure_system(context, "teacher", embeddings, splits, folder)
@@ -103,7 +103,7 @@ def _teacher(context: RunContext, splits: list[str]) -> System:
         write_measures(folder, {s: {"teacher": m} for s, m in found.items()}, context.config, collection)
         return {}
 
-    make(folder, made_of, work)
+    make(folder, identity, work)
     return System("teacher", [], _values([folder], "teacher", splits))
 
 

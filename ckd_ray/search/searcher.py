@@ -72,7 +72,7 @@ class Searcher:
                 )
         if exists(join(checkpoint, MANIFEST)) and not is_of(folder, system, checkpoint):
             raise UserError(
-                f"the {system} of this run was trained anew since its passages were embedded",
+                f"the {system} of this run was trained again after its passages were embedded",
                 where=paths.folder,
                 expected=f"embeddings of the {system} that is there now",
                 fix=f"ckd-ray {'embed' if system == 'teacher' else 'evaluate'}, with its configuration, makes them",

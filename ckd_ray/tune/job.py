@@ -67,14 +67,14 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     run_stages(config, until=upstream[-1].name)
     space = space_of(config)
     seed = config.run.seed if config.tune.seed is None else config.tune.seed
-    made_of = _search_fingerprint(config, context, upstream, seed)
-    folder = join(context.paths.tune, f"search-{made_of[:12]}")
+    identity = _search_fingerprint(config, context, upstream, seed)
+    folder = join(context.paths.tune, f"search-{identity[:12]}")
     with run_lock(context.paths.root):
         kept, passed, first_seconds = _first(context, config, folder, seed)
     for combination in kept:
         _label(config, combination)
     with run_lock(context.paths.root):
-        records = _trials(context, config, folder, kept, seed, made_of)
+        records = _trials(context, config, folder, kept, seed, identity)
         best = records.best()
         assert best is not None
         found = with_values(config, best.values)
@@ -98,7 +98,7 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
 
 
 def _search_fingerprint(config: Config, context: RunContext, upstream: list[Stage], seed: int) -> str:
-    """Of all that a trial's result depends on, besides its values. The number of trials may grow."""
+    """The fingerprint of all inputs of a trial besides its values. The number of trials is not one: it may grow."""
     t = config.tune.model_dump(mode="json")
     return fingerprint(
         inputs={stage.name: fingerprint_of(stage.output(context.paths)) for stage in upstream},
