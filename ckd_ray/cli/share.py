@@ -1,4 +1,4 @@
-"""The command that passes a model on: export."""
+"""The command that passes a model or labels on: export."""
 
 from __future__ import annotations
 
@@ -7,18 +7,38 @@ from typing import Annotated
 import typer
 
 from ckd_ray.cli.command import SHARE, command, put
+from ckd_ray.errors import UserError
 from ckd_ray.progress import say
 
 
 @command(SHARE)
 def export(
     run: Annotated[str, typer.Argument(help="A run directory (run.storage/run.name), or one checkpoint folder.")],
-    fmt: Annotated[str, typer.Option("--format", help="sentence-transformers, pylate or colbert.")],
+    fmt: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="sentence-transformers, pylate or colbert; of labels also flagembedding, tevatron, triples.",
+        ),
+    ],
     json_: bool,
     out: Annotated[str | None, typer.Option("--out", help="The folder to write. Default: RUN/exports/FORMAT.")] = None,
     model: Annotated[str, typer.Option("--model", help="student or teacher.")] = "student",
+    what: Annotated[str, typer.Option("--what", help="model, or labels: the scores of all candidates.")] = "model",
+    width: Annotated[int, typer.Option("--width", help="Of labels: candidates a query.")] = 32,
+    scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query) or raw.")] = "minmax",
 ) -> None:
-    """Write a run's model for sentence-transformers, PyLate or colbert-ai, with a model card."""
+    """Write a run's model for sentence-transformers, PyLate or colbert-ai, or its labels as a training set."""
+    if what == "labels":
+        from ckd_ray.inspection.export_labels import export_labels
+
+        labels = export_labels(run, fmt, out=out, width=width, scaling=scores)
+        say(f"export: labels of {labels['queries']:,} queries, {labels['left_out']:,} left out -> {labels['out']}")
+        if json_:
+            put(labels)
+        return
+    if what != "model":
+        raise UserError("unknown thing to export", where="--what", expected="model or labels", found=what)
     from ckd_ray.pipeline.export import export_run
 
     written = export_run(run, fmt, out=out, role=model)

@@ -1,0 +1,106 @@
+"""Labels as a training set of other libraries: every format has the scores that inspect shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ckd_ray.config import LabelConfig
+from ckd_ray.errors import UserError
+from ckd_ray.files import write_json_atomic
+from ckd_ray.inspection.export_labels import export_labels
+from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.labels.files import manifest_of_labels
+from ckd_ray.labels.stage import LabelJob, label_part
+from tests.labelled import ranked_run
+
+WIDTH = 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> str:
+    """A labelled run of 24 queries, ranked to a depth of 20, of which training draws from 15."""
+    storage = tmp_path_factory.mktemp("exported")
+    ranked_run(storage, tiny_backbone, tiny_collection)
+    made = storage / "tiny"
+    settings = LabelConfig(feedback_passages=3, clusters=8, token_vote="feedback")
+    job = LabelJob(
+        run=str(made), split="train", checkpoint=str(made / "teacher"), passages=str(made / "embeddings" / "passages"),
+        rankings=str(made / "rankings"), out=str(made / "labels"), settings=settings,
+    )  # fmt: skip
+    label_part(job, None, 0, 0, 24)
+    manifest = {**manifest_of_labels(256, "train", settings.depths), "made_of": "m"}
+    write_json_atomic(str(made / "labels" / "manifest.json"), manifest)
+    return str(made)
+
+
+def wanted(run: str, query: int) -> list[tuple[str, float, bool]]:
+    """(passage id, raw score, labelled) of the first WIDTH candidates, by a sort of what inspect shows."""
+    opened = LabelledRun.open(run)
+    passages = opened.with_labelled(query, opened.rankings[query][:15])
+    scores = opened.distributions(query, passages).collective_scores.tolist()
+    known = set(opened.positives.of(query).tolist())
+    rows = [
+        (opened.collection.passage_ids([p])[0], s, p in known) for p, s in zip(passages.tolist(), scores, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (not row[2], -row[1]))[:WIDTH]
+
+
+@pytest.mark.parametrize("fmt", ["pylate", "sentence-transformers"])
+def test_lists_hold_labelled_passages_first_and_scaled_scores(run: str, tmp_path: Path, fmt: str) -> None:
+    written = export_labels(run, fmt, out=str(tmp_path / "out"), width=WIDTH)
+    assert (written["queries"], written["left_out"]) == (24, 0)
+    rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert [row["query_id"] for row in rows] == [f"q{i}" for i in range(24)]
+    for query in (0, 7, 23):
+        expected = wanted(run, query)
+        raw = np.array([score for _, score, _ in expected])
+        assert rows[query]["document_ids"] == [passage for passage, _, _ in expected]
+        assert expected[0][2] and not expected[1][2]
+        assert rows[query]["scores"] == pytest.approx((raw - raw.min()) / (raw.max() - raw.min()), abs=1e-5)
+    documents = dict(zip(*pq.read_table(tmp_path / "out" / "documents.parquet").to_pydict().values(), strict=True))
+    queries = pq.read_table(tmp_path / "out" / "queries.parquet").to_pydict()
+    assert len(documents) == 60 and len(queries["text"]) == 24
+    assert {p for row in rows for p in row["document_ids"]} <= set(documents)
+    assert "24 queries with 6 candidates" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_raw_scores_of_the_other_formats(run: str, tmp_path: Path) -> None:
+    opened = LabelledRun.open(run)
+    expected = wanted(run, 5)
+    scores = [score for _, score, _ in expected]
+    texts = opened.collection.texts([int(passage[1:]) for passage, _, _ in expected])
+
+    def lines(fmt: str) -> list:
+        folder = tmp_path / fmt
+        export_labels(run, fmt, out=str(folder), width=WIDTH, scaling="raw")
+        return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+    query, *pairs = lines("colbert")[5]
+    assert query == 5 and [p for p, _ in pairs] == [int(passage[1:]) for passage, _, _ in expected]
+    assert [s for _, s in pairs] == pytest.approx(scores)
+    assert (tmp_path / "colbert" / "collection.tsv").read_text().splitlines()[
+        pairs[0][0]
+    ] == f"{pairs[0][0]}\t{texts[0]}"
+    flag = lines("flagembedding")[5]
+    assert (flag["query"], flag["pos"], flag["neg"]) == (opened.queries.texts[5], texts[:1], texts[1:])
+    assert flag["pos_scores"] + flag["neg_scores"] == pytest.approx(scores)
+    tevatron = lines("tevatron")[5]
+    assert tevatron["positive_document_ids"] + tevatron["negative_document_ids"] == [p for p, _, _ in expected]
+    triples = [row for row in lines("triples") if row["query"] == opened.queries.texts[5]]
+    assert [row["margin"] for row in triples] == pytest.approx([scores[0] - s for s in scores[1:]])
+    assert [row["negative"] for row in triples] == texts[1:]
+
+
+def test_queries_with_too_few_candidates_are_counted_and_wrong_options_are_named(run: str, tmp_path: Path) -> None:
+    written = export_labels(run, "pylate", out=str(tmp_path / "wide"), width=40)
+    assert (written["queries"], written["left_out"]) == (0, 24)
+    for options, where in (({"fmt": "onnx"}, "--format"), ({"scaling": "log"}, "--scores"), ({"width": 1}, "--width")):
+        with pytest.raises(UserError) as caught:
+            export_labels(run, **{"fmt": "pylate", "out": str(tmp_path / "no"), **options})
+        assert caught.value.where == where
+    assert not (tmp_path / "no").exists()
