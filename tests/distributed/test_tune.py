@@ -77,7 +77,7 @@ def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> N
     every = torch.cat(rows)
     token_ids = np.concatenate([passages.shard(i).token_ids for i in range(passages.num_shards)])
     qrels = Collection.open(paths.root).qrels("dev")
-    silent = load_tokenizer(paths.teacher).silent_ids
+    silent = load_tokenizer(paths.teacher).special_token_ids
 
     def similarity(a_RD: torch.Tensor, passage_LD: torch.Tensor) -> torch.Tensor:
         return -torch.cdist(a_RD, passage_LD).square().amin(1)
