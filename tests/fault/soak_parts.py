@@ -389,7 +389,7 @@ def main() -> None:
     import ir_measures  # noqa: F401
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: F401
 
-    from ckd_ray.model import fused  # noqa: F401
+    from ckd_ray.model import linears  # noqa: F401
 
     soak, number = Soak(folder, arguments.seed), 0
     try:
