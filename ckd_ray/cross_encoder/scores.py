@@ -64,14 +64,14 @@ def write_scores(
 class CrossScores:
     """Random access to the scores of a split, by dense query index."""
 
-    def __init__(self, folder: str, split: str, queries_per_part: int) -> None:
-        self._parts = ArrayParts(folder, split, queries_per_part, "cross_encoder")
+    def __init__(self, folder: str, split: str, queries_per_part: int, stage: str = "cross_encoder") -> None:
+        self._parts = ArrayParts(folder, split, queries_per_part, stage)
 
     @classmethod
-    def open(cls, folder: str, split: str = "train") -> CrossScores:
-        """Open the scores of a finished cross_encoder stage."""
+    def open(cls, folder: str, split: str = "train", stage: str = "cross_encoder") -> CrossScores:
+        """Open the scores that a finished `stage` has written."""
         manifest: dict[str, Any] = read_json(join(folder, MANIFEST))
-        return cls(folder, split, manifest["queries_per_part"])
+        return cls(folder, split, manifest["queries_per_part"], stage)
 
     def of_query(self, query: int) -> tuple[Int64Array, Float32Array]:
         """The scored passages of a query, ascending, and their scores."""

@@ -34,7 +34,9 @@ class EnsembleReader:
             name: factor(weights[name], share, numbers, teacher_spread, expansion) for name, share in shares.items()
         }
         used = [name for name, value in factors.items() if value > 0]
-        return cls([CrossScores.open(join(folder, name), SPLIT) for name in used], [factors[name] for name in used])
+        return cls(
+            [CrossScores.open(join(folder, name), SPLIT, "ensemble") for name in used], [factors[name] for name in used]
+        )
 
     def of_batch(self, queries_b: Int64Array, passages_N: Int64Array) -> tuple[Tensor, Tensor | None]:
         """(scores_bN, scored_bN): what is added to the teacher's scores, and which pairs have it; None for all."""

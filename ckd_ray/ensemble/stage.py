@@ -127,7 +127,7 @@ def _bm25(
 
 def _write_weights(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight]:
     """Fit the weights on up to 2,000 queries whose label is in their ranking, which has the teacher's own score."""
-    readers = [CrossScores.open(join(job.out, name), SPLIT) for name in job.scorers]
+    readers = [CrossScores.open(join(job.out, name), SPLIT, "ensemble") for name in job.scorers]
     positives = _candidates(job).positives
     rows: list[npt.NDArray[np.float64]] = []
     spans = query_spans(num_queries)
