@@ -62,7 +62,7 @@ class DistillRun:
             start=str(self.folder / "teacher"),
             fingerprint="benchmark",
             seed=17,
-            settings=DistillConfig.model_validate(given | values),
+            settings=DistillConfig.model_validate({"encoder_share": 0.0, "bm25_share": 0.0} | given | values),
             positive_grade=self.config["collection"]["positive_grade"],
         )
 

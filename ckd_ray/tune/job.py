@@ -64,7 +64,10 @@ def run_tune(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             found=", ".join(splits),
         )
     upstream = [stage for stage in needed(config, "distill") if stage.name != "distill"]
-    run_stages(config, until=upstream[-1].name)
+    read = {name for stage in upstream for name in stage.inputs(config)}
+    for stage in upstream:
+        if stage.name not in read:  # the others come with those that read them
+            run_stages(config, until=stage.name)
     space = space_of(config)
     seed = config.run.seed if config.tune.seed is None else config.tune.seed
     identity = _search_fingerprint(config, context, upstream, seed)

@@ -30,7 +30,10 @@ SPACE = (
     "tune.space={distill.temperature: {loguniform: [0.2, 5.0]}, distill.beta: {choice: [0.1, 1.0]}, "
     "label.clusters: {choice: [4, 8]}, distill.learning_rate: {choice: [0.001, 0.01]}}"
 )
-CHANGES = ("teacher.steps=1", "distill.steps=4", "embed.passages_per_shard=64", SPACE, "tune.measurements=2")
+CHANGES = (
+    "teacher.steps=1", "distill.steps=4", "distill.temperature=0.25", "distill.beta=0.3", "embed.passages_per_shard=64",
+    SPACE, "tune.measurements=2",
+)  # fmt: skip
 SMALL = ("tune.trials=4", "tune.label_kept=2", "tune.dev_queries=6", "tune.dev_passages=30", "tune.search=random")
 
 
