@@ -111,7 +111,7 @@ def test_shards_that_share_a_block_are_all_written(
     ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A corpus of more shards than Ray Data should have blocks."""
-    monkeypatch.setattr(through_pool, "_MOST_BLOCKS", 3)
+    monkeypatch.setattr(through_pool, "MOST_BLOCKS", 3)
     count = Collection.open(run).num_passages
     store = embed_texts([(job_of(run, tmp_path), [(i, i + 4) for i in range(0, count, 4)])], EmbedConfig())[0]
     assert store.num_shards == count // 4 and store.firsts.tolist() == list(range(0, count, 4))
