@@ -527,6 +527,7 @@ def test_sample_of_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.distill.objective == "self_distillation" and found.cross_encoder.scores is None
 
 
+@pytest.mark.soak
 def test_calibration_runs_the_stages(tiny_backbone: str, tiny_collection: str, tmp_path: Path) -> None:
     """The real stages at two sizes, in processes of their own; rates are kept and read again."""
     c = load_config(None, overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=exact"))
