@@ -76,8 +76,6 @@ def test_docs_holds_pages_and_pictures_alone() -> None:
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     pattern = r"(?<![\w/.])(?:ckd_ray|tests|configs|cluster|benchmarks|docs)/[\w./-]*\w/?"
     named = {name for name in re.findall(pattern, page.read_text()) if re.search(r"\.\w+$|/$", name)}
-    if (ROOT / "ckd_ray" / "pipeline" / "stages.py").exists():  # the pages describe one file a stage
-        named = {name for name in named if not name.startswith(("ckd_ray/pipeline/", "ckd_ray/runs/"))}
     assert sorted(name for name in named if "NAME" not in name and not (ROOT / name).exists()) == []
 
 
