@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,6 +27,7 @@ from ckd_ray.runs.directory import RunDir
 
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
 _REMOTE_READERS = 16
+_PASSAGES_A_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,12 @@ class Collection:
             found[g] = texts[row : row + rows]
             row += rows
         return found
+
+    def text_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, list[str]]]:
+        """(first passage, texts) of blocks of the passages [start, stop), in order; one block is in memory."""
+        stop = self.num_passages if stop is None else stop
+        for first in range(start, stop, _PASSAGES_A_BLOCK):
+            yield first, self.iter_passages(first, min(first + _PASSAGES_A_BLOCK, stop))
 
     def iter_passages(self, start: int, stop: int) -> list[str]:
         """Texts of the passages [start, stop), read in order and not kept."""

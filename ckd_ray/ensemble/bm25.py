@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
+import pyarrow as pa
 
 from ckd_ray.data.collection import Collection, collection_once
 from ckd_ray.evaluate.bm25 import K1, B, words
 from ckd_ray.files import exists, join, read_json, write_json_atomic
+from ckd_ray.ray_util.parts import query_spans, run_parts
 
 STATISTICS = "statistics.json"
 _PASSAGES_A_TASK = 1 << 16
-_PASSAGES_A_READ = 8192
-_TASKS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -53,33 +52,27 @@ def collection_statistics(run: str, folder: str, split: str = "train") -> Statis
     path = join(folder, STATISTICS)
     if not exists(path):
         collection = Collection.open(run)
-        vocabulary = ray.put(frozenset(word for text in collection.queries(split).texts for word in words(text)))
-        task = ray.remote(num_cpus=1)(_count)
-        bounds = range(0, collection.num_passages, _PASSAGES_A_TASK)
-        total, length, pending = Counter[str](), 0, list[Any]()
-        for start in (*bounds, None):
-            if start is not None:
-                pending.append(
-                    task.remote(run, vocabulary, start, min(start + _PASSAGES_A_TASK, collection.num_passages))
-                )
-            while pending and (start is None or len(pending) >= _TASKS_AT_ONCE):
-                (ready,), pending = ray.wait(pending, num_returns=1)
-                counts, counted = ray.get(ready)
-                total.update(counts)
-                length += counted
+        vocabulary = frozenset(word for text in collection.queries(split).texts for word in words(text))
+        spans = query_spans(collection.num_passages, _PASSAGES_A_TASK)
+        total, length = Counter[str](), 0
+        for row in run_parts(list(range(len(spans))), spans, _count, {"run": run, "vocabulary": vocabulary}):
+            total.update(dict(zip(row["words"], map(int, row["passages"]), strict=True)))
+            length += int(row["length"])
         mean = length / max(1, collection.num_passages)
-        write_json_atomic(
-            path, {"passages": collection.num_passages, "mean_length": mean, "frequencies": dict(sorted(total.items()))}
-        )
+        frequencies = dict(sorted(total.items()))
+        write_json_atomic(path, {"passages": collection.num_passages, "mean_length": mean, "frequencies": frequencies})
     return Statistics(**read_json(path))
 
 
-def _count(run: str, vocabulary: frozenset[str], start: int, stop: int) -> tuple[dict[str, int], int]:
-    """(word -> passages that hold it, words in all) of the passages [start, stop)."""
-    collection, found, length = collection_once(run), Counter[str](), 0
-    for first in range(start, stop, _PASSAGES_A_READ):
-        for text in collection.iter_passages(first, min(first + _PASSAGES_A_READ, stop)):
+def _count(batch: dict[str, Any], run: str, vocabulary: frozenset[str]) -> pa.Table:
+    """The words of some passages that are in the vocabulary, the passages that hold each, and all words counted."""
+    start, stop = (int(batch[name][0]) for name in ("first", "stop"))
+    found, length = Counter[str](), 0
+    for _, texts in collection_once(run).text_blocks(start, stop):
+        for text in texts:
             passage = words(text)
             length += len(passage)
             found.update(vocabulary.intersection(passage))
-    return dict(found), length
+    counted = {"words": [list(found)], "passages": [list(found.values())], "length": [length]}
+    lists = {"words": pa.list_(pa.string()), "passages": pa.list_(pa.int64()), "length": pa.int64()}
+    return pa.table(counted, pa.schema(lists))

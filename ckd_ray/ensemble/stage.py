@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.data.collection import collection_once
@@ -20,18 +21,13 @@ from ckd_ray.ensemble.bm25 import Statistics, collection_statistics
 from ckd_ray.ensemble.weights import SPLIT, WEIGHTS, ScorerWeight, fit_weights, spreads
 from ckd_ray.evaluate.bm25 import words
 from ckd_ray.files import join, make_folder, write_json_atomic
-from ckd_ray.progress import Progress
-from ckd_ray.ray_util.parts import part_file, parts_present, query_spans, run_parts
+from ckd_ray.ray_util.parts import finish_parts, part_file, parts_present, query_spans
 from ckd_ray.retrieve.rankings import read_ranking_part
 from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.runs.directory import passage_store, query_store
 from ckd_ray.store.embeddings import open_once
 
-SCORERS = ("encoder", "bm25")
 _QUERIES_TO_FIT = 2000
-
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class EnsembleJob:
     """Score the candidates of the training queries of `run` into `out`; the same in every process.
 
     Attributes:
-        scorers: of `SCORERS`.
+        scorers: of `encoder` and `bm25`.
         vectors: the folder of the encoder's stores `passages` and `queries.train`, one row a text.
         depth: passages of a query's ranking that are scored, besides its labelled ones.
         similarity: of the teacher, `l2` or `cosine`.
@@ -58,17 +54,12 @@ class EnsembleJob:
 def score_ensemble(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight]:
     """Write the missing parts of every scorer, and the weights. Returns the weights by scorer."""
     statistics = collection_statistics(job.run, job.out) if "bm25" in job.scorers else None
-    spans = query_spans(num_queries)
     for name in job.scorers:
         folder = join(job.out, name)
         make_folder(folder)
-        present = parts_present(folder)
-        missing = [i for i in range(len(spans)) if part_file(SPLIT, i) not in present]
-        done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
         arguments = {"job": job, "scorer": name, "statistics": statistics}
-        with Progress(f"ensemble {name}", num_queries, "queries", done=done) as progress:
-            for row in run_parts(missing, spans, _score_part, arguments):
-                progress.advance(int(row["queries"]))
+        present = parts_present(folder)
+        spans = finish_parts(f"ensemble {name}", SPLIT, num_queries, present, _score_part, arguments)
         size = spans[0][1] if spans else 1
         write_json_atomic(join(folder, MANIFEST), {"queries_per_part": size, "split": SPLIT})
     return _write_weights(job, num_queries)
@@ -132,7 +123,8 @@ def _write_weights(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight
     rows: list[npt.NDArray[np.float64]] = []
     spans = query_spans(num_queries)
     # Whole parts, evenly over the split: a part is one file.
-    for part in np.unique(np.linspace(0, len(spans) - 1, min(len(spans), -(-_QUERIES_TO_FIT // 256))).astype(int)):
+    parts = min(len(spans), -(-_QUERIES_TO_FIT // max(1, spans[0][1]))) if spans else 0
+    for part in np.unique(np.linspace(0, len(spans) - 1, parts).astype(int)):
         table = read_ranking_part(join(job.rankings, part_file(SPLIT, part)), ["query_index", "passage_index", "score"])
         columns = [table[name].to_numpy() for name in ("query_index", "passage_index", "score")]
         cuts = np.flatnonzero(np.diff(columns[0])) + 1
@@ -159,16 +151,12 @@ def _features(
     query: int, passages: Int64Array, scores: Float32Array, readers: Sequence[CrossScores], positives: Int64Array
 ) -> list[npt.NDArray[np.float64]]:
     """(K, F) of a query, a labelled passage first, for each of its labelled passages that is ranked."""
-    columns = [scores.astype(np.float64)]
+    columns, scored = [scores.astype(np.float64)], np.ones(len(passages), bool)
     for reader in readers:
-        known, values = reader.of_query(query)
-        if not len(known):
-            return []
-        at = np.minimum(np.searchsorted(known, passages), len(known) - 1)
-        columns.append(np.where(known[at] == passages, values[at], np.nan))
-    matrix_KF = np.stack(columns, 1)
-    scored = ~np.isnan(matrix_KF).any(1)
-    matrix_KF, labelled = matrix_KF[scored], np.isin(passages[scored], positives)
+        values_1K, scored_1K = reader.scores_and_mask(np.array([query]), passages)
+        columns.append(values_1K[0].double().numpy())
+        scored &= scored_1K[0].numpy()
+    matrix_KF, labelled = np.stack(columns, 1)[scored], np.isin(passages[scored], positives)
     return [np.concatenate([matrix_KF[[i]], matrix_KF[~labelled]]) for i in np.flatnonzero(labelled).tolist()]
 
 

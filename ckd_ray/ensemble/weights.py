@@ -75,22 +75,21 @@ def _newton(features_BKF: Float64Array, label_B: npt.NDArray[np.int64], valid_BK
     x_BKF = np.where(valid_BK[:, :, None], features_BKF / scale_F, 0.0)
     own_BF = x_BKF[np.arange(len(label_B)), label_B]
     weights_F = np.zeros(len(scale_F))
-    value = _likelihood(x_BKF, own_BF, valid_BK, weights_F)[0]
+    value, p_BK = _likelihood(x_BKF, own_BF, valid_BK, weights_F)
     for _ in range(_STEPS):
-        _, p_BK = _likelihood(x_BKF, own_BF, valid_BK, weights_F)
         mean_BF = np.einsum("bk,bkf->bf", p_BK, x_BKF)
         gradient_F = (own_BF - mean_BF).sum(0)
         second_FF = np.einsum("bk,bkf,bkg->fg", p_BK, x_BKF, x_BKF) - np.einsum("bf,bg->fg", mean_BF, mean_BF)
         step_F = np.linalg.solve(second_FF + _RIDGE * len(label_B) * np.eye(len(scale_F)), gradient_F)
         length = 1.0
+        better, next_BK = _likelihood(x_BKF, own_BF, valid_BK, weights_F + step_F)
         # The likelihood is concave; half a step is enough where a whole one would pass its top.
-        while (
-            better := _likelihood(x_BKF, own_BF, valid_BK, weights_F + length * step_F)[0]
-        ) < value and length > 1e-4:
+        while better < value and length > 1e-4:
             length /= 2
+            better, next_BK = _likelihood(x_BKF, own_BF, valid_BK, weights_F + length * step_F)
         if better <= value + _CONVERGED * len(label_B):
             break
-        weights_F, value = weights_F + length * step_F, better
+        weights_F, value, p_BK = weights_F + length * step_F, better, next_BK
     found: Float64Array = weights_F / scale_F
     return found
 

@@ -20,7 +20,6 @@ from ckd_ray.retrieve.rankings import write_ranking_part
 
 K1, B = 1.5, 0.75  # bm25s' own defaults, in Lucene's variant of the formula
 _WORD = re.compile(r"(?u)\b\w\w+\b")
-_PASSAGES_A_READ = 8192
 
 
 @lru_cache(maxsize=1)
@@ -68,8 +67,7 @@ def rank_bm25(run: str, splits: list[str], out: str, depth: int) -> dict[str, An
 def _corpus(collection: Collection, vocabulary: dict[str, int]) -> list[list[int]]:
     """The word numbers of every passage; new words get the next number in `vocabulary`."""
     found: list[list[int]] = []
-    for start in range(0, collection.num_passages, _PASSAGES_A_READ):
-        texts = collection.iter_passages(start, min(start + _PASSAGES_A_READ, collection.num_passages))
+    for _, texts in collection.text_blocks():
         found += [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
     return found
 

@@ -29,7 +29,6 @@ from ckd_ray.inspection.labelled_run import LabelledRun
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
 SCALINGS = ("minmax", "raw")
 _QUERIES_A_BLOCK = 256
-_PASSAGES_A_READ = 8192
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -154,9 +153,8 @@ def _lists(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
 
 
 def _corpus(collection: Collection) -> Iterator[tuple[list[str], list[str]]]:
-    for start in range(0, collection.num_passages, _PASSAGES_A_READ):
-        stop = min(start + _PASSAGES_A_READ, collection.num_passages)
-        yield collection.passage_ids(np.arange(start, stop)), collection.iter_passages(start, stop)
+    for first, texts in collection.text_blocks():
+        yield collection.passage_ids(np.arange(first, first + len(texts))), texts
 
 
 def _colbert(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:

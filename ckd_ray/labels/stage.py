@@ -24,8 +24,8 @@ from ckd_ray.data.collection import collection_once
 from ckd_ray.files import exists, file_signature, join, local_copy, make_folder
 from ckd_ray.labels.feedback import expand_depths, nest
 from ckd_ray.labels.files import write_labels
-from ckd_ray.progress import Progress, say
-from ckd_ray.ray_util.parts import part_file, parts_present, query_spans, run_parts
+from ckd_ray.progress import say
+from ckd_ray.ray_util.parts import finish_parts, part_file, parts_present
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
@@ -79,13 +79,8 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
         votes: who elects the centroids' tokens; None: the feedback's own tokens.
     """
     make_folder(job.out)
-    spans = query_spans(num_queries)
-    present = parts_present(job.out)
-    missing = [i for i in range(len(spans)) if part_file(job.split, i) not in present]
-    done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
-    with Progress("label", num_queries, "queries", done=done) as progress:
-        for row in run_parts(missing, spans, _label_part, {"job": job, "votes": votes}):
-            progress.advance(int(row["queries"]))
+    arguments = {"job": job, "votes": votes}
+    spans = finish_parts("label", job.split, num_queries, parts_present(job.out), _label_part, arguments)
     return spans[0][1] - spans[0][0] if spans else 1
 
 

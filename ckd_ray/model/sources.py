@@ -83,6 +83,11 @@ def signature(source: str) -> list[list[str | int]]:
     return [_sign(file, file.relative_to(path).as_posix()) for file in files]
 
 
+def identity(source: str) -> list[list[str | int]] | str:
+    """What the results of `source` as it is depend on: its files, or its name where none lie here."""
+    return signature(source) or source
+
+
 def _sign(file: Path, name: str) -> list[str | int]:
     return [name, file.stat().st_size, _digest(str(file), file.stat().st_size, file.stat().st_mtime_ns)]
 

@@ -19,15 +19,15 @@ from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.bm25 import rank_bm25
 from ckd_ray.evaluate.measures import Measures
-from ckd_ray.files import delete, exists, join, new_folder, parent, read_json, write_json_atomic
+from ckd_ray.files import delete, join, new_folder, parent, read_json, write_json_atomic
 from ckd_ray.model.pooled import PooledModel
-from ckd_ray.model.sources import signature
-from ckd_ray.pipeline.embedding import embed_all
+from ckd_ray.model.sources import identity
+from ckd_ray.pipeline.embedding import embed_all, reopen_for
 from ckd_ray.pipeline.evaluation import measure_rankings, measure_system
 from ckd_ray.pipeline.stages.evaluate import skips_own_passage
 from ckd_ray.progress import say
-from ckd_ray.runs.artifact import MANIFEST, content_fingerprint, is_made, make, remove_altered, reopen
-from ckd_ray.runs.directory import RunContext, query_store, system_rankings
+from ckd_ray.runs.artifact import content_fingerprint, is_made, make, remove_altered
+from ckd_ray.runs.directory import RunContext, system_rankings
 from ckd_ray.runs.fingerprint import fingerprint
 
 
@@ -100,7 +100,7 @@ def encoder_settings(config: Config) -> dict[str, Any]:
     """What the vectors of the encoder as it is depend on, besides the texts: the backbone's files (its name where it
     comes from a package or a hub) and the precision, which is the store's but never int8: that would rank a little
     differently from what a user would pick instead."""
-    backbone = signature(config.model.backbone) or config.model.backbone
+    backbone = identity(config.model.backbone)
     precision = config.embed.precision
     return {"backbone": backbone, "precision": "auto" if precision == "int8" else precision}
 
@@ -126,8 +126,7 @@ def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | N
     out, settings = context.paths.encoder_embeddings, encoder_settings(context.config)
     made_of = fingerprint(collection=content_fingerprint(context.paths.corpus), **settings)
     checkpoint = join(out, "encoder")
-    if not all(exists(join(query_store(out, split), MANIFEST)) for split in splits):
-        reopen(out)  # they were made for other splits
+    reopen_for(out, splits)
     if is_made(out, made_of):
         return
     model = model or _load(context.config.model.backbone)

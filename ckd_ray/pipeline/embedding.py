@@ -9,12 +9,19 @@ from typing import Any
 from ckd_ray.data import Collection
 from ckd_ray.embed.learn_codec import with_codec
 from ckd_ray.embed.stream import EmbedJob, embed_texts, plan_shards
-from ckd_ray.files import last_part, local_copy
+from ckd_ray.files import exists, join, last_part, local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
+from ckd_ray.runs.artifact import MANIFEST, reopen
 from ckd_ray.runs.directory import RunContext, passage_store, query_store
 from ckd_ray.store import EmbeddingStore
+
+
+def reopen_for(out: str, splits: Sequence[str]) -> None:
+    """Let `make` add the queries of `splits` to finished stores below `out` that were made for other splits."""
+    if not all(exists(join(query_store(out, split), MANIFEST)) for split in splits):
+        reopen(out)
 
 
 def embed_all(

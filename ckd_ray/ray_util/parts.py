@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ckd_ray.files import list_files
+from ckd_ray.progress import Progress
 
 _QUERIES_A_PART = 256
 # Ray Data keeps a few kilobytes per block and searches all blocks; with more units than this, units share a block.
@@ -30,6 +32,25 @@ def parts_present(folder: str) -> set[str]:
     """The Parquet files of finished parts, in a folder where each part has an array as well (labels, scores)."""
     names = set(list_files(folder))
     return {n for n in names if n.endswith(".parquet") and n.removesuffix(".parquet") + ".npy" in names}
+
+
+def finish_parts(
+    stage: str, split: str, num_queries: int, present: Collection[str], work: Any, arguments: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """Run `work` for the parts of a split that are not finished, and show the progress. Returns the spans of all parts.
+
+    Args:
+        stage: the word in front of progress lines.
+        present: the Parquet files of the finished parts.
+        work: see `run_parts`; its row has the number of `queries`.
+    """
+    spans = query_spans(num_queries)
+    missing = [i for i in range(len(spans)) if part_file(split, i) not in present]
+    done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
+    with Progress(stage, num_queries, "queries", done=done) as progress:
+        for row in run_parts(missing, spans, work, arguments):
+            progress.advance(int(row["queries"]))
+    return spans
 
 
 def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any]) -> Any:

@@ -11,8 +11,7 @@ import pyarrow as pa
 
 from ckd_ray.data.collection import collection_once
 from ckd_ray.files import join, list_files, make_folder
-from ckd_ray.progress import Progress
-from ckd_ray.ray_util.parts import part_file, query_spans, run_parts
+from ckd_ray.ray_util.parts import finish_parts, part_file
 from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
@@ -34,13 +33,9 @@ class RetrieveJob:
 def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage: str = "retrieve") -> None:
     """Write the missing parts of `job`, then the matrix of all parts."""
     make_folder(job.out)
-    spans = query_spans(num_queries)
     present = set(list_files(job.out, ".parquet"))
-    missing = [i for i in range(len(spans)) if part_file(job.split, i) not in present]
-    done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
-    with Progress(stage, num_queries, "queries", done=done) as progress:
-        for row in run_parts(missing, spans, _retrieve_part, {"job": job, "servers": servers}):
-            progress.advance(int(row["queries"]))
+    arguments = {"job": job, "servers": servers}
+    spans = finish_parts(stage, job.split, num_queries, present, _retrieve_part, arguments)
     write_ranking_matrix(job.out, job.split, spans, job.depth)
 
 

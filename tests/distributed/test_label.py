@@ -14,7 +14,7 @@ from ckd_ray.inspection.suggest import SuggestSettings, merge, suggest, suggesti
 from ckd_ray.labels.stage import EstimatedVotes, LabelJob, ServerVotes, find_special_cells, label
 from ckd_ray.model.encoder import Encoded
 from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.retrieve import stream
+from ckd_ray.ray_util import parts
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.store import EmbeddingStore
 from tests.labelled import ranked_run, write_store
@@ -25,7 +25,7 @@ from tests.support import overrides
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> tuple[Path, Encoded]:
     """A ranked run whose queries stand in three parts; and its encoded passages."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream.query_spans, "__defaults__", (9,))
+        patch.setattr(parts.query_spans, "__defaults__", (9,))
         storage = tmp_path_factory.mktemp("label")
         _, passages = ranked_run(storage, tiny_backbone, tiny_collection)
     return storage, passages
@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     ray_session: None, made: tuple[Path, Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream.query_spans, "__defaults__", (9,))
+    monkeypatch.setattr(parts.query_spans, "__defaults__", (9,))
     storage, passages = made
     run = storage / "tiny"
     settings = load_config(None, overrides(storage, "x", "y")).label

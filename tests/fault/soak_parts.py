@@ -46,6 +46,7 @@ from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.encoder import Encoded, TextEncoder
 from ckd_ray.pipeline.evaluation import RankedParts, labelled_parts, write_measures
 from ckd_ray.progress import set_quiet
+from ckd_ray.ray_util import parts
 from ckd_ray.ray_util.actor_pool import Pool
 from ckd_ray.retrieve import stream as retrieve_stream
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
@@ -383,7 +384,7 @@ def main() -> None:
     set_quiet(True)
     embed_stream._stream = serial_stream
     embed_stream.place_pool = lambda *_, **__: Pool(1, 1.0, 0.0, 1, 1, 0.1)
-    retrieve_stream.run_parts = label_stream.run_parts = serial_parts
+    parts.run_parts = serial_parts
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="ckd-soak-"))
     # What every child would load anew; importing starts no threads, so the process can still be forked.
     import ir_measures  # noqa: F401

@@ -12,8 +12,9 @@ import pytest
 from ckd_ray.collective.losses import BatchScores
 from ckd_ray.config.schema import Config, DistillConfig, Section
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, LOSS_KEYS, OBJECTIVES
+from ckd_ray.model import sources
 from ckd_ray.pipeline.graph import STAGES
-from ckd_ray.pipeline.stages import cross_encoder, ensemble, evaluate, teacher
+from ckd_ray.pipeline.stages import cross_encoder, teacher
 
 # Configurations that between them read every key.
 BASES: list[dict[str, dict[str, Any]]] = [
@@ -73,8 +74,8 @@ def settings(config: Config) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources count by their names here: there are no files behind them."""
-    for stage in (teacher, ensemble, cross_encoder, evaluate):
-        monkeypatch.setattr(stage, "signature", lambda source: [])
+    for module in (teacher, cross_encoder, sources):
+        monkeypatch.setattr(module, "signature", lambda source: [])
     monkeypatch.setattr(cross_encoder, "file_signature", lambda uri: (uri, 0))
 
 

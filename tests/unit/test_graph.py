@@ -13,10 +13,10 @@ from ckd_ray.config.schema import Config
 from ckd_ray.distill.objectives import OBJECTIVES
 from ckd_ray.errors import UserError
 from ckd_ray.files import write_json_atomic
-from ckd_ray.pipeline import baselines
+from ckd_ray.model import sources
 from ckd_ray.pipeline.baselines import baseline_fingerprint, encoder_settings
 from ckd_ray.pipeline.graph import STAGE_NAMES, STAGES, check_stage_names, needed, stage_fingerprint
-from ckd_ray.pipeline.stages import cross_encoder, ensemble, evaluate, teacher
+from ckd_ray.pipeline.stages import cross_encoder, teacher
 from ckd_ray.runs.directory import RunContext
 
 UPSTREAM = ["collection", "teacher", "embed", "retrieve"]
@@ -31,7 +31,7 @@ BEHIND_TEACHER = {"teacher", *BEHIND_EMBED}
 @pytest.fixture(autouse=True)
 def _no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources count by their names here: there are no files behind them."""
-    for module in (teacher, ensemble, cross_encoder, evaluate, baselines):
+    for module in (teacher, cross_encoder, sources):
         monkeypatch.setattr(module, "signature", lambda source: [])
     monkeypatch.setattr(cross_encoder, "file_signature", lambda uri: (uri, 0))
 

@@ -7,7 +7,7 @@ from typing import Any
 from ckd_ray.config import Config
 from ckd_ray.distill.objectives import scorers_of
 from ckd_ray.files import join, read_json
-from ckd_ray.model.sources import signature
+from ckd_ray.model.sources import identity
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import say
 from ckd_ray.runs.directory import RunContext
@@ -16,7 +16,7 @@ from ckd_ray.runs.directory import RunContext
 def fingerprint_settings(config: Config) -> dict[str, Any]:
     """The scorers, the candidates, and what the encoder as it is depends on."""
     scorers = scorers_of(config.distill)
-    backbone = signature(config.model.backbone) or config.model.backbone
+    backbone = identity(config.model.backbone)
     return {
         "scorers": list(scorers),
         "depth": config.distill.negatives_depth,
@@ -29,11 +29,11 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     """Write a folder of scores for each scorer, and `weights.json`. A scorer that cannot be had is left out, and a line
     says why."""
     from ckd_ray.data import Collection
-    from ckd_ray.ensemble.stage import SCORERS, EnsembleJob, score_ensemble
+    from ckd_ray.ensemble.stage import EnsembleJob, score_ensemble
     from ckd_ray.pipeline.baselines import LeftOutError, embed_encoder
 
     config, paths = context.config, context.paths
-    scorers = set(scorers_of(config.distill))
+    scorers = list(scorers_of(config.distill))
     if "encoder" in scorers:
         try:
             embed_encoder(context, ["train"])
@@ -44,7 +44,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         run=paths.root,
         out=paths.ensemble,
         rankings=paths.rankings,
-        scorers=tuple(name for name in SCORERS if name in scorers),
+        scorers=tuple(scorers),
         vectors=paths.encoder_embeddings,
         positive_grade=config.collection.positive_grade,
         depth=config.distill.negatives_depth,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckd_ray.config import Config
-from ckd_ray.files import exists, join, write_json_atomic
-from ckd_ray.model.sources import signature
+from ckd_ray.files import join, write_json_atomic
+from ckd_ray.model.sources import identity
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.pipeline.stages import embed, retrieve
 from ckd_ray.progress import say, without_keys
-from ckd_ray.runs.artifact import MANIFEST, identity_of, make, reopen
-from ckd_ray.runs.directory import RunContext, query_store
+from ckd_ray.runs.artifact import identity_of, make
+from ckd_ray.runs.directory import RunContext
 from ckd_ray.runs.fingerprint import fingerprint as combined_fingerprint
 
 
@@ -34,7 +34,7 @@ def fingerprint_settings(config: Config) -> dict[str, Any]:
     settings = {**config.evaluate.for_fingerprint(), "skip_same_id": skips_own_passage(config)}
     search = {"search": retrieve.fingerprint_settings(config)} if config.evaluate.engine == "retrieve" else {}
     # With a given teacher nothing upstream depends on the backbone, and its row of the table still does.
-    backbone = signature(config.model.backbone) or config.model.backbone
+    backbone = identity(config.model.backbone)
     encoder = {"backbone": backbone} if "encoder" in config.evaluate.baselines else {}
     return {**settings, "embed": embed.fingerprint_settings(config), **search, **encoder}
 
@@ -77,12 +77,11 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
 def embed_student(context: RunContext, splits: Sequence[str]) -> None:
     """`student_embeddings/`, unless they are there. They have a fingerprint of their own, so that other measures or
     depths do not embed the corpus again."""
-    from ckd_ray.pipeline.embedding import embed_all
+    from ckd_ray.pipeline.embedding import embed_all, reopen_for
 
     student, out = context.paths.student, context.paths.student_embeddings
     made_of = combined_fingerprint(student=identity_of(student), embed=identity_of(context.paths.embeddings))
-    if not all(exists(join(query_store(out, split), MANIFEST)) for split in splits):
-        reopen(out)  # they were made for other splits
+    reopen_for(out, splits)
 
     def work() -> dict[str, Any]:
         store = embed_all(context, student, out, made_of, stage="evaluate", splits=splits)
