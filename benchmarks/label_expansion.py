@@ -23,14 +23,16 @@ import numpy.typing as npt
 import torch
 from common import alternate, figure, note
 from label_literal import clustering, literal_expansion
+from torch import Tensor
 
 from ckd_ray.collective.expand import Expansions
 from ckd_ray.collective.special_cells import SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
-from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all
+from ckd_ray.retrieve.exact import Scorer, search_all
 from ckd_ray.retrieve.faiss_index import TokenIndex
+from ckd_ray.retrieve.nearest import nearest_rows
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.store import EmbeddingStore
@@ -161,7 +163,7 @@ def _agreement(bench: Bench, cells: Any, index: Any, queries: int) -> dict[str, 
         elected[name] = expand_ranked(
             bench.run.passages, feedback_BF, bench.settings, neighbours=votes, special_token_ids=bench.silent
         )
-    found = {}
+    found = _exact_votes(bench, feedback_BF)
     for name in ("estimate", "ivfpq", "feedback"):
         tokens, error, chosen = compare_votes(elected["exact"], elected[name])
         label = "vote_agreement" if name == "estimate" else f"vote_agreement_{name}"
@@ -169,6 +171,26 @@ def _agreement(bench: Bench, cells: Any, index: Any, queries: int) -> dict[str, 
         found[f"vote_idf_error_{name}"] = figure(error, None, "lower")
         found[f"vote_chosen_{name}"] = figure(chosen, None, "higher")
     return found
+
+
+def _exact_votes(bench: Bench, feedback_BF: Int64Array) -> dict[str, Any]:
+    """The neighbours of all centroids of these queries, after a first pass as the stage chooses it and in float32."""
+    asked: list[Tensor] = []
+
+    def votes(vectors_MD: Tensor) -> Any:
+        asked.append(vectors_MD)
+        return np.zeros((len(vectors_MD), bench.settings.voters), np.int64)
+
+    expand_ranked(bench.run.passages, feedback_BF, bench.settings, neighbours=votes, special_token_ids=bench.silent)
+    vectors_MD, k = torch.cat(asked), bench.settings.voters
+    ours, theirs = alternate(
+        lambda: nearest_rows(vectors_MD, bench.rows, k),
+        lambda: nearest_rows(vectors_MD, bench.rows, k, first_pass="float32"),
+    )
+    return {
+        "exact_votes_vs_float32": figure(theirs / ours, 3, "higher"),
+        "exact_votes_centroids_per_second": figure(len(vectors_MD) / ours, None, "higher"),
+    }
 
 
 def compare_votes(exact: Expansions, other: Expansions, size: int = 10) -> tuple[float, float, float]:

@@ -30,8 +30,9 @@ from ckd_ray.evaluate.significance import paired_difference
 from ckd_ray.files import read_json
 from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.model.colbert import load_tokenizer
-from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all
+from ckd_ray.retrieve.exact import Scorer, search_all
 from ckd_ray.retrieve.faiss_index import TokenIndex
+from ckd_ray.retrieve.nearest import nearest_rows
 from ckd_ray.retrieve.rows import FlatRows
 
 MEASURES = {"dev": "MRR@10", "test": "nDCG@10"}

@@ -131,11 +131,16 @@ def new_folder(uri: str) -> Iterator[str]:
 
 def _new_local_folder(target: Path) -> Iterator[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}{TEMPORARY}", dir=target.parent))
+    temporary = target.with_name(f".{target.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
     old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
     try:
         yield str(temporary)
-        temporary.chmod(0o755)
+        # safetensors makes files that only their owner can read; the umask decides, as for every other file.
+        ordinary = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(ordinary)
         if target.exists():
             target.rename(old)
         temporary.rename(target)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError
-from ckd_ray.retrieve.exact import sharpen
+from ckd_ray.retrieve.nearest import sharpen
 from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store.codec import Residual
 

@@ -13,7 +13,7 @@ is below 2: float64 (53 bits) adds them without rounding. Final scores are there
 not depend on the first pass, block shapes, threads, the cut into shards, the number of actors or the processor.
 
 Shapes: B queries, Q rows a query, N passages, L rows a passage, T rows of all, P pairs of query and passage, D
-dimensions, K results, M vectors.
+dimensions, K results.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ _GPU_COLUMNS = 1 << 15
 _CONVERTED = 1 << 10
 # Passages that a block of the dense pass scores for all queries of a batch.
 _PASSAGES = 1 << 14
-# Vectors whose nearest rows are searched at a time: 64 MiB of distances to 2^14 rows.
-_VECTORS = 1 << 10
 _EXACT_UNIT = 2.0**48
 # When a first pass in 8 bits pays: from so many times `depth` passages on, since it leaves two or three times `depth`
 # to score again; and from so many query rows on, since rounding a passage's rows costs the same for any number of
@@ -325,47 +323,3 @@ def _best_of(
 def _places(query_P: Int64Array, num_queries: int) -> Int64Array:
     """(P,) the place, from 0, of each pair among those of its query; pairs of a query are consecutive."""
     return ranges(np.zeros(num_queries, np.int64), np.bincount(query_P, minlength=num_queries))
-
-
-def nearest_rows(vectors_MD: Tensor, source: RangeRows, k: int, block: int = 1 << 14) -> tuple[Tensor, Tensor]:
-    """The k rows nearest to each vector: (squared distances (M, k), positions (M, k)), nearest first, ties by position.
-
-    The top 2 k + 8 in float32 are ordered by distances in float64, so that the cut into blocks, shards and actors does
-    not decide between almost equal ones. Lists of fewer than k rows end with +inf and -1.
-    """
-    wide = 2 * k + 8
-    best = torch.full((len(vectors_MD), wide), torch.inf)
-    where = torch.full((len(vectors_MD), wide), -1, dtype=torch.int64)
-    for start in range(0, source.num_rows, block):
-        rows = source.take(np.arange(start, min(source.num_rows, start + block))).float()
-        norms = rows.square().sum(1)[None]
-        for low in range(0, len(vectors_MD), _VECTORS):
-            part = slice(low, low + _VECTORS)
-            distance = torch.addmm(norms, vectors_MD[part].float(), rows.T, alpha=-2.0)
-            near, at = distance.topk(min(wide, len(rows)), dim=1, largest=False)
-            merged, positions = torch.cat([best[part], near], 1), torch.cat([where[part], at + start], 1)
-            best[part], order = merged.topk(wide, dim=1, largest=False)
-            where[part] = positions.gather(1, order)
-    return sharpen(vectors_MD, source, where, k)
-
-
-def sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of some rows each: (squared distances (M, k) float32, positions (M, k)), computed in float64.
-
-    Args:
-        where_MC: positions of rows, -1 for none.
-    """
-    distances, positions = [], []
-    step = max(1, (1 << 22) // max(1, where_MC.shape[1] * vectors_MD.shape[1]))
-    for vectors, where in zip(vectors_MD.split(step), where_MC.split(step), strict=True):
-        absent = where < 0
-        rows = source.take(where.clamp(min=0).flatten().numpy()).double().view(*where.shape, -1)
-        away = (rows - vectors[:, None].double()).square().sum(-1).float().masked_fill(absent, torch.inf)
-        place = where.masked_fill(absent, torch.iinfo(torch.int64).max)
-        # Two stable sorts: by position, then by distance.
-        first = place.argsort(dim=1, stable=True)
-        order = first.gather(1, away.gather(1, first).argsort(dim=1, stable=True))[:, :k]
-        distances.append(away.gather(1, order))
-        positions.append(where.gather(1, order))
-    empty = vectors_MD.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
-    return torch.cat([empty[0], *distances]), torch.cat([empty[1], *positions])

@@ -123,11 +123,17 @@ def estimates_of(
 
 def bounds_of(queries: RoundedQueries, query_rows: int, longest_N: Tensor, most_lost_N: Tensor) -> Tensor:
     """(B, N) float32 bounds of the errors of estimates, from the lengths that `estimates_of` yields."""
-    bounds_BN = torch.outer(queries.lost_B, longest_N).addr_(queries.kept_B, most_lost_N)
+    of_longest_B, of_lost_B = bound_factors(queries, query_rows)
+    return torch.outer(of_longest_B, longest_N).addr_(of_lost_B, most_lost_N)
+
+
+def bound_factors(queries: RoundedQueries, query_rows: int) -> tuple[Tensor, Tensor]:
+    """What a bound is a multiple of: (B,) of the greatest length of a passage's rows, (B,) of the greatest length of
+    their rounding errors. The bound is the sum of both products."""
     # Estimates and lengths are themselves computed in float32, with u = 2^-24. Their error for a query row is at most
     # (1.5 D + 4 Q + 48) u |q| |d|; the slack is (8 D + 8 Q + 64) u |q| |d|.
     slack = (queries.rows_RD.shape[1] + query_rows + 8) * 2.0**-21
-    return bounds_BN.addr_(queries.lengths_B, longest_N, alpha=slack)
+    return queries.lost_B + slack * queries.lengths_B, queries.kept_B
 
 
 def _queries_of_a_block(count: int, query_rows: int) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.retrieve.centroids import CentroidIndex
-from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_all, search_among
+from ckd_ray.retrieve.exact import Scorer, search_all, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages
+from ckd_ray.retrieve.nearest import nearest_rows
 from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import RESIDUAL_BITS, Residual

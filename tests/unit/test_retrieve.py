@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from ckd_ray.errors import UserError
 from ckd_ray.files.cache import ShardCache
 from ckd_ray.ray_util.parts import parts_present
-from ckd_ray.retrieve import exact, groups, int8
+from ckd_ray.retrieve import exact, groups, int8, nearest
 from ckd_ray.retrieve.centroids import CentroidIndex
-from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_among
+from ckd_ray.retrieve.exact import Scorer, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.int8 import FirstPass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
+from ckd_ray.retrieve.nearest import nearest_rows
 from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
@@ -159,15 +160,37 @@ def test_rerank_scores_each_query_s_own_candidates() -> None:
     assert scores[1].shape == (0,)
 
 
-def test_nearest_rows_are_blocked_and_stable() -> None:
+@pytest.mark.parametrize("first_pass", ["float32", "int8"])
+def test_nearest_rows_are_blocked_and_stable(first_pass: FirstPass) -> None:
     rows = torch.randn(100, DIM, generator=torch.Generator().manual_seed(2)).half()
     rows[70] = rows[5]
     vectors = torch.cat([rows[5:6].float(), torch.randn(8, DIM)])
-    distance, where = nearest_rows(vectors, FlatRows(rows, np.ones(len(rows), int)), 4, block=16)
+    distance, where = nearest_rows(vectors, FlatRows(rows, np.ones(len(rows), int)), 4, 16, first_pass)
     assert where[0, :2].tolist() == [5, 70]
     expected = torch.cdist(vectors, rows.float()).square().sort(1).values[:, :4]
     assert torch.allclose(distance, expected, atol=1e-3)
-    assert nearest_rows(vectors, FlatRows(rows[:2], np.ones(2, int)), 4)[1][0].tolist()[2:] == [-1, -1]
+    few = FlatRows(rows[:2], np.ones(2, int))
+    assert nearest_rows(vectors, few, 4, first_pass=first_pass)[1][0].tolist()[2:] == [-1, -1]
+
+
+def test_nearest_rows_after_a_first_pass_in_8_bits_are_the_nearest_of_all() -> None:
+    """Some rows are near each other, some are longer, and the last chunk is not full. In a crowd of almost equal rows
+    the first pass rules out too few chunks."""
+    draw = torch.Generator().manual_seed(7)
+    middles = torch.randn(400, 64, generator=draw)
+    rows = middles[torch.randint(400, (9001,), generator=draw)] + 0.4 * torch.randn(9001, 64, generator=draw)
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    rows[:64] *= 1.5
+    rows[3000:6000] = rows[3000] + 1e-3 * torch.randn(3000, 64, generator=draw)
+    rows = rows.half()
+    vectors = torch.cat([middles[:90] * 0.1, rows[3000:3010].float(), torch.zeros(1, 64)])
+    source = FlatRows(rows, np.ones(len(rows), int))
+    distance, where = nearest_rows(vectors, source, 10, first_pass="int8")
+    away = (vectors[:, None].double() - rows[None].double()).square().sum(2).float()
+    expected = away.sort(dim=1, stable=True)
+    assert torch.equal(where, expected.indices[:, :10]) and torch.allclose(distance, expected.values[:, :10])
+    _, counts = nearest._chunks_left(vectors, source, 10, 1 << 14)
+    assert np.median(counts[:90]) < 60 and counts[90:100].min() > 150
 
 
 def test_a_range_refuses_a_damaged_shard(tmp_path: Path) -> None:

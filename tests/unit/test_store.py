@@ -322,6 +322,15 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_new_folder_has_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
+    with new_folder(str(tmp_path / "f")) as folder:
+        (Path(folder) / "model.safetensors").touch(0o600)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "f" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "f").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
 def test_new_folder_replaces_only_when_it_is_whole(tmp_path: Path) -> None:
     target = str(tmp_path / "folder")
     with new_folder(target) as folder:
