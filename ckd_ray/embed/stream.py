@@ -255,8 +255,9 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     """Loaded once a worker process: the tokenizer and the function that reads texts."""
     from ckd_ray.model.colbert import load_tokenizer
     from ckd_ray.model.pooled import load_pooled_tokenizer
+    from ckd_ray.model.sources import local_tokenizer
 
-    with local_copy(job.checkpoint) as folder:
+    with local_tokenizer(job.checkpoint) as folder:
         tokenizer = load_pooled_tokenizer(folder) if job.pooled else load_tokenizer(folder)
     collection = Collection.open(job.run)
     if job.texts == "passages":

@@ -21,7 +21,7 @@ from torch import Tensor
 from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.data.collection import collection_once
-from ckd_ray.files import exists, file_signature, join, local_copy, make_folder
+from ckd_ray.files import exists, file_signature, join, make_folder
 from ckd_ray.labels.feedback import expand_depths, nest
 from ckd_ray.labels.files import write_labels
 from ckd_ray.progress import say
@@ -105,8 +105,9 @@ def _cells_once(uri: str, size: int, changed: int) -> SpecialCells:
 @lru_cache(maxsize=2)
 def _special_token_ids(checkpoint: str) -> Any:
     from ckd_ray.model.colbert import load_tokenizer
+    from ckd_ray.model.sources import local_tokenizer
 
-    with local_copy(checkpoint) as folder:
+    with local_tokenizer(checkpoint) as folder:
         return load_tokenizer(folder).special_token_ids
 
 
