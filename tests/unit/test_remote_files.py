@@ -10,10 +10,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ckd_ray.embed import stream
-from ckd_ray.files import atomic, local_copy
+from ckd_ray.errors import UserError
+from ckd_ray.files import atomic, filesystem_of, join, list_files, local_copy, make_folder, read_json, write_json_atomic
 from ckd_ray.labels import stage
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.colbert import load_tokenizer
+from tests.fault.bad_storage import BadStorage
+
+_NOWHERE = "scheme=http&endpoint_override=127.0.0.1:1"
 
 
 class _Counting(pafs.FSSpecHandler):
@@ -70,3 +74,53 @@ def test_a_model_is_copied_whole(remote: tuple[_Counting, Path]) -> None:
     with local_copy("mem://student") as folder:
         assert (Path(folder) / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
         assert ColBERT.from_pretrained(folder).settings.dim == 16
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/", "/f%20x/y", "/f/", "/%C3%BCx/t.json", "/f//x/../y", "/a+b", "/a%2Bb", "/x%3Fy"]
+)
+def test_the_path_in_a_bucket_is_the_one_that_arrow_reads(key: str) -> None:
+    uri = f"s3://k:s%2F@b{key}?{_NOWHERE}"
+    fs, path = filesystem_of(uri)
+    assert path == pafs.FileSystem.from_uri(uri)[1]
+    assert isinstance(fs, pafs.S3FileSystem)
+
+
+def test_a_process_has_one_client_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = {id(filesystem_of(f"s3://b/{name}?{_NOWHERE}")[0]) for name in ("x", "y/z", "")}
+    other = filesystem_of(f"s3://c/x?{_NOWHERE}")[0]
+    assert len(clients) == 1 and id(other) not in clients
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert id(filesystem_of(f"s3://b/x?{_NOWHERE}")[0]) not in clients
+
+
+@pytest.mark.parametrize("uri", ["s3:///x", "s3://b/a b", "s3://b/x?endpoint_override=127.0.0.1:1&unknown=1"])
+def test_a_bad_uri_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="this storage cannot be opened"):
+        filesystem_of(uri)
+
+
+def test_operations_share_connections(tmp_path: Path) -> None:
+    """Counted by a proxy in front of an S3 server: ten operations came on ten connections before."""
+    moto_server = pytest.importorskip("moto.server")
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    proxy = BadStorage(*server.get_host_and_port())
+    opened, accept = [], proxy.server.get_request
+
+    def counted() -> Any:
+        opened.append(accept())
+        return opened[-1]
+
+    proxy.server.get_request = counted  # type: ignore[method-assign]
+    try:
+        uri = f"s3://key:secret@one/f?scheme=http&endpoint_override=127.0.0.1:{proxy.port}&allow_bucket_creation=true"
+        make_folder(uri)
+        for i in range(5):
+            write_json_atomic(join(uri, f"{i}.json"), {"n": i})
+            assert read_json(join(uri, f"{i}.json")) == {"n": i}
+        assert len(list_files(uri)) == 5
+        assert 1 <= len(opened) <= 3
+    finally:
+        proxy.stop()
+        server.stop()
