@@ -77,7 +77,7 @@ class EmbedJob:
     out: str
     fingerprint: str
     token_budget: int | Literal["auto"]
-    precision: Literal["fp32", "bf16", "int8"]
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
     codec: str = "fp16"
     codec_digest: str = ""
     max_bad: int = 0
