@@ -17,7 +17,7 @@ import torch
 
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
-from ckd_ray.model.length_buckets import token_budget_batches
+from ckd_ray.model.length_buckets import each_batch
 from ckd_ray.model.sources import resolve_backbone
 
 Int32Array = npt.NDArray[np.int32]
@@ -121,13 +121,16 @@ class PairClassifier:
         out = np.empty(len(pairs.lengths), np.float32)
         ends = np.cumsum(pairs.lengths, dtype=np.int64)
         multiple = 8 if self.device.type == "cuda" else 1
-        for batch in token_budget_batches(pairs.lengths, self.token_budget, multiple):
+
+        def score(batch: Int32Array) -> None:
             inputs = self._inputs(pairs, ends, batch, multiple)
             with computing(self.device, self.precision):
                 logits = self.model(**inputs).logits
             logits = logits.float()
             scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
             out[batch] = scores.cpu().numpy()
+
+        self.token_budget = each_batch(pairs.lengths, self.token_budget, multiple, score)
         return out
 
     def _inputs(

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
@@ -20,7 +20,7 @@ import torch
 
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT
-from ckd_ray.model.length_buckets import default_token_budget, ranges, token_budget_batches
+from ckd_ray.model.length_buckets import default_token_budget, each_batch, ranges
 from ckd_ray.model.linears import fuse_linears, quantise_linears
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.model.tokenizer import Int32Array
@@ -79,6 +79,10 @@ class _Encoder(Generic[Model]):
         # Tensor cores need multiples of 8.
         self.multiple = 8 if self.device.type == "cuda" else 1
 
+    def _each_batch(self, sizes: Int32Array, encode: Callable[[Int32Array], None]) -> None:
+        """Call `encode` on batches; a budget that a GPU's memory does not hold stays lower afterwards."""
+        self.token_budget = each_batch(sizes, self.token_budget, self.multiple, encode)
+
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device; a GPU copies it from page-locked memory while this process goes on."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
@@ -99,7 +103,8 @@ class TextEncoder(_Encoder[ColBERT]):
         offsets = kept_before[starts]
         kept = np.diff(offsets)
         out = _Rows(torch.empty(int(offsets[-1]), self.dim, dtype=torch.float16), self.device, self.precision)
-        for batch in token_budget_batches(sizes, self.token_budget, self.multiple):
+
+        def encode(batch: Int32Array) -> None:
             ids_NL, mask_NL = tokenizer.pad([tokens[i] for i in batch], self.multiple)
             # The rows to keep are computed here: asking the device for them would make every batch wait for its end.
             kept_T = np.flatnonzero(mask_NL.numpy().astype(bool) & tokenizer.keeps(ids_NL.numpy()))
@@ -109,6 +114,8 @@ class TextEncoder(_Encoder[ColBERT]):
                 rows_NLD = self.model.rows(self._send(ids_NL), self._send(mask_NL) if padded else None)
             rows_TD = rows_NLD.flatten(0, 1).index_select(0, self._send(torch.from_numpy(kept_T)))
             out.put(rows_TD.to(torch.float16), torch.from_numpy(ranges(offsets[batch], kept[batch])))
+
+        self._each_batch(sizes, encode)
         return Encoded(kept.astype(np.int32), flat[keep], out.finish())
 
     @torch.inference_mode()
@@ -137,12 +144,15 @@ class PooledEncoder(_Encoder[PooledModel]):
         """One unit vector for every tokenised text, passage or query, in their order."""
         sizes = np.array([len(ids) for ids in tokens], np.int32)
         out = _Rows(torch.empty(len(tokens), self.dim, dtype=torch.float16), self.device, self.precision)
-        for batch in token_budget_batches(sizes, self.token_budget, self.multiple):
+
+        def encode(batch: Int32Array) -> None:
             ids_NL, mask_NL = self.model.tokenizer.pad([tokens[i] for i in batch], self.multiple)
             padded = int(sizes[batch].min()) < ids_NL.shape[1]
             with computing(self.device, self.precision):
                 rows_ND = self.model.vectors(self._send(ids_NL), self._send(mask_NL), padded=padded)
             out.put(rows_ND.to(torch.float16), torch.from_numpy(batch.astype(np.int64)))
+
+        self._each_batch(sizes, encode)
         first = np.array([ids[0] for ids in tokens], np.int32)
         return Encoded(np.ones(len(tokens), np.int32), first, out.finish())
 

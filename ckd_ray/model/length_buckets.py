@@ -5,13 +5,14 @@ Shapes: N texts, L tokens of the longest text of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ckd_ray.arrays import Int32Array, Int64Array, IntArray
+from ckd_ray.progress import say
 
 # What one more group costs, in padded tokens: kernels that start, and smaller matrix products.
 OVERHEAD, GPU_OVERHEAD = 256, 4096
@@ -43,6 +44,43 @@ def token_budget_batches(lengths: IntArray, budget: int, multiple: int = 1) -> I
         if i == len(order) or int(widths[i]) * (i + 1 - start) > budget:
             yield order[start:i]
             start = i
+
+
+def each_batch(lengths: IntArray, budget: int, multiple: int, compute: Callable[[Int32Array], None]) -> int:
+    """Call `compute` on the batches of `token_budget_batches`. From the first one on that a GPU's memory does not hold,
+    batches have half of the budget, and half again if need be.
+
+    Args:
+        compute: has done nothing where it raises an error.
+
+    Returns:
+        the budget at the end.
+
+    Raises:
+        torch.OutOfMemoryError: the memory does not hold one text alone.
+    """
+    waiting = list(token_budget_batches(lengths, budget, multiple))[::-1]
+    while waiting:
+        try:
+            compute(waiting[-1])
+            waiting.pop()
+            continue
+        except torch.OutOfMemoryError:
+            if len(waiting[-1]) == 1:
+                raise
+        # Not in the block above, where the error keeps the batch's memory.
+        left = np.concatenate(waiting[::-1])
+        budget = int(lengths[waiting[-1]].max()) * len(waiting[-1]) // 2
+        free_gpu_memory()
+        say(f"a GPU's memory does not hold a batch of {2 * budget:,} tokens; batches have {budget:,} from here on")
+        waiting = [left[batch] for batch in token_budget_batches(lengths[left], budget, multiple)][::-1]
+    return budget
+
+
+def free_gpu_memory() -> None:
+    """Give back what PyTorch keeps of a GPU's memory for later use, so that blocks of other sizes fit."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def length_groups(lengths: IntArray, overhead: int = OVERHEAD) -> list[Int64Array]:
