@@ -44,8 +44,9 @@ _GPU_COLUMNS = 1 << 15
 _CONVERTED = 1 << 10
 # Passages that a block of the dense pass scores for all queries of a batch.
 _PASSAGES = 1 << 14
-# Vectors whose nearest rows are searched at a time: 64 MiB of distances to 2^14 rows.
-_VECTORS = 1 << 10
+# Vectors whose nearest rows are searched at a time, among so many rows: 64 MiB of distances, 1 GiB on a GPU.
+_VECTORS, _ROWS = 1 << 10, 1 << 14
+_GPU_VECTORS, _GPU_ROWS = 1 << 12, 1 << 16
 _EXACT_UNIT = 2.0**48
 # When a first pass in 8 bits pays: from so many times `depth` passages on, since it leaves two or three times `depth`
 # to score again; and from so many query rows on, since rounding a passage's rows costs the same for any number of
@@ -327,26 +328,36 @@ def _places(query_P: Int64Array, num_queries: int) -> Int64Array:
     return ranges(np.zeros(num_queries, np.int64), np.bincount(query_P, minlength=num_queries))
 
 
-def nearest_rows(vectors_MD: Tensor, source: RangeRows, k: int, block: int = 1 << 14) -> tuple[Tensor, Tensor]:
+def nearest_rows(
+    vectors_MD: Tensor, source: RangeRows, k: int, block: int | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """The k rows nearest to each vector: (squared distances (M, k), positions (M, k)), nearest first, ties by position.
 
     The top 2 k + 8 in float32 are ordered by distances in float64, so that the cut into blocks, shards and actors does
     not decide between almost equal ones. Lists of fewer than k rows end with +inf and -1.
+
+    Args:
+        vectors_MD: on the CPU, where the result is too.
+        block: rows at a time.
+        device: where the products are computed.
     """
-    wide = 2 * k + 8
-    best = torch.full((len(vectors_MD), wide), torch.inf)
-    where = torch.full((len(vectors_MD), wide), -1, dtype=torch.int64)
+    wide, device = 2 * k + 8, torch.device(device)
+    step, most = (_GPU_VECTORS, _GPU_ROWS) if device.type == "cuda" else (_VECTORS, _ROWS)
+    block = block or most
+    asked_MD = vectors_MD.to(device, torch.float32)
+    best = torch.full((len(vectors_MD), wide), torch.inf, device=device)
+    where = torch.full((len(vectors_MD), wide), -1, dtype=torch.int64, device=device)
     for start in range(0, source.num_rows, block):
-        rows = source.take(np.arange(start, min(source.num_rows, start + block))).float()
+        rows = source.take(np.arange(start, min(source.num_rows, start + block))).to(device).float()
         norms = rows.square().sum(1)[None]
-        for low in range(0, len(vectors_MD), _VECTORS):
-            part = slice(low, low + _VECTORS)
-            distance = torch.addmm(norms, vectors_MD[part].float(), rows.T, alpha=-2.0)
+        for low in range(0, len(vectors_MD), step):
+            part = slice(low, low + step)
+            distance = torch.addmm(norms, asked_MD[part], rows.T, alpha=-2.0)
             near, at = distance.topk(min(wide, len(rows)), dim=1, largest=False)
             merged, positions = torch.cat([best[part], near], 1), torch.cat([where[part], at + start], 1)
             best[part], order = merged.topk(wide, dim=1, largest=False)
             where[part] = positions.gather(1, order)
-    return sharpen(vectors_MD, source, where, k)
+    return sharpen(vectors_MD, source, where.cpu(), k)
 
 
 def sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> tuple[Tensor, Tensor]:

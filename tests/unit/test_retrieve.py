@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ckd_ray.errors import UserError
 from ckd_ray.files.cache import ShardCache
 from ckd_ray.ray_util.parts import parts_present
-from ckd_ray.retrieve import exact, groups, int8
+from ckd_ray.retrieve import centroids, exact, groups, int8
 from ckd_ray.retrieve.centroids import CentroidIndex
 from ckd_ray.retrieve.exact import Scorer, nearest_rows, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
@@ -518,3 +518,61 @@ def test_rules() -> None:
     assert choose_engine(1000, 32, 200_000, 128) == "exact"
     assert choose_engine(500_000, 32, 600_000_000, 128) == "faiss"
     assert choose_engine(500_000, 32, 600_000_000, 128, "residual2") == "centroids"
+
+
+def test_nearest_rows_are_searched_on_the_device() -> None:
+    """`neighbours: exact` took ten days on the CPU beside idle GPUs. Device `meta` has shapes and no numbers; it stands
+    for a GPU until its answer is copied to the CPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[tuple[str, str]] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            first = found[0] if isinstance(found, tuple | list) else found
+            seen.append((func.overloadpacket.__name__, first.device.type))
+            return found
+
+    rows, vectors = FlatRows(torch.randn(100, DIM).half(), np.ones(100, int)), torch.randn(5, DIM)
+    with Noting(), pytest.raises(NotImplementedError, match="copy out of meta tensor"):
+        nearest_rows(vectors, rows, 4, block=30, device="meta")
+    heavy = [device for name, device in seen if name in ("addmm", "topk", "gather")]
+    assert heavy == 4 * 4 * ["meta"], "a product, two choices and their places for each of four blocks"
+
+
+def test_centroids_are_probed_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents, asked = passages(60), queries(3)
+    store = write(tmp_path, documents, 2, codec="residual4")
+    served = ShardRange(store, [0, 1], SearchSettings("centroids", nprobe=3))
+    wanted = served.probes(asked), served.nearest_token_ids(asked.reshape(-1, DIM), 4)
+    devices: list[str] = []
+    probe = centroids.probe
+
+    def noting(vectors: Any, matrix: Any, count: int, device: str) -> Any:
+        devices.append(device)
+        return probe(vectors, matrix, count, "cpu")
+
+    monkeypatch.setattr(centroids, "probe", noting)
+    assert served._centroids is not None and served._centroids.device == "cpu"
+    served._centroids.device = "cuda"
+    found = served.probes(asked), served.nearest_token_ids(asked.reshape(-1, DIM), 4)
+    assert devices == ["cuda", "cuda"]
+    for one, other in zip([*wanted[0], *wanted[1]], [*found[0], *found[1]], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_server_searches_its_nearest_rows_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckd_ray.retrieve import shard_range
+
+    served = ShardRange(write(tmp_path, passages(20), 2), [0, 1], EXACT)
+    served.device = "cuda"
+    devices: list[str] = []
+
+    def noting(vectors: Any, rows: Any, k: int, device: str) -> Any:
+        devices.append(device)
+        return nearest_rows(vectors, rows, k)
+
+    monkeypatch.setattr(shard_range, "nearest_rows", noting)
+    served.nearest_token_ids(torch.randn(3, DIM), 2)
+    assert devices == ["cuda"]
