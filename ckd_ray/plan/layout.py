@@ -15,7 +15,7 @@ from ckd_ray.embed.stream import plan_shards
 from ckd_ray.model.encoder import configured_precision
 from ckd_ray.pipeline.graph import needed
 from ckd_ray.pipeline.labelling import vote_way
-from ckd_ray.plan.cluster import PlannedCluster
+from ckd_ray.plan.cluster import GIB, PlannedCluster
 from ckd_ray.plan.sizes import Sizes
 from ckd_ray.ray_util.actor_pool import Pool, plan_pool
 from ckd_ray.ray_util.gpus import share_of_gpu
@@ -95,6 +95,7 @@ def lay_out(config: Config, sizes: Sizes, cluster: PlannedCluster) -> Layout:
             passages=sizes.passages,
             dim=config.model.dim,
             resources={"CPU": cluster.cpus, "GPU": cluster.gpus, "memory": _RAY_SHARE * cluster.memory},
+            node_memory=_RAY_SHARE * cluster.largest_gib * GIB,
         )
         return replace(placed, threads=min(placed.threads, max(1, int(max(node.cpus for node in nodes)))))
 

@@ -178,15 +178,22 @@ def plan_servers(
     passages: int,
     dim: int,
     resources: dict[str, float],
+    node_memory: float | None = None,
 ) -> Placement:
     """How many servers of what size: one a GPU, or one a core, at most one a shard; one in all for faiss.
 
-    A faiss index of its own for every range would change the candidates with the number of servers.
+    A faiss index of its own for every range would change the candidates with the number of servers. Its server has no
+    GPU, which our index does not use.
+
+    Args:
+        resources: of the cluster, `memory` in bytes.
+        node_memory: bytes of the node with the most; a server never spans two.
 
     Raises:
         UserError: what was asked for, or the index, does not fit the cluster.
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    gpus = 0.0 if settings.engine == "faiss" else gpus
     room = int((cpus - _FEEDER_CPUS) / _CPUS_A_SERVER + 1e-9)
     natural = int(gpus) if gpus >= 1 else max(1, int(cpus))
     asked = natural if wanted == "auto" else int(wanted)
@@ -199,15 +206,20 @@ def plan_servers(
             found=f"{asked} asked for; the cluster has {cpus:g} CPU",
             fix="set retrieve.actors: auto, or add nodes",
         )
-    if "memory" in resources and needed > resources["memory"]:
-        raise UserError(
-            f"the index of engine {settings.engine} does not fit the cluster's memory",
-            where="retrieve.engine",
-            expected=f"at most {resources['memory'] / 2**30:.1f} GiB",
-            found=f"{needed / 2**30:.1f} GiB for {tokens:,} token embeddings",
-            fix="add nodes, or take a residual codec (embed.codec) and retrieve.engine: centroids",
-        )
     count = 1 if settings.engine == "faiss" else max(1, min(asked, room, shards))
+    for space, used, what in (
+        (resources.get("memory"), needed, "the cluster's memory"),
+        (node_memory, needed / count, "the memory of one node, which a server of it needs"),
+    ):
+        if space is not None and used > space:
+            raise UserError(
+                f"the index of engine {settings.engine} does not fit {what}",
+                where="retrieve.engine",
+                expected=f"at most {space / 2**30:.1f} GiB",
+                found=f"{used / 2**30:.1f} GiB for {tokens:,} token embeddings in {count} servers",
+                fix="add nodes (a larger one for faiss, which has one server), or take a residual codec (embed.codec)"
+                " and retrieve.engine: centroids",
+            )
     # The share of a GPU is one over a whole number of servers: two servers of 2/3 do not fit one GPU.
     share = 1 / math.ceil(count / int(gpus)) if gpus >= 1 else 0.0
     return Placement(count, _CPUS_A_SERVER, share, needed // count, max(1, int(cpus) // count))
@@ -233,6 +245,7 @@ class serving:
             passages=store.num_passages,
             dim=store.dim,
             resources=ray.cluster_resources(),
+            node_memory=max((n["Resources"].get("memory", math.inf) for n in ray.nodes() if n["Alive"]), default=None),
         )
         self._bounds = np.linspace(0, store.num_shards, self._plan.servers + 1).astype(int)
         self._store, self._settings = store, settings

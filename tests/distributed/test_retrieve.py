@@ -105,6 +105,16 @@ def test_placement_is_refused_with_numbers(ray_session: None) -> None:
     with pytest.raises(UserError, match="memory") as error:
         plan_servers(SearchSettings("faiss"), "auto", resources={"CPU": 2, "memory": 2**30}, **sizes)
     assert "at most 1.0 GiB" in str(error.value) and "27.0 GiB" in str(error.value)
+    # One server holds the whole index of faiss: two nodes of 16 GiB have the memory, and no room for it.
+    large = {"CPU": 16, "GPU": 4, "memory": 32 * 2**30}
+    with pytest.raises(UserError, match="does not fit the memory of one node") as error:
+        plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=16 * 2**30, **sizes)
+    assert "at most 16.0 GiB" in str(error.value) and "27.0 GiB" in str(error.value)
+    with pytest.raises(UserError, match="does not fit the memory of one node"):
+        plan_servers(SearchSettings("centroids"), 1, resources=large, node_memory=4 * 2**30, **sizes)
+    assert plan_servers(SearchSettings("centroids"), 4, resources=large, node_memory=4 * 2**30, **sizes).gpus == 1.0
+    alone = plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=32 * 2**30, **sizes)
+    assert (alone.servers, alone.gpus) == (1, 0.0), "faiss-cpu has no use for a GPU"
     plan = plan_servers(SearchSettings("centroids"), "auto", resources={"CPU": 16, "GPU": 4}, **sizes)
     assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (8 * 10**9 + 8 * 10**7) // 4)
     assert plan_servers(SearchSettings("exact"), 8, resources={"CPU": 16, "GPU": 4}, **sizes).gpus == 0.5
