@@ -213,7 +213,13 @@ def test_gradients_and_storage_travel() -> None:
     found = e.network_parts("teacher", c, rates(), layout, 0.0, ASSUMED)[0].seconds
     assert found == pytest.approx(10 * 4 * 20e6 / 1e8)  # two workers: half of it twice
     together = lay_out(c, SMALL, machines(1, 4))
-    assert e.network_parts("teacher", c, rates(), together, 0.0, ASSUMED)[0].seconds == pytest.approx(10 * 80e6 / 20e9)
+    assert e.network_parts("teacher", c, rates(), together, 0.0, ASSUMED)[0].seconds == pytest.approx(
+        10 * 80e6 / 6.25e9
+    )
+    # GPUs of one machine: an A10G has no NVLink, and a third of what the plan assumed for all kinds.
+    for kind, link in (("A10G", 6.25e9), ("V100", 100e9)):
+        inside = lay_out(c, SMALL, machines(1, 8, 2, kind))
+        assert e.network_parts("teacher", c, rates(), inside, 0.0, ASSUMED)[0].seconds == pytest.approx(800e6 / link)
     # 1 GB written and fetched, through two machines of 100 MB/s.
     assert e.network_parts("embed", c, rates(), layout, 1e9, ASSUMED)[0].seconds == pytest.approx(10.0)
     assert not e.network_parts("embed", config(), rates(), lay_out(config(), SMALL, machines()), 1e9, ASSUMED)
