@@ -225,7 +225,7 @@ class EmbedConfig(Section):
             dimension of the difference from it.
         passages_per_shard: Passages of a shard, the unit of work and the most that a crash loses.
         token_budget: Padded tokens of a batch of the encoder, which bounds its memory; `auto` is 1,440 on a CPU, whose
-            caches hold them, and 8,192 on a GPU.
+            caches hold them, and 8,192 to 131,072 on a GPU, up to 2,048 a GiB of its memory.
         actors: Actors that encode; `auto` fills the cluster.
         gpus_per_actor: GPUs of each actor; `auto` takes one where the cluster has GPUs.
         precision: Precision of the encoder; `auto` is bf16 on GPUs that compute it (not V100 or T4) and on CPUs that

@@ -318,6 +318,7 @@ class ShardEncoder:
         die_when_aborted()
         self.jobs = jobs
         self.encoder = make_encoder(jobs[0], threads)
+        self.device = actor_device()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._write(table.slice(i, 1)) for i in range(table.num_rows)])
@@ -343,6 +344,7 @@ class ShardEncoder:
                 token_ids=encoded.token_ids,
                 embeddings_TD=encoded.embeddings_TD,
                 codec=load_codec(job.codec, self.encoder.dim, job.out, job.codec_digest),
+                device=self.device,
             )
             encoder.done()
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}

@@ -55,9 +55,9 @@ class _Encoder(Generic[Model]):
 
     Args:
         model: moved to `device` and put into evaluation mode. On a CPU the encoder works on a copy with faster linear
-            layers that cannot be trained (linears.py).
+            layers that cannot be trained (linears.py), on a GPU in 16 bits on a copy with such weights.
         token_budget: padded tokens a batch; bounds the activations' memory. `auto`: see `default_token_budget`.
-        precision: `fp32`, `bf16` or `fp16` (autocast), or `int8` (linear layers of the backbone, on a CPU).
+        precision: `fp32`, `bf16` or `fp16` (on a CPU by autocast), or `int8` (linear layers of the backbone, on a CPU).
     """
 
     def __init__(
@@ -73,6 +73,9 @@ class _Encoder(Generic[Model]):
         if self.device.type == "cpu" and precision not in _HALVES:
             self.model = copy.deepcopy(self.model)
             (quantise_linears if precision == "int8" else fuse_linears)(self.model.backbone)
+        self._autocast: Precision = precision
+        if self.device.type == "cuda" and precision in _HALVES:
+            self.model, self._autocast = with_half_weights(self.model, _HALVES[precision]), "fp32"
         self.dim = model.settings.dim
         self.token_budget = default_token_budget(self.device) if token_budget == "auto" else token_budget
         self.precision: Precision = precision
@@ -86,6 +89,15 @@ class _Encoder(Generic[Model]):
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device; a GPU copies it from page-locked memory while this process goes on."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def with_half_weights(model: Model, dtype: torch.dtype) -> Model:
+    """A copy for inference with weights of 16 bits. Autocast would cast them again for every batch, and the inputs of
+    every layer: half of the kernels that a batch starts. Buffers keep their type, as tables of positions need it."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied
 
 
 class TextEncoder(_Encoder[ColBERT]):
@@ -110,7 +122,7 @@ class TextEncoder(_Encoder[ColBERT]):
             kept_T = np.flatnonzero(mask_NL.numpy().astype(bool) & tokenizer.keeps(ids_NL.numpy()))
             # Passages of one length need no mask, and attention is faster without.
             padded = int(sizes[batch].min()) < ids_NL.shape[1]
-            with computing(self.device, self.precision):
+            with computing(self.device, self._autocast):
                 rows_NLD = self.model.rows(self._send(ids_NL), self._send(mask_NL) if padded else None)
             rows_TD = rows_NLD.flatten(0, 1).index_select(0, self._send(torch.from_numpy(kept_T)))
             out.put(rows_TD.to(torch.float16), torch.from_numpy(ranges(offsets[batch], kept[batch])))
@@ -126,7 +138,7 @@ class TextEncoder(_Encoder[ColBERT]):
         size = max(1, self.token_budget // rows)
         parts = []
         for ids, mask in zip(ids_BQ.split(size), mask_BQ.split(size), strict=True):
-            with computing(self.device, self.precision):
+            with computing(self.device, self._autocast):
                 rows_BQD = self.model.encode_queries(ids.to(self.device), mask.to(self.device))
             parts.append(rows_BQD.to("cpu", torch.float16).flatten(0, 1))
             if self.precision == "fp16" and not parts[-1].isfinite().all():
@@ -148,7 +160,7 @@ class PooledEncoder(_Encoder[PooledModel]):
         def encode(batch: Int32Array) -> None:
             ids_NL, mask_NL = self.model.tokenizer.pad([tokens[i] for i in batch], self.multiple)
             padded = int(sizes[batch].min()) < ids_NL.shape[1]
-            with computing(self.device, self.precision):
+            with computing(self.device, self._autocast):
                 rows_ND = self.model.vectors(self._send(ids_NL), self._send(mask_NL), padded=padded)
             out.put(rows_ND.to(torch.float16), torch.from_numpy(batch.astype(np.int64)))
 

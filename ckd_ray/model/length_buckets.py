@@ -5,6 +5,7 @@ Shapes: N texts, L tokens of the longest text of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -17,16 +18,29 @@ from ckd_ray.progress import say
 # What one more group costs, in padded tokens: kernels that start, and smaller matrix products.
 OVERHEAD, GPU_OVERHEAD = 256, 4096
 _MOST_GROUPS = 4
+# Padded tokens of a batch: on a CPU, on a GPU at least, and on a large GPU.
+CPU_TOKENS, GPU_TOKENS, _MOST_TOKENS = 1440, 8192, 131_072
 _WIDTHS = 32
 
 
 def default_token_budget(device: torch.device) -> int:
-    """Padded tokens a batch.
+    """Padded tokens a batch of an encoder that has the device for itself.
 
     On a CPU a small batch leaves its activations in the cache for the next layer: MiniLM took 30.7 ms a passage with
-    1,440 tokens and 36.9 ms with 8,192 (docs/log.md). A GPU needs large batches.
+    1,440 tokens and 36.9 ms with 8,192 (docs/log.md).
     """
-    return 1440 if device.type == "cpu" else 8192
+    if device.type == "cpu":
+        return CPU_TOKENS
+    return gpu_token_budget(torch.cuda.get_device_properties(device).total_memory / 2**30)
+
+
+def gpu_token_budget(gib: float) -> int:
+    """The same on a GPU of so much memory: the power of two up to 2,048 tokens a GiB, between 8,192 and 131,072.
+
+    Starting the kernels of a batch takes as long whatever its size, and a fast GPU computes 8,192 tokens in that time.
+    BERT-base's activations take about 30 KB a token in bfloat16, so that a sixteenth of the memory is used.
+    """
+    return int(min(_MOST_TOKENS, max(GPU_TOKENS, 2 ** math.floor(math.log2(max(1.0, 2048 * gib))))))
 
 
 def token_budget_batches(lengths: IntArray, budget: int, multiple: int = 1) -> Iterator[Int32Array]:

@@ -16,8 +16,8 @@ from hypothesis import given, settings, strategies as st
 
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.model.encoder import PooledEncoder, TextEncoder, choose_precision
-from ckd_ray.model.length_buckets import each_batch, ranges, token_budget_batches
+from ckd_ray.model.encoder import PooledEncoder, TextEncoder, choose_precision, with_half_weights
+from ckd_ray.model.length_buckets import each_batch, gpu_token_budget, ranges, token_budget_batches
 from ckd_ray.model.linears import FusedLinear, Int8Linear, fuse_linears, quantise_linears
 from ckd_ray.model.pooled import PooledModel, load_pooled_tokenizer, pool
 from tests.support import WORDS
@@ -190,6 +190,30 @@ def test_int8_is_opt_in_and_for_cpus(model: ColBERT) -> None:
     assert choose_precision(model, "auto")[0] != "int8"
     with pytest.raises(UserError, match=r"embed\.precision"):
         choose_precision(model, "int8", "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_compute_as_well_as_autocast(model: ColBERT, dtype: torch.dtype) -> None:
+    """What a GPU does: weights are cast once, and buffers not at all."""
+    model.register_buffer("table", torch.linspace(0, 1, 7), persistent=False)
+    ids_NL, mask_NL = model.tokenizer.pad(model.tokenizer.passages(texts()))
+    cast = with_half_weights(model, dtype)
+    assert {p.dtype for p in cast.parameters()} == {dtype} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert cast.table.dtype == torch.float32
+    with torch.inference_mode():
+        exact, found = (m.rows(ids_NL, mask_NL)[mask_NL.bool()] for m in (model, cast))
+        with torch.autocast("cpu", dtype):
+            autocast = model.rows(ids_NL, mask_NL)[mask_NL.bool()]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
+    lost, lost_by_autocast = (1 - float((exact * rows).sum(1).mean()) for rows in (found, autocast))
+    assert 0 < lost < 3 * lost_by_autocast + 1e-5 and lost < (1e-3 if dtype == torch.bfloat16 else 1e-4)
+    del model.table
+
+
+def test_a_large_gpu_gets_large_batches() -> None:
+    found = {gib: gpu_token_budget(gib) for gib in (0.0, 4, 14.6, 22.1, 39.4, 79.2, 139.8)}
+    assert list(found.values()) == [8192, 8192, 16384, 32768, 65536, 131072, 131072]
 
 
 def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: pytest.MonkeyPatch) -> None:
