@@ -229,6 +229,9 @@ def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: py
         found["tokens"] / 20, rel=1e-3
     )
     assert rates["gpu_share_of_matmul"] > 0
+    rows = gpu_encode.measure_rows("cpu", 3000, 64, dim=16)
+    assert rows["gpu_code_agreement"]["value"] == rows["gpu_nearest_agreement"]["value"] == 1.0
+    assert rows["gpu_coded_rows_per_second"]["value"] > 0 and rows["gpu_nearest_products_per_second"]["value"] > 0
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
