@@ -204,7 +204,7 @@ class _Rows:
             host_TD, at_T, copied = self._copies.popleft()
             copied.synchronize()
             self._rows_TD[at_T] = host_TD
-        if not running and not bool(self._finite):
+        if not running and self._precision == "fp16" and not bool(self._finite):
             raise _overflow()
         return self._rows_TD
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ckd_ray.errors import JobError
+from ckd_ray.progress import say
 from ckd_ray.ray_util.processes import actor_device
 
 # In this time other jobs give a GPU back, or the autoscaler starts a machine.
-_PATIENCE_S = 900.0
+_PATIENCE_S, _TOLD_AFTER_S = 900.0, 15.0
 
 Kinds = dict[str, tuple[int, int]]
 
@@ -40,6 +41,8 @@ def kinds_of_gpus(share: float, patience: float = _PATIENCE_S) -> Kinds:
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
     try:
+        if len(ray.wait(asked, num_returns=len(asked), timeout=min(patience, _TOLD_AFTER_S))[0]) < len(asked):
+            say("waiting for a free GPU, to ask what it computes")
         return dict(ray.get(asked, timeout=patience))
     except ray.exceptions.GetTimeoutError as error:
         for one in asked:
