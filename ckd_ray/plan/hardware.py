@@ -10,8 +10,14 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Accelerator:
-    """teraflops: peak of dense 16-bit products, from NVIDIA's data sheets (A10G: AWS); memory in GiB; nvlink: whether
-    those of one machine are connected by it, as in the machines that clouds lend."""
+    """A kind of GPU.
+
+    Attributes:
+        teraflops: peak of dense products in the precision that `auto` takes, from NVIDIA's data sheets (A10G: AWS):
+            bfloat16, or float32 on those that have no bfloat16 (T4, V100).
+        memory_gib: of its memory.
+        nvlink: whether those of one machine are connected by it, as in the machines that clouds lend.
+    """
 
     teraflops: float
     memory_gib: float
@@ -19,8 +25,8 @@ class Accelerator:
 
 
 ACCELERATORS = {
-    "T4": Accelerator(65, 16),
-    "V100": Accelerator(125, 16, nvlink=True),
+    "T4": Accelerator(8.1, 16),
+    "V100": Accelerator(15.7, 16, nvlink=True),
     "A10G": Accelerator(70, 24),
     "L4": Accelerator(121, 24),
     "L40S": Accelerator(362, 48),

@@ -294,7 +294,7 @@ def test_rates_of_other_hardware_are_assumptions() -> None:
     assert len(faster.assumptions) == 1 and "H100" in faster.assumptions[0]
     half, full = (on_accelerator(rates(), "T4", parse_assumptions([f"gpu_share={x}"])) for x in (0.5, 1))
     assert half.costs["token"] == pytest.approx(2 * full.costs["token"]) and full.lanes["encode"] == 1
-    assert half.costs["exact product"] == pytest.approx(2 * 128 / 32.5e12)
+    assert half.costs["exact product"] == pytest.approx(2 * 128 / 4.05e12)
     base = for_backbone(rates(), "bert-base-uncased")
     ratio = (2 * (109_482_240 - 23_837_184) + 4 * 100 * 768 * 12) / (2 * 8e6 + 4 * 100 * 384 * 6)
     assert base.costs["token"] == pytest.approx(1e-4 * ratio) and base.shape.layers == 12
