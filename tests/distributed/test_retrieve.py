@@ -78,7 +78,8 @@ def test_a_server_without_a_machine_is_waited_for_with_a_limit(
     started = time.monotonic()
     assert list(arrived({server.busy.remote(2.5): server}, "2 CPU")) == ["done"], "computing has no limit"
     assert time.monotonic() - started >= 2.5
-    taken = ray.remote(num_cpus=1)(time.sleep).remote(8)  # takes a CPU as soon as the server's process has ended
+    # Takes a CPU as soon as the process has ended.
+    taken = ray.remote(num_cpus=1)(lambda: time.sleep(8)).remote()
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(JobError, match=r"1 of the servers.*no machine for 2 s.*each needs 2 CPU, 0 GPU") as error:
         list(arrived({server.busy.remote(0): server}, "2 CPU, 0 GPU"))

@@ -262,8 +262,11 @@ def test_a_hundred_gpus_and_140_million_passages() -> None:
     assert layout.shard_passages == max(stop - first for first, stop in plan_shards(140_000_000, "auto"))
     # The driver's memory is bounded by ids and labels: 12 bytes a passage.
     assert stage_memory("embed", c, sizes, carried.shape, layout)["driver"] < 4 * 2**30
-    # faiss would be one server with 28 bytes a token embedding: 267 GB, which it says.
-    layout = lay_out(config("retrieve.engine=faiss"), sizes, cluster)
+    # faiss would be one server with 28 bytes a token embedding, 267 GB: the cluster has them, and no machine of it.
+    with pytest.raises(UserError, match=r"memory of one node(.|\n)*at most 44.8 GiB(.|\n)*249.2 GiB"):
+        lay_out(config("retrieve.engine=faiss"), sizes, cluster)
+    large = PlannedCluster((Machines("m", 1, 48, 512, 4, "A10G"),), "test")
+    layout = lay_out(config("retrieve.engine=faiss"), sizes, large)
     assert layout.servers["faiss"].memory == pytest.approx(28 * 140e6 * 68, rel=0.01)
 
 
