@@ -163,7 +163,8 @@ class TrainingConfig(Section):
         doc_maxlen: Most tokens of a passage that training reads; null reads `model.doc_maxlen`, which the index always
             holds. Training on the first 96 tokens takes half the time of 180.
         accumulate: Parts in which a batch is encoded to save memory; the loss stays that of the whole batch.
-        precision: Precision of the computation; `auto` is bf16 on GPUs and CPUs that are faster with it, else fp32.
+        precision: Precision of the computation; `auto` is bf16 on GPUs that compute it (not V100 or T4) and on CPUs
+            that are faster with it, else fp32.
         workers: Training workers: a number, a range such as `2-8` for elastic training, or `auto` (one a GPU, else
             one).
         share_negatives: Whether a query meets the passages of all workers; without it the loss depends on their number.
@@ -224,11 +225,11 @@ class EmbedConfig(Section):
             dimension of the difference from it.
         passages_per_shard: Passages of a shard, the unit of work and the most that a crash loses.
         token_budget: Padded tokens of a batch of the encoder, which bounds its memory; `auto` is 1,440 on a CPU, whose
-            caches hold them, and 8,192 on a GPU.
+            caches hold them, and 8,192 to 131,072 on a GPU, up to 2,048 a GiB of its memory.
         actors: Actors that encode; `auto` fills the cluster.
         gpus_per_actor: GPUs of each actor; `auto` takes one where the cluster has GPUs.
-        precision: Precision of the encoder; `auto` is bf16 on GPUs and CPUs that are faster with it, else fp32. `int8`
-            is for CPUs, and changes the ranking a little.
+        precision: Precision of the encoder; `auto` is bf16 on GPUs that compute it (not V100 or T4) and on CPUs that
+            are faster with it, else fp32. `fp16` is for GPUs. `int8` is for CPUs, and changes the ranking a little.
         max_bad_passages: Passages on which the encoder always fails that the stage skips and names before it ends.
     """
 
@@ -237,7 +238,7 @@ class EmbedConfig(Section):
     token_budget: Annotated[Auto | Annotated[int, Field(ge=16, lt=2**31)], OPERATIONAL] = "auto"
     actors: Annotated[Auto | Positive, OPERATIONAL] = "auto"
     gpus_per_actor: Annotated[Auto | Annotated[float, Field(ge=0)], OPERATIONAL] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     max_bad_passages: Annotated[int, Field(ge=0, lt=2**31), OPERATIONAL] = 10
 
 
@@ -354,7 +355,8 @@ class CrossEncoderConfig(Section):
         token_budget: Padded tokens of a batch of the model, which bounds its memory.
         actors: Actors that score; `auto` fills the cluster.
         gpus_per_actor: GPUs of each actor; `auto` takes one where the cluster has GPUs.
-        precision: Precision of the model; `auto` is bf16 on GPUs and fp32 elsewhere.
+        precision: Precision of the model; `auto` is bf16 on GPUs that compute it and fp32 elsewhere. `fp16` is for
+            GPUs.
     """
 
     scores: Name | None = None
@@ -364,7 +366,7 @@ class CrossEncoderConfig(Section):
     token_budget: Annotated[int, Field(ge=16, lt=2**31), OPERATIONAL] = 16384
     actors: Annotated[Auto | Positive, OPERATIONAL] = "auto"
     gpus_per_actor: Annotated[Auto | Annotated[float, Field(ge=0)], OPERATIONAL] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
 
 def _dev_and_test() -> list[Split]:

@@ -5,8 +5,9 @@ Shapes: P pairs, T tokens of all pairs.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
-from ckd_ray.model.length_buckets import token_budget_batches
+from ckd_ray.model.length_buckets import each_batch
 from ckd_ray.model.sources import resolve_backbone
 
 Int32Array = npt.NDArray[np.int32]
@@ -86,7 +87,7 @@ class PairClassifier:
 
     Args:
         token_budget: padded tokens of a batch; bounds the activations' memory.
-        precision: `fp32`, or `bf16` (autocast).
+        precision: `fp32`, or `bf16` or `fp16` (autocast of the encoder; the head is computed in float32).
 
     Raises:
         UserError: the source cannot be loaded as a sequence classifier, or has another number of labels.
@@ -106,6 +107,7 @@ class PairClassifier:
         self.device, self.token_budget = torch.device(device), token_budget
         self.precision: Precision = precision
         self.model = _classifier(source, folder).to(self.device).eval()
+        _keep_head_exact(self.model, self.device)
         tokenizer = _loaded(source, AutoTokenizer, folder, use_fast=True)
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._left = tokenizer.padding_side == "left"
@@ -119,13 +121,16 @@ class PairClassifier:
         out = np.empty(len(pairs.lengths), np.float32)
         ends = np.cumsum(pairs.lengths, dtype=np.int64)
         multiple = 8 if self.device.type == "cuda" else 1
-        for batch in token_budget_batches(pairs.lengths, self.token_budget, multiple):
+
+        def score(batch: Int32Array) -> None:
             inputs = self._inputs(pairs, ends, batch, multiple)
             with computing(self.device, self.precision):
                 logits = self.model(**inputs).logits
             logits = logits.float()
             scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
             out[batch] = scores.cpu().numpy()
+
+        self.token_budget = each_batch(pairs.lengths, self.token_budget, multiple, score)
         return out
 
     def _inputs(
@@ -143,6 +148,28 @@ class PairClassifier:
         if self._takes_types:
             inputs["token_type_ids"] = types
         return {name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
+
+
+def _keep_head_exact(model: Any, device: torch.device) -> None:
+    """Let what stands above the encoder compute in float32 whatever the autocast: logits in bfloat16 have steps of 1/16
+    from 8 on, and passages would tie."""
+    encoder = model.base_model
+    head = [module for module in model.children() if module is not encoder]
+    for module in [*head, getattr(encoder, "pooler", None)]:
+        if module is not None and encoder is not model:
+            module.forward = _exactly(module.forward, device.type)
+
+
+def _exactly(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
+    def full(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    @functools.wraps(forward)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return forward(*map(full, args), **{name: full(value) for name, value in kwargs.items()})
+
+    return exact
 
 
 def absolute_folder(source: str) -> str:

@@ -20,7 +20,8 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
-from ckd_ray.model.encoder import Precision, computing, default_token_budget, token_budget_batches
+from ckd_ray.model.encoder import Precision, computing
+from ckd_ray.model.length_buckets import CPU_TOKENS, GPU_TOKENS, token_budget_batches
 from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.store import EmbeddingStore
 
@@ -121,7 +122,8 @@ class DevMeasure:
             queries_BQD = self.model.encode_queries(self.query_ids.to(self.device), self.query_mask.to(self.device))
         scores = torch.zeros(len(self.queries_B), len(self.mine), device=self.device)
         lengths = np.array([len(ids) for ids in self.tokens], np.int32)
-        for batch in token_budget_batches(lengths, default_token_budget(self.device)):
+        budget = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS  # training holds most of the GPU's memory
+        for batch in token_budget_batches(lengths, budget):
             ids, mask = self.model.tokenizer.pad([self.tokens[i] for i in batch])
             with computing(self.device, self.precision):
                 rows, keep = self.model.encode_passages(ids.to(self.device), mask.to(self.device))

@@ -168,7 +168,7 @@ def accelerators() -> Iterator[Check]:
         names.append(f"{properties.name} ({properties.total_memory / GIB:.0f} GiB)")
     by_ray = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
     allowed = seen if hidden is None else len([part for part in hidden.split(",") if part])
-    found = f"{', '.join(names)}; {'bf16' if torch.cuda.is_bf16_supported() else 'no bf16'}"
+    found = f"{', '.join(names)}; {'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no bf16'}"
     counted = min(by_ray, allowed)
     if counted != seen:
         yield Check("gpu", "warn", f"{found}; Ray would count {counted}", f"start Ray with --num-gpus={seen}")

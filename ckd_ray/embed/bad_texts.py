@@ -6,18 +6,24 @@ therefore recorded in a file next to the shard before it begins. After `_TRIES` 
 shard in halves and records the range it is at, and so on until the range is one text. A text is bad when it has failed
 alone. The shard is then encoded once more without the bad texts, so the result depends on the texts and not on what
 died.
+
+A GPU without memory is no fault of a text: the encoder tries smaller batches, and one text alone that does not fit ends
+the stage.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from ckd_ray.errors import JobError, UserError, described
+from ckd_ray.errors import JobError, UserError, described, first_line
 from ckd_ray.files import delete, exists, read_object, write_json_atomic
+from ckd_ray.model.length_buckets import free_gpu_memory
 from ckd_ray.ray_util.processes import leave_a_lost_gpu
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ _TRIES, _TRIES_ALONE = 3, 2
 # Deaths before the shard fails: finding one text of 16,384 takes 15, and each further one as many.
 _MOST_TRIES = 200
 TRIES = ".tries.json"
+# After an out-of-memory, before the only other try: another process may hold the memory for a moment.
+_MEMORY_PAUSE_S = 10.0
 _LESS_MEMORY = "if memory is short, lower embed.token_budget or embed.passages_per_shard"
 
 Encode = Callable[[list[int]], "Encoded"]
@@ -122,7 +130,7 @@ class GuardedEncoder:
         while tries.ranges:
             self._record()
             try:
-                self.encode(list(range(*tries.ranges[0])))
+                self._encode(list(range(*tries.ranges[0])))
             except (UserError, JobError, OSError):
                 raise
             except Exception as error:  # a model may raise anything on a text
@@ -133,12 +141,32 @@ class GuardedEncoder:
         tries.looking = False
         self._record()
 
+    def _encode(self, some: list[int]) -> Encoded:
+        """`encode`, once more when the GPU's memory did not hold one text alone.
+
+        Raises:
+            JobError: it does not hold it this time either.
+        """
+        for last in (False, True):
+            try:
+                return self.encode(some)
+            except torch.OutOfMemoryError as error:
+                if last:
+                    raise JobError(
+                        f"{self.shard}: the GPU's memory does not hold one text alone ({first_line(error)}); end other"
+                        " processes on the GPU (nvidia-smi shows them), set embed.gpus_per_actor: 1, or lower"
+                        " model.doc_maxlen"
+                    ) from None
+            free_gpu_memory()
+            time.sleep(_MEMORY_PAUSE_S)
+        raise AssertionError
+
     def _encode_good(self) -> Encoded:
         """All texts but the bad ones; when that fails, ranges are tried, once."""
         for tried in (False, True):
             good = [i for i in range(self.count) if str(i) not in self.tries.bad]
             try:
-                return self.encode(good)
+                return self._encode(good)
             except (UserError, JobError, OSError):
                 raise
             except Exception as error:  # a model may raise anything on a text

@@ -18,9 +18,12 @@ from ckd_ray.config import EmbedConfig
 from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
 from ckd_ray.files import delete, exists, has_digest, join, read_json, write_json_atomic
 from ckd_ray.progress import say
+from ckd_ray.ray_util.actor_pool import cluster_nodes
+from ckd_ray.ray_util.gpus import share_of_gpu
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
 from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
+from ckd_ray.store.spherical import has_gpus
 
 _SAMPLE = "sample"
 # Consecutive passages that are drawn together: few reads, spread over the corpus.
@@ -59,7 +62,7 @@ def with_codec(
     spans = sample_spans(num_passages, seed)
     sample = replace(job, out=join(job.out, _SAMPLE), codec="fp16", fingerprint=f"{job.fingerprint}/sample")
     store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample", make_encoder=make_encoder)[0]
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    gpus = 1 if has_gpus() and share_of_gpu(settings.gpus_per_actor, cluster_nodes()[0]) else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_learn)
     digest, centroids = ray.get(task.remote(job, store.uri, num_passages, seed))
     say(f"{stage}: {job.codec} learned from {store.num_tokens:,} token embeddings ({centroids:,} centroids)")

@@ -77,7 +77,7 @@ class EmbedJob:
     out: str
     fingerprint: str
     token_budget: int | Literal["auto"]
-    precision: Literal["fp32", "bf16", "int8"]
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
     codec: str = "fp16"
     codec_digest: str = ""
     max_bad: int = 0
@@ -255,8 +255,9 @@ def _tokenizer_and_texts(job: EmbedJob) -> tuple[Any, Any]:
     """Loaded once a worker process: the tokenizer and the function that reads texts."""
     from ckd_ray.model.colbert import load_tokenizer
     from ckd_ray.model.pooled import load_pooled_tokenizer
+    from ckd_ray.model.sources import local_tokenizer
 
-    with local_copy(job.checkpoint) as folder:
+    with local_tokenizer(job.checkpoint) as folder:
         tokenizer = load_pooled_tokenizer(folder) if job.pooled else load_tokenizer(folder)
     collection = Collection.open(job.run)
     if job.texts == "passages":
@@ -317,6 +318,7 @@ class ShardEncoder:
         die_when_aborted()
         self.jobs = jobs
         self.encoder = make_encoder(jobs[0], threads)
+        self.device = actor_device()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._write(table.slice(i, 1)) for i in range(table.num_rows)])
@@ -342,6 +344,7 @@ class ShardEncoder:
                 token_ids=encoded.token_ids,
                 embeddings_TD=encoded.embeddings_TD,
                 codec=load_codec(job.codec, self.encoder.dim, job.out, job.codec_digest),
+                device=self.device,
             )
             encoder.done()
         return {"shard": index, "passages": header.passages, "tokens": header.tokens}

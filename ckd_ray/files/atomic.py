@@ -158,14 +158,26 @@ def copy_folder(source: str, target: str) -> None:
 
 
 @contextmanager
-def local_copy(uri: str) -> Iterator[str]:
-    """A local path with the contents of the folder `uri`: itself when local, else a temporary download."""
+def local_copy(uri: str, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """A local path with the contents of the folder `uri`: itself when local, else a temporary download.
+
+    Args:
+        without: endings of the files that a download leaves out.
+    """
     fs, path = filesystem_of(uri)
     if isinstance(fs, pafs.LocalFileSystem):
         yield path
         return
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    check_inside((info.path[len(path.rstrip("/")) + 1 :] for info in infos), uri)
+    names = {info.path[len(path.rstrip("/")) + 1 :]: info for info in infos}
+    check_inside(names, uri)
     with tempfile.TemporaryDirectory() as folder:
-        pafs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+        to = {"source_filesystem": fs, "destination_filesystem": pafs.LocalFileSystem()}
+        if without:
+            for name, info in names.items():
+                if info.type == pafs.FileType.File and not name.endswith(without):
+                    os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                    pafs.copy_files(info.path, os.path.join(folder, name), **to)
+        else:
+            pafs.copy_files(path, folder, **to)
         yield folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -22,7 +23,13 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
-        fs, path = pafs.FileSystem.from_uri(uri)
+        place, options = _split_options(uri)
+        bucket, _, key = place.removeprefix("s3://").partition("/")
+        if uri.startswith("s3://") and bucket:
+            # The path of a file of this name, since only a client could tell that of the URI itself.
+            path = pafs.FileSystem.from_uri(f"file:///{bucket.rpartition('@')[2]}/{key}")[1]
+            return _s3_client(f"s3://{bucket}{options}", os.getpid()), path.strip("/")
+        return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(
             "this storage cannot be opened",
@@ -30,10 +37,14 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
             expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
             found=first_line(error),
         ) from error
-    if isinstance(fs, pafs.S3FileSystem):  # a URI gives a request three attempts, which are over in two seconds
-        (options,) = fs.__reduce__()[1]
-        fs = pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS))
-    return fs, path
+
+
+@lru_cache(maxsize=16)
+def _s3_client(bucket: str, process: int) -> pafs.FileSystem:
+    """One a bucket and process, whose connections all operations share. A fork cannot use its parent's (`process`)."""
+    fs, _ = pafs.FileSystem.from_uri(bucket)
+    (options,) = fs.__reduce__()[1]  # a URI gives a request three attempts, which are over in two seconds
+    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS))
 
 
 def is_local(uri: str) -> bool:

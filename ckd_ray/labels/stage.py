@@ -21,11 +21,11 @@ from torch import Tensor
 from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.data.collection import collection_once
-from ckd_ray.files import exists, file_signature, join, local_copy, make_folder
+from ckd_ray.files import exists, file_signature, join, make_folder
 from ckd_ray.labels.feedback import expand_depths, nest
 from ckd_ray.labels.files import write_labels
 from ckd_ray.progress import say
-from ckd_ray.ray_util.parts import finish_parts, part_file, parts_present
+from ckd_ray.ray_util.parts import CPUS_OF_WAITING, finish_parts, part_file, parts_present
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
@@ -80,7 +80,9 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     """
     make_folder(job.out)
     arguments = {"job": job, "votes": votes}
-    spans = finish_parts("label", job.split, num_queries, parts_present(job.out), _label_part, arguments)
+    # k-means takes a core. Beside the servers of a store there may be no whole one, and tasks wait for them.
+    cpus = CPUS_OF_WAITING if isinstance(votes, ServerVotes) else 1.0
+    spans = finish_parts("label", job.split, num_queries, parts_present(job.out), _label_part, arguments, cpus)
     return spans[0][1] - spans[0][0] if spans else 1
 
 
@@ -105,8 +107,9 @@ def _cells_once(uri: str, size: int, changed: int) -> SpecialCells:
 @lru_cache(maxsize=2)
 def _special_token_ids(checkpoint: str) -> Any:
     from ckd_ray.model.colbert import load_tokenizer
+    from ckd_ray.model.sources import local_tokenizer
 
-    with local_copy(checkpoint) as folder:
+    with local_tokenizer(checkpoint) as folder:
         return load_tokenizer(folder).special_token_ids
 
 

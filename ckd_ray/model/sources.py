@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
 from ckd_ray.errors import UserError
-from ckd_ray.files import file_signature, join, list_files, sha256_of
+from ckd_ray.files import file_signature, join, list_files, local_copy, sha256_of
 
 PACKAGE_PREFIX = "package:"
 # Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
 _UNREAD = frozenset({"README.md", "manifest.json", "metrics.jsonl"})
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
 def resolve_backbone(source: str, key: str = "model.backbone") -> str:
@@ -47,6 +49,12 @@ def resolve_backbone(source: str, key: str = "model.backbone") -> str:
     if not path.is_relative_to(base) or not (path / "config.json").is_file():
         raise UserError("no encoder in this package folder", where=key, found=source, expected="config.json")
     return str(path)
+
+
+def local_tokenizer(checkpoint: str) -> AbstractContextManager[str]:
+    """As `local_copy`, for those who read the tokenizer and the settings: weights are nearly all bytes of a checkpoint,
+    and stay where they are."""
+    return local_copy(checkpoint, without=_WEIGHTS)
 
 
 def _names_a_path(source: str) -> bool:

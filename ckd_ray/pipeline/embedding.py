@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from ckd_ray.data import Collection
 from ckd_ray.embed.learn_codec import with_codec
@@ -44,11 +43,14 @@ def embed_all(
     config, collection = context.config.embed, Collection.open(context.paths.root)
     model_class: type[ColBERT] | type[PooledModel] = PooledModel if pooled else ColBERT
 
-    def choose() -> tuple[Any, str]:
+    def load() -> ColBERT | PooledModel:
         with local_copy(checkpoint) as folder:
-            return precision_on_cluster(model_class.from_pretrained(folder), precision or config.precision)
+            return model_class.from_pretrained(folder)
 
-    agreed = agreed_precision(out, stage, choose)
+    asked = precision or config.precision
+    agreed = agreed_precision(
+        out, stage, lambda: precision_on_cluster(load, asked, config.gpus_per_actor, "embed.precision")
+    )
 
     def job_of(store: str) -> EmbedJob:
         texts = last_part(store)

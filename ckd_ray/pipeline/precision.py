@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import ray
-import torch
+from typing import Any, Literal
 
 from ckd_ray.files import exists, join, read_json, write_json_atomic
 from ckd_ray.model import ColBERT
-from ckd_ray.model.encoder import choose_precision
+from ckd_ray.model.encoder import choose_precision, configured_precision, precision_of_gpus
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.progress import say
+from ckd_ray.ray_util.actor_pool import cluster_nodes
+from ckd_ray.ray_util.gpus import kinds_of_gpus, share_of_gpu
 
 
 def agreed_precision(folder: str, stage: str, choose: Callable[[], tuple[Any, str]]) -> Any:
@@ -29,9 +28,18 @@ def agreed_precision(folder: str, stage: str, choose: Callable[[], tuple[Any, st
     return precision
 
 
-def precision_on_cluster(model: ColBERT | PooledModel, requested: str) -> tuple[Any, str]:
-    """(precision, reason) for the devices of the cluster; the driver itself may have none of them."""
-    device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
-    if device == "cuda" and requested == "auto" and not torch.cuda.is_available():
-        return "bf16", "the cluster has GPUs"
-    return choose_precision(model, requested, device, threads=1)
+def precision_on_cluster(
+    load: Callable[[], ColBERT | PooledModel], requested: str, gpus: float | Literal["auto"], key: str
+) -> tuple[Any, str]:
+    """(precision, reason) for the processes that compute.
+
+    Args:
+        load: the model; it is loaded where a CPU is to be measured.
+        gpus: what each of these processes gets of a GPU; `auto`: one where the cluster has any.
+        key: that of the precision in the configuration, for messages.
+    """
+    share = share_of_gpu(gpus, cluster_nodes()[0])
+    given = configured_precision(requested, "cuda" if share else "cpu", key)
+    if given is not None:
+        return given, "as configured"
+    return precision_of_gpus(kinds_of_gpus(share)) if share else choose_precision(load(), requested, threads=1)

@@ -30,7 +30,9 @@ def training_task(
     config, run = context.config, context.paths
     section = config.teacher if stage == "teacher" else config.distill
     home = keep or run.training_checkpoints(stage, fingerprint)
-    precision = agreed_precision(home, stage, lambda: precision_on_cluster(model, section.precision))
+    precision = agreed_precision(
+        home, stage, lambda: precision_on_cluster(lambda: model, section.precision, "auto", f"{stage}.precision")
+    )
     if section.evaluate_every and "dev" not in Collection.open(run.root).splits:
         raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
     return TrainingTask(

@@ -93,6 +93,11 @@ class PlannedCluster:
         return min(m.memory_gib for m in self.groups if m.cpus or m.gpus)
 
     @property
+    def largest_gib(self) -> float:
+        """Memory of the largest machine that computes."""
+        return max(m.memory_gib for m in self.groups if m.cpus or m.gpus)
+
+    @property
     def accelerator(self) -> str | None:
         """The kind of GPU; of several the slowest, which the others wait for."""
         kinds = {m.accelerator for m in self.groups if m.gpus and m.accelerator}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckd_ray.config import Config
+from ckd_ray.plan.hardware import ACCELERATORS
 from ckd_ray.plan.layout import Layout
 from ckd_ray.plan.memory import stage_memory
 from ckd_ray.plan.rates import Rates
@@ -128,7 +129,9 @@ def network_parts(
         steps = (config.teacher if stage == "teacher" else config.distill).steps
         # Ray packs workers onto one machine where it can.
         together = any(workers <= (node.gpus if layout.cluster.gpus else node.cpus) for node in layout.cluster.nodes)
-        link = _BYTES * (assumed["gpu_link_gbit"] if together else layout.cluster.network_gbit)
+        kind = ACCELERATORS.get(layout.cluster.accelerator or "")
+        inside = assumed["gpu_nvlink_gbit" if kind and kind.nvlink else "gpu_link_gbit"]
+        link = _BYTES * (inside if together else layout.cluster.network_gbit)
         seconds = steps * 2 * (workers - 1) / workers * 4 * rates.shape.parameters / link
         return [Part("exchange gradients", seconds, "network")]
     if not layout.remote or stage not in ("embed", "evaluate"):

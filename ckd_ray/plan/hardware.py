@@ -10,22 +10,30 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Accelerator:
-    """teraflops: peak of dense 16-bit products, from NVIDIA's data sheets (A10G: AWS); memory in GiB."""
+    """A kind of GPU.
+
+    Attributes:
+        teraflops: peak of dense products in the precision that `auto` takes, from NVIDIA's data sheets (A10G: AWS):
+            bfloat16, or float32 on those that have no bfloat16 (T4, V100).
+        memory_gib: of its memory.
+        nvlink: whether those of one machine are connected by it, as in the machines that clouds lend.
+    """
 
     teraflops: float
     memory_gib: float
+    nvlink: bool = False
 
 
 ACCELERATORS = {
-    "T4": Accelerator(65, 16),
-    "V100": Accelerator(125, 16),
+    "T4": Accelerator(8.1, 16),
+    "V100": Accelerator(15.7, 16, nvlink=True),
     "A10G": Accelerator(70, 24),
     "L4": Accelerator(121, 24),
     "L40S": Accelerator(362, 48),
-    "A100": Accelerator(312, 40),
-    "A100-80GB": Accelerator(312, 80),
-    "H100": Accelerator(989, 80),
-    "H200": Accelerator(989, 141),
+    "A100": Accelerator(312, 40, nvlink=True),
+    "A100-80GB": Accelerator(312, 80, nvlink=True),
+    "H100": Accelerator(989, 80, nvlink=True),
+    "H200": Accelerator(989, 141, nvlink=True),
 }
 # GPUs that GCP attaches to a machine, by their names there.
 ATTACHED = {"nvidia-tesla-t4": "T4", "nvidia-tesla-v100": "V100", "nvidia-l4": "L4", "nvidia-tesla-a100": "A100"}

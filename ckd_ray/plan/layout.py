@@ -12,12 +12,13 @@ from typing import Any
 from ckd_ray.config import Config
 from ckd_ray.distill.placement import place_workers
 from ckd_ray.embed.stream import plan_shards
-from ckd_ray.errors import UserError
+from ckd_ray.model.encoder import configured_precision
 from ckd_ray.pipeline.graph import needed
 from ckd_ray.pipeline.labelling import vote_way
-from ckd_ray.plan.cluster import PlannedCluster
+from ckd_ray.plan.cluster import GIB, PlannedCluster
 from ckd_ray.plan.sizes import Sizes
 from ckd_ray.ray_util.actor_pool import Pool, plan_pool
+from ckd_ray.ray_util.gpus import share_of_gpu
 from ckd_ray.retrieve.servers import Placement, SearchSettings, plan_servers
 from ckd_ray.retrieve.shard_range import choose_engine
 
@@ -80,9 +81,7 @@ def lay_out(config: Config, sizes: Sizes, cluster: PlannedCluster) -> Layout:
         UserError: something does not fit, as the stage itself would say.
     """
     nodes, r = cluster.nodes, config.retrieve
-    if config.embed.precision == "int8" and cluster.gpus:
-        expected = "auto, bf16 or fp32 on a GPU"
-        raise UserError("int8 is for CPUs", where="embed.precision", expected=expected, found="int8")
+    configured_precision(config.embed.precision, "cuda" if share_of_gpu(config.embed.gpus_per_actor, nodes) else "cpu")
     shards = plan_shards(sizes.passages, config.embed.passages_per_shard)
     queries = sum(len(plan_shards(n, config.embed.passages_per_shard)) for n in sizes.queries.values())
     engine, evaluate_engine, votes = engines(config, sizes)
@@ -96,6 +95,7 @@ def lay_out(config: Config, sizes: Sizes, cluster: PlannedCluster) -> Layout:
             passages=sizes.passages,
             dim=config.model.dim,
             resources={"CPU": cluster.cpus, "GPU": cluster.gpus, "memory": _RAY_SHARE * cluster.memory},
+            node_memory=_RAY_SHARE * cluster.largest_gib * GIB,
         )
         return replace(placed, threads=min(placed.threads, max(1, int(max(node.cpus for node in nodes)))))
 

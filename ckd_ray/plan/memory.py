@@ -6,7 +6,8 @@ The constants are peaks of processes in finished runs of MedQuAD (docs/explanati
 from __future__ import annotations
 
 from ckd_ray.config import Config
-from ckd_ray.plan.hardware import Shape
+from ckd_ray.model.length_buckets import CPU_TOKENS, gpu_token_budget
+from ckd_ray.plan.hardware import ACCELERATORS, Shape
 from ckd_ray.plan.layout import Layout
 from ckd_ray.plan.sizes import Sizes
 from ckd_ray.plan.work import step_tokens
@@ -20,8 +21,6 @@ GPU_CONTEXT = 0.7 * GIB
 # Python objects of the driver, and numbers of a passage.
 _HELD_LABEL, _HELD_QUERY, _HELD_PASSAGE = 400, 250, 12
 _PADDING = 1.25  # tokens encoded for each token of the texts, in a training step
-# Tokens of a batch under `embed.token_budget: auto`, on a CPU and on a GPU.
-_BUDGETS = (1440, 8192)
 
 
 def stage_memory(stage: str, config: Config, sizes: Sizes, shape: Shape, layout: Layout) -> dict[str, float]:
@@ -53,8 +52,10 @@ def encoder_bytes(config: Config, sizes: Sizes, shape: Shape, layout: Layout) ->
     """(process, GPU) of an encoder: weights (twice on a CPU, which copies linear layers), activations of a batch, and
     the rows of one shard with their coded form."""
     dim, budget, on_gpu = config.model.dim, config.embed.token_budget, layout.pool.gpus_per_actor > 0
-    tokens = _BUDGETS[on_gpu] if budget == "auto" else budget
-    activations = tokens * shape.hidden * 20.0 * (2 if on_gpu else 4)
+    if budget == "auto":
+        gpu = ACCELERATORS.get(layout.cluster.accelerator or "")
+        budget = gpu_token_budget(gpu.memory_gib if gpu else 0.0) if on_gpu else CPU_TOKENS
+    activations = budget * shape.hidden * 20.0 * (2 if on_gpu else 4)
     shard = layout.shard_passages * sizes.kept * (2 * dim + bytes_per_token(config.embed.codec, dim) + 8)
     weights = 4.0 * shape.parameters
     if on_gpu:

@@ -36,7 +36,12 @@ ASSUMPTIONS = {
     "gpu_step_s": Assumption(
         0.06, "seconds that a training step takes on such a GPU at least, starting its kernels (a guess, likewise)"
     ),
-    "gpu_link_gbit": Assumption(160, "Gbit/s between the GPUs of one machine (two thirds of PCIe 4.0 x16, 256 Gbit/s)"),
+    "gpu_link_gbit": Assumption(
+        50, "Gbit/s between the GPUs of one machine without NVLink (a fifth of PCIe 4.0 x16: through the host's memory)"
+    ),
+    "gpu_nvlink_gbit": Assumption(
+        800, "Gbit/s between GPUs with NVLink (two thirds of the V100's 1,200 in one direction; an A100 has twice that)"
+    ),
     "bm25_token_s": Assumption(1e-6, "seconds a token of the corpus in BM25 (one core of a Xeon, Sapphire Rapids)"),
     "bm25_score_s": Assumption(1.5e-8, "seconds a passage and query in BM25 (the same core, 200,000 passages)"),
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ckd_ray.errors import UserError
 from ckd_ray.progress import say
+from ckd_ray.ray_util.gpus import share_of_gpu
 
 # Every CPU actor leaves this share of its core to the tasks that feed it (see `Pool.feeder_cpus`).
 _FEEDER_SHARE = 0.1
@@ -61,8 +62,7 @@ def plan_pool(
     Raises:
         UserError: the asked number of actors cannot be placed, or `gpus_per_actor` is above 1.
     """
-    if gpus_per_actor == "auto":
-        gpus_per_actor = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+    gpus_per_actor = share_of_gpu(gpus_per_actor, nodes)
     if gpus_per_actor > 1:
         raise UserError(
             "the model of an actor runs on one GPU",

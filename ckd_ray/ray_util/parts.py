@@ -9,6 +9,8 @@ from ckd_ray.files import list_files
 from ckd_ray.progress import Progress
 
 _QUERIES_A_PART = 256
+# What the tasks that feed the servers of a store reserve; the servers leave as much free.
+CPUS_OF_WAITING = 0.25
 # Ray Data keeps a few kilobytes per block and searches all blocks; with more units than this, units share a block.
 MOST_BLOCKS = 2048
 
@@ -35,7 +37,13 @@ def parts_present(folder: str) -> set[str]:
 
 
 def finish_parts(
-    stage: str, split: str, num_queries: int, present: Collection[str], work: Any, arguments: dict[str, Any]
+    stage: str,
+    split: str,
+    num_queries: int,
+    present: Collection[str],
+    work: Any,
+    arguments: dict[str, Any],
+    cpus: float = CPUS_OF_WAITING,
 ) -> list[tuple[int, int]]:
     """Run `work` for the parts of a split that are not finished, and show the progress. Returns the spans of all parts.
 
@@ -43,17 +51,24 @@ def finish_parts(
         stage: the word in front of progress lines.
         present: the Parquet files of the finished parts.
         work: see `run_parts`; its row has the number of `queries`.
+        cpus: that a task computes with, or less where it waits for servers most of the time.
     """
     spans = query_spans(num_queries)
     missing = [i for i in range(len(spans)) if part_file(split, i) not in present]
     done = num_queries - sum(spans[i][1] - spans[i][0] for i in missing)
     with Progress(stage, num_queries, "queries", done=done) as progress:
-        for row in run_parts(missing, spans, work, arguments):
+        for row in run_parts(missing, spans, work, arguments, cpus):
             progress.advance(int(row["queries"]))
     return spans
 
 
-def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any]) -> Any:
+def run_parts(
+    missing: list[int],
+    spans: list[tuple[int, int]],
+    work: Any,
+    arguments: dict[str, Any],
+    cpus: float = CPUS_OF_WAITING,
+) -> Any:
     """The rows that `work` returns, one per part, as they are finished; nothing else reaches the driver."""
     if not missing:
         return iter(())
@@ -65,6 +80,6 @@ def run_parts(missing: list[int], spans: list[tuple[int, int]], work: Any, argum
         fn_kwargs=arguments,
         batch_size=1,
         batch_format="numpy",
-        num_cpus=0.25,
+        num_cpus=cpus,
     )
     return dataset.iter_rows()

@@ -27,18 +27,20 @@ _BLOCK = 1 << 24
 _MOST_ROWS = 2**31 - 1
 
 
-def probe(vectors_MD: Tensor, centroids_KD: Tensor, count: int) -> tuple[Int32Array, Float32Array]:
+def probe(
+    vectors_MD: Tensor, centroids_KD: Tensor, count: int, device: torch.device | str = "cpu"
+) -> tuple[Int32Array, Float32Array]:
     """The `count` centroids of greatest inner product: (ids (M, C), similarities (M, C)), greatest first.
 
     The products are exact in float64 for float16 rows (exact.py), so the choice is the same on every machine.
     """
     count = min(count, len(centroids_KD))
-    centroids_DK = centroids_KD.double().T.contiguous()
+    centroids_DK = centroids_KD.to(device).double().T.contiguous()
     ids = np.empty((len(vectors_MD), count), np.int32)
     similarity = np.empty((len(vectors_MD), count), np.float32)
     step = max(1, _BLOCK // max(1, len(centroids_KD)))
     for start in range(0, len(vectors_MD), step):
-        top = (vectors_MD[start : start + step].double() @ centroids_DK).topk(count, dim=1)
+        top = (vectors_MD[start : start + step].to(device).double() @ centroids_DK).topk(count, dim=1)
         ids[start : start + step] = top.indices.int().cpu().numpy()
         similarity[start : start + step] = top.values.float().cpu().numpy()
     return ids, similarity
@@ -50,18 +52,19 @@ class CentroidIndex:
     Args:
         rows: of shards whose codec is residual.
         nprobe: centroids probed by a query row.
+        device: where products with all centroids are computed.
 
     Raises:
         JobError: the range has more rows than 32-bit numbers can count.
     """
 
-    def __init__(self, rows: ShardRows, codec: Residual, nprobe: int) -> None:
+    def __init__(self, rows: ShardRows, codec: Residual, nprobe: int, device: torch.device | str = "cpu") -> None:
         if rows.num_rows > _MOST_ROWS:
             raise JobError(
                 f"a range of {rows.num_rows:,} token embeddings is more than one server can list "
                 f"({_MOST_ROWS:,}); raise retrieve.actors"
             )
-        self.rows, self.codec, self.nprobe = rows, codec, nprobe
+        self.rows, self.codec, self.nprobe, self.device = rows, codec, nprobe, device
         counts = np.zeros(codec.num_centroids, np.int64)
         for ids in rows.centroid_ids():
             counts += np.bincount(ids, minlength=codec.num_centroids)
@@ -89,7 +92,7 @@ class CentroidIndex:
     def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
         """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe + 1 (or K)."""
         flat = queries_BQD.half().reshape(-1, queries_BQD.shape[2])
-        ids, similarity = probe(flat, self.codec.centroids_KD, self.nprobe + 1)
+        ids, similarity = probe(flat, self.codec.centroids_KD, self.nprobe + 1, self.device)
         shape = (*queries_BQD.shape[:2], ids.shape[1])
         return ids.reshape(shape), similarity.reshape(shape)
 
@@ -139,7 +142,7 @@ class CentroidIndex:
         A vector probes a quarter of `nprobe` lists; each list is decoded once for all vectors that probe it.
         """
         lists = max(1, self.nprobe // 4)
-        ids_MC, _ = probe(vectors_MD, self.codec.centroids_KD, lists)
+        ids_MC, _ = probe(vectors_MD, self.codec.centroids_KD, lists, self.device)
         lists = ids_MC.shape[1]
         where = torch.full((len(vectors_MD), lists, k + 4), -1, dtype=torch.int64)
         near = torch.full((len(vectors_MD), lists, k + 4), torch.inf)

@@ -30,10 +30,10 @@ from ckd_ray.retrieve.rows import RangeRows
 
 # Rows of a chunk. Larger chunks leave more rows to compare, smaller ones more maxima to look through.
 _CHUNK = 16
-# Rows of a block.
-_BLOCK = 1 << 14
-# Vectors that are searched at a time: 64 MiB of float32 distances to a block, 8 MiB of bounds of its chunks.
-_VECTORS, _VECTORS_INT8 = 1 << 10, 1 << 11
+# Vectors that are searched at a time, among so many rows: 64 MiB of distances, 1 GiB on a GPU, 8 MiB of bounds.
+_VECTORS, _ROWS = 1 << 10, 1 << 14
+_GPU_VECTORS, _GPU_ROWS = 1 << 12, 1 << 16
+_VECTORS_INT8 = 1 << 11
 # Rows of chunks that are compared at a time: 2 MiB of float32 at 128 dimensions, which stay in the cache.
 _COMPARED = 1 << 12
 # The first pass pays from so many vectors on, since rounding the rows costs the same for any number of them, and from
@@ -42,7 +42,12 @@ _LEAST_VECTORS, _LEAST_ROWS, _MOST_KEPT = 256, 1 << 13, 1 / 24
 
 
 def nearest_rows(
-    vectors_MD: Tensor, source: RangeRows, k: int, block: int = _BLOCK, first_pass: FirstPass | None = None
+    vectors_MD: Tensor,
+    source: RangeRows,
+    k: int,
+    block: int | None = None,
+    device: torch.device | str = "cpu",
+    first_pass: FirstPass | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k rows nearest to each vector: (squared distances (M, k), positions (M, k)), nearest first, ties by position.
 
@@ -50,35 +55,45 @@ def nearest_rows(
     not decide between almost equal ones. Lists of fewer than k rows end with +inf and -1.
 
     Args:
-        block: rows of a block, a multiple of 16.
+        vectors_MD: on the CPU, where the result is too.
+        block: rows at a time, a multiple of 16.
+        device: where the products are computed.
         first_pass: `int8` (on a CPU only) or `float32`, which give the same answer; None: the faster one here.
     """
+    wide, device = 2 * k + 8, torch.device(device)
     if first_pass is None:
         few = len(vectors_MD) < _LEAST_VECTORS or source.num_rows < _LEAST_ROWS
-        first_pass = "float32" if few or vectors_MD.device.type != "cpu" else choose_first_pass()[0]
-    wide = 2 * k + 8
+        first_pass = "float32" if few or device.type != "cpu" else choose_first_pass()[0]
     if first_pass == "float32":
-        found = [_nearest_of_all(part, source, wide, block) for part in vectors_MD.split(_VECTORS)]
+        where_MC = _nearest_of_all(vectors_MD, source, wide, block, device)
     else:
-        found = [_nearest_by_bounds(part, source, k, wide, block) for part in vectors_MD.split(_VECTORS_INT8)]
-    none = torch.empty(0, wide, dtype=torch.int64, device=vectors_MD.device)
-    return sharpen(vectors_MD, source, torch.cat([none, *found]), k)
+        none = torch.empty(0, wide, dtype=torch.int64)
+        parts = vectors_MD.split(_VECTORS_INT8)
+        where_MC = torch.cat([none, *(_nearest_by_bounds(part, source, k, wide, block or _ROWS) for part in parts)])
+    return sharpen(vectors_MD, source, where_MC, k)
 
 
-def _nearest_of_all(vectors_MD: Tensor, source: RangeRows, wide: int, block: int) -> Tensor:
+def _nearest_of_all(
+    vectors_MD: Tensor, source: RangeRows, wide: int, block: int | None = None, device: torch.device | None = None
+) -> Tensor:
     """(M, wide) positions of the nearest rows, compared in float32 with all rows; -1 after the last."""
-    device = vectors_MD.device
+    device = device or torch.device("cpu")
+    step, most = (_GPU_VECTORS, _GPU_ROWS) if device.type == "cuda" else (_VECTORS, _ROWS)
+    block = block or most
+    asked_MD = vectors_MD.to(device, torch.float32)
     best_MC = torch.full((len(vectors_MD), wide), torch.inf, device=device)
     where_MC = torch.full((len(vectors_MD), wide), -1, dtype=torch.int64, device=device)
     for start in range(0, source.num_rows, block):
         rows_TD = source.take(np.arange(start, min(source.num_rows, start + block))).to(device).float()
         norms_1T = rows_TD.square().sum(1)[None]
-        away_MT = torch.addmm(norms_1T, vectors_MD.float(), rows_TD.T, alpha=-2.0)
-        near, at = away_MT.topk(min(wide, len(rows_TD)), dim=1, largest=False)
-        merged, positions = torch.cat([best_MC, near], 1), torch.cat([where_MC, at + start], 1)
-        best_MC, order = merged.topk(wide, dim=1, largest=False)
-        where_MC = positions.gather(1, order)
-    return where_MC
+        for low in range(0, len(vectors_MD), step):
+            part = slice(low, low + step)
+            away_MT = torch.addmm(norms_1T, asked_MD[part], rows_TD.T, alpha=-2.0)
+            near, at = away_MT.topk(min(wide, len(rows_TD)), dim=1, largest=False)
+            merged, positions = torch.cat([best_MC[part], near], 1), torch.cat([where_MC[part], at + start], 1)
+            best_MC[part], order = merged.topk(wide, dim=1, largest=False)
+            where_MC[part] = positions.gather(1, order)
+    return where_MC.cpu()
 
 
 def _nearest_by_bounds(vectors_MD: Tensor, source: RangeRows, k: int, wide: int, block: int) -> Tensor:
@@ -88,7 +103,7 @@ def _nearest_by_bounds(vectors_MD: Tensor, source: RangeRows, k: int, wide: int,
     many = counts_M * _CHUNK > max(_CHUNK * wide, _MOST_KEPT * source.num_rows)
     if many.any():
         at = torch.from_numpy(np.flatnonzero(many))
-        where_MC[at] = _nearest_of_all(vectors_MD[at], source, wide, block)
+        where_MC[at] = _nearest_of_all(vectors_MD[at], source, wide)
     ends_M = np.cumsum(counts_M)
     few = np.flatnonzero(~many)
     few = few[np.argsort(counts_M[few], kind="stable")]
@@ -190,9 +205,7 @@ def sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> 
     step = max(1, (1 << 22) // max(1, where_MC.shape[1] * vectors_MD.shape[1]))
     for vectors, where in zip(vectors_MD.split(step), where_MC.split(step), strict=True):
         absent = where < 0
-        rows = (
-            source.take(where.clamp(min=0).flatten().cpu().numpy()).to(vectors.device).double().view(*where.shape, -1)
-        )
+        rows = source.take(where.clamp(min=0).flatten().numpy()).double().view(*where.shape, -1)
         away = (rows - vectors[:, None].double()).square().sum(-1).float().masked_fill(absent, torch.inf)
         place = where.masked_fill(absent, torch.iinfo(torch.int64).max)
         # Two stable sorts: by position, then by distance.
@@ -200,5 +213,5 @@ def sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> 
         order = first.gather(1, away.gather(1, first).argsort(dim=1, stable=True))[:, :k]
         distances.append(away.gather(1, order))
         positions.append(where.gather(1, order))
-    empty = vectors_MD.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=vectors_MD.device)
+    empty = vectors_MD.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
     return torch.cat([empty[0], *distances]), torch.cat([empty[1], *positions])

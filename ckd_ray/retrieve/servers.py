@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -22,6 +22,7 @@ from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.retrieve.answers import arrived
 from ckd_ray.retrieve.int8 import choose_first_pass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
@@ -104,6 +105,11 @@ class ServerGroup:
 
     actors: tuple[Any, ...]
     settings: SearchSettings
+    needs: str = ""
+
+    def _asked(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """The answers of all servers, as they arrive."""
+        return arrived({getattr(actor, method).remote(*arguments): actor for actor in self.actors}, self.needs)
 
     def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """Top `depth` over all shards.
@@ -113,33 +119,30 @@ class ServerGroup:
         """
         batch = ray.put(queries_BQD)
         if self.settings.engine != "centroids":
-            return _merged([actor.search.remote(batch, depth) for actor in self.actors], depth)
+            return _merged(self._asked("search", batch, depth), depth)
         # Every server gives the same answer; the choice spreads the work.
         one = self.actors[zlib.crc32(np.ascontiguousarray(queries_BQD).data) % len(self.actors)]
         probes = one.probes.remote(batch)
         limit = max(depth, self.settings.candidates)
-        _, passages_BN = _merged([actor.candidates.remote(probes, limit) for actor in self.actors], limit)
+        _, passages_BN = _merged(self._asked("candidates", probes, limit), limit)
         chosen = ray.put(passages_BN)
-        return _merged([actor.score.remote(batch, chosen, depth) for actor in self.actors], depth)
+        return _merged(self._asked("score", batch, chosen, depth), depth)
 
     def search_exactly(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """Top `depth` over all shards by exact search, to compare with."""
         batch = ray.put(queries_BQD)
-        return _merged([actor.search_exactly.remote(batch, depth) for actor in self.actors], depth)
+        return _merged(self._asked("search_exactly", batch, depth), depth)
 
     def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> Int64Array:
         """Vocabulary ids (M, k) of the nearest token embeddings of the whole store, nearest first."""
         batch = ray.put(vectors_MD)
-        parts = ray.get([actor.nearest_tokens.remote(batch, k) for actor in self.actors])
-        return merge_neighbours(parts, k)[1]
+        return merge_neighbours(list(self._asked("nearest_tokens", batch, k)), k)[1]
 
 
-def _merged(waiting: list[Any], depth: int) -> Lists:
+def _merged(answers: Iterable[Lists], depth: int) -> Lists:
     """The best of all answers, merged as they arrive, so that two lists are held at a time."""
     best: Lists | None = None
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
-        found = ray.get(done[0])
+    for found in answers:
         best = merge_top([found] if best is None else [best, found], depth)
     assert best is not None
     return best
@@ -154,6 +157,11 @@ class Placement:
     gpus: float
     memory: int
     threads: int
+
+    @property
+    def needs(self) -> str:
+        """What a server reserves."""
+        return f"{self.cpus:g} CPU, {self.gpus:g} GPU and {self.memory / 2**30:.1f} GiB"
 
 
 def index_bytes(settings: SearchSettings, tokens: int, passages: int, dim: int) -> int:
@@ -178,15 +186,22 @@ def plan_servers(
     passages: int,
     dim: int,
     resources: dict[str, float],
+    node_memory: float | None = None,
 ) -> Placement:
     """How many servers of what size: one a GPU, or one a core, at most one a shard; one in all for faiss.
 
-    A faiss index of its own for every range would change the candidates with the number of servers.
+    A faiss index of its own for every range would change the candidates with the number of servers. Its server has no
+    GPU, which our index does not use.
+
+    Args:
+        resources: of the cluster, `memory` in bytes.
+        node_memory: bytes of the node with the most; a server never spans two.
 
     Raises:
         UserError: what was asked for, or the index, does not fit the cluster.
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    gpus = 0.0 if settings.engine == "faiss" else gpus
     room = int((cpus - _FEEDER_CPUS) / _CPUS_A_SERVER + 1e-9)
     natural = int(gpus) if gpus >= 1 else max(1, int(cpus))
     asked = natural if wanted == "auto" else int(wanted)
@@ -199,15 +214,20 @@ def plan_servers(
             found=f"{asked} asked for; the cluster has {cpus:g} CPU",
             fix="set retrieve.actors: auto, or add nodes",
         )
-    if "memory" in resources and needed > resources["memory"]:
-        raise UserError(
-            f"the index of engine {settings.engine} does not fit the cluster's memory",
-            where="retrieve.engine",
-            expected=f"at most {resources['memory'] / 2**30:.1f} GiB",
-            found=f"{needed / 2**30:.1f} GiB for {tokens:,} token embeddings",
-            fix="add nodes, or take a residual codec (embed.codec) and retrieve.engine: centroids",
-        )
     count = 1 if settings.engine == "faiss" else max(1, min(asked, room, shards))
+    for space, used, what in (
+        (resources.get("memory"), needed, "the cluster's memory"),
+        (node_memory, needed / count, "the memory of one node, which a server of it needs"),
+    ):
+        if space is not None and used > space:
+            raise UserError(
+                f"the index of engine {settings.engine} does not fit {what}",
+                where="retrieve.engine",
+                expected=f"at most {space / 2**30:.1f} GiB",
+                found=f"{used / 2**30:.1f} GiB for {tokens:,} token embeddings in {count} servers",
+                fix="add nodes (a larger one for faiss, which has one server), or take a residual codec (embed.codec)"
+                " and retrieve.engine: centroids",
+            )
     # The share of a GPU is one over a whole number of servers: two servers of 2/3 do not fit one GPU.
     share = 1 / math.ceil(count / int(gpus)) if gpus >= 1 else 0.0
     return Placement(count, _CPUS_A_SERVER, share, needed // count, max(1, int(cpus) // count))
@@ -233,6 +253,7 @@ class serving:
             passages=store.num_passages,
             dim=store.dim,
             resources=ray.cluster_resources(),
+            node_memory=max((n["Resources"].get("memory", math.inf) for n in ray.nodes() if n["Alive"]), default=None),
         )
         self._bounds = np.linspace(0, store.num_shards, self._plan.servers + 1).astype(int)
         self._store, self._settings = store, settings
@@ -256,14 +277,14 @@ class serving:
             task = {"faiss": "an IVF-PQ index over", "centroids": "inverted lists of"}.get(self._settings.engine, "")
             what = f"building {task}" if task else "loading"
             say(f"  {what} {self._store.num_tokens:,} token embeddings ({plan.servers} servers)")
-            ray.get([actor.ready.remote() for actor in self._actors])
+            list(arrived({actor.ready.remote(): actor for actor in self._actors}, plan.needs))
             if self._settings.engine == "exact":
                 first, reason = ray.get(self._actors[0].first_pass.remote())
                 say(f"  {first} first pass, exact scores ({reason})")
         except BaseException:
             self.__exit__(None, None, None)  # `with` does not, when entering fails
             raise
-        return ServerGroup(tuple(self._actors), self._settings)
+        return ServerGroup(tuple(self._actors), self._settings, plan.needs)
 
     def _wait_until_placed(self) -> None:
         """The servers fit the cluster, but another job may hold what they need; that is an error after a while."""
@@ -273,7 +294,7 @@ class serving:
             free = ray.available_resources()
             raise JobError(
                 f"only {len(done)} of {len(calls)} servers could be started within {_START_SECONDS:.0f} s: each needs "
-                f"{self._plan.cpus:g} CPU, {self._plan.gpus:g} GPU and {self._plan.memory / 2**30:.1f} GiB; free are "
+                f"{self._plan.needs}; free are "
                 f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU and {free.get('memory', 0) / 2**30:.1f} GiB. "
                 "Set retrieve.actors lower, or wait until other jobs have ended"
             )

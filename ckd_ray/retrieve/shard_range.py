@@ -97,7 +97,7 @@ class ShardRange:
         elif settings.engine == "centroids" and opened:
             codec = opened[0].codec
             assert isinstance(codec, Residual), "engine centroids needs a residual codec"
-            self._centroids = CentroidIndex(self.rows, codec, settings.nprobe)
+            self._centroids = CentroidIndex(self.rows, codec, settings.nprobe, device)
 
     def check_unchanged(self) -> None:
         """Raises BrokenShardError when a file was changed in place under this range: its answers may be wrong."""
@@ -160,7 +160,9 @@ class ShardRange:
             distances, positions = self._faiss.nearest(vectors_MD, k)
         else:
             found, at = (
-                self._centroids.nearest(vectors_MD, k) if self._centroids else nearest_rows(vectors_MD, self.rows, k)
+                self._centroids.nearest(vectors_MD, k)
+                if self._centroids
+                else nearest_rows(vectors_MD, self.rows, k, device=self.device)
             )
             distances, positions = found.cpu().numpy(), at.cpu().numpy()
         present = positions >= 0

@@ -33,6 +33,8 @@ _ID_BYTES = 4
 # Numbers of a block of similarities to centroids, while encoding: 4 MiB of float32 stay in a core's cache.
 _BLOCK = 1 << 20
 _GPU_BLOCK = 1 << 28
+# Rows that a GPU codes at a time: 256 MiB of float32 at 128 dimensions.
+_GPU_ROWS = 1 << 19
 
 with warnings.catch_warnings():
     # torch warns once a process of read-only arrays, which memory-mapped ones are. Nothing here writes to them, so the
@@ -62,8 +64,12 @@ class Codec(ABC):
         return bytes_per_token(self.name, self.dim)
 
     @abstractmethod
-    def encode(self, embeddings_TD: Tensor) -> Bytes:
-        """Rows of any float type, on any device, to bytes (T, C)."""
+    def encode(self, embeddings_TD: Tensor, device: torch.device | str | None = None) -> Bytes:
+        """Rows of any float type, on any device, to bytes (T, C).
+
+        Args:
+            device: where codes are computed; that of the rows when None.
+        """
 
     @abstractmethod
     def decode(self, codes_TC: Bytes) -> Tensor:
@@ -78,7 +84,7 @@ class Float16(Codec):
     def __init__(self, dim: int) -> None:
         self.dim = dim
 
-    def encode(self, embeddings_TD: Tensor) -> Bytes:
+    def encode(self, embeddings_TD: Tensor, device: torch.device | str | None = None) -> Bytes:
         halves = embeddings_TD.detach().to("cpu", torch.float16).contiguous().numpy()
         return halves.view(np.uint8).reshape(len(halves), self.bytes_per_token)
 
@@ -178,21 +184,30 @@ class Residual(Codec):
                 out[members] = candidates[_argmax(rows_TD[members], centroids_KD[candidates])]
         return out
 
-    def encode(self, embeddings_TD: Tensor) -> Bytes:
+    def encode(self, embeddings_TD: Tensor, device: torch.device | str | None = None) -> Bytes:
         rows_TD = embeddings_TD.detach()
-        ids_T = self.nearest_centroids(rows_TD).cpu()
+        device = torch.device(device or rows_TD.device)
+        # Groups of centroids want all rows at once; a GPU holds the encoder as well.
+        most = max(1, len(rows_TD) if device.type == "cpu" else _GPU_ROWS)
+        parts = [self._codes(rows.to(device)) for rows in rows_TD.split(most)]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _codes(self, rows_TD: Tensor) -> Bytes:
+        """Bytes (T, C) of rows, computed on their device."""
+        device, ids_T = rows_TD.device, self.nearest_centroids(rows_TD)
+        centroids_KD, cutoffs = self.centroids_KD.to(device), self.cutoffs.to(device)
         out = np.empty((len(rows_TD), self.bytes_per_token), np.uint8)
-        out[:, :_ID_BYTES] = ids_T.to(torch.int32).numpy().view(np.uint8).reshape(-1, _ID_BYTES)
+        out[:, :_ID_BYTES] = ids_T.to("cpu", torch.int32).numpy().view(np.uint8).reshape(-1, _ID_BYTES)
         step = 1 << 16
         for start in range(0, len(rows_TD), step):
-            rows = rows_TD[start : start + step].cpu().float()
-            residual = rows - self.centroids_KD[ids_T[start : start + step]].float()
-            buckets = torch.bucketize(residual, self.cutoffs, out_int32=True).to(torch.uint8)
+            rows = rows_TD[start : start + step].float()
+            residual = rows - centroids_KD[ids_T[start : start + step]].float()
+            buckets = torch.bucketize(residual, cutoffs, out_int32=True).to(torch.uint8)
             parts = buckets.view(len(rows), -1, 8 // self.bits)
-            packed = torch.zeros(parts.shape[:2], dtype=torch.uint8)
+            packed = torch.zeros(parts.shape[:2], dtype=torch.uint8, device=device)
             for i in range(8 // self.bits):
                 packed |= parts[:, :, i] << (i * self.bits)
-            out[start : start + step, _ID_BYTES:] = packed.numpy()
+            out[start : start + step, _ID_BYTES:] = packed.cpu().numpy()
         return out
 
     def centroid_ids(self, codes_TC: Bytes) -> npt.NDArray[np.int32]:

@@ -101,6 +101,7 @@ def write_shard(
     token_ids: Int32Array,
     embeddings_TD: torch.Tensor,
     codec: Codec,
+    device: torch.device | str | None = None,
 ) -> tuple[ShardHeader, int]:
     """Write one shard atomically under `uri` (a file). Returns its header and its bytes on disk.
 
@@ -109,9 +110,10 @@ def write_shard(
         lengths: (P,) kept tokens a passage, summing to T.
         token_ids: (T,) their vocabulary ids, passage after passage.
         embeddings_TD: (T, D) unit rows.
+        device: where codes are computed; that of the rows when None.
     """
     assert int(lengths.sum()) == len(token_ids) == len(embeddings_TD)
-    codes = codec.encode(embeddings_TD)
+    codes = codec.encode(embeddings_TD, device)
     ids, counts = document_frequencies(lengths, token_ids)
     sums = _passage_sums(lengths, token_ids, codes)
     header = ShardHeader(

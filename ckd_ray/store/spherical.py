@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def has_gpus() -> bool:
+    """Whether the installed faiss is a build for GPUs; faiss-cpu is not."""
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources")
+
+
 def spherical_kmeans(
     rows_SD: Tensor, count: int, *, iterations: int, points_a_centroid: int, seed: int, gpu: bool = False
 ) -> Tensor:

@@ -104,8 +104,8 @@ def test_the_stage_has_the_model_s_scores_though_an_actor_dies(
         path = Path(job.out, name)
         assert path.read_bytes() == data
         assert (path.stat().st_mtime_ns == changed) == (name != "train-000001.npy")
-    assert agreed_precision(job.out, "auto") == ("fp32", "the cluster has no GPU")
-    assert agreed_precision(job.out, "bf16")[0] == "fp32"  # chosen once
+    assert agreed_precision(job.out, CrossEncoderConfig()) == ("fp32", "on CPUs")
+    assert agreed_precision(job.out, CrossEncoderConfig(precision="bf16"))[0] == "fp32"  # chosen once
 
 
 def test_training_sees_scored_pairs_alone(ray_session: None, job: CrossEncoderJob, tiny_backbone: str) -> None:

@@ -12,7 +12,9 @@ import pytest
 import ray
 import torch
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
+from ckd_ray.retrieve import answers as waiting
+from ckd_ray.retrieve.answers import arrived
 from ckd_ray.retrieve.servers import SearchSettings, plan_servers, serving
 from ckd_ray.retrieve.stream import RetrieveJob, measured_recall
 from ckd_ray.store import BrokenShardError, shard_name
@@ -53,6 +55,43 @@ def test_a_killed_server_comes_back_and_answers_the_same(ray_session: None, tmp_
         ray.get(running)
         assert ray.get(group.actors[1].placed.remote()) != pid
     assert np.array_equal(before[0], after[0]) and np.array_equal(before[1], after[1])
+
+
+def test_a_server_without_a_machine_is_waited_for_with_a_limit(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that lost its GPU waited for another one for ever, as survivors leave none free."""
+    monkeypatch.setattr(waiting, "_PLACE_S", 1.5)
+    monkeypatch.setattr(waiting, "_LOOK_EVERY_S", 0.2)
+
+    @ray.remote(num_cpus=2, max_restarts=5, max_task_retries=-1)
+    class Server:
+        def pid(self) -> int:
+            return os.getpid()
+
+        def busy(self, seconds: float) -> str:
+            time.sleep(seconds)
+            return "done"
+
+    server = Server.remote()
+    pid = ray.get(server.pid.remote())
+    started = time.monotonic()
+    assert list(arrived({server.busy.remote(2.5): server}, "2 CPU")) == ["done"], "computing has no limit"
+    assert time.monotonic() - started >= 2.5
+    # Takes a CPU as soon as the process has ended.
+    taken = ray.remote(num_cpus=1)(lambda: time.sleep(8)).remote()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(JobError, match=r"1 of the servers.*no machine for 2 s.*each needs 2 CPU, 0 GPU") as error:
+        list(arrived({server.busy.remote(0): server}, "2 CPU, 0 GPU"))
+    assert "the cluster has 2 CPU and 0 GPU" in str(error.value)
+    ray.get(taken)
+    assert list(arrived({server.busy.remote(0): server}, "")) == ["done"], "it found a place after all"
+    ray.kill(server)
+    # GPUs that are declared and not there.
+    absent = Server.options(num_gpus=1).remote()
+    with pytest.raises(JobError, match="each needs 1 GPU"):
+        list(arrived({absent.pid.remote(): absent}, "1 GPU"))
+    ray.kill(absent)
 
 
 def test_a_server_gives_no_answer_from_a_shard_that_was_changed_under_it(ray_session: None, tmp_path: Path) -> None:
@@ -105,6 +144,16 @@ def test_placement_is_refused_with_numbers(ray_session: None) -> None:
     with pytest.raises(UserError, match="memory") as error:
         plan_servers(SearchSettings("faiss"), "auto", resources={"CPU": 2, "memory": 2**30}, **sizes)
     assert "at most 1.0 GiB" in str(error.value) and "27.0 GiB" in str(error.value)
+    # One server holds the whole index of faiss: two nodes of 16 GiB have the memory, and no room for it.
+    large = {"CPU": 16, "GPU": 4, "memory": 32 * 2**30}
+    with pytest.raises(UserError, match="does not fit the memory of one node") as error:
+        plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=16 * 2**30, **sizes)
+    assert "at most 16.0 GiB" in str(error.value) and "27.0 GiB" in str(error.value)
+    with pytest.raises(UserError, match="does not fit the memory of one node"):
+        plan_servers(SearchSettings("centroids"), 1, resources=large, node_memory=4 * 2**30, **sizes)
+    assert plan_servers(SearchSettings("centroids"), 4, resources=large, node_memory=4 * 2**30, **sizes).gpus == 1.0
+    alone = plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=32 * 2**30, **sizes)
+    assert (alone.servers, alone.gpus) == (1, 0.0), "faiss-cpu has no use for a GPU"
     plan = plan_servers(SearchSettings("centroids"), "auto", resources={"CPU": 16, "GPU": 4}, **sizes)
     assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (8 * 10**9 + 8 * 10**7) // 4)
     assert plan_servers(SearchSettings("exact"), 8, resources={"CPU": 16, "GPU": 4}, **sizes).gpus == 0.5

@@ -68,7 +68,9 @@ def serial_stream(jobs: list[Any], work: list[dict[str, int]], pool: Pool, make_
         yield from encoder(embed_stream._tokenise({k: [v] for k, v in unit.items()}, jobs)).to_pylist()
 
 
-def serial_parts(missing: list[int], spans: Any, work: Any, arguments: dict[str, Any]) -> Iterator[Any]:
+def serial_parts(
+    missing: list[int], spans: Any, work: Any, arguments: dict[str, Any], cpus: float = 1
+) -> Iterator[Any]:
     """What `retrieve` and `label` hand to tasks, done here."""
     for i in missing:
         batch = {"part": [i], "first": [spans[i][0]], "stop": [spans[i][1]]}

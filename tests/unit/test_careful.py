@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ckd_ray.embed import bad_texts
 from ckd_ray.embed.bad_texts import _MOST_TRIES, GuardedEncoder, with_empty_texts
 from ckd_ray.errors import JobError
 from ckd_ray.model.encoder import Encoded
@@ -95,3 +96,41 @@ def test_gaps() -> None:
     encoded = Encoded(np.array([2, 3], np.int32), np.arange(5, dtype=np.int32), torch.zeros(5, 2))
     assert with_empty_texts(encoded, 4, {0: "x", 2: "y"}).lengths.tolist() == [0, 2, 0, 3]
     assert with_empty_texts(encoded, 2, {}) is encoded
+
+
+class Full(Model):
+    """The GPU has no memory for some texts in the first `times` calls that have one of them."""
+
+    def __init__(self, texts: list[int], times: int) -> None:
+        super().__init__(die=lambda _: False)
+        self.texts, self.times = texts, times
+
+    def __call__(self, some: list[int]) -> Encoded:
+        if self.times and any(i in some for i in self.texts):
+            self.times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().__call__(some)
+
+
+def test_a_gpu_without_memory_brands_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bad_texts, "_MEMORY_PAUSE_S", 0.0)
+    encoded, bad, _ = until_done(tmp_path / "tries.json", Full([5], times=1), 16)
+    assert not bad and encoded.token_ids.tolist() == list(range(16))
+    model = Full([5], times=1000)
+    with pytest.raises(JobError, match=r"memory does not hold one text alone \(CUDA out of memory"):
+        until_done(tmp_path / "tries.json", model, 16)
+    assert model.times == 998 and not list(tmp_path.iterdir()), "two tries, nothing recorded"
+
+
+def test_a_gpu_without_memory_while_a_bad_text_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that fails is found; the one that met a full GPU is not branded beside it."""
+    monkeypatch.setattr(bad_texts, "_MEMORY_PAUSE_S", 0.0)
+
+    class Both(Full):
+        def __call__(self, some: list[int]) -> Encoded:
+            if 9 in some:
+                raise RuntimeError("no such token")
+            return super().__call__(some)
+
+    encoded, bad, _ = until_done(tmp_path / "tries.json", Both([5], times=1), 16)
+    assert list(bad) == [9] and encoded.token_ids.tolist() == [i for i in range(16) if i != 9]

@@ -28,10 +28,11 @@ from ckd_ray.data import Collection, build_collection
 from ckd_ray.data.problems import InputError
 from ckd_ray.errors import UserError
 from ckd_ray.files import write_json_atomic
+from ckd_ray.model.encoder import Precision
 from ckd_ray.pipeline.graph import needed, stage_fingerprint
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import write_ranking_part
-from tests.support import classifier, overrides
+from tests.support import WORDS, classifier, overrides
 
 DEPTH = 5
 
@@ -312,3 +313,31 @@ def test_a_relative_folder_of_a_classifier_is_the_same_in_another_working_direct
     assert absolute_folder("~/models/mine") == str(tmp_path / "models" / "mine")
     for source in ("cross-encoder/ms-marco-MiniLM-L6-v2", "package:numpy/models"):
         assert absolute_folder(source) == source
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_logits_are_not_rounded_to_16_bits(kind: str, precision: Precision, tiny_backbone: str, tmp_path: Path) -> None:
+    """At 8 to 16 bfloat16 has steps of 1/16, so that a third of the scores of a hundred pairs tied."""
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+
+    if kind == "bert":
+        source = classifier(tmp_path / "model", tiny_backbone, 1)
+    else:
+        torch.manual_seed(3)
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        config = RobertaConfig(vocab_size=200, max_position_embeddings=66, num_labels=1, **shape)
+        model = RobertaForSequenceClassification(config)
+        torch.nn.init.normal_(model.classifier.out_proj.weight, std=2.0)
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(tmp_path / "model")
+        source = str(tmp_path / "model")
+    words = WORDS[:50]
+    pairs = PairTokenizer(source, 32)(words, words[::-1])
+    exact = PairClassifier(source).score(pairs)
+    halved = PairClassifier(source, precision=precision)
+    found = halved.score(pairs)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    rounded = torch.from_numpy(found).to(dtype).float().numpy()
+    assert (rounded != found).mean() > 0.8 and len(set(found.tolist())) > 0.9 * len(set(exact.tolist()))
+    assert 0 < np.abs(found - exact).max() < 0.1 * exact.std()

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from hypothesis import given, settings, strategies as st
 
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.model.encoder import PooledEncoder, TextEncoder, choose_precision
-from ckd_ray.model.length_buckets import ranges, token_budget_batches
+from ckd_ray.model.encoder import PooledEncoder, TextEncoder, choose_precision, with_half_weights
+from ckd_ray.model.length_buckets import each_batch, gpu_token_budget, ranges, token_budget_batches
 from ckd_ray.model.linears import FusedLinear, Int8Linear, fuse_linears, quantise_linears
 from ckd_ray.model.pooled import PooledModel, load_pooled_tokenizer, pool
 from tests.support import WORDS
@@ -54,6 +55,51 @@ def test_batches_take_every_passage_once_within_the_budget(lengths: list[int], b
     for batch, after in itertools.pairwise(batches):
         wider = -(-max(1, lengths[after[0]]) // multiple) * multiple
         assert wider * (len(batch) + 1) > budget
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 600), st.integers(60, 300), st.sampled_from([1, 8]))
+def test_batches_shrink_until_the_memory_holds_them(lengths: list[int], budget: int, room: int, multiple: int) -> None:
+    """`room`: tokens that fit, one text at least."""
+    sizes, done, failed = np.array(lengths, np.int32), list[int](), 0
+
+    def compute(batch: Any) -> None:
+        nonlocal failed
+        width = -(-int(sizes[batch].max()) // multiple) * multiple
+        if width * len(batch) > max(room, width):
+            failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.extend(batch.tolist())
+
+    left = each_batch(sizes, budget, multiple, compute)
+    assert sorted(done) == list(range(len(lengths)))
+    assert (left == budget) == (failed == 0) and failed <= 10
+    assert each_batch(sizes, left, multiple, compute) <= left
+
+
+def test_one_text_that_the_memory_does_not_hold_is_an_error() -> None:
+    def compute(batch: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        each_batch(np.array([3, 4, 5], np.int32), 100, 1, compute)
+
+
+def test_an_encoder_goes_on_with_smaller_batches(model: ColBERT, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = model.tokenizer.passages(texts())
+    wanted = TextEncoder(model, token_budget=1000).passages(tokens).embeddings_TD.float()
+    encoder = TextEncoder(model, token_budget=1000)
+    rows = encoder.model.rows
+
+    def small(ids_NL: torch.Tensor, mask_NL: torch.Tensor | None) -> torch.Tensor:
+        if ids_NL.numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows(ids_NL, mask_NL)
+
+    monkeypatch.setattr(encoder.model, "rows", small)
+    found = encoder.passages(tokens).embeddings_TD.float()
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+    assert encoder.token_budget <= 200
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=20))
@@ -146,6 +192,30 @@ def test_int8_is_opt_in_and_for_cpus(model: ColBERT) -> None:
         choose_precision(model, "int8", "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_compute_as_well_as_autocast(model: ColBERT, dtype: torch.dtype) -> None:
+    """What a GPU does: weights are cast once, and buffers not at all."""
+    model.register_buffer("table", torch.linspace(0, 1, 7), persistent=False)
+    ids_NL, mask_NL = model.tokenizer.pad(model.tokenizer.passages(texts()))
+    cast = with_half_weights(model, dtype)
+    assert {p.dtype for p in cast.parameters()} == {dtype} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert cast.table.dtype == torch.float32
+    with torch.inference_mode():
+        exact, found = (m.rows(ids_NL, mask_NL)[mask_NL.bool()] for m in (model, cast))
+        with torch.autocast("cpu", dtype):
+            autocast = model.rows(ids_NL, mask_NL)[mask_NL.bool()]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
+    lost, lost_by_autocast = (1 - float((exact * rows).sum(1).mean()) for rows in (found, autocast))
+    assert 0 < lost < 3 * lost_by_autocast + 1e-5 and lost < (1e-3 if dtype == torch.bfloat16 else 1e-4)
+    del model.table
+
+
+def test_a_large_gpu_gets_large_batches() -> None:
+    found = {gib: gpu_token_budget(gib) for gib in (0.0, 4, 14.6, 22.1, 39.4, 79.2, 139.8)}
+    assert list(found.values()) == [8192, 8192, 16384, 32768, 65536, 131072, 131072]
+
+
 def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import gpu_encode
@@ -159,6 +229,9 @@ def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: py
         found["tokens"] / 20, rel=1e-3
     )
     assert rates["gpu_share_of_matmul"] > 0
+    rows = gpu_encode.measure_rows("cpu", 3000, 64, dim=16)
+    assert rows["gpu_code_agreement"]["value"] == rows["gpu_nearest_agreement"]["value"] == 1.0
+    assert rows["gpu_coded_rows_per_second"]["value"] > 0 and rows["gpu_nearest_products_per_second"]["value"] > 0
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

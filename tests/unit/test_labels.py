@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,8 +18,11 @@ from ckd_ray.errors import JobError
 from ckd_ray.labels import array_parts
 from ckd_ray.labels.feedback import expand_ranked
 from ckd_ray.labels.files import ExpansionReader, write_labels
+from ckd_ray.labels.stage import EstimatedVotes, LabelJob, ServerVotes, label
 from ckd_ray.model.encoder import Encoded
+from ckd_ray.ray_util import parts
 from ckd_ray.ray_util.parts import part_name
+from ckd_ray.retrieve.servers import SearchSettings, ServerGroup
 from tests.labelled import write_store
 
 DIM, CLUSTERS, A_PART = 8, 6, 5
@@ -148,3 +152,19 @@ def test_an_embedding_that_is_not_finite_names_its_passage(tmp_path: Path, value
     with pytest.raises(JobError, match=r"passage 2 .*not finite.*fp32"):
         ask(passages, [[0, 3, -1], [2, 0, -1]])
     assert ask(passages, [[0, 3, -1]]).counts_B.tolist() == [6]
+
+
+def test_a_task_reserves_the_core_that_it_computes_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At a quarter of a core each, four times too many processes shared the cores, each with its own store."""
+    asked: list[float] = []
+
+    def noting(missing: Any, spans: Any, work: Any, arguments: Any, cpus: float) -> Any:
+        asked.append(cpus)
+        return iter(())
+
+    monkeypatch.setattr(parts, "run_parts", noting)
+    job = LabelJob("run", "train", "teacher", "passages", "rankings", str(tmp_path), LabelConfig())
+    servers = ServerGroup((), SearchSettings("exact"))
+    for votes in (None, EstimatedVotes("cells"), ServerVotes(servers, 10)):
+        label(job, votes, 300)
+    assert asked == [1.0, 1.0, 0.25], "tasks that ask servers wait for them, beside them on the same cores"

@@ -213,7 +213,13 @@ def test_gradients_and_storage_travel() -> None:
     found = e.network_parts("teacher", c, rates(), layout, 0.0, ASSUMED)[0].seconds
     assert found == pytest.approx(10 * 4 * 20e6 / 1e8)  # two workers: half of it twice
     together = lay_out(c, SMALL, machines(1, 4))
-    assert e.network_parts("teacher", c, rates(), together, 0.0, ASSUMED)[0].seconds == pytest.approx(10 * 80e6 / 20e9)
+    assert e.network_parts("teacher", c, rates(), together, 0.0, ASSUMED)[0].seconds == pytest.approx(
+        10 * 80e6 / 6.25e9
+    )
+    # GPUs of one machine: an A10G has no NVLink, and a third of what the plan assumed for all kinds.
+    for kind, link in (("A10G", 6.25e9), ("V100", 100e9)):
+        inside = lay_out(c, SMALL, machines(1, 8, 2, kind))
+        assert e.network_parts("teacher", c, rates(), inside, 0.0, ASSUMED)[0].seconds == pytest.approx(800e6 / link)
     # 1 GB written and fetched, through two machines of 100 MB/s.
     assert e.network_parts("embed", c, rates(), layout, 1e9, ASSUMED)[0].seconds == pytest.approx(10.0)
     assert not e.network_parts("embed", config(), rates(), lay_out(config(), SMALL, machines()), 1e9, ASSUMED)
@@ -256,8 +262,11 @@ def test_a_hundred_gpus_and_140_million_passages() -> None:
     assert layout.shard_passages == max(stop - first for first, stop in plan_shards(140_000_000, "auto"))
     # The driver's memory is bounded by ids and labels: 12 bytes a passage.
     assert stage_memory("embed", c, sizes, carried.shape, layout)["driver"] < 4 * 2**30
-    # faiss would be one server with 28 bytes a token embedding: 267 GB, which it says.
-    layout = lay_out(config("retrieve.engine=faiss"), sizes, cluster)
+    # faiss would be one server with 28 bytes a token embedding, 267 GB: the cluster has them, and no machine of it.
+    with pytest.raises(UserError, match=r"memory of one node(.|\n)*at most 44.8 GiB(.|\n)*249.2 GiB"):
+        lay_out(config("retrieve.engine=faiss"), sizes, cluster)
+    large = PlannedCluster((Machines("m", 1, 48, 512, 4, "A10G"),), "test")
+    layout = lay_out(config("retrieve.engine=faiss"), sizes, large)
     assert layout.servers["faiss"].memory == pytest.approx(28 * 140e6 * 68, rel=0.01)
 
 
@@ -288,7 +297,7 @@ def test_rates_of_other_hardware_are_assumptions() -> None:
     assert len(faster.assumptions) == 1 and "H100" in faster.assumptions[0]
     half, full = (on_accelerator(rates(), "T4", parse_assumptions([f"gpu_share={x}"])) for x in (0.5, 1))
     assert half.costs["token"] == pytest.approx(2 * full.costs["token"]) and full.lanes["encode"] == 1
-    assert half.costs["exact product"] == pytest.approx(2 * 128 / 32.5e12)
+    assert half.costs["exact product"] == pytest.approx(2 * 128 / 4.05e12)
     base = for_backbone(rates(), "bert-base-uncased")
     ratio = (2 * (109_482_240 - 23_837_184) + 4 * 100 * 768 * 12) / (2 * 8e6 + 4 * 100 * 384 * 6)
     assert base.costs["token"] == pytest.approx(1e-4 * ratio) and base.shape.layers == 12

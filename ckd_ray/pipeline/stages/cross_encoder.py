@@ -42,7 +42,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         queries_per_part, coverage = import_scores(c.scores, out, candidates, run)
         figures: dict[str, Any] = coverage.figures()
     elif c.model is not None:
-        precision = agreed_precision(out, c.precision)[0]
+        precision = agreed_precision(out, c)[0]
         job = CrossEncoderJob(run, out, c.model, grade, depth, c.maxlen, c.token_budget, precision)
         queries_per_part, pairs = score_candidates(job, c, candidates.num_queries)
         figures = {"pairs": pairs, "precision": precision}
