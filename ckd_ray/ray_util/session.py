@@ -33,9 +33,8 @@ def connected(target: str | None) -> Iterator[None]:
     Raises:
         UserError: the address cannot be reached, or refuses our token; or the process is connected to another Ray.
     """
-    import ray
-
-    if ray.is_initialized():
+    known = sys.modules.get("ray")
+    if known is not None and known.is_initialized():
         with _of_the_caller(target):
             yield
         return
@@ -46,6 +45,8 @@ def connected(target: str | None) -> Iterator[None]:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # at ERROR it shows tracebacks
     use_token()
+    import ray
+
     _start(target, quiet)
     with watched(ray.shutdown):
         _quiet_data()

@@ -6,8 +6,10 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import yaml
 from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 from tensorboardX.summary import hparams  # type: ignore[import-untyped]
@@ -59,5 +61,8 @@ class TensorBoard:
         if not at_once:
             self._writer.flush()
         for file in Path(self._local).iterdir():
-            data = file.read_bytes()
-            write_atomic(join(self._folder, file.name), lambda stream, data=data: stream.write(data))
+            write_atomic(join(self._folder, file.name), partial(_copy, file))
+
+
+def _copy(file: Path, stream: pa.NativeFile) -> None:
+    stream.write(file.read_bytes())

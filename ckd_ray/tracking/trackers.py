@@ -37,6 +37,12 @@ def forget_failures() -> None:
     _failed.clear()
 
 
+def _installed(module: str) -> bool:
+    """A folder of that name, such as the `wandb/` that an earlier run has left here, is no module."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def _give_up(name: str, why: str) -> None:
     if name not in _failed:
         _failed.add(name)
@@ -53,7 +59,7 @@ class Tracking:
 
     def __init__(self, names: Sequence[str] = (), run: TrackedRun | None = None) -> None:
         for name in names:
-            if find_spec(_KINDS[name][2]) is None:  # now, and not after hours of training
+            if not _installed(_KINDS[name][2]):  # now, and not after hours of training
                 _give_up(name, f"{_KINDS[name][3]} is not installed (pip install {_KINDS[name][3]})")
         self._names, self._run = [name for name in names if name not in _failed], run
         self._feeds: list[_Feed] | None = None

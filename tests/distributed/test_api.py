@@ -161,7 +161,9 @@ def test_what_is_missing_is_said(examples: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_mistakes_are_errors_of_ours_and_nothing_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"distill.stepz: unknown key; did you mean distill.steps\?(.|\n)*teacher"):
+    with pytest.raises(
+        ConfigError, match=r"teacher.steps: (.|\n)*distill.stepz: unknown key; did you mean distill.steps\?"
+    ):
         ckd_ray.train({"distill": {"stepz": 5}}, **{"teacher.steps": "many"})
     with pytest.raises(UserError, match="no value of a configuration"):
         ckd_ray.train(distill={"steps": object()})
@@ -189,3 +191,15 @@ def test_a_ray_of_the_caller_is_kept_and_no_other_is_started(ray_session: None) 
         DataContext.get_current().enable_progress_bars = False
     with pytest.raises(UserError, match="connected to a Ray already"), connected("local"):
         pass
+
+
+def test_a_program_that_has_imported_ray_before_uses_the_token(tmp_path: Path) -> None:
+    code = (
+        "import ray\nfrom ray._raylet import get_authentication_mode as mode\n"
+        "from ckd_ray.ray_util.token import use_token\n"
+        "before = mode()\nuse_token()\nprint(before, mode())\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
+    environment |= {"RAY_AUTH_TOKEN": "0" * 64, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "0 1\n"
