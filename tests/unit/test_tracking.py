@@ -180,6 +180,23 @@ def log_records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+def test_a_listener_is_told_of_each_record_once_and_in_order() -> None:
+    from ckd_ray.distill.progress_actor import ProgressActor
+    from ckd_ray.distill.trainer import _Listening
+
+    told_of: list[int] = []
+    listening = _Listening(lambda records: told_of.extend(r["step"] for r in records), last=1)  # 0 and 1: earlier
+    actor = ProgressActor()
+    for step in range(5):
+        actor.report(step + 1, 0.5, {"step": step})
+    actor.report(6, 0.4)  # a step without a record
+    assert actor.state()["step"] == 6 and "_records" not in actor.state()
+    listening.tell(actor.records_after(1))
+    listening.tell([{"step": 3}, {"step": 4}, {"step": 5}])  # a worker that resumes after a loss takes steps again
+    listening.tell([{"step": step} for step in range(6)])  # all records at the end
+    assert told_of == [2, 3, 4, 5]
+
+
 class Broken:
     """A tracker that fails at its second step, or that never begins."""
 
