@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from typing import Any
 
-from ckd_ray.streams import may_rewrite, people
+from ckd_ray.streams import columns, erased, may_rewrite, people
 
 _PRINT_EVERY_S, _REWRITE_EVERY_S = 10.0, 0.5
 _quiet = False
@@ -94,7 +93,7 @@ class _LiveLine:
     def clear(self) -> None:
         """Leave an empty line for other output."""
         if self._written:
-            print("\r\x1b[K", end="", file=people(), flush=True)
+            print(erased(), end="", file=people(), flush=True)
             self._written = False
 
     def _rewrite(self, outermost: Progress) -> None:
@@ -102,9 +101,8 @@ class _LiveLine:
             with self.lock:
                 if outermost not in self.shown:
                     return
-                columns = os.get_terminal_size(people().fileno()).columns or 80
-                text = printable(self.shown[-1].line())[: columns - 1]  # a line that wraps cannot be rewritten
-                print(f"\r\x1b[K{text}", end="", file=people(), flush=True)
+                text = printable(self.shown[-1].line())[: columns() - 1]  # a line that wraps cannot be rewritten
+                print(f"{erased()}{text}", end="", file=people(), flush=True)
                 self._written = True
             time.sleep(_REWRITE_EVERY_S)
 
@@ -115,8 +113,8 @@ _line = _LiveLine()
 class Progress:
     """Progress of one stage; a context manager.
 
-    A terminal shows one line with the time so far and the time left. Elsewhere (in a log) a line is printed every ten
-    seconds.
+    A terminal or a notebook shows one line with the time so far and the time left. Elsewhere (in a log) a line is
+    printed every ten seconds.
 
     Args:
         stage: the name in front of the line.

@@ -24,8 +24,15 @@ _keep_log = False
 
 
 def people() -> TextIO:
-    """The stream for people: standard error as this process was given it."""
-    return _people or sys.stderr
+    """The stream for people: standard error as this process was given it. A notebook shows that in red, so there it is
+    standard output."""
+    return _people or (sys.stdout if in_notebook() else sys.stderr)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def objects() -> TextIO:
@@ -39,8 +46,22 @@ def is_redirected() -> bool:
 
 
 def may_rewrite() -> bool:
-    """Whether a line for people may be rewritten in place: they sit at a terminal, and nothing else prints there."""
-    return people().isatty() and not _verbose
+    """Whether a line for people may be rewritten in place: they sit at a terminal or a notebook, and nothing else
+    prints there."""
+    return (_people is None and in_notebook()) or (people().isatty() and not _verbose)
+
+
+def columns() -> int:
+    """The width of a line for people; a notebook has none, and gets the usual one."""
+    try:
+        return os.get_terminal_size(people().fileno()).columns or 80
+    except OSError:  # io.UnsupportedOperation
+        return 80
+
+
+def erased() -> str:
+    """The characters that empty the last line for people. A notebook knows no codes of a terminal."""
+    return "\r\x1b[K" if people().isatty() else f"\r{' ' * (columns() - 1)}\r"
 
 
 def may_colour(stream: TextIO) -> bool:

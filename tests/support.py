@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import struct
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 WORDS = [f"{a}{b}" for a in "bcdfghjklmnp" for b in ("an", "el", "im", "or", "uk", "ost")]
 
@@ -116,3 +119,22 @@ def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
         (value,) = file.read(1)
         file.seek(byte)
         file.write(bytes([value ^ (1 << bit)]))
+
+
+def tensorboard_events(folder: Path) -> dict[str, list[tuple[int, Any]]]:
+    """Tag -> [(step, value)] of the event files of a folder: records of TensorFlow, with a length before each."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += length + 16
+            for value in event.summary.value:
+                plugin = value.metadata.plugin_data
+                content = plugin.content if plugin.plugin_name == "hparams" else value.tensor.string_val
+                scalar = value.simple_value if value.WhichOneof("value") == "simple_value" else content
+                found[value.tag].append((event.step, scalar))
+    return dict(found)

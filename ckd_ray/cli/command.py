@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +18,7 @@ import typer
 from ckd_ray.errors import JobError, LostRayError, UserError, described
 from ckd_ray.progress import say, set_quiet, without_keys
 from ckd_ray.ray_util.again import remember, same_command
+from ckd_ray.ray_util.watch import terminate
 from ckd_ray.streams import log_path, objects, only_ours
 
 # `ckd-ray --help` shows these panels in the order in which people meet them.
@@ -120,6 +121,7 @@ def job_command(
 
         def call(**values: Any) -> int | None:
             from ckd_ray.jobs.remote import ClusterOptions
+            from ckd_ray.jobs.session import session
             from ckd_ray.ray_util.target import parse_target
 
             if check is not None:
@@ -129,7 +131,7 @@ def job_command(
             where.check(target)
             if target is not None and target.remote:
                 return _send(target, name, job_words(inspect.signature(call), values), values, where)
-            with session(values["config"], values["set_"], values["cluster"]) as config:
+            with session(values["config"], values["set_"] or [], values["cluster"]) as config:
                 body(config, values["json_"], **{option.name: values[option.name] for option in own})
             return None
 
@@ -185,26 +187,6 @@ def _send(target: Any, name: str, words: list[str], values: dict[str, Any], wher
     return run_remote(target, RemoteCommand(name, words, arguments, config), where, objects())
 
 
-@contextmanager
-def session(config: str | None, overrides: list[str] | None, cluster: str | None) -> Iterator[Any]:
-    """The configuration, checked before anything starts, and Ray around the block."""
-    from ckd_ray.checks import load_config
-    from ckd_ray.jobs.nodes import check_nodes_see, wait_for_nodes
-    from ckd_ray.jobs.placeholders import check_config_filled_in
-    from ckd_ray.model.sources import resolve_backbone
-    from ckd_ray.ray_util.session import connected
-
-    loaded = load_config(config, overrides or [])
-    check_config_filled_in(loaded)
-    given = loaded.teacher.checkpoint
-    resolve_backbone(given or loaded.model.backbone, "teacher.checkpoint" if given else "model.backbone")
-    with connected(cluster):
-        signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler in place that exits without a message
-        wait_for_nodes()
-        check_nodes_see(loaded)
-        yield loaded
-
-
 def guarded(call: Command) -> Command:
     """A command whose errors end the process with a message and the right status, never with a traceback."""
 
@@ -235,16 +217,6 @@ def guarded(call: Command) -> Command:
         raise typer.Exit(code)
 
     return wrapped
-
-
-def terminate(signum: int, frame: Any) -> None:
-    """SIGTERM: end as Ctrl-C does, or with the reason where Ray is lost."""
-    from ckd_ray.ray_util.watch import lost
-
-    why = lost()
-    if why is not None:
-        raise LostRayError(why)
-    raise KeyboardInterrupt
 
 
 def fail(message: str, code: int) -> int:

@@ -56,7 +56,7 @@ def train(
     if generations == 1:
         _stages(config, json_, until=until, start=start, fresh=fresh)
         return
-    from ckd_ray.cli.show import closing_table, summary
+    from ckd_ray.pipeline.closing import closing_table, summary
     from ckd_ray.pipeline.generations import run_generations
 
     summaries = []
@@ -70,7 +70,7 @@ def train(
 
 def _stages(config: Any, json_: bool, **options: Any) -> None:
     """Run the stages, and show the result."""
-    from ckd_ray.cli.show import closing_table, summary
+    from ckd_ray.pipeline.closing import closing_table, summary
     from ckd_ray.pipeline.runner import run_stages
 
     reports = run_stages(config, **options)
@@ -186,8 +186,8 @@ def evaluate(
     ),
 ) -> None:
     """Compare the student with its teacher, the encoder as it is and BM25. Missing stages before it run first."""
-    from ckd_ray.cli.show import closing_table, summary
     from ckd_ray.evaluate.against import Side, compare_runs, render_against
+    from ckd_ray.pipeline.closing import closing_table, summary
     from ckd_ray.pipeline.runner import run_stages
     from ckd_ray.progress import say
     from ckd_ray.runs.directory import RunContext

@@ -12,7 +12,17 @@ from collections.abc import Collection
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -471,6 +481,33 @@ class TuneConfig(Section):
     retrain: bool = True
 
 
+class TrackingConfig(Section):
+    """Experiment trackers, which the driver tells of a run: its configuration, the losses and the learning rate of
+    teacher and student, their measures on dev, the final measures, and the trials of a search.
+
+    A list stands for its key `to`: `tracking: [tensorboard, wandb]`.
+
+    Attributes:
+        to: The trackers. What each needs besides (a key, the address of a server) comes from its own environment.
+        project: The project of Weights & Biases, and the experiment of MLflow.
+    """
+
+    to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], OPERATIONAL] = Field(default_factory=list)
+    project: Annotated[Name, Field(max_length=128), OPERATIONAL] = "ckd-ray"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_to(cls, value: Any) -> Any:
+        return {"to": value} if isinstance(value, list) else value
+
+    @field_validator("to", mode="after")
+    @classmethod
+    def _each_tracker_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("twice", "a tracker is listed twice")
+        return value
+
+
 class Config(Section):
     """The configuration tree; each attribute is a section."""
 
@@ -484,6 +521,7 @@ class Config(Section):
     cross_encoder: CrossEncoderConfig = Field(default_factory=CrossEncoderConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    # The commands `compare` and `tune` read these; no stage of a run does.
+    # No fingerprint of a stage has these: `compare` and `tune` are of the commands, and trackers change no result.
     compare: Annotated[CompareConfig, OPERATIONAL] = Field(default_factory=CompareConfig)
     tune: Annotated[TuneConfig, OPERATIONAL] = Field(default_factory=TuneConfig)
+    tracking: Annotated[TrackingConfig, OPERATIONAL] = Field(default_factory=TrackingConfig)

@@ -17,7 +17,8 @@ from ckd_ray.files import filesystem_of, join, list_files, write_atomic
 
 Record = dict[str, Any]
 
-_SCALARS = (
+# What TensorBoard and other trackers are told of a record.
+SCALARS = (
     "loss", "learning_rate", "gradient_norm", "target_entropy", "target_entropy_share", "label_mass", "seconds",
     "mrr@10",
 )  # fmt: skip
@@ -54,7 +55,7 @@ def event_bytes(stage: str, records: Sequence[Record]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             for record in records:
-                for name in _SCALARS:
+                for name in SCALARS:
                     if name in record:
                         writer.add_scalar(f"{stage}/{name}", record[name], record["step"], walltime=record["time"])
         (file,) = Path(folder).iterdir()

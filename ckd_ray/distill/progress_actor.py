@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
 import ray
+
+from ckd_ray.distill.metrics import Record
+
+_RECORDS = 10_000  # kept for a driver that is slow to ask
 
 
 class ProgressActor:
@@ -20,6 +25,7 @@ class ProgressActor:
         self.step, self.loss = 0, float("nan")
         self.cause: str | None = None
         self.stop_requested = False
+        self._records: deque[Record] = deque(maxlen=_RECORDS)
 
     @classmethod
     def start(cls, name: str) -> Any:
@@ -30,8 +36,15 @@ class ProgressActor:
         remote: Any = ray.remote(num_cpus=0)(cls)
         return remote.options(name=name, scheduling_strategy=here).remote()
 
-    def report(self, step: int, loss: float) -> None:
+    def report(self, step: int, loss: float, record: Record | None = None) -> None:
+        """The last finished step, and its record where it is kept."""
         self.step, self.loss = step, loss
+        if record is not None:
+            self._records.append(record)
+
+    def records_after(self, step: int) -> list[Record]:
+        """The records of later steps."""
+        return [record for record in self._records if record["step"] > step]
 
     def fail(self, cause: str) -> None:
         """Only the first cause counts; the others follow from it."""
@@ -41,7 +54,7 @@ class ProgressActor:
         self.stop_requested = True
 
     def state(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 class ProgressReporter:
@@ -52,10 +65,10 @@ class ProgressReporter:
         with suppress(ValueError):
             self._actor = ray.get_actor(name)
 
-    def report(self, step: int, loss: float) -> None:
+    def report(self, step: int, loss: float, record: Record | None = None) -> None:
         """Does not wait."""
         if self._actor is not None:
-            self._actor.report.remote(step, loss)
+            self._actor.report.remote(step, loss, record)
 
     def fail(self, cause: str) -> None:
         """Returns when the actor has the cause."""

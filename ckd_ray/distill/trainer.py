@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -67,6 +67,7 @@ def fit(
     placement: Placement | None = None,
     threads: int | None = None,
     actor_name: str | None = None,
+    listener: Callable[[list[Record]], None] | None = None,
 ) -> TrainingOutcome:
     """Train, and put the resulting checkpoint at `out`.
 
@@ -82,6 +83,8 @@ def fit(
         threads: CPU threads of a worker; None: the workers of a node share its cores.
         actor_name: the name of the `ProgressActor`, through which others may end this training early; the last
             checkpoint is then the result.
+        listener: is told of the records while training runs, each once, in the order of the steps; those that an
+            earlier command has kept are left out.
 
     Raises:
         UserError: the workers do not fit the cluster.
@@ -94,12 +97,35 @@ def fit(
     config = {"task": task.to_dict(), "actor": name, "metrics": metrics, "threads": threads}
     config["stoppable"] = actor_name is not None
     trainer = _trainer(task, placement, config, max_failures, callbacks)
+    before = read_parts(metrics, task.settings.steps) if listener else []
+    listening = _Listening(listener, before[-1]["step"] if before else -1)
     try:
-        with _progress(task, actor):
+        with _progress(task, actor, listening):
             result = _run(trainer, task, actor)
     finally:
         ray.kill(actor)
-    return _take(task, result, metrics, out)
+    outcome = _take(task, result, metrics, out)
+    listening.tell(outcome.metrics)
+    return outcome
+
+
+class _Listening:
+    """Tells a listener of each record after step `last` once."""
+
+    def __init__(self, listener: Callable[[list[Record]], None] | None, last: int) -> None:
+        self._listener, self._last = listener, last
+
+    def ask(self, actor: Any) -> None:
+        """Tell of what the actor has. Raises what Ray raises when the actor does not answer."""
+        if self._listener:
+            self.tell(ray.get(actor.records_after.remote(self._last), timeout=5))
+
+    def tell(self, records: Sequence[Record]) -> None:
+        """Tell of those that are new."""
+        new = [record for record in records if record["step"] > self._last]
+        if self._listener and new:
+            self._last = new[-1]["step"]
+            self._listener(new)
 
 
 def _trainer(
@@ -170,8 +196,8 @@ def _cause(actor: Any, error: BaseException | None) -> str | None:
 
 
 @contextmanager
-def _progress(task: TrainingTask, actor: Any) -> Iterator[None]:
-    """Show the progress that the actor knows while `fit` blocks the main thread."""
+def _progress(task: TrainingTask, actor: Any, listening: _Listening) -> Iterator[None]:
+    """Show the progress that the actor knows, and tell of its records, while `fit` blocks the main thread."""
     ended = threading.Event()
 
     def follow() -> None:
@@ -180,6 +206,7 @@ def _progress(task: TrainingTask, actor: Any) -> Iterator[None]:
             while not ended.wait(0.5):
                 try:
                     state = ray.get(actor.state.remote(), timeout=5)
+                    listening.ask(actor)
                 except (ray.exceptions.RayError, ConnectionError):
                     continue
                 step = state["step"]

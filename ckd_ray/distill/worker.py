@@ -202,7 +202,7 @@ class _Loop:
             if kept:
                 self.records.append(record)
             if self.rank == 0:
-                self.reporter.report(done, record["loss"])
+                self.reporter.report(done, record["loss"], record if kept else None)
             if reported:
                 self._report(record, improved)
             if last:

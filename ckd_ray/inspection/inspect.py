@@ -37,7 +37,11 @@ def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
 
 def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 14) -> dict[str, Any]:
     """`inspect_query` for a run that is open; `words` is the length at which texts of passages are cut."""
-    query = _find(opened, query_id)
+    return inspect_at(opened, find_query(opened, query_id), top, words)
+
+
+def inspect_at(opened: LabelledRun, query: int, top: int, words: int | None) -> dict[str, Any]:
+    """`inspect_query` for the training query at a dense index; `words` None keeps texts whole."""
     ranking = opened.rankings[query].astype(np.int64)
     ranking = ranking[ranking >= 0]
     labelled = opened.positives.of(query)
@@ -51,7 +55,8 @@ def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 
 
     def shown(indices: Int64Array) -> list[dict[str, Any]]:
         ids, texts = opened.collection.passage_ids(indices), opened.collection.texts(indices)
-        return [{"passage_id": i, "text": _first_words(t, words)} for i, t in zip(ids, texts, strict=True)]
+        cut = [text if words is None else _first_words(text, words) for text in texts]
+        return [{"passage_id": i, "text": text} for i, text in zip(ids, cut, strict=True)]
 
     def compared() -> list[dict[str, Any]]:
         """One entry a passage, in the order of the ranking; labelled passages that were not retrieved come last."""
@@ -73,7 +78,7 @@ def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 
 
     return {
         "run": opened.paths.folder,
-        "query_id": query_id,
+        "query_id": opened.queries.ids[query],
         "split": SPLIT,
         "text": opened.queries.texts[query],
         "labelled": shown(labelled),
@@ -87,7 +92,12 @@ def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 
     }
 
 
-def _find(opened: LabelledRun, query_id: str) -> int:
+def find_query(opened: LabelledRun, query_id: str) -> int:
+    """The dense index of a training query.
+
+    Raises:
+        UserError: there is none with this id; names the nearest ids.
+    """
     ids = opened.queries.ids
     if query_id in ids:
         return ids.index(query_id)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -14,11 +16,12 @@ from ckd_ray.files import delete, join
 from ckd_ray.pipeline.graph import check_stage_names, needed, stage_fingerprint
 from ckd_ray.pipeline.repair import remove_broken_files
 from ckd_ray.pipeline.stage import Stage
-from ckd_ray.progress import Progress, duration, say
+from ckd_ray.progress import Progress, duration, say, without_keys
 from ckd_ray.runs.artifact import MANIFEST, content_fingerprint, is_made, make, manifest_of, remove_altered
 from ckd_ray.runs.directory import LABELS, RunContext
 from ckd_ray.runs.lock import run_lock
 from ckd_ray.runs.record import write_record
+from ckd_ray.tracking import TrackedRun, tracked
 
 # How often one command makes damaged files again: storage that damages more of them is not to be worked on.
 _MOST_REPAIRS = 20
@@ -74,13 +77,30 @@ def run_stages(
                 delete(folder)
         again = set(names[names.index(start) :]) if start in names else set()
         reports: dict[str, StageReport] = {}
-        for _ in range(1 + _MOST_REPAIRS):
-            try:
-                _go_through(context, stages, source, again, reports)
-            except _BeginAgainError:
-                continue
-            return [reports[name] for name in names]
+        with _tracked(context) as context:
+            for _ in range(1 + _MOST_REPAIRS):
+                try:
+                    _go_through(context, stages, source, again, reports)
+                except _BeginAgainError:
+                    continue
+                return [reports[name] for name in names]
         raise JobError(f"{context.paths.root}: its files were damaged {1 + _MOST_REPAIRS} times while this command ran")
+
+
+@contextmanager
+def _tracked(context: RunContext) -> Iterator[RunContext]:
+    """The context with the trackers of the configuration."""
+    config, paths = context.config, context.paths
+    group = config.run.name
+    run = TrackedRun(
+        name=f"{group}/{paths.variant_name}" if paths.variant_name else group,
+        group=group,
+        project=config.tracking.project,
+        config=without_keys(config.model_dump(mode="json", exclude=set(config.operational_keys()))),
+        folder=paths.tracking,
+    )
+    with tracked(config.tracking, run) as tracking:
+        yield replace(context, tracking=tracking)
 
 
 def _go_through(

@@ -6,6 +6,7 @@ from typing import Any
 
 from ckd_ray.data import Collection
 from ckd_ray.distill.callbacks import load_callbacks
+from ckd_ray.distill.metrics import SCALARS, Record
 from ckd_ray.distill.targets import degenerate, targets_of
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.trainer import TrainingOutcome, fit
@@ -16,6 +17,7 @@ from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
 from ckd_ray.pipeline.stages.distill import distill_seed
 from ckd_ray.progress import say
 from ckd_ray.runs.directory import RunContext
+from ckd_ray.tracking import Tracking
 
 
 def training_task(
@@ -58,11 +60,18 @@ def distill_task(context: RunContext, fingerprint: str, *, keep: str | None = No
     return training_task(context, "distill", fingerprint, start, model, keep)
 
 
-def train(task: TrainingTask, out: str) -> dict[str, Any]:
+def train(task: TrainingTask, out: str, tracking: Tracking) -> dict[str, Any]:
     """Run the training, put its result at `out`, and return the figures of the stage."""
+
+    def listener(records: list[Record]) -> None:
+        for record in records:
+            values = {f"{task.stage}/{name}": record[name] for name in SCALARS if name in record}
+            tracking.scalars(values, record["step"], record["time"])
+
     section = task.settings
     callbacks = load_callbacks(section.callbacks, task.stage)
-    outcome = fit(task, out=out, workers=section.workers, max_failures=section.max_failures, callbacks=callbacks)
+    options: dict[str, Any] = {"workers": section.workers, "max_failures": section.max_failures}
+    outcome = fit(task, out=out, callbacks=callbacks, listener=listener if tracking.active else None, **options)
     return _figures(task, outcome)
 
 

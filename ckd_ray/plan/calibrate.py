@@ -194,7 +194,7 @@ def sample_config(
         values["label"] |= {"neighbours": votes}
     values["cross_encoder"] |= {"depth": "auto"}
     values["evaluate"] |= {"splits": splits}
-    values["compare"] = values["tune"] = {}
+    values["compare"] = values["tune"] = values["tracking"] = {}
     if values["distill"]["objective"] == "cross_encoder" and config.cross_encoder.scores:
         # A file of scores is of the real collection; the steps take as long with scores of the teacher.
         values["distill"]["objective"], values["cross_encoder"] = "self_distillation", {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import socket
@@ -25,12 +26,18 @@ def connected(target: str | None) -> Iterator[None]:
     """Ray for the length of the block.
 
     Args:
-        target: None joins a running Ray (RAY_ADDRESS, or the one on this machine) and else starts one in place;
-            `local` always starts one; anything else is a Ray address.
+        target: None takes the Ray that this process is connected to (and leaves it connected), else joins a running one
+            (RAY_ADDRESS, or the one on this machine), else starts one in place; `local` always starts one; anything
+            else is a Ray address.
 
     Raises:
-        UserError: the address cannot be reached, or refuses our token.
+        UserError: the address cannot be reached, or refuses our token; or the process is connected to another Ray.
     """
+    known = sys.modules.get("ray")
+    if known is not None and known.is_initialized():
+        with _of_the_caller(target):
+            yield
+        return
     if not may_colour(sys.stderr):
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     quiet: dict[str, Any] = {}
@@ -45,6 +52,31 @@ def connected(target: str | None) -> Iterator[None]:
         _quiet_data()
         keep_private()
         yield
+
+
+@contextmanager
+def _of_the_caller(target: str | None) -> Iterator[None]:
+    """A Ray that the process was connected to before, in a notebook or a program; it stays as it was."""
+    import ray
+    from ray.data import DataContext
+
+    if target is not None:
+        raise UserError(
+            "this process is connected to a Ray already",
+            where="cluster",
+            expected="nothing, which takes that Ray",
+            found=target,
+            fix="leave it out, or call ray.shutdown() first",
+        )
+    say(f"the Ray of this process ({_size()})")
+    before = copy.deepcopy(DataContext.get_current())
+    _quiet_data()
+    try:
+        with watched(lambda: None):
+            yield
+    finally:
+        if ray.is_initialized():
+            DataContext._set_current(before)
 
 
 def _start(target: str | None, options: dict[str, Any]) -> None:

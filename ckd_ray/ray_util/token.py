@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,13 +20,18 @@ def has_token() -> bool:
 
 
 def use_token() -> None:
-    """Switch token authentication on where there is a token; to be called before Ray is first imported.
+    """Switch token authentication on where there is a token; to be called before this process uses Ray.
 
     Joining does not switch it on by itself, while a head that finds a token demands it; a head without authentication
     does not mind.
     """
-    if has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not has_token() or "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:  # a program has imported it, and it has read the environment then
+        from ray._raylet import Config
+
+        Config.initialize("")
 
 
 def keep_private(path: Path | None = None) -> None:

@@ -1,7 +1,7 @@
 """Watches for the loss of Ray: without the daemon of this machine (raylet), a call that waits for Ray never returns.
 
 A thread looks once a second. It prints a loss at once, because Ray may end the process with status 1 and no message.
-Then it sends SIGTERM, whose handler (`cli.command.terminate`) raises what `lost` returns. If the process has not ended
+Then it sends SIGTERM, whose handler (`terminate`) raises what `lost` returns. If the process has not ended
 after a minute, the thread ends it.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ckd_ray.errors import LostRayError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.again import same_command
 
@@ -24,6 +25,13 @@ _why: str | None = None
 def lost() -> str | None:
     """Why this process has lost its Ray; None while it has one."""
     return _why
+
+
+def terminate(signum: int, frame: Any) -> None:
+    """The handler of SIGTERM: end as Ctrl-C does, or with the reason where Ray is lost."""
+    if _why is not None:
+        raise LostRayError(_why)
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.files import filesystem_of, join
 from ckd_ray.runs.fingerprint import fingerprint
+from ckd_ray.tracking import Tracking
 
 LABELS, COMPARE, TUNE = "labels", "compare", "tune"
 # The winner of a search is a variant of the run.
@@ -66,6 +67,7 @@ class RunDir:
     exports = _Own("exports")
     record = _Own("run.json")
     report = _Own("report.html")
+    tracking = _Own("tracking")
 
     @property
     def folder(self) -> str:
@@ -107,7 +109,7 @@ class RunDir:
         """Folders that belong to the run without being the output of a stage."""
         return (
             self.queries, self.student_embeddings, self.checkpoints, self.index, self.exports, self.compare, self.tune,
-            self.baselines,
+            self.baselines, self.tracking,
         )  # fmt: skip
 
     def variant(self, name: str) -> RunDir:
@@ -146,10 +148,11 @@ def labels_folder(label: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every stage is given: the configuration and the paths of its run."""
+    """What every stage is given: the configuration and the paths of its run, and the trackers, which are told of it."""
 
     config: Config
     paths: RunDir
+    tracking: Tracking = field(default_factory=Tracking, compare=False)
 
     @classmethod
     def of(cls, config: Config, variant: str | None = None, labels: str = LABELS) -> RunContext:

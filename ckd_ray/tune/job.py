@@ -28,6 +28,7 @@ from ckd_ray.runs.directory import BEST, LABELS, RunContext, RunDir, labels_fold
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.runs.lock import run_lock
+from ckd_ray.tracking import TrackedRun, tracked
 from ckd_ray.tune.first_pass import first_pass
 from ckd_ray.tune.records import Records, Trial
 from ckd_ray.tune.search import search, shown, trial_task
@@ -174,8 +175,27 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
         trial_identity = fingerprint(search=identity, trial=number, values=values)
         return trial_task(base, mine, trial_identity, _labels_folder(config, values))
 
-    search(config, context.paths.root, folder, records, suggester, task_of)
+    search(
+        config, context.paths.root, folder, records, suggester, task_of, lambda trial: _track(context, folder, trial)
+    )
     return records
+
+
+def _track(context: RunContext, folder: str, trial: Trial) -> None:
+    """Tell the trackers of a trial that has ended: a run of its own, with the values of the search as configuration."""
+    config, name = context.config, f"trial-{trial.number:05d}"
+    run = TrackedRun(
+        name=f"{config.run.name}/{name}",
+        group=config.run.name,
+        project=config.tracking.project,
+        config=trial.values,
+        folder=join(folder, "tracking", name),
+    )
+    with tracked(config.tracking, run) as tracking:
+        for steps, measured, _ in trial.measurements:
+            tracking.scalars({"trial/mrr@10": measured}, int(steps))
+        best = {} if trial.best is None else {"trial/best_mrr@10": trial.best}
+        tracking.summary({**best, "trial/steps": trial.steps, "trial/seconds": trial.seconds})
 
 
 def _write_best(context: RunContext, found: Config, best: Trial) -> None:

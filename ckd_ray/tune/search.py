@@ -135,8 +135,17 @@ def actor_name(task: TrainingTask) -> str:
     return f"ckd-ray-trial-{task.fingerprint[:16]}"
 
 
-def search(config: Config, run: str, folder: str, records: Records, suggester: Suggester, task_of: TaskOf) -> None:
-    """Run the trials that have not ended. Ray Tune writes into `folder`. Ray must be connected.
+def search(
+    config: Config,
+    run: str,
+    folder: str,
+    records: Records,
+    suggester: Suggester,
+    task_of: TaskOf,
+    ended: Callable[[Trial], None],
+) -> None:
+    """Run the trials that have not ended, and call `ended` with each that has. Ray Tune writes into `folder`. Ray must
+    be connected.
 
     Raises:
         UserError: the trials do not fit the cluster.
@@ -179,7 +188,7 @@ def search(config: Config, run: str, folder: str, records: Records, suggester: S
             name="trials",
             storage_path=path,
             storage_filesystem=None if is_local(at) else fs,
-            callbacks=[_Recorder(records, searcher, table, steps), _NoTables()],
+            callbacks=[_Recorder(records, searcher, table, steps, ended), _NoTables()],
             failure_config=tune.FailureConfig(max_failures=_CLUSTER_FAILURES),
             verbose=0,
         ),
@@ -274,8 +283,10 @@ class _GentleASHA(ASHAScheduler):
 class _Recorder(tune.Callback):
     """Records the events of the trials, and shows them."""
 
-    def __init__(self, records: Records, searcher: _Searcher, table: _Table, steps: int) -> None:
-        self.records, self.searcher, self.table, self.steps = records, searcher, table, steps
+    def __init__(
+        self, records: Records, searcher: _Searcher, table: _Table, steps: int, ended: Callable[[Trial], None]
+    ) -> None:
+        self.records, self.searcher, self.table, self.steps, self.ended = records, searcher, table, steps, ended
 
     def _of(self, trial: Any) -> Trial | None:
         number = self.searcher.numbers.get(trial.trial_id)
@@ -297,6 +308,7 @@ class _Recorder(tune.Callback):
             state: State = "failed" if mine.cause else "finished" if mine.steps >= self.steps else "stopped"
             self.records.end(mine, state, mine.cause)
             self.table.row(mine)
+            self.ended(mine)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         mine = self._of(trial)
@@ -306,6 +318,7 @@ class _Recorder(tune.Callback):
                 mine, "failed", last_line(getattr(error, "cause", None) or error) if error else "no message"
             )
             self.table.row(mine)
+            self.ended(mine)
 
 
 class _NoTables(TrialProgressCallback):

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from ckd_ray.cli import app
-from ckd_ray.cli.command import guarded, put, session
+from ckd_ray.cli.command import guarded, put
 from ckd_ray.errors import JobError, UserError
 from tests.support import overrides
 
@@ -208,8 +208,7 @@ def test_what_others_print_does_not_reach_standard_output(
     """Ray prints warnings of its daemons to both streams; `--json` promises one object and nothing else."""
     from contextlib import contextmanager
 
-    import ckd_ray.jobs.nodes
-    import ckd_ray.ray_util.session
+    from ckd_ray.jobs import session as around
     from ckd_ray.streams import only_ours
 
     @contextmanager
@@ -217,10 +216,11 @@ def test_what_others_print_does_not_reach_standard_output(
         print("(raylet) WARNING: starting")
         yield
 
-    monkeypatch.setattr(ckd_ray.ray_util.session, "connected", noisy)
-    monkeypatch.setattr(ckd_ray.jobs.nodes, "check_nodes_see", lambda config: None)
+    monkeypatch.setattr(around, "connected", noisy)
+    monkeypatch.setattr(around, "wait_for_nodes", lambda: None)
+    monkeypatch.setattr(around, "check_nodes_see", lambda config: None)
     for verbose in (False, True):
-        with only_ours(verbose=verbose), session(None, [], None):
+        with only_ours(verbose=verbose), around.session(None, [], None):
             print("(raylet) WARNING: 8 PYTHON worker processes have been started")
             put({"done": True})
         put({"after": "s3://key:secret@bucket/runs"})

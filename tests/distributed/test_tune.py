@@ -24,7 +24,7 @@ from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.runs.directory import RunContext
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.tune.job import run_tune
-from tests.support import overrides
+from tests.support import overrides, tensorboard_events
 
 SPACE = (
     "tune.space={distill.temperature: {loguniform: [0.2, 5.0]}, distill.beta: {choice: [0.1, 1.0]}, "
@@ -45,7 +45,7 @@ def settings(storage: Path, backbone: str, collection: str, *more: str) -> list[
 def test_a_search_shares_what_is_upstream_and_leaves_a_configuration(
     ray_session: None, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
-    config = load_config(None, settings(tmp_path, tiny_backbone, tiny_collection))
+    config = load_config(None, settings(tmp_path, tiny_backbone, tiny_collection, "tracking=[tensorboard]"))
     summary = run_tune(config)
     run = tmp_path / "tiny"
     trials = pq.read_table(run / "tune" / "trials.parquet").to_pylist()
@@ -58,6 +58,7 @@ def test_a_search_shares_what_is_upstream_and_leaves_a_configuration(
     found = load_config(str(run / "tune" / "best.yaml"))
     assert found.distill.temperature == best["distill.temperature"]
     assert found.label.clusters == best["label.clusters"] and found.model == config.model
+    _the_tracker_has_a_run_for_each_trial(run, trials)
     # Nothing of the trials is left, and labels of another setting lie beside those of the run.
     assert not list((run / "checkpoints").glob("distill-*")) and not list((run / "tune").rglob("student-*"))
     assert json.loads((run / "run.json").read_text())["config"]["label"]["clusters"] == 8
@@ -66,6 +67,18 @@ def test_a_search_shares_what_is_upstream_and_leaves_a_configuration(
     again = run_tune(config)
     assert again["trials"] == summary["trials"] and again["best"] == summary["best"]
     assert (run / "embeddings" / "manifest.json").stat().st_mtime_ns == before[1].st_mtime_ns
+
+
+def _the_tracker_has_a_run_for_each_trial(run: Path, trials: list[dict]) -> None:
+    (folder,) = (run / "tune").glob("search-*/tracking")
+    assert sorted(path.name for path in folder.iterdir()) == [f"trial-{t['trial']:05d}" for t in trials]
+    for trial in trials:
+        found = tensorboard_events(folder / f"trial-{trial['trial']:05d}" / "tensorboard")
+        assert found["trial/best_mrr_10"] == [(0, pytest.approx(trial["mrr@10"]))]
+        assert found["trial/mrr_10"][-1][0] == trial["steps"]
+        assert b"distill.temperature" in found["_hparams_/session_start_info"][0][1]
+    for student in (run, *run.glob("tune/best")):  # the configuration's own and the winner, in full
+        assert len(tensorboard_events(student / "tracking" / "tensorboard")["distill/loss"]) == 4
 
 
 def _first_pass_is_the_teacher_s_own_ranking(config: Config, summary: dict) -> None:

@@ -93,6 +93,11 @@ def test_a_key_counts_in_a_fingerprint_or_is_operational(section: str, key: str)
         assert any(counted), f"{path} counts in no fingerprint: mark it OPERATIONAL, or let a stage read it"
 
 
+def test_trackers_are_in_no_fingerprint() -> None:
+    other = Config.model_validate({"tracking": {"to": ["tensorboard", "mlflow"], "project": "other"}})
+    assert other != Config() and settings(other) == settings(Config())
+
+
 def test_a_list_of_one_depth_has_the_fingerprint_of_the_number() -> None:
     three, listed, several = (Config.model_validate({"label": {"feedback_passages": v}}) for v in (3, [3], [1, 3]))
     assert listed == three == Config() and settings(listed) == settings(Config())

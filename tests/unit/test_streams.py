@@ -6,11 +6,13 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ckd_ray.progress import Progress, duration
+from ckd_ray.progress import Progress, duration, say
 from ckd_ray.streams import may_colour
 
 NOISY = """
@@ -103,6 +105,27 @@ def test_a_terminal_gets_one_line_that_is_rewritten() -> None:
     assert "\r\x1b[Kembed: working, 0.0 s" in text and "\r\x1b[Kembed: fp32\r\n" in text
     assert "\r\x1b[Kembed: 1 of 4 passages (25 %), " in text and " left, " in text
     assert text.endswith("\r\x1b[Kembed: done\r\n")
+
+
+def test_a_notebook_gets_one_line_that_is_rewritten_without_codes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "IPython", kernel)
+    with Progress("embed", 4, "passages") as progress:
+        progress.advance(1)
+        time.sleep(0.2)
+        say("embed: fp32")
+        time.sleep(0.6)
+    say("embed: done")
+    out, err = capsys.readouterr()
+    assert err == "" and "\x1b" not in out and out.count("\n") == 2
+    empty = f"\r{' ' * 79}\r"
+    assert out.startswith(f"{empty}embed: ") and f"{empty}embed: fp32\n{empty}embed: 1 of 4" in out
+    assert out.endswith(f"{empty}embed: done\n")
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # imported, no more
+    say("in red")
+    assert capsys.readouterr() == ("", "in red\n")
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

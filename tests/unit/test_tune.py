@@ -262,7 +262,9 @@ def test_the_ledger_tells_finished_stopped_and_failed_apart(tmp_path: Path, caps
     for number in range(3):
         records.write(Trial(number, {"distill.beta": 0.1 * number}))
     searcher = SimpleNamespace(numbers={"a": 0, "b": 1, "c": 2})
-    ledger = _Recorder(records, searcher, _Table(records, {"distill.beta": 0.3}), steps=20)  # type: ignore[arg-type]
+    told: list[int] = []  # of those that have ended
+    table: Any = _Table(records, {"distill.beta": 0.3})
+    ledger = _Recorder(records, searcher, table, steps=20, ended=lambda t: told.append(t.number))  # type: ignore[arg-type]
     trials = {name: SimpleNamespace(trial_id=name) for name in "abcx"}
     results = [("a", 10, 0.4), ("b", 10, 0.3), ("a", 10, 0.9), ("a", 20, 0.5), ("x", 10, 1.0)]
     for name, steps, value in results:  # a step that is reported again, and a trial that is not ours, do not count
@@ -271,7 +273,7 @@ def test_the_ledger_tells_finished_stopped_and_failed_apart(tmp_path: Path, caps
     for name in "abcx":
         ledger.on_trial_complete(0, [], trials[name])
     again = Records(str(tmp_path)).trials
-    assert [t.state for t in again.values()] == ["finished", "stopped", "failed"]
+    assert [t.state for t in again.values()] == ["finished", "stopped", "failed"] and told == [0, 1, 2]
     assert again[0].measurements == [[10, 0.4, 2.0], [20, 0.5, 4.0]] and again[2].cause == "step 3: loss nan"
     said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("<- best") and said[1].endswith("stopped") and "failed: step 3: loss nan" in said[2]

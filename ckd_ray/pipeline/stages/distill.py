@@ -37,7 +37,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     """Write the student's checkpoint."""
     from ckd_ray.pipeline.training import distill_task, train
 
-    return train(distill_task(context, fingerprint), context.paths.student)
+    return train(distill_task(context, fingerprint), context.paths.student, context.tracking)
 
 
 STAGE = Stage(

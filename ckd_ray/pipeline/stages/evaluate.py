@@ -64,11 +64,16 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         for split, measures in measured.items():
             found[split][system] = measures
     write_measures(paths.evaluation, found, config, collection)
+    systems = found
     if not paths.variant_name:
         baselines = measure_baselines(context, splits, config.evaluate.baselines)
-        table = build_table({split: {**baselines.measures(split), **of_split} for split, of_split in found.items()})
+        systems = {split: {**baselines.measures(split), **of_split} for split, of_split in found.items()}
+        table = build_table(systems)
         write_json_atomic(join(paths.evaluation, TABLE), without_keys({**table, "left_out": baselines.left_out}))
         write_student_card(paths)
+    for split, of_split in systems.items():
+        for system, measures in of_split.items():
+            context.tracking.summary({f"evaluate/{split}/{system}/{name}": v for name, v in measures.mean.items()})
     count = sum(collection.num_queries(split) for split in splits)
     figures = {"count": count, "unit": "queries", "splits": splits, "engine": config.evaluate.engine}
     return {**figures, "student": identity_of(paths.student)}

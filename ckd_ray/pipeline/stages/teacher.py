@@ -60,7 +60,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     with new_folder(start) as folder:
         model.save(folder)
     task = training_task(context, "teacher", fingerprint, start, model)
-    figures = train(task, out)
+    figures = train(task, out, context.tracking)
     delete(start)
     return figures
 

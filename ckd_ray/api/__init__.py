@@ -1,0 +1,1 @@
+"""The package in Python: `ckd_ray.train`, `ckd_ray.open` and the `Run` that both return."""

@@ -1,0 +1,211 @@
+"""`Run`: a run directory as an object. Needs no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from ckd_ray.errors import UserError
+from ckd_ray.evaluate.table import TABLE
+from ckd_ray.files import exists, join, local_copy, read_json
+from ckd_ray.inspection.export_labels import export_labels
+from ckd_ray.inspection.inspect import find_query, inspect_at
+from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.model import ColBERT
+from ckd_ray.pipeline.export import ROLES, export_run
+from ckd_ray.report.page import write_report
+from ckd_ray.runs.artifact import is_of, manifest_of
+from ckd_ray.runs.finished import FinishedRun, open_finished, reading
+from ckd_ray.search.searcher import Hit, Searcher
+
+_COLUMNS = ["mean", "low", "high", "queries", "student_minus", "p"]
+
+
+def open(run: str | os.PathLike[str]) -> Run:
+    """Open a run that is there: a folder, a URI (`s3://bucket/runs/mine`), or the name of a run in `runs/`.
+
+    The folder of a student of `ckd-ray compare` or `tune` is accepted, too. What the run has not come to yet is missed
+    when it is asked for.
+
+    Raises:
+        UserError: no run is there, or one of a later version of ckd-ray.
+    """
+    return Run(open_finished(os.fspath(run), "run"))
+
+
+class Run:
+    """A run, made by `ckd_ray.train` or opened by `ckd_ray.open`. Nothing is read before it is asked for.
+
+    Methods raise UserError where the run has no such thing yet, and say which command makes it.
+    """
+
+    def __init__(self, finished: FinishedRun) -> None:
+        self._finished = finished
+        self._searchers: dict[str, Searcher] = {}
+
+    def __repr__(self) -> str:
+        return f"ckd_ray.open({self.folder!r})"
+
+    @property
+    def name(self) -> str:
+        """The name of the folder; for a student of `compare` or `tune` with the run's name in front."""
+        return self._finished.name
+
+    @property
+    def folder(self) -> str:
+        """The absolute path or the URI."""
+        return self._finished.paths.folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The whole configuration, section by section, as `train` takes it. Keys in URIs are hidden."""
+        found: dict[str, Any] = self._finished.record["config"]
+        return found
+
+    @property
+    def measures(self) -> pd.DataFrame:
+        """The closing table: a row for each split, measure and system (`encoder`, `bm25`, `teacher`, `student`).
+
+        The columns: `mean`; `low` and `high`, its 95 % bootstrap interval; `queries`; `student_minus`, the mean
+        difference of the student from this system, and `p` of its randomisation test, Holm-corrected. A student of
+        `compare` or `tune` has its means alone. `run.measures["mean"].unstack("system")` is the table of means.
+        """
+        with reading(self.folder):
+            rows = self._measures()
+        names = ["split", "measure", "system"]
+        return pd.DataFrame(rows, columns=[*names, *_COLUMNS]).set_index(names)
+
+    def _measures(self) -> list[tuple[Any, ...]]:
+        paths = self._finished.paths
+        if manifest_of(paths.evaluation) is None or not is_of(paths.evaluation, "student", paths.student):
+            raise UserError(
+                "this run has no measures of its student yet",
+                where=paths.evaluation,
+                fix="ckd_ray.train, or ckd-ray evaluate, with the configuration of this run, makes them",
+            )
+        if not exists(join(paths.evaluation, TABLE)):
+            by_split = read_json(join(paths.evaluation, "measures.json"))["splits"]
+            return [
+                (split, measure, system, mean, *[None] * (len(_COLUMNS) - 1))
+                for split, systems in by_split.items()
+                for system, means in systems.items()
+                for measure, mean in means.items()
+            ]
+        rows = []
+        for split, measures in read_json(join(paths.evaluation, TABLE))["splits"].items():
+            for measure, row in measures.items():
+                for system, cell in row["systems"].items():
+                    test = row["student_minus"].get(system, {})
+                    own = (cell["mean"], cell["low"], cell["high"], cell["n"], test.get("mean"), test.get("p_holm"))
+                    rows.append((split, measure, system, *own))
+        return rows
+
+    def labels(self, query_ids: str | Iterable[str] | None = None, *, top: int = 10) -> Iterator[dict[str, Any]]:
+        """What `ckd-ray inspect` knows of training queries, one dictionary a query, made as it is asked for.
+
+        `passages` are the labelled ones and the first of the teacher's ranking: their `rank`, whether they are
+        `labelled`, the scores `teacher_scores` and `collective_scores` (with the expansion and the ensemble), and the
+        probabilities `one_hot`, `teacher` and `collective`. `expansion` are the centroids with `token`, `idf` and
+        `weight`. Besides: `query_id`, `text`, `labelled`, `feedback` and `settings`.
+
+        Args:
+            query_ids: one id or several; None takes all training queries.
+            top: passages of the ranking.
+
+        Raises:
+            UserError: no such query (names the nearest ids), or there are no labels.
+        """
+        with reading(self.folder):
+            opened = self._labelled
+            asked: Iterable[int] = range(len(opened.queries.ids))
+            if query_ids is not None:
+                ids = [query_ids] if isinstance(query_ids, str) else query_ids
+                asked = [find_query(opened, query_id) for query_id in ids]
+        return self._inspected(asked, top)
+
+    def _inspected(self, queries: Iterable[int], top: int) -> Iterator[dict[str, Any]]:
+        for query in queries:
+            with reading(self.folder):
+                found = inspect_at(self._labelled, query, top, words=None)
+            yield found
+
+    @cached_property
+    def _labelled(self) -> LabelledRun:
+        return LabelledRun.of(self._finished)
+
+    def search(self, query: str, k: int = 10, *, system: str = "student") -> list[Hit]:
+        """The best `k` passages for a query, by an exact search over the whole store.
+
+        Args:
+            system: `student` or `teacher`, which is loaded at the first search.
+        """
+        _check_role(system, "system")
+        if not query.strip():
+            raise UserError("the query is empty", where="query", expected="some words")
+        if k < 1:
+            raise UserError("too few passages", where="k", expected="1 or more", found=str(k))
+        if system not in self._searchers:
+            self._searchers[system] = Searcher(self._finished, system)
+        return self._searchers[system].search(query, k)
+
+    def export(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        format: str,
+        what: str = "model",
+        model: str = "student",
+        width: int = 32,
+        scores: str = "minmax",
+    ) -> dict[str, Any]:
+        """Write the model for another library, or the labels as a training set (see `ckd-ray export --help`).
+
+        Args:
+            folder: where to; None takes `exports/FORMAT` inside the run.
+            format: `sentence-transformers`, `pylate` or `colbert`; of labels also `flagembedding`, `tevatron` and
+                `triples`.
+            what: `model` or `labels`.
+            model: `student` or `teacher`.
+            width, scores: of labels: candidates a query, and `minmax` (0 to 1 a query) or `raw`.
+
+        Returns:
+            What was written: `out`, its folder, and figures.
+        """
+        out = None if folder is None else os.fspath(folder)
+        if what == "labels":
+            return export_labels(self.folder, format, out=out, width=width, scaling=scores)
+        if what != "model":
+            raise UserError("unknown thing to export", where="what", expected="model or labels", found=what)
+        return export_run(self.folder, format, out=out, role=model)
+
+    def report(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Write one HTML page about the run to `path`, by default `report.html` inside it. Returns where it is."""
+        return write_report(self._finished, None if path is None else os.fspath(path))
+
+    @cached_property
+    def student(self) -> ColBERT:
+        """The student, on the CPU."""
+        return self._model("student")
+
+    @cached_property
+    def teacher(self) -> ColBERT:
+        """The teacher, on the CPU."""
+        return self._model("teacher")
+
+    def _model(self, role: str) -> ColBERT:
+        checkpoint = self._finished.paths.checkpoint(role)
+        if not exists(join(checkpoint, "colbert.json")):
+            raise UserError(
+                f"this run has no {role} yet", where=checkpoint, fix="ckd_ray.train, with its configuration, makes it"
+            )
+        with local_copy(checkpoint) as folder:
+            return ColBERT.from_pretrained(folder)
+
+
+def _check_role(role: str, where: str) -> None:
+    if role not in ROLES:
+        raise UserError("unknown system", where=where, expected=" or ".join(ROLES), found=role)
