@@ -21,8 +21,8 @@ from ckd_ray.errors import UserError
 from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
 from ckd_ray.model.encoder import Precision, computing, default_token_budget, token_budget_batches
-from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.writing import MANIFEST
 
 CUTOFF = 10
 _SAMPLE = 8  # passages of the sample for each passage of the pool

@@ -13,7 +13,7 @@ from ckd_ray.files import file_signature, join, list_files, sha256_of
 
 PACKAGE_PREFIX = "package:"
 # Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
-_UNREAD = frozenset({"README.md", "manifest.json", "metrics.jsonl"})
+_UNREAD = frozenset({"README.md", "_manifest.json", "manifest.json", "metrics.jsonl"})
 
 
 def resolve_backbone(source: str, key: str = "model.backbone") -> str:

@@ -131,7 +131,8 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     passages = [np.array([7, 3]), np.empty(0, np.int64)]
     write_scores(folder, "dev", 0, query_ids=ids, passages=passages, scores=scores, passage_ids=["x", "y"])
     assert [v.tolist() for v in CrossScores(folder, "dev", 2).of_query(0)] == [[3, 7], [1.0, 2.0]]
-    assert {"dev-000000.npy", "dev-000000.parquet", "train-000000.npy", "train-000000.parquet"} == set(names(folder))
+    assert {"dev-000000.parquet", "train-000000.parquet"} == set(names(folder))
+    assert {"dev-000000.npy", "train-000000.npy"} == set(names(join(folder, "_rows")))
 
     run = join(bucket, "runs", "mine")
     write_json_atomic(join(run, "run.json"), {"config": {}})
@@ -263,7 +264,7 @@ def test_a_remote_collection(
     damaged[len(damaged) // 2] ^= 1
     copy.write_bytes(damaged)
     assert Collection.open(run).passage_ids([59, 0, 30]) == ["p59", "p0", "p30"]
-    write_atomic(join(run, "corpus", "ids.arrow"), lambda stream: stream.write(damaged))
+    write_atomic(join(run, "corpus", "_ids.arrow"), lambda stream: stream.write(damaged))
     copy.unlink()
     with pytest.raises(JobError, match="not the file that its manifest names"):
         Collection.open(run).passage_ids([0])
