@@ -29,7 +29,7 @@ import torch
 from ckd_ray.arrays import Int64Array
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
-from ckd_ray.files import exists, filesystem_of, join, sha256_of, write_atomic, write_json_atomic
+from ckd_ray.files import exists, filesystem_of, join, list_files, sha256_of, write_atomic, write_json_atomic
 from ckd_ray.progress import Progress, say
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, RESIDUAL_BITS, Bytes, Residual, load_codec, save_codec
@@ -55,11 +55,11 @@ def write_index(target: str, store: EmbeddingStore, collection: Collection, *, b
     """
     codec = _codec(target, store, bits)
     _write_codec(target, store, codec)
-    offset = 0
+    offset, present = 0, set(list_files(target))
     with Progress("export", store.num_passages, "passages") as progress:
         for i, (first, stop) in enumerate(store.spans()):
             tokens = store.shard_tokens(i)
-            if not exists(join(target, f"{i}.metadata.json")):
+            if not {f"{i}.codes.npy", f"{i}.residuals.npy", f"doclens.{i}.json", f"{i}.metadata.json"} <= present:
                 _write_part(target, store, i, codec)
                 about = {"num_documents": stop - first, "num_embeddings": tokens, "embedding_offset": offset}
                 write_json_atomic(join(target, f"{i}.metadata.json"), about)

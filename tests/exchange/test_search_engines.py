@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from tests.labelled import ranked_run, recode
 
 pytestmark = pytest.mark.exchange
 TOP = 10
+Found = list[list[tuple[str, float]]]
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_colle
     return storage / "tiny"
 
 
-def searched(engine: str, export: str, queries_BQD: torch.Tensor, folder: Path) -> list[list[tuple[str, float]]]:
+def searched(engine: str, export: str, queries_BQD: torch.Tensor, folder: Path) -> Found:
     asked, out = folder / "queries.npy", folder / f"{engine}.json"
     np.save(asked, queries_BQD.float().numpy())
     environment = {"lancedb": "vector-databases", "qdrant": "vector-databases"}.get(engine, engine)
     ask(environment, engine, export, str(asked), str(out), script="in_search_engine.py")
-    return json.loads(out.read_text())
+    found: Found = json.loads(out.read_text())
+    return found
 
 
-def compare(
-    run: Path, store: Any, queries_BQD: torch.Tensor, found: list[list[tuple[str, float]]], bound: float
-) -> None:
+def compare(run: Path, store: EmbeddingStore, queries_BQD: torch.Tensor, found: Found, bound: float) -> None:
     """The same passages with the same scores; where two of ours are closer than `bound`, either may come first."""
     collection, worst = Collection.open(str(run)), 0.0
     for rows, hits in zip(queries_BQD, found, strict=True):
@@ -71,7 +70,7 @@ def test_a_vector_database_ranks_as_we_do(run: Path, tmp_path: Path, engine: str
 
 @pytest.mark.parametrize("codec", ["fp16", "residual1", "residual2", "residual4"])
 def test_fast_plaid_ranks_as_we_do(run: Path, tmp_path: Path, codec: str) -> None:
-    """From a store of that codec; from fp16 with codes of 4 bits that the export learns. fast-plaid computes in fp16."""
+    """From a store of that codec; from fp16 with codes of 4 bits that the export learns. It scores in fp16."""
     mine = tmp_path / "tiny"
     shutil.copytree(run, mine)
     passages = mine / "embeddings" / "passages"
