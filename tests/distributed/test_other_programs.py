@@ -41,7 +41,7 @@ def _duckdb(folder: str) -> pd.DataFrame:
 
 
 def _polars(folder: str) -> pd.DataFrame:
-    return pd.DataFrame(pytest.importorskip("polars").read_parquet(folder).to_dicts())
+    return pd.DataFrame(pytest.importorskip("polars").read_parquet(f"{folder}/*.parquet").to_dicts())
 
 
 def _ray(folder: str) -> pd.DataFrame:
