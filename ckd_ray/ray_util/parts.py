@@ -9,7 +9,7 @@ from ckd_ray.files import join, list_files
 from ckd_ray.progress import Progress
 
 _QUERIES_A_PART = 256
-# Below a folder of Parquet files: arrays for random access. Names that begin with `_` are no part of the table for other programs.
+# Below a folder of Parquet files: arrays for random access. Programs that read the folder pass over such a name.
 _ARRAYS = "_rows"
 # Ray Data keeps a few kilobytes per block and searches all blocks; with more units than this, units share a block.
 MOST_BLOCKS = 2048
