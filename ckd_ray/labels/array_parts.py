@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ckd_ray.errors import JobError
-from ckd_ray.files import filesystem_of, is_local, join, write_atomic
+from ckd_ray.files import exists, filesystem_of, is_local, join, write_atomic
 from ckd_ray.ray_util.parts import array_file, former_array_file, part_name
 
 Array = npt.NDArray[Any]
@@ -81,7 +81,9 @@ class ArrayParts:
         try:
             return _Part(array_file(self.folder, stem))
         except FileNotFoundError:
-            return _Part(former_array_file(self.folder, stem))
+            if not exists(former := former_array_file(self.folder, stem)):
+                raise
+            return _Part(former)
 
     def _read(self, part: _Part, row: int, size: int | None, blocks: int) -> Array:
         if not 0 <= row < part.shape[0]:

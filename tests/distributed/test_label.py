@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_coll
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("train-*"))}
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("train-*"))}
 
 
 @pytest.mark.slow
