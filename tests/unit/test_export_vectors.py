@@ -127,7 +127,8 @@ def test_an_index_has_the_codes_of_the_store(run: Path, tmp_path: Path, codec: s
     rows_TD, codes = literal(index, bits)
     stored_TD = store.gather(np.arange(60)).embeddings_TD.float()
     if codec == "fp16":  # learned from these rows
-        assert float((rows_TD * stored_TD).sum(1).min()) > 0.98
+        cosines = (rows_TD * stored_TD).sum(1)
+        assert float(cosines.mean()) > 0.995 and float(cosines.min()) > 0.9
     else:
         assert float((rows_TD - stored_TD).abs().max()) < 2e-3  # of fp16
     lengths = [n for i in range(4) for n in json.loads((index / f"doclens.{i}.json").read_text())]
