@@ -60,7 +60,7 @@ def _stage_seconds(run: DistillRun) -> dict[str, float]:
     """What the stages of the run took, Ray and all, whenever that was."""
     found = {}
     for name in ("rankings", "labels"):
-        manifest = json.loads((run.folder / name / "manifest.json").read_text())
+        manifest = json.loads((run.folder / name / "_manifest.json").read_text())
         count = manifest.get("figures", {}).get("count")
         if count:
             found[name] = round(manifest["seconds"] / count, 5)

@@ -29,6 +29,7 @@ from ckd_ray.evaluate.measures import measure_run
 from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
 from ckd_ray.files import read_json
+from ckd_ray.runs.artifact import is_finished
 
 MEASURES = {"dev": ["MRR@10"], "test": ["nDCG@10", "R@100"]}
 GRADED = "nDCG@10"
@@ -67,7 +68,7 @@ def systems_of(run: Path) -> dict[str, list[Path]]:
     folders += [(f.parent.name.rpartition("-")[0], f) for f in sorted((run / "compare").glob("*-*/evaluation"))]
     found: dict[str, list[Path]] = {}
     for name, folder in folders:
-        if (folder / "manifest.json").is_file():
+        if is_finished(str(folder)):
             found.setdefault(name, []).append(folder)
     return found
 

@@ -63,7 +63,7 @@ class Bench:
         asked = run.queries("train")
         chosen = np.linspace(0, asked.num_passages - 1, min(queries, asked.num_passages)).astype(np.int64)
         settings = LabelConfig()
-        if (run.folder / "rankings" / "train.npy").exists():
+        if (run.folder / "rankings" / "_rows" / "train.npy").exists():
             top = read_ranking_matrix(str(run.folder / "rankings"), "train")[chosen][:, : settings.feedback_passages]
         else:
             note(f"exact search for {len(chosen)} queries")

@@ -25,6 +25,7 @@ from ckd_ray.plan.job import make_plan
 from ckd_ray.plan.show import render
 from ckd_ray.plan.work import FOLDERS
 from ckd_ray.progress import set_quiet
+from ckd_ray.runs.artifact import manifest_of
 
 GOAL = 0.2
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -78,12 +79,8 @@ def config_of(run: str) -> Config:
 
 def seconds_of(run: Path) -> dict[str, float]:
     """What every stage took, from the manifests of the run."""
-    manifests = {stage: run / folders[0] / "manifest.json" for stage, folders in FOLDERS.items()}
-    found = {
-        stage: float(json.loads(manifest.read_text())["seconds"])
-        for stage, manifest in manifests.items()
-        if manifest.exists()
-    }
+    manifests = {stage: manifest_of(str(run / folders[0])) for stage, folders in FOLDERS.items()}
+    found = {stage: float(manifest["seconds"]) for stage, manifest in manifests.items() if manifest is not None}
     if not found:
         raise SystemExit(f"{run}: no finished stage here")
     return found

@@ -97,7 +97,7 @@ def hand_made_run(folder: Path, backbone: str, collection: Path) -> Path:
     (run / "evaluation" / "table.json").write_text(json.dumps(table))
     for stage in ("teacher", "student", "evaluation"):
         manifest = {"made_of": "hand", "seconds": 12.5, "figures": {"count": 100, "unit": "steps"}}
-        (run / stage / "manifest.json").write_text(json.dumps(manifest))
+        (run / stage / "_manifest.json").write_text(json.dumps(manifest))
     return run
 
 

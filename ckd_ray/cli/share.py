@@ -1,4 +1,4 @@
-"""The command that passes a model or labels on: export."""
+"""The command that passes a model, labels, vectors or an index on: export."""
 
 from __future__ import annotations
 
@@ -18,17 +18,27 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="sentence-transformers, pylate or colbert; of labels also flagembedding, tevatron, triples.",
+            help="sentence-transformers, pylate or colbert; of labels also flagembedding, tevatron, triples; of vectors"
+            " parquet; of an index fast-plaid.",
         ),
     ],
     json_: bool,
     out: Annotated[str | None, typer.Option("--out", help="The folder to write. Default: RUN/exports/FORMAT.")] = None,
     model: Annotated[str, typer.Option("--model", help="student or teacher.")] = "student",
-    what: Annotated[str, typer.Option("--what", help="model, or labels: the scores of all candidates.")] = "model",
+    what: Annotated[
+        str,
+        typer.Option(
+            "--what",
+            help="model; labels: the scores of all candidates; vectors: the token embeddings of all passages; or an"
+            " index of them.",
+        ),
+    ] = "model",
     width: Annotated[int, typer.Option("--width", help="Of labels: candidates a query.")] = 32,
     scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query) or raw.")] = "minmax",
+    bits: Annotated[int, typer.Option("--bits", help="Of an index from an fp16 store: 1, 2 or 4 a dimension.")] = 4,
 ) -> None:
-    """Write a run's model for sentence-transformers, PyLate or colbert-ai, or its labels as a training set."""
+    """Write a run's model for sentence-transformers, PyLate or colbert-ai, its labels as a training set, or the token
+    embeddings of its passages for another search engine."""
     if what == "labels":
         from ckd_ray.inspection.export_labels import export_labels
 
@@ -37,8 +47,18 @@ def export(
         if json_:
             put(labels)
         return
+    if what in ("vectors", "index"):
+        from ckd_ray.search.export import export_stored
+
+        stored = export_stored(run, what, fmt, out=out, system=model, bits=bits)
+        say(f"export: {stored['tokens']:,} token embeddings of {stored['passages']:,} passages -> {stored['out']}")
+        if json_:
+            put(stored)
+        return
     if what != "model":
-        raise UserError("unknown thing to export", where="--what", expected="model or labels", found=what)
+        raise UserError(
+            "unknown thing to export", where="--what", expected="model, labels, vectors or index", found=what
+        )
     from ckd_ray.pipeline.export import export_run
 
     written = export_run(run, fmt, out=out, role=model)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ckd_ray.files import join, read_json
+from ckd_ray.files import read_json
 from ckd_ray.labels.array_parts import ArrayParts, write_part
-from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.artifact import manifest_file
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
 NO_PASSAGE = 2**31 - 1
@@ -70,7 +70,7 @@ class CrossScores:
     @classmethod
     def open(cls, folder: str, split: str = "train", stage: str = "cross_encoder") -> CrossScores:
         """Open the scores that a finished `stage` has written."""
-        manifest: dict[str, Any] = read_json(join(folder, MANIFEST))
+        manifest: dict[str, Any] = read_json(manifest_file(folder))
         return cls(folder, split, manifest["queries_per_part"], stage)
 
     def of_query(self, query: int) -> tuple[Int64Array, Float32Array]:

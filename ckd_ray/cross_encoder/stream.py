@@ -25,11 +25,11 @@ from ckd_ray.model.encoder import Precision, configured_precision, precision_of_
 from ckd_ray.progress import Progress, say
 from ckd_ray.ray_util.actor_pool import cluster_nodes, place_pool
 from ckd_ray.ray_util.gpus import kinds_of_gpus, share_of_gpu
-from ckd_ray.ray_util.parts import part_file, part_name, parts_present, query_spans
+from ckd_ray.ray_util.parts import array_file, part_file, part_name, parts_present, query_spans
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
 from ckd_ray.ray_util.through_pool import through_pool
 
-PLAN = "plan.json"
+PLAN = "_plan.json"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class PartScorer:
             row[name][0].values.to_numpy() for name in ("counts", "passages", "lengths", "token_ids", "token_types")
         )
         figures = {"part": part, "queries": len(counts), "pairs": len(passages)}
-        if all(exists(join(job.out, part_name("train", part) + ending)) for ending in (".npy", ".parquet")):
+        name = part_name("train", part)
+        if exists(array_file(job.out, name)) and exists(join(job.out, f"{name}.parquet")):
             return figures  # an earlier actor died after it had written the part
         scores = self.model.score(Pairs(ids, types, lengths))
         bad = np.flatnonzero(~np.isfinite(scores))

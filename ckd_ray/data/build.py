@@ -24,7 +24,7 @@ from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
 from ckd_ray.files import new_folder, remove_stale, sha256_of, signatures, write_json_atomic
 from ckd_ray.progress import say
 from ckd_ray.runs.artifact import MANIFEST
-from ckd_ray.runs.directory import RunDir
+from ckd_ray.runs.directory import PASSAGE_IDS, QRELS, RunDir
 
 SCHEMA_VERSION = 1
 ROWS_A_GROUP = 256  # training reads passages at random, a row group each
@@ -188,7 +188,7 @@ class _CorpusWriter:
 
     def write(self, rows: Iterator[TextRow], problems: Problems) -> None:
         """Stream all passages to the disk."""
-        with pa.OSFile(os.path.join(self.folder, "ids.arrow"), "wb") as sink, ipc.new_file(sink, _IDS) as ids:
+        with pa.OSFile(os.path.join(self.folder, PASSAGE_IDS), "wb") as sink, ipc.new_file(sink, _IDS) as ids:
             block: list[TextRow] = []
             for row in rows:
                 if not _is_id(row, "passage", problems):
@@ -259,7 +259,7 @@ class _CorpusWriter:
         same = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
         if not len(same):
             return found
-        with pa.memory_map(os.path.join(self.folder, "ids.arrow")) as source:
+        with pa.memory_map(os.path.join(self.folder, PASSAGE_IDS)) as source:
             column = ipc.open_file(source).read_all()["passage_id"]
             seen: set[str] = set()
             for i in same.tolist():
@@ -325,7 +325,13 @@ def _write_split(
 ) -> dict[str, int]:
     texts = [_storable(text) for text in split.texts]
     mended = sum(a != b for a, b in zip(texts, split.texts, strict=True))
-    queries = pa.table({"query_id": pa.array(split.ids, pa.string()), "text": pa.array(texts, pa.large_string())})
+    queries = pa.table(
+        {
+            "query_id": pa.array(split.ids, pa.string()),
+            "text": pa.array(texts, pa.large_string()),
+            "split": pa.array([name] * len(texts), pa.string()),  # the folder may be read as one table
+        }
+    )
     pq.write_table(queries, os.path.join(folder, f"{name}.parquet"), compression="zstd", row_group_size=_ROWS_A_BLOCK)
     index = {query: i for i, query in enumerate(split.ids)}
     labels = split.labels
@@ -338,7 +344,8 @@ def _write_split(
             "relevance": pa.array([row.relevance for row in labels], pa.int32()),
         }
     )
-    pq.write_table(table, os.path.join(folder, f"{name}.qrels.parquet"), compression="zstd")
+    os.makedirs(os.path.join(folder, QRELS), exist_ok=True)
+    pq.write_table(table, os.path.join(folder, QRELS, f"{name}.parquet"), compression="zstd")
     digest.update(f"split {name} {len(split.ids)} {len(labels)}:".encode())
     digest.update(_hashable(split.ids, texts))
     for row in labels:
@@ -350,9 +357,15 @@ def _write_split(
 
 
 def _write_manifest(folder: str, manifest: CollectionManifest, rows: int) -> None:
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".parquet", ".arrow"))
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".parquet", ".arrow"))
     files: list[dict[str, Any]] = [
-        {"name": p.name, "rows": _rows(str(p)), "bytes": p.stat().st_size, "sha256": sha256_of(str(p))} for p in paths
+        {
+            "name": p.relative_to(folder).as_posix(),
+            "rows": _rows(str(p)),
+            "bytes": p.stat().st_size,
+            "sha256": sha256_of(str(p)),
+        }
+        for p in paths
     ]
     counts = ("splits", "empty_passages", "mended_passages", "cut_by_limit", "limit")
     value = {

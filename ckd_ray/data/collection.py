@@ -20,10 +20,21 @@ from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.data.positives import Positives
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.files import exists, file_signature, filesystem_of, is_local, join, list_files, read_object, sha256_of
+from ckd_ray.files import (
+    exists,
+    file_signature,
+    filesystem_of,
+    first_present,
+    is_local,
+    join,
+    last_part,
+    list_files,
+    read_object,
+    sha256_of,
+)
 from ckd_ray.files.cache import ShardCache
-from ckd_ray.runs.artifact import MANIFEST
-from ckd_ray.runs.directory import RunDir
+from ckd_ray.runs.artifact import manifest_file
+from ckd_ray.runs.directory import PASSAGE_IDS, QRELS, RunDir
 
 _CACHED_GROUPS = 512  # row groups of a few hundred passages each: tens of megabytes
 _REMOTE_READERS = 16
@@ -66,7 +77,7 @@ class Collection:
         Raises:
             JobError: it has not been built. UserError: its manifest is damaged.
         """
-        path = join(RunDir(run).corpus, MANIFEST)
+        path = manifest_file(RunDir(run).corpus)
         if not exists(path):
             raise JobError(f"{run}: no collection here; run ckd-ray train --until collection")
         manifest = read_object(path)
@@ -167,13 +178,13 @@ class Collection:
 
     @cached_property
     def _ids(self) -> tuple[list[pa.Array], Int64Array]:
-        """The record batches of ids.arrow, mapped into memory, and the first passage of each."""
+        """The record batches of the file of ids, mapped into memory, and the first passage of each."""
         reader = ipc.open_file(pa.memory_map(self._ids_path()))
         chunks = [reader.get_batch(i).column("passage_id") for i in range(reader.num_record_batches)]
         return chunks, np.cumsum([0, *map(len, chunks)], dtype=np.int64)[:-1]
 
     def _ids_path(self) -> str:
-        """Where ids.arrow is on this machine: a remote one is copied once for all processes.
+        """Where the file of ids is on this machine: a remote one is copied once for all processes.
 
         Raises:
             JobError: it is not the file that the manifest names.
@@ -181,7 +192,7 @@ class Collection:
         uri = passage_ids_file(self.run)
         if is_local(self.run):
             return filesystem_of(uri)[1]
-        digest = next((str(f["sha256"]) for f in self.manifest["files"] if f["name"] == "ids.arrow"), "")
+        digest = next((str(f["sha256"]) for f in self.manifest["files"] if f["name"] == last_part(uri)), "")
         cache = ShardCache.of_this_machine()
         for _ in range(2):
             path = cache.fetch(uri, digest)
@@ -242,7 +253,9 @@ class Collection:
 
     def qrels(self, split: str) -> Qrels:
         """The labels of a split, as they stand in the input."""
-        fs, path = filesystem_of(join(RunDir(self.run).queries, f"{split}.qrels.parquet"))
+        folder = RunDir(self.run).queries
+        uri = first_present(join(folder, QRELS, f"{split}.parquet"), join(folder, f"{split}.qrels.parquet"))
+        fs, path = filesystem_of(uri)
         table = pq.read_table(path, filesystem=fs)
         return Qrels(
             table["query_index"].to_numpy().astype(np.int64),
@@ -261,12 +274,13 @@ class Collection:
 
 def passage_ids_file(run: str) -> str:
     """The file with the outside ids of all passages, in dense order."""
-    return join(RunDir(run).corpus, "ids.arrow")
+    corpus = RunDir(run).corpus
+    return first_present(join(corpus, PASSAGE_IDS), join(corpus, "ids.arrow"))
 
 
 def collection_once(run: str) -> Collection:
     """The collection, opened as a store is."""
-    return _collection(run, *file_signature(join(RunDir(run).corpus, MANIFEST)))
+    return _collection(run, *file_signature(manifest_file(RunDir(run).corpus)))
 
 
 @lru_cache(maxsize=2)

@@ -22,8 +22,8 @@ from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import CPU_TOKENS, GPU_TOKENS, token_budget_batches
-from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.writing import MANIFEST
 
 CUTOFF = 10
 _SAMPLE = 8  # passages of the sample for each passage of the pool

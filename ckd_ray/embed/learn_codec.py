@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import ray
 import torch
 
@@ -22,12 +21,13 @@ from ckd_ray.ray_util.actor_pool import cluster_nodes
 from ckd_ray.ray_util.gpus import share_of_gpu
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
-from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
+from ckd_ray.store.codec_training import (
+    learn_codec,
+    sample_spans,
+)
 from ckd_ray.store.spherical import has_gpus
 
 _SAMPLE = "sample"
-# Consecutive passages that are drawn together: few reads, spread over the corpus.
-_SPAN = 32
 
 
 def with_codec(
@@ -71,26 +71,11 @@ def with_codec(
     return replace(job, codec_digest=digest)
 
 
-def sample_spans(num_passages: int, seed: int) -> list[tuple[int, int]]:
-    """(first, stop) of the passages to learn from, ascending: enough for the codec of a corpus of this size.
-
-    Passages count as 64 tokens here; the true number is known, and used, once the sample is embedded.
-    """
-    wanted = -(-sample_size(64 * num_passages) // 64)
-    starts = np.arange(0, num_passages, _SPAN)
-    count = min(len(starts), -(-wanted // _SPAN))
-    chosen = np.sort(np.random.default_rng(seed).choice(starts, count, replace=False)).tolist()
-    return [(first, min(first + _SPAN, num_passages)) for first in chosen]
-
-
 def _learn(job: EmbedJob, sample: str, num_passages: int, seed: int) -> tuple[str, int]:
     """Runs in a task, so that the driver stays small, and on all cores, which nothing else needs at this time."""
     torch.set_num_threads(os.cpu_count() or 1)
     store = EmbeddingStore.open(sample)
     rows_SD = torch.cat([store.shard(i).embeddings() for i in range(store.num_shards)])
     tokens = int(store.num_tokens / max(1, store.num_passages) * num_passages)
-    centroids = choose_centroids(tokens)
-    while centroids * SAMPLE_A_CENTROID > 2 * len(rows_SD) and centroids > 1:
-        centroids //= 2
-    codec = train_codec(job.codec, rows_SD, centroids, seed)
+    codec = learn_codec(job.codec, rows_SD, tokens, seed)
     return save_codec(codec, job.out), codec.num_centroids

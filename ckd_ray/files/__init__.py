@@ -16,6 +16,7 @@ from ckd_ray.files.paths import (
     delete_inside,
     exists,
     filesystem_of,
+    first_present,
     is_folder,
     is_local,
     join,
@@ -37,8 +38,9 @@ from ckd_ray.files.records import (
 )
 
 __all__ = [
-    "check_inside", "copy_folder", "delete", "delete_inside", "exists", "file_signature", "filesystem_of", "has_digest",
-    "is_folder", "is_local", "join", "last_part", "list_files", "list_folders", "local_copy", "make_folder",
-    "new_folder", "parent", "read_json", "read_object", "remove_stale", "replace_atomically", "room_for", "sha256_of",
-    "signatures", "upload_file", "with_ending", "write_atomic", "write_json_atomic",
+    "check_inside", "copy_folder", "delete", "delete_inside", "exists", "file_signature", "filesystem_of",
+    "first_present", "has_digest", "is_folder", "is_local", "join", "last_part", "list_files", "list_folders",
+    "local_copy", "make_folder", "new_folder", "parent", "read_json", "read_object", "remove_stale",
+    "replace_atomically", "room_for", "sha256_of", "signatures", "upload_file", "with_ending",
+    "write_atomic", "write_json_atomic",
 ]  # fmt: skip

@@ -87,6 +87,11 @@ def exists(uri: str) -> bool:
     return fs.get_file_info(path).type != pafs.FileType.NotFound
 
 
+def first_present(*uris: str) -> str:
+    """The first of them that exists, else the first: files that earlier versions have called otherwise."""
+    return next((uri for uri in uris if exists(uri)), uris[0])
+
+
 def is_folder(uri: str) -> bool:
     """True when `uri` is a folder; on object stores, when there are objects below it and none of its own name."""
     fs, path = filesystem_of(uri)

@@ -28,7 +28,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.files import exists, filesystem_of, join, read_json
 from ckd_ray.labels.files import ExpansionReader
 from ckd_ray.retrieve.rankings import read_ranking_matrix
-from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.artifact import is_finished
 from ckd_ray.runs.directory import LABELS
 from ckd_ray.runs.finished import FinishedRun, open_finished
 from ckd_ray.store import EmbeddingStore
@@ -86,7 +86,7 @@ class LabelledRun:
     def of(cls, finished: FinishedRun) -> LabelledRun:
         """Like `open`, for a run that is open already."""
         paths = finished.paths
-        if not exists(join(paths.labels, MANIFEST)):
+        if not is_finished(paths.labels):
             name = finished.record["config"]["run"]["name"]
             command = f"ckd-ray {'label' if paths.labels_name == LABELS else 'tune'}"
             raise UserError(

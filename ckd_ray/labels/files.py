@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ckd_ray.collective.expand import Expansions
-from ckd_ray.files import join, read_json
+from ckd_ray.files import read_json
 from ckd_ray.labels.array_parts import ArrayParts, write_part
-from ckd_ray.runs.artifact import MANIFEST
+from ckd_ray.runs.artifact import manifest_file
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -107,7 +107,7 @@ class ExpansionReader:
     @classmethod
     def open(cls, folder: str, split: str) -> ExpansionReader:
         """Open the labels of a finished label stage."""
-        manifest: dict[str, Any] = read_json(join(folder, MANIFEST))
+        manifest: dict[str, Any] = read_json(manifest_file(folder))
         return cls(folder, split, manifest["queries_per_part"], manifest.get("feedback_passages", ()))
 
     def select(self, queries_B: Int64Array, size: int, beta: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
 
 # The special cells, in the folder of the labels that they helped to make.
-CELLS = "special_cells.safetensors"
+CELLS = "_special_cells.safetensors"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ckd_ray.files import file_signature, join, list_files, local_copy, sha256_o
 
 PACKAGE_PREFIX = "package:"
 # Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
-_UNREAD = frozenset({"README.md", "manifest.json", "metrics.jsonl"})
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+_UNREAD = frozenset({"README.md", "_manifest.json", "manifest.json", "metrics.jsonl"})
 
 
 def resolve_backbone(source: str, key: str = "model.backbone") -> str:

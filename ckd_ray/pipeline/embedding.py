@@ -12,9 +12,10 @@ from ckd_ray.files import exists, join, last_part, local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
-from ckd_ray.runs.artifact import MANIFEST, reopen
+from ckd_ray.runs.artifact import reopen
 from ckd_ray.runs.directory import RunContext, passage_store, query_store
 from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.writing import MANIFEST
 
 
 def reopen_for(out: str, splits: Sequence[str]) -> None:

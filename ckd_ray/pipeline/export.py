@@ -22,7 +22,7 @@ from ckd_ray.files import (
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
 from ckd_ray.pipeline.card import Facts, model_card
-from ckd_ray.runs.artifact import MANIFEST, is_of
+from ckd_ray.runs.artifact import is_finished, is_of
 from ckd_ray.runs.directory import RunDir
 from ckd_ray.runs.record import read_record
 
@@ -69,7 +69,7 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
 def _check_finished(run: str, checkpoint: str, role: str) -> None:
     if not exists(run):
         raise UserError("there is no run", where=run, expected="a run directory (run.storage/run.name)")
-    if not exists(join(checkpoint, MANIFEST)):
+    if not is_finished(checkpoint):
         raise UserError(
             f"the run has no finished {role}",
             where=checkpoint,
@@ -112,7 +112,7 @@ def run_facts(run: RunDir, role: str, *, evaluating: bool = False) -> Facts:
     # Measures count once the evaluation is finished: an older student's may lie there while a new one is measured.
     folder = run.evaluation
     path = join(folder, "measures.json")
-    finished = exists(join(folder, MANIFEST)) and is_of(folder, "student", run.student)
+    finished = is_finished(folder) and is_of(folder, "student", run.student)
     done = (evaluating or finished) and exists(path)
     splits = read_json(path).get("splits", {}) if done else {}
     measures = {split: systems[role] for split, systems in splits.items() if role in systems}

@@ -8,9 +8,9 @@ import ray
 
 from ckd_ray.files import delete, exists, join, list_folders
 from ckd_ray.progress import say
-from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.runs.directory import RunDir
 from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.writing import MANIFEST
 
 _SHARDS_A_TASK = 16
 

@@ -12,12 +12,12 @@ import ray
 
 from ckd_ray.config import Config
 from ckd_ray.errors import JobError, LostRayError, UserError
-from ckd_ray.files import delete, join
+from ckd_ray.files import delete
 from ckd_ray.pipeline.graph import check_stage_names, needed, stage_fingerprint
 from ckd_ray.pipeline.repair import remove_broken_files
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import Progress, duration, say, without_keys
-from ckd_ray.runs.artifact import MANIFEST, content_fingerprint, is_made, make, manifest_of, remove_altered
+from ckd_ray.runs.artifact import content_fingerprint, is_made, make, manifest_of, remove_altered, remove_manifest
 from ckd_ray.runs.directory import LABELS, RunContext
 from ckd_ray.runs.lock import run_lock
 from ckd_ray.runs.record import write_record
@@ -149,7 +149,7 @@ def _verify(context: RunContext, finished: list[Stage]) -> None:
         for folder in stage.extra_outputs(context.paths):
             # All are written together; a killed command may have left one of another time, undamaged in itself.
             if content_fingerprint(folder) != content_fingerprint(output) or remove_altered(folder):
-                delete(join(output, MANIFEST))
+                remove_manifest(output)
                 damaged = True
     if damaged:
         raise _BeginAgainError

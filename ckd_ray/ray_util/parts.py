@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ckd_ray.files import list_files
+from ckd_ray.files import join, list_files
 from ckd_ray.progress import Progress
 
 _QUERIES_A_PART = 256
 # What the tasks that feed the servers of a store reserve; the servers leave as much free.
 CPUS_OF_WAITING = 0.25
+# Below a folder of Parquet files: arrays for random access. Programs that read the folder pass over such a name.
+_ARRAYS = "_rows"
 # Ray Data keeps a few kilobytes per block and searches all blocks; with more units than this, units share a block.
 MOST_BLOCKS = 2048
 
@@ -30,10 +32,21 @@ def part_file(split: str, part: int) -> str:
     return part_name(split, part) + ".parquet"
 
 
+def array_file(folder: str, stem: str) -> str:
+    """The array of a part, or of a whole split, in a folder of Parquet files."""
+    return join(folder, _ARRAYS, f"{stem}.npy")
+
+
+def former_array_file(folder: str, stem: str) -> str:
+    """Where the array is in a run directory of schema 1 or 2."""
+    return join(folder, f"{stem}.npy")
+
+
 def parts_present(folder: str) -> set[str]:
     """The Parquet files of finished parts, in a folder where each part has an array as well (labels, scores)."""
-    names = set(list_files(folder))
-    return {n for n in names if n.endswith(".parquet") and n.removesuffix(".parquet") + ".npy" in names}
+    names = list_files(folder, ".parquet")
+    arrays = {*list_files(join(folder, _ARRAYS)), *list_files(folder, ".npy")}
+    return {n for n in names if n.removesuffix(".parquet") + ".npy" in arrays}
 
 
 def finish_parts(

@@ -16,7 +16,7 @@ from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.inspection.summary import summarize_labels
 from ckd_ray.pipeline.graph import STAGES
 from ckd_ray.report.wins import SplitWins, wins_of
-from ckd_ray.runs.artifact import MANIFEST, manifest_of
+from ckd_ray.runs.artifact import is_finished, manifest_of
 from ckd_ray.runs.directory import RunDir
 from ckd_ray.runs.finished import FinishedRun
 
@@ -61,12 +61,11 @@ class Facts:
 def gather(run: FinishedRun) -> Facts:
     """Read the run. Memory holds one number a query, and the texts of a few."""
     paths = run.paths
-    evaluation = paths.evaluation
+    evaluation, collection = paths.evaluation, manifest_of(paths.corpus)
     measures = _maybe(join(evaluation, "measures.json"))
-    built = exists(join(paths.corpus, MANIFEST))
     return Facts(
         run=run,
-        collection=read_json(join(paths.corpus, MANIFEST)) if built else {},
+        collection=collection or {},
         measures=measures,
         comparison=_maybe(join(evaluation, "comparison.json")) or {},
         closing=_maybe(join(evaluation, TABLE)),
@@ -78,8 +77,8 @@ def gather(run: FinishedRun) -> Facts:
             name: _records(join(folder, "metrics.jsonl"))
             for name, folder in (("teacher", paths.teacher), ("student", paths.student))
         },
-        wins=wins_of(run, measures) if built and measures else [],
-        labels=_labels(run) if built else None,
+        wins=wins_of(run, measures) if collection and measures else [],
+        labels=_labels(run) if collection else None,
     )
 
 
@@ -114,7 +113,7 @@ def _records(uri: str) -> list[dict[str, Any]]:
 def _labels(run: FinishedRun) -> dict[str, Any] | None:
     """The summary over a sample of training queries, and some of them in full: those to which collective labels add
     relevant passages come first."""
-    if not all(exists(join(folder, MANIFEST)) for folder in (run.paths.labels, run.paths.embeddings)):
+    if not all(is_finished(folder) for folder in (run.paths.labels, run.paths.embeddings)):
         return None
     opened = LabelledRun.of(run)
     summary = summarize_labels(opened)

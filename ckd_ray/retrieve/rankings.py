@@ -1,8 +1,8 @@
 """Rankings on disk. Shapes: B queries, K = depth results a query.
 
 A part holds the rankings of consecutive queries of a split: `train-000012.parquet` with query_id, passage_id, rank
-(from 1), score, and the dense query_index and passage_index. `train.npy` is written from all parts: int32 (queries, K),
-passage indices best first, -1 where a ranking ends, for random access in training.
+(from 1), score, and the dense query_index and passage_index. `_rows/train.npy` is written from all parts: int32
+(queries, K), passage indices best first, -1 where a ranking ends, for random access in training.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
-from ckd_ray.files import filesystem_of, is_local, join, write_atomic
-from ckd_ray.ray_util.parts import part_file
+from ckd_ray.files import filesystem_of, first_present, is_local, join, write_atomic
+from ckd_ray.ray_util.parts import array_file, former_array_file, part_file
 
 # Parts that are read together: an object store takes a tenth of a second for each, whatever else it does.
 _READ_AT_ONCE = 32
@@ -75,7 +75,7 @@ def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int)
 
 
 def write_ranking_matrix(folder: str, split: str, spans: Sequence[tuple[int, int]], depth: int) -> None:
-    """Write `SPLIT.npy` from all parts, a few of them in memory at a time; the parts are consecutive."""
+    """Write `_rows/SPLIT.npy` from all parts, a few of them in memory at a time; the parts are consecutive."""
     shape = (spans[-1][1] if spans else 0, depth)
 
     def read(part: int) -> bytes:
@@ -90,12 +90,12 @@ def write_ranking_matrix(folder: str, split: str, spans: Sequence[tuple[int, int
                 for rows in pool.map(read, range(start, min(len(spans), start + _READ_AT_ONCE))):
                     stream.write(rows)
 
-    write_atomic(join(folder, f"{split}.npy"), write)
+    write_atomic(array_file(folder, split), write)
 
 
 def read_ranking_matrix(folder: str, split: str) -> npt.NDArray[Any]:
-    """`SPLIT.npy`, memory-mapped when it is local."""
-    uri = join(folder, f"{split}.npy")
+    """`_rows/SPLIT.npy`, memory-mapped when it is local."""
+    uri = first_present(array_file(folder, split), former_array_file(folder, split))
     fs, path = filesystem_of(uri)
     if is_local(uri):
         return np.load(path, mmap_mode="r", allow_pickle=False)

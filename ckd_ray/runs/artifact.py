@@ -1,16 +1,20 @@
-"""An artifact: a folder of a run with a `manifest.json`, made by one step, kept while its fingerprint holds.
+"""An artifact: a folder of a run with a `_manifest.json`, made by one step, kept while its fingerprint holds.
 
-While it is being made, the folder holds `making.json` with the fingerprint instead. A step that was stopped finds its
+While it is being made, the folder holds `_making.json` with the fingerprint instead. A step that was stopped finds its
 half-made folder by that and goes on in it; a folder of other settings or inputs is removed first.
 
 The manifest names every file with its bytes and its SHA-256. Every command compares the sizes; before a stage reads the
 files, their contents are verified too (`remove_altered`). The files of a store have checksums of their own
 (store/shard.py), which are verified whenever a passage is read.
+
+Other programs that read a folder of Parquet files pass over names that begin with `_`. Schemas 1 and 2 of the run
+directory (`record.py`) had the names without it, and these are still read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -22,6 +26,7 @@ from ckd_ray.files import (
     delete_inside,
     exists,
     filesystem_of,
+    first_present,
     join,
     make_folder,
     read_object,
@@ -32,7 +37,9 @@ from ckd_ray.progress import say
 from ckd_ray.runs.digests import digests_of
 from ckd_ray.runs.fingerprint import fingerprint as combined_fingerprint
 
-MANIFEST, MAKING = "manifest.json", "making.json"
+MANIFEST, MAKING = "_manifest.json", "_making.json"
+# The names in a run of an earlier version. A token store calls its own manifest so still.
+_FORMER = {MANIFEST: "manifest.json", MAKING: "making.json"}
 SCHEMA_VERSION = 1
 # The key of the fingerprint in both files. (`fingerprint` in a manifest is that of the contents, where the step that
 # wrote them has one.)
@@ -41,15 +48,48 @@ _FINGERPRINT = "made_of"
 _NOT_READ = ("metrics.jsonl", "training.json", "tensorboard/", "last/")
 
 
+def is_finished(uri: str) -> bool:
+    """True when the artifact has a manifest."""
+    return exists(manifest_file(uri))
+
+
+def manifest_file(uri: str) -> str:
+    """Where the manifest of an artifact is, or would be."""
+    return _present(uri, MANIFEST)
+
+
 def manifest_of(uri: str) -> dict[str, Any] | None:
     """The manifest of a finished artifact, else None."""
-    path = join(uri, MANIFEST)
-    return read_object(path) if exists(path) else None
+    for name in (MANIFEST, _FORMER[MANIFEST]):
+        with suppress(FileNotFoundError):
+            return read_object(join(uri, name))
+    return None
+
+
+def remove_manifest(uri: str) -> None:
+    """Make an artifact unfinished; its files stay."""
+    _remove(uri, MANIFEST)
+
+
+def _present(uri: str, name: str) -> str:
+    """The path of `MANIFEST` or `MAKING` in a folder, under its name or its former one."""
+    return first_present(join(uri, name), join(uri, _FORMER[name]))
+
+
+def _remove(uri: str, name: str) -> None:
+    for one in (name, _FORMER[name]):
+        delete(join(uri, one))
 
 
 def fingerprint_of(uri: str) -> str | None:
     """What a finished artifact was made of; None when it is not finished."""
     return (manifest_of(uri) or {}).get(_FINGERPRINT)
+
+
+def making_of(uri: str) -> str | None:
+    """What a half-made artifact is made of; None when nothing is being made there."""
+    path = _present(uri, MAKING)
+    return read_object(path).get(_FINGERPRINT) if exists(path) else None
 
 
 def content_fingerprint(uri: str) -> str | None:
@@ -98,7 +138,7 @@ def _damaged(uri: str, manifest: dict[str, Any]) -> list[str]:
 
 def _named(uri: str, manifest: dict[str, Any]) -> list[tuple[str, int]]:
     """Names and bytes of the files in a manifest. A damaged file is deleted, so no name may lead out of the folder."""
-    entries, where = manifest.get("files", []), join(uri, MANIFEST)
+    entries, where = manifest.get("files", []), manifest_file(uri)
     try:
         named = [(str(entry["name"]), int(entry["bytes"])) for entry in entries]
     except (TypeError, KeyError, ValueError) as error:
@@ -109,7 +149,12 @@ def _named(uri: str, manifest: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def make(
-    uri: str, fingerprint: str, work: Callable[[], dict[str, Any] | None], *, replace_atomically: bool = False
+    uri: str,
+    fingerprint: str,
+    work: Callable[[], dict[str, Any] | None],
+    *,
+    replace_atomically: bool = False,
+    digests: bool = True,
 ) -> bool:
     """Run `work` unless the artifact is there. Returns whether it ran. What killed writers have left is removed first.
 
@@ -118,6 +163,7 @@ def make(
             files. When it writes a manifest of its own (as the token store does), that one is extended.
         replace_atomically: `work` puts a new folder in the place of the former one, all at once. The former one stays
             until then, so a collection that cannot be read any more, or a training that is stopped, loses nothing.
+        digests: the manifest has checksums, for which all files are read again; else sizes alone.
     """
     if is_made(uri, fingerprint):
         return False
@@ -128,7 +174,7 @@ def make(
             delete(uri)
         make_folder(uri)
         write_json_atomic(join(uri, MAKING), {_FINGERPRINT: fingerprint})
-        delete(join(uri, MANIFEST))
+        _remove(uri, MANIFEST)
     extra = work() or {}
     own = manifest_of(uri) or {}
     manifest = {
@@ -137,10 +183,11 @@ def make(
         **own,
         **extra,
         _FINGERPRINT: fingerprint,
-        "files": own.get("files") or _with_digests(uri, _files(uri)),
+        "files": own.get("files") or (_with_digests(uri, _files(uri)) if digests else _files(uri)),
     }
     write_json_atomic(join(uri, MANIFEST), manifest)
-    delete(join(uri, MAKING))
+    _remove(uri, MAKING)
+    delete(join(uri, _FORMER[MANIFEST]))
     return True
 
 
@@ -149,7 +196,7 @@ def reopen(uri: str) -> None:
     manifest = manifest_of(uri)
     if manifest is not None:
         write_json_atomic(join(uri, MAKING), {_FINGERPRINT: manifest.get(_FINGERPRINT)})
-        delete(join(uri, MANIFEST))
+        _remove(uri, MANIFEST)
 
 
 def identity_of(uri: str) -> str:
@@ -180,7 +227,7 @@ def is_of(uri: str, role: str, model: str) -> bool:
 
 def _can_resume(uri: str, fingerprint: str) -> bool:
     """True when the folder's contents are of this fingerprint: half made, or finished and damaged since."""
-    making, manifest = join(uri, MAKING), manifest_of(uri)
+    making, manifest = _present(uri, MAKING), manifest_of(uri)
     known = read_object(making) if exists(making) else manifest
     if known is None or known.get(_FINGERPRINT) != fingerprint:
         return False
@@ -195,12 +242,13 @@ def _files(uri: str) -> list[dict[str, Any]]:
     fs, path = filesystem_of(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
     found = [(i.path[len(path.rstrip("/")) + 1 :], int(i.size)) for i in infos if i.type == pafs.FileType.File]
-    skipped = (MANIFEST, MAKING)
+    skipped = {*_FORMER, *_FORMER.values()}
     return [{"name": n, "bytes": size} for n, size in sorted(found) if n not in skipped]
 
 
 def _with_digests(uri: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries of a manifest with SHA-256, but for files of stores inside the folder, and for those not read."""
-    stores = tuple(e["name"].removesuffix(MANIFEST) for e in files if e["name"].endswith("/" + MANIFEST))
+    own = "/manifest.json"  # of a store (store/writing.py)
+    stores = tuple(e["name"].removesuffix(own[1:]) for e in files if e["name"].endswith(own))
     digests = digests_of(uri, {e["name"]: e["bytes"] for e in files if not e["name"].startswith(stores + _NOT_READ)})
     return [e | {"sha256": digests[e["name"]]} if e["name"] in digests else e for e in files]

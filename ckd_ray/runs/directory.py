@@ -12,6 +12,9 @@ from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.tracking import Tracking
 
 LABELS, COMPARE, TUNE = "labels", "compare", "tune"
+# In `corpus` the outside ids of all passages; below `queries` the labels. Programs that read these folders as tables
+# pass over names that begin with `_`.
+PASSAGE_IDS, QRELS = "_ids.arrow", "_qrels"
 # The winner of a search is a variant of the run.
 BEST = f"{TUNE}/best"
 

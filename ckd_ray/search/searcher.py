@@ -12,16 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ckd_ray.data import Collection
-from ckd_ray.errors import UserError
-from ckd_ray.files import exists, join, local_copy
+from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.model.tokenizer import ColBERTTokenizer
-from ckd_ray.runs.artifact import MANIFEST, is_of
-from ckd_ray.runs.directory import passage_store
 from ckd_ray.runs.finished import FinishedRun, reading
 from ckd_ray.search.scan import scan, winners
-from ckd_ray.store import EmbeddingStore
+from ckd_ray.search.stored import stored_passages
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,10 @@ class Searcher:
     """Answers queries with a run's student (or teacher) and its store. Every query reads the whole store (`scan`)."""
 
     def __init__(self, run: FinishedRun, system: str = "student") -> None:
-        paths = run.paths
-        folder, checkpoint = paths.embeddings_of(system), paths.checkpoint(system)
-        for needed in (join(checkpoint, "colbert.json"), join(passage_store(folder), MANIFEST)):
-            if not exists(needed):
-                stage = "embed" if system == "teacher" else "evaluate"
-                raise UserError(
-                    f"this run has no {system} to search with yet",
-                    where=paths.folder,
-                    expected=needed,
-                    fix=f"ckd-ray {stage}, with the configuration of this run, makes it",
-                )
-        if exists(join(checkpoint, MANIFEST)) and not is_of(folder, system, checkpoint):
-            raise UserError(
-                f"the {system} of this run was trained again after its passages were embedded",
-                where=paths.folder,
-                expected=f"embeddings of the {system} that is there now",
-                fix=f"ckd-ray {'embed' if system == 'teacher' else 'evaluate'}, with its configuration, makes them",
-            )
-        with reading(paths.folder):
-            self.collection = Collection.open(paths.root)
-            self.store = EmbeddingStore.open(passage_store(folder))
-        with local_copy(checkpoint) as local:
+        self.store = stored_passages(run, system)
+        with reading(run.paths.folder):
+            self.collection = Collection.open(run.paths.root)
+        with local_copy(run.paths.checkpoint(system)) as local:
             self.encoder = TextEncoder(ColBERT.from_pretrained(local))
 
     def search(self, query: str, top: int = 10) -> list[Hit]:

@@ -214,6 +214,11 @@ class Residual(Codec):
         """(T,) int32 centroids of coded rows."""
         return codes_TC[:, :_ID_BYTES].copy().view(np.int32).reshape(-1)
 
+    def packed_buckets(self, codes_TC: Bytes) -> Bytes:
+        """(T, D bits / 8): the buckets of coded rows; that of dimension j is at the bits (j * bits) % 8 and up of its
+        byte."""
+        return codes_TC[:, _ID_BYTES:]
+
     def decode(self, codes_TC: Bytes) -> Tensor:
         out = torch.empty(len(codes_TC), self.dim, dtype=torch.float16)
         step = 1 << 14  # keeps the float32 rows of a block in the cache

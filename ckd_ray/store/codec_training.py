@@ -14,6 +14,8 @@ from ckd_ray.store.spherical import spherical_kmeans
 
 # Rows that a centroid should be the mean of; with fewer rows k-means fits the sample instead of the corpus.
 SAMPLE_A_CENTROID = 40
+# Consecutive passages that are drawn together: few reads, spread over the corpus.
+_SPAN = 32
 _MOST_CENTROIDS = 1 << 17
 _MOST_SAMPLED = 1 << 23
 _KMEANS_ITERATIONS = 6
@@ -36,6 +38,26 @@ def choose_centroids(num_tokens: int) -> int:
 def sample_size(num_tokens: int) -> int:
     """Rows to train on for a store of about `num_tokens`; bounded (8 million) whatever the corpus."""
     return min(num_tokens, SAMPLE_A_CENTROID * choose_centroids(num_tokens), _MOST_SAMPLED)
+
+
+def sample_spans(num_passages: int, seed: int) -> list[tuple[int, int]]:
+    """(first, stop) of the passages to learn from, ascending: enough for the codec of a corpus of this size.
+
+    Passages count as 64 tokens here; the true number is known, and used, once the sample is embedded.
+    """
+    wanted = -(-sample_size(64 * num_passages) // 64)
+    starts = np.arange(0, num_passages, _SPAN)
+    count = min(len(starts), -(-wanted // _SPAN))
+    chosen = np.sort(np.random.default_rng(seed).choice(starts, count, replace=False)).tolist()
+    return [(first, min(first + _SPAN, num_passages)) for first in chosen]
+
+
+def learn_codec(name: str, rows_SD: Tensor, num_tokens: int, seed: int = 17) -> Residual:
+    """`train_codec` with the centroids that suit a store of `num_tokens`, or fewer where the sample is small."""
+    centroids = choose_centroids(num_tokens)
+    while centroids * SAMPLE_A_CENTROID > 2 * len(rows_SD) and centroids > 1:
+        centroids //= 2
+    return train_codec(name, rows_SD, centroids, seed)
 
 
 def train_codec(name: str, rows_SD: Tensor, num_centroids: int, seed: int = 17) -> Residual:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,10 @@ class EmbeddingStore:
         if len(self._open) > self._most_open:
             return False
         return self._cache is None or sum(s.codes.nbytes for s in self._open.values()) <= self._cache.limit
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, stop) of the passages of every shard."""
+        return list(pairwise([*self.firsts.tolist(), self.num_passages]))
 
     def shard_tokens(self, i: int) -> int:
         """Rows of shard `i`, from the manifest."""

@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str) -> Path:
         settings=settings,
     )
     label_part(job, None, 0, 0, 24)
-    write_json_atomic(str(made / "labels" / "manifest.json"), {"queries_per_part": 256})
+    write_json_atomic(str(made / "labels" / "_manifest.json"), {"queries_per_part": 256})
     return made
 
 
@@ -159,10 +159,10 @@ def test_a_search_s_winner_has_labels_and_settings_of_its_own(run: Path, tmp_pat
         settings=settings,
     )
     label_part(part, None, 0, 0, 24)
-    write_json_atomic(str(labels / "manifest.json"), {"queries_per_part": 256, "made_of": "m", "seconds": 4321.0})
+    write_json_atomic(str(labels / "_manifest.json"), {"queries_per_part": 256, "made_of": "m", "seconds": 4321.0})
     assert len(inspect_query(str(winner), "q0")["feedback"]) == 1
     assert len(inspect_query(str(made), "q0")["feedback"]) == 3
-    write_json_atomic(str(made / "embeddings" / "manifest.json"), {"made_of": "m"})
+    write_json_atomic(str(made / "embeddings" / "_manifest.json"), {"made_of": "m"})
     facts = gather(open_finished(str(winner)))
     assert facts.labels
     assert {(len(f["feedback"]), f["settings"]["temperature"]) for f in facts.labels["examples"]} == {(1, 3.0)}

@@ -84,7 +84,7 @@ def _resumes(again: Config, run: Path, table: dict) -> None:
     assert run_compare(again) == table
     changed = {name for name, when in times(run).items() if before.get(name) != when}
     assert {Path(name).name for name in changed} <= {"run.json", "table.json", "table.md"}
-    os.remove(run / "compare" / "collective-5" / "evaluation" / "manifest.json")
+    os.remove(run / "compare" / "collective-5" / "evaluation" / "_manifest.json")
     run_compare(again)
     changed = {name for name, when in times(run).items() if before.get(name) != when}
     assert any(name.startswith("compare/collective-5/evaluation") for name in changed)

@@ -59,7 +59,7 @@ def kill_one_scorer(job: CrossEncoderJob, killed: list[int]) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.02)
-        if not any(Path(job.out).glob("*.npy")):
+        if not any(Path(job.out).glob("_rows/*.npy")):
             continue  # looking through all processes is dear, and would slow down what is waited for
         for process in psutil.Process().children(recursive=True):  # this session's Ray only
             if "PartScorer" in " ".join(process.cmdline()):
@@ -82,7 +82,7 @@ def test_the_stage_has_the_model_s_scores_though_an_actor_dies(
     size, pairs = score_candidates(job, CrossEncoderConfig(actors=1), QUERIES)
     killer.join()
     assert killed and size == 2 and pairs == QUERIES * (1 + DEPTH)
-    write_json_atomic(os.path.join(job.out, "manifest.json"), {"queries_per_part": size})
+    write_json_atomic(os.path.join(job.out, "_manifest.json"), {"queries_per_part": size})
     rows = pa.concat_tables(pq.read_table(p) for p in sorted(Path(job.out).glob("*.parquet"))).to_pylist()
     wanted = {(f"q{i}", f"p{i + j}") for i in range(QUERIES) for j in (0, *range(9, 9 - DEPTH, -1))}
     assert len(rows) == len(wanted) and {(r["query_id"], r["passage_id"]) for r in rows} == wanted
@@ -96,12 +96,12 @@ def test_the_stage_has_the_model_s_scores_though_an_actor_dies(
             logits = model(**tokenizer(*pair, truncation=True, max_length=48, return_tensors="pt")).logits[0]
         assert row["score"] == pytest.approx(float(logits[1] - logits[0]), abs=1e-4)
     # Again, with one part missing: that one alone is made, and comes out the same.
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(job.out).glob("train-*.npy")}
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(job.out).glob("_rows/train-*.npy")}
     os.remove(os.path.join(job.out, "train-000001.parquet"))
     # With as many threads as before: on some processors their number moves the last bit of a product.
     assert score_candidates(job, CrossEncoderConfig(actors=1), QUERIES) == (2, 2 * (1 + DEPTH))
     for name, (changed, data) in before.items():
-        path = Path(job.out, name)
+        path = Path(job.out, "_rows", name)
         assert path.read_bytes() == data
         assert (path.stat().st_mtime_ns == changed) == (name != "train-000001.npy")
     assert agreed_precision(job.out, CrossEncoderConfig()) == ("fp32", "on CPUs")

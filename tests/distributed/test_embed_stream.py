@@ -18,13 +18,14 @@ import ckd_ray.ray_util.through_pool as through_pool
 from ckd_ray.checks import load_config
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection, build_collection
-from ckd_ray.embed.learn_codec import sample_spans, with_codec
+from ckd_ray.embed.learn_codec import with_codec
 from ckd_ray.embed.stream import EmbedJob, embed_texts
 from ckd_ray.errors import JobError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.encoder import Encoded, TextEncoder
 from ckd_ray.ray_util.actor_pool import Pool
 from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.codec_training import sample_spans
 from tests.support import write_collection
 
 

@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_coll
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("train-*"))}
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("train-*"))}
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     for shards in (1, 4, 16):
         store = EmbeddingStore.open(str(storage / f"store-{shards}"))
         mine = replace(job, passages=store.uri, out=str(storage / f"cells-{shards}"))
-        cells = find_special_cells(f"{mine.out}/special_cells.safetensors", mine, seed=17)
+        cells = find_special_cells(f"{mine.out}/_special_cells.safetensors", mine, seed=17)
         label(mine, EstimatedVotes(cells), 24)
         found["estimate"].append(files(Path(mine.out)))
     for way, results in found.items():
@@ -72,10 +72,10 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     # A part that is missing, or its array, is made again, alone.
     out = storage / "cells-4"
     (out / "train-000001.parquet").unlink()
-    (out / "train-000002.npy").unlink()
-    kept = (out / "train-000000.npy").stat().st_mtime_ns
+    (out / "_rows" / "train-000002.npy").unlink()
+    kept = (out / "_rows" / "train-000000.npy").stat().st_mtime_ns
     label(mine := replace(mine, passages=str(storage / "store-4"), out=str(out)), EstimatedVotes(cells), 24)
-    assert files(out) == found["estimate"][0] and (out / "train-000000.npy").stat().st_mtime_ns == kept
+    assert files(out) == found["estimate"][0] and (out / "_rows" / "train-000000.npy").stat().st_mtime_ns == kept
 
 
 def test_the_stage_labels_by_the_estimate_and_suggests(
@@ -86,7 +86,7 @@ def test_the_stage_labels_by_the_estimate_and_suggests(
     reports = run_stages(load_config(None, values), until="label")
     assert reports[-1].figures["votes"] == "estimate"
     run = tmp_path / "tiny"
-    assert (run / "labels" / "special_cells.safetensors").exists()
+    assert (run / "labels" / "_special_cells.safetensors").exists()
     tokens = pq.read_table(run / "labels" / "train-000000.parquet")["token_ids"].to_pylist()
     assert any(tokens)
     settings = SuggestSettings(top=20, least=0.01)

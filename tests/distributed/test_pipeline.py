@@ -71,7 +71,7 @@ def test_what_the_targets_were_like_is_recorded(finished: Path) -> None:
     for record in map(json.loads, lines):
         assert 0 < record["target_entropy"] <= math.log(7) + 1e-6
         assert 0 < record["target_entropy_share"] <= 1 and 0 <= record["label_mass"] <= 1
-    figures = json.loads((finished / "tiny" / "student" / "manifest.json").read_text())["figures"]
+    figures = json.loads((finished / "tiny" / "student" / "_manifest.json").read_text())["figures"]
     assert figures["target_entropy"] > 0 and figures["score_scale"] > 0
     assert b"distill/label_mass" in next((finished / "tiny" / "student" / "tensorboard").iterdir()).read_bytes()
 
@@ -167,7 +167,7 @@ def test_the_baselines_leave_measures_and_runs_and_a_table(finished: Path) -> No
     for name in ("encoder", "bm25"):
         files = {path.name for path in (run_folder / "baselines" / name).iterdir()}
         splits = {f"{name}.{split}.{kind}" for split in ("dev", "test") for kind in ("run", "per_query.json")}
-        assert files == {"manifest.json", "measures.json", *splits}
+        assert files == {"_manifest.json", "measures.json", *splits}
     assert [p.name for p in sorted((run_folder / "baselines").iterdir())] == ["bm25", "encoder"]
     table = json.loads((run_folder / "evaluation" / "table.json").read_text())
     measures = json.loads((run_folder / "evaluation" / "measures.json").read_text())["splits"]
@@ -193,7 +193,7 @@ def test_a_backbone_that_is_a_colbert_model_is_no_baseline(
     assert found.folders == {} and "late-interaction (ColBERT) model (ckd-ray)" in found.left_out["encoder"]
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("baselines:")]
     assert said == [f"baselines: encoder is left out: {found.left_out['encoder']}"]
-    assert (finished / "tiny/baselines/encoder/manifest.json").exists(), "that of the other backbone stays"
+    assert (finished / "tiny/baselines/encoder/_manifest.json").exists(), "that of the other backbone stays"
 
 
 def test_student_is_a_checkpoint_that_transformers_reads(finished: Path) -> None:
@@ -212,7 +212,12 @@ def test_a_second_run_does_nothing(finished: Path, tiny_backbone: str, tiny_coll
     assert all(r.skipped for r in reports)
 
 
-ALTERED = ("corpus/part-00000.parquet", "queries/train.parquet", "rankings/train-000000.parquet", "rankings/train.npy")
+ALTERED = (
+    "corpus/part-00000.parquet",
+    "queries/train.parquet",
+    "rankings/train-000000.parquet",
+    "rankings/_rows/train.npy",
+)
 
 
 def test_altered_files_are_made_again_before_they_are_read(
@@ -220,7 +225,7 @@ def test_altered_files_are_made_again_before_they_are_read(
 ) -> None:
     """One bit of each; they are named, and what comes out is what came out before."""
     shutil.copytree(finished / "tiny", tmp_path / "tiny")
-    kept = [*ALTERED, "labels/train-000000.parquet", "labels/train-000000.npy"]
+    kept = [*ALTERED, "labels/train-000000.parquet", "labels/_rows/train-000000.npy"]
     before = {name: (tmp_path / "tiny" / name).read_bytes() for name in kept}
     for name in ALTERED:
         flip_bit(tmp_path / "tiny" / name, len(before[name]) // 2)
@@ -287,11 +292,11 @@ def test_queries_of_another_time_than_the_corpus_are_noticed(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(build, "_write_manifest", killed)
         run(tmp_path, tiny_backbone, tiny_collection, "collection.limit=30", until="collection")
-    before = (finished / "tiny/queries/manifest.json").read_bytes()
-    assert (tmp_path / "tiny/queries/manifest.json").read_bytes() != before
+    before = (finished / "tiny/queries/_manifest.json").read_bytes()
+    assert (tmp_path / "tiny/queries/_manifest.json").read_bytes() != before
     reports = run(tmp_path, tiny_backbone, tiny_collection, start="retrieve", until="retrieve")
     assert [r.name for r in reports if not r.skipped] == ["collection", "retrieve"]
-    assert (tmp_path / "tiny/queries/manifest.json").read_bytes() == before
+    assert (tmp_path / "tiny/queries/_manifest.json").read_bytes() == before
 
 
 @pytest.mark.soak

@@ -63,10 +63,10 @@ def test_a_search_shares_what_is_upstream_and_leaves_a_configuration(
     assert not list((run / "checkpoints").glob("distill-*")) and not list((run / "tune").rglob("student-*"))
     assert json.loads((run / "run.json").read_text())["config"]["label"]["clusters"] == 8
     _first_pass_is_the_teacher_s_own_ranking(config, summary)
-    before = (run / "tune" / "trials.parquet").stat().st_mtime_ns, (run / "embeddings" / "manifest.json").stat()
+    before = (run / "tune" / "trials.parquet").stat().st_mtime_ns, (run / "embeddings" / "_manifest.json").stat()
     again = run_tune(config)
     assert again["trials"] == summary["trials"] and again["best"] == summary["best"]
-    assert (run / "embeddings" / "manifest.json").stat().st_mtime_ns == before[1].st_mtime_ns
+    assert (run / "embeddings" / "_manifest.json").stat().st_mtime_ns == before[1].st_mtime_ns
 
 
 def _the_tracker_has_a_run_for_each_trial(run: Path, trials: list[dict]) -> None:

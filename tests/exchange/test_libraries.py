@@ -46,11 +46,10 @@ def python_of(library: str) -> str:
     return str(python)
 
 
-def ask(library: str, *arguments: str) -> None:
-    """Run in_library.py in the library's environment, without ours on its path."""
+def ask(library: str, *arguments: str, script: str = "in_library.py") -> None:
+    """Run a script of this folder in the library's environment, without ours on its path."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("in_library.py")
-    command = [python_of(library), str(script), library, *arguments]
+    command = [python_of(library), str(Path(__file__).with_name(script)), library, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -440,7 +440,7 @@ _FINISHED: list[tuple[str, str, str, Content]] = [
     ("report", "a configuration that is a number", "run.json", '{"config": 7}'),
     ("report", "measures without splits", "evaluation/measures.json", '{"split": "dev"}'),
     ("report", "a comparison of words", "evaluation/comparison.json", '{"dev": {"MRR@10": {"teacher": "high"}}}'),
-    ("report", "a collection's manifest without rows", "corpus/manifest.json", '{"splits": {}}'),
+    ("report", "a collection's manifest without rows", "corpus/_manifest.json", '{"splits": {}}'),
     ("report", "losses that are no JSON", "student/metrics.jsonl", "loss 0.5\n"),
     ("report", "a run that is no TREC run", "evaluation/student.dev.run", "PAR1\n"),
     ("evaluate --against", "no values of queries", "evaluation/student.dev.per_query.json", "[]"),
@@ -451,7 +451,7 @@ _FINISHED: list[tuple[str, str, str, Content]] = [
     ("search", "a shard that is empty", "student_embeddings/passages/shard-000001.arrow", b""),
     ("search", "a shard that is text", "student_embeddings/passages/shard-000001.arrow", "hello"),
     ("search", "no student", "student/colbert.json", None),
-    ("export", "a student that was not finished", "student/manifest.json", None),
+    ("export", "a student that was not finished", "student/_manifest.json", None),
     ("export", "a student without weights", "student/model.safetensors", None),
 ]  # fmt: skip
 

@@ -253,7 +253,7 @@ def many_queries(folder: Path, queries: int) -> dict[str, Any]:
         "queries": queries,
         "parts": len(spans),
         "expansion_embeddings": expansions,
-        "label_gib": round(sum(file.stat().st_size for file in labels.iterdir()) / 2**30, 2),
+        "label_gib": round(sum(file.stat().st_size for file in labels.rglob("*.*")) / 2**30, 2),
         "seconds": round(seconds, 1),
         "queries_per_second": round(queries / seconds, 1),
         **watch.figures(),

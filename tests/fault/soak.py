@@ -245,17 +245,18 @@ class Soak:
         """While no command runs: one bit of a file that a finished stage has written, outside of stores."""
         folders = {"corpus": "collection", "queries": "collection", "teacher": "teacher", "rankings": "retrieve"}
         folders |= {"labels": "label", "student": "distill"}
-        finished = [storage / "tiny" / f for f in folders if (storage / "tiny" / f / "manifest.json").exists()]
+        finished = [storage / "tiny" / f for f in folders if (storage / "tiny" / f / "_manifest.json").exists()]
         found = [
-            p for f in finished for p in f.iterdir() if p.name != "manifest.json" and p.is_file() and p.stat().st_size
+            p for f in finished for p in f.rglob("*") if p.name != "_manifest.json" and p.is_file() and p.stat().st_size
         ]
-        if not found or (storage / "tiny" / "evaluation" / "manifest.json").exists():
+        if not found or (storage / "tiny" / "evaluation" / "_manifest.json").exists():
             return []  # when all is done, no stage reads what those before it have written
         path = self.rng.choice(sorted(found))
         at = self.rng.randrange(path.stat().st_size)
         flip_bit(path, at, self.rng.randrange(8))
         print(f"  run {number}: {ALTERED}: {path.relative_to(storage)} byte {at}", flush=True)
-        return [Fault(ALTERED, folders[path.parent.name], number, 0.0, f"{path.relative_to(storage)} byte {at}")]
+        stage = folders[path.relative_to(storage / "tiny").parts[0]]
+        return [Fault(ALTERED, stage, number, 0.0, f"{path.relative_to(storage)} byte {at}")]
 
     def _judge_stop(self, code: int, lines: list[str], mine: list[Fault], before: int) -> str:
         """Note with the last fault that the command stopped; what was wrong with how it did. The faults from number

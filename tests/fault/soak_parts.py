@@ -186,7 +186,7 @@ class Job:
 
 def digests(run: Path) -> dict[str, str]:
     """Every file of the run but its manifests, which hold times."""
-    skipped = ("manifest.json", "making.json")
+    skipped = ("_manifest.json", "_making.json")
     files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.name not in skipped]
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

@@ -20,6 +20,7 @@ from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import (
+    copy_folder,
     delete,
     exists,
     filesystem_of,
@@ -43,8 +44,10 @@ from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.runs import lock
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.runs.lock import run_lock
+from ckd_ray.search.export import export_stored
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16
+from tests.labelled import ranked_run
 from tests.support import overrides
 
 moto_server = pytest.importorskip("moto.server")
@@ -131,7 +134,8 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     passages = [np.array([7, 3]), np.empty(0, np.int64)]
     write_scores(folder, "dev", 0, query_ids=ids, passages=passages, scores=scores, passage_ids=["x", "y"])
     assert [v.tolist() for v in CrossScores(folder, "dev", 2).of_query(0)] == [[3, 7], [1.0, 2.0]]
-    assert {"dev-000000.npy", "dev-000000.parquet", "train-000000.npy", "train-000000.parquet"} == set(names(folder))
+    stems = ("dev-000000", "train-000000")
+    assert set(names(folder)) == {f"{s}.parquet" for s in stems} | {f"_rows/{s}.npy" for s in stems}
 
     run = join(bucket, "runs", "mine")
     write_json_atomic(join(run, "run.json"), {"config": {}})
@@ -263,10 +267,27 @@ def test_a_remote_collection(
     damaged[len(damaged) // 2] ^= 1
     copy.write_bytes(damaged)
     assert Collection.open(run).passage_ids([59, 0, 30]) == ["p59", "p0", "p30"]
-    write_atomic(join(run, "corpus", "ids.arrow"), lambda stream: stream.write(damaged))
+    write_atomic(join(run, "corpus", "_ids.arrow"), lambda stream: stream.write(damaged))
     copy.unlink()
     with pytest.raises(JobError, match="not the file that its manifest names"):
         Collection.open(run).passage_ids([0])
+
+
+def test_embeddings_are_exported_from_and_to_an_object_store(
+    bucket: str, cache: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    """A run that was copied there gives the same files inside itself as at home."""
+    ranked_run(tmp_path, tiny_backbone, tiny_collection)
+    home, remote = str(tmp_path / "tiny"), join(bucket, "exported")
+    copy_folder(home, remote)
+    for what, fmt in (("vectors", "parquet"), ("index", "fast-plaid")):
+        here = export_stored(home, what, fmt, system="teacher")
+        there = export_stored(remote, what, fmt, system="teacher")
+        assert there == {**here, "out": join(remote, "exports", f"teacher-{what}-{fmt}")}
+        files = {p.name: p.read_bytes() for p in Path(here["out"]).iterdir() if p.name != "_manifest.json"}
+        with local_copy(there["out"]) as copied:
+            assert {p.name: p.read_bytes() for p in Path(copied).iterdir() if p.name != "_manifest.json"} == files
+        assert export_stored(remote, what, fmt, system="teacher") == there
 
 
 @pytest.mark.slow

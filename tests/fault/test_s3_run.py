@@ -127,7 +127,7 @@ def test_a_run_survives_the_loss_of_its_process_and_of_the_server_and_goes_on_el
     assert 3 <= len(before) < 15, "the kill came too late to mean anything"
 
     process = second.train(server.uri)
-    wait_for(process, lambda: "runs/tiny/rankings/manifest.json" in server.objects())
+    wait_for(process, lambda: "runs/tiny/rankings/_manifest.json" in server.objects())
     server.kill()
     time.sleep(5)
     assert process.poll() is None, "the outage was over before anybody noticed"

@@ -65,10 +65,10 @@ def test_missing_files_and_those_of_another_size_are_told_too(tmp_path: Path) ->
 
 def test_a_manifest_without_digests_vouches_for_sizes(tmp_path: Path) -> None:
     folder = filled(tmp_path / "artifact")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "_manifest.json").read_text())
     for entry in manifest["files"]:
         entry.pop("sha256", None)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "_manifest.json").write_text(json.dumps(manifest))
     flip_bit(folder / "a", 0)
     assert remove_altered(str(folder)) == []
 
@@ -100,9 +100,9 @@ def failing() -> dict[str, Any]:
 
 
 def test_a_killed_command_leaves_a_folder_to_go_on_in(tmp_path: Path) -> None:
-    """Killed between writing the one and removing the other of manifest.json and making.json, at either end."""
+    """Killed between writing the one and removing the other of _manifest.json and _making.json, at either end."""
     folder = filled(tmp_path / "artifact")
-    (folder / "making.json").write_text(json.dumps({"made_of": "f"}))
+    (folder / "_making.json").write_text(json.dumps({"made_of": "f"}))
     assert is_made(str(folder), "f")
     (folder / "a").write_text("cut")
     kept = (folder / "passages" / "shard-0").stat().st_mtime_ns
@@ -114,7 +114,7 @@ def test_a_killed_command_leaves_a_folder_to_go_on_in(tmp_path: Path) -> None:
 
     assert make(str(folder), "f", work)  # type: ignore[arg-type]
     assert found == [False, True, True] and (folder / "passages" / "shard-0").stat().st_mtime_ns == kept
-    assert not (folder / "making.json").exists()
+    assert not (folder / "_making.json").exists()
 
 
 def test_a_reopened_artifact_gets_further_files(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_co
 
 def imported(ranked: str, path: Path, out: Path) -> Coverage:
     size, coverage = import_scores(str(path), str(out), CandidateReader(ranked, 1, DEPTH), ranked)
-    write_json_atomic(str(out / "manifest.json"), {"queries_per_part": size})
+    write_json_atomic(str(out / "_manifest.json"), {"queries_per_part": size})
     return coverage
 
 

@@ -358,7 +358,7 @@ def test_ids_are_taken_without_a_copy_of_all(tmp_path: Path) -> None:
         assert c.passage_ids(asked) == [f"p{i + 1}" for i in asked]
     finally:
         pa.set_memory_pool(before)
-    assert pool.max_memory() < (tmp_path / "out" / "corpus" / "ids.arrow").stat().st_size / 4
+    assert pool.max_memory() < (tmp_path / "out" / "corpus" / "_ids.arrow").stat().st_size / 4
     with pytest.raises(IndexError):
         c.passage_ids([20_000])
 

@@ -193,7 +193,7 @@ def test_counts_of_the_manifest_add_up(tmp_path: Path) -> None:
         "msmarco", tmp_path, {"collection.tsv": "".join(f"p{i}\t{'' if i % 10 == 5 else i}\n" for i in range(5000))}
     )
     rows = {f["name"]: f["rows"] for f in c.manifest["files"]}
-    assert rows == {"ids.arrow": 5000, "part-00000.parquet": 5000} and c.manifest["rows"] == 5000
+    assert rows == {"_ids.arrow": 5000, "part-00000.parquet": 5000} and c.manifest["rows"] == 5000
     assert c.manifest["empty_passages"] == 500 and c.manifest["limit"] is None
     assert c.manifest["bytes"] == sum(f["bytes"] for f in c.manifest["files"])
 

@@ -54,8 +54,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_colle
         )
         label_part(job, None, 0, 0, QUERIES)
         manifest = {**manifest_of_labels(256, "train", settings.depths), "made_of": "m"}
-        write_json_atomic(str(made / folder / "manifest.json"), manifest)
-    write_json_atomic(str(made / "embeddings" / "manifest.json"), {"made_of": "m"})
+        write_json_atomic(str(made / folder / "_manifest.json"), manifest)
+    write_json_atomic(str(made / "embeddings" / "_manifest.json"), {"made_of": "m"})
     return made
 
 
@@ -114,7 +114,7 @@ def test_weights_equal_the_literal_version(beta: float | str, depths: int) -> No
 
 
 def test_each_block_is_the_labels_of_its_depth(run: Path) -> None:
-    both, one, three = (np.load(run / folder / f"{NAME}.npy") for folder in ("labels", "one", "three"))
+    both, one, three = (np.load(run / folder / "_rows" / f"{NAME}.npy") for folder in ("labels", "one", "three"))
     assert one.shape[1] == CLUSTERS and np.array_equal(both, np.concatenate([one, three], axis=1))
     assert not np.array_equal(one, three)
     found, *alone = (pq.read_table(run / f / f"{NAME}.parquet").to_pylist() for f in ("labels", "one", "three"))
@@ -124,11 +124,11 @@ def test_each_block_is_the_labels_of_its_depth(run: Path) -> None:
         assert row["depths"] == [1] * len(first["idf"]) + [3] * len(second["idf"]) and "depths" not in first
         assert row["query_id"] == first["query_id"] and row["feedback_ids"] == second["feedback_ids"]
         assert len(row["feedback_ids"]) == 3
-    assert json.loads((run / "labels" / "manifest.json").read_text())["feedback_passages"] == [1, 3]
+    assert json.loads((run / "labels" / "_manifest.json").read_text())["feedback_passages"] == [1, 3]
 
 
 def test_a_list_of_one_depth_is_that_depth(run: Path) -> None:
-    for name in (f"{NAME}.npy", f"{NAME}.parquet", "manifest.json"):
+    for name in (f"_rows/{NAME}.npy", f"{NAME}.parquet", "_manifest.json"):
         assert (run / "listed" / name).read_bytes() == (run / "three" / name).read_bytes()
     assert manifest_of_labels(5, "train", (3,)) == {"queries_per_part": 5, "split": "train"}
 

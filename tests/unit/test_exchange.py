@@ -301,7 +301,7 @@ def test_a_files_change_is_noticed(model: ColBERT, tmp_path: Path) -> None:
 def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     model.save(run / "student")
-    (run / "student" / "manifest.json").write_text("{}")
+    (run / "student" / "_manifest.json").write_text("{}")
     config = {"run": {"name": "mine", "seed": 5}, "model": {"backbone": "/home/someone/secret/bert-tiny"}}
     config |= {"collection": {"path": "/home/someone/data"}, "teacher": {"steps": 7}, "label": {"voters": 10}}
     config |= {"distill": {"objective": "collective", "temperature": 0.25}}
@@ -313,7 +313,7 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
     assert export_run(str(run), "pylate")["measures"] == {}, "an unfinished evaluation says nothing"
     write_student_card(RunDir(str(run)))  # at the end of the evaluation, before its manifest
     assert "| dev | 2 | 0.3125 |" in (run / "student" / "README.md").read_text()
-    (run / "evaluation" / "manifest.json").write_text("{}")
+    (run / "evaluation" / "_manifest.json").write_text("{}")
     written = export_run(str(run), "pylate")  # over the earlier export
     card = (Path(written["out"]) / "README.md").read_text()
     assert written["out"] == str(run / "exports" / "pylate") and "| dev | 2 | 0.3125 |" in card

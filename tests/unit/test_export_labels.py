@@ -9,14 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.config import LabelConfig
 from ckd_ray.errors import UserError
-from ckd_ray.files import write_json_atomic
 from ckd_ray.inspection.export_labels import export_labels
 from ckd_ray.inspection.labelled_run import LabelledRun
-from ckd_ray.labels.files import manifest_of_labels
-from ckd_ray.labels.stage import LabelJob, label_part
-from tests.labelled import ranked_run
+from tests.labelled import labelled_run
 
 WIDTH = 6
 
@@ -24,18 +20,7 @@ WIDTH = 6
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> str:
     """A labelled run of 24 queries, ranked to a depth of 20, of which training draws from 15."""
-    storage = tmp_path_factory.mktemp("exported")
-    ranked_run(storage, tiny_backbone, tiny_collection)
-    made = storage / "tiny"
-    settings = LabelConfig(feedback_passages=3, clusters=8, token_vote="feedback")
-    job = LabelJob(
-        run=str(made), split="train", checkpoint=str(made / "teacher"), passages=str(made / "embeddings" / "passages"),
-        rankings=str(made / "rankings"), out=str(made / "labels"), settings=settings,
-    )  # fmt: skip
-    label_part(job, None, 0, 0, 24)
-    manifest = {**manifest_of_labels(256, "train", settings.depths), "made_of": "m"}
-    write_json_atomic(str(made / "labels" / "manifest.json"), manifest)
-    return str(made)
+    return labelled_run(tmp_path_factory.mktemp("exported"), tiny_backbone, tiny_collection)
 
 
 def wanted(run: str, query: int) -> list[tuple[str, float, bool]]:

@@ -187,7 +187,7 @@ def test_baselines_are_not_measured_again_for_another_student(tmp_path: Path) ->
         assert all(a != b for a, b in zip(both((path, value)), own, strict=True)), path
     changed_encoder = both(("model.backbone", "other"))
     assert changed_encoder[0] != own[0] and changed_encoder[1] == own[1]
-    write_json_atomic(str(tmp_path / "r/corpus/manifest.json"), {"fingerprint": "other"})
+    write_json_atomic(str(tmp_path / "r/corpus/_manifest.json"), {"fingerprint": "other"})
     assert all(a != b for a, b in zip(both(), own, strict=True))
 
 

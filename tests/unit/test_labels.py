@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> tuple[str, list[Expansions]]:
             expansions=part,
             clusters=CLUSTERS,
         )
-    (tmp_path / "manifest.json").write_text(f'{{"queries_per_part": {A_PART}}}')
+    (tmp_path / "_manifest.json").write_text(f'{{"queries_per_part": {A_PART}}}')
     return str(tmp_path), parts
 
 
@@ -87,7 +87,7 @@ def test_an_object_store_is_read_row_by_row(
 
 
 def test_a_short_file_and_a_wrong_query_are_named(folder: tuple[str, list[Expansions]]) -> None:
-    path = Path(folder[0]) / f"{part_name('train', 2)}.npy"
+    path = Path(folder[0]) / "_rows" / f"{part_name('train', 2)}.npy"
     os.truncate(path, path.stat().st_size - 4)
     reader = ExpansionReader.open(folder[0], "train")
     with pytest.raises(JobError, match=r"train-000002\.npy: shorter"):

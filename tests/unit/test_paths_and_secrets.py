@@ -47,7 +47,7 @@ def test_a_manifest_deletes_nothing_elsewhere(tmp_path: Path, name: str) -> None
     (folder / "link").symlink_to(tmp_path / "run")
     named = str(precious) if name == "ABSOLUTE" else name
     files = [{"name": named, "bytes": 1}]
-    (folder / "manifest.json").write_text(json.dumps({"made_of": "f", "files": files}))
+    (folder / "_manifest.json").write_text(json.dumps({"made_of": "f", "files": files}))
     with pytest.raises(UserError, match="leads out of its folder"):
         make(str(folder), "f", lambda: None)
     assert precious.read_text() == "mine"
@@ -64,7 +64,7 @@ def test_a_linked_artifact_is_an_artifact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("files", ["x", [1], [{"name": "a"}], [{"name": "a", "bytes": "many"}], {"a": 1}])
 def test_a_damaged_list_of_files_is_said(tmp_path: Path, files: object) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"made_of": "f", "files": files}))
+    (tmp_path / "_manifest.json").write_text(json.dumps({"made_of": "f", "files": files}))
     with pytest.raises(UserError, match="its list of files is damaged"):
         make(str(tmp_path), "f", lambda: None)
 
@@ -72,7 +72,7 @@ def test_a_damaged_list_of_files_is_said(tmp_path: Path, files: object) -> None:
 @pytest.mark.parametrize("splits", [{"../../x": {}}, {"train": {}, "/etc/passwd": {}}, ["train"], None])
 def test_a_collection_s_splits_are_no_paths(tmp_path: Path, splits: object) -> None:
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps({"rows": 1, "splits": splits}))
+    (tmp_path / "corpus" / "_manifest.json").write_text(json.dumps({"rows": 1, "splits": splits}))
     with pytest.raises(UserError, match="not a collection's manifest"):
         Collection.open(str(tmp_path))
 

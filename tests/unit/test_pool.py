@@ -100,7 +100,7 @@ def test_tiny_shards_are_refused_before_anything_is_trained(tmp_path: Path, monk
     monkeypatch.setattr("ckd_ray.embed.stream._MOST_SHARDS", 50)
     with pytest.raises(UserError, match=r"found: 1: 60 shards for 60 texts"):
         run_stages(config)
-    assert not (tmp_path / "tiny" / "teacher").exists() and (tmp_path / "tiny" / "corpus" / "manifest.json").exists()
+    assert not (tmp_path / "tiny" / "teacher").exists() and (tmp_path / "tiny" / "corpus" / "_manifest.json").exists()
 
 
 def test_shards_cover_the_corpus_once() -> None:

@@ -264,15 +264,18 @@ def test_shards_that_the_cache_may_not_hold_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_part_is_there_with_its_array(tmp_path: Path) -> None:
+    (tmp_path / "_rows").mkdir()
     for name in (
-        "train-000000.npy",
+        "_rows/train-000000.npy",
         "train-000000.parquet",
         "train-000001.parquet",
-        "train-000002.npy",
-        "manifest.json",
+        "_rows/train-000002.npy",
+        "train-000003.npy",  # where an earlier version has put it
+        "train-000003.parquet",
+        "_manifest.json",
     ):
         (tmp_path / name).touch()
-    assert parts_present(str(tmp_path)) == {"train-000000.parquet"}
+    assert parts_present(str(tmp_path)) == {"train-000000.parquet", "train-000003.parquet"}
     assert parts_present(str(tmp_path / "missing")) == set()
 
 

@@ -293,7 +293,7 @@ def test_a_report_without_the_metric_ends_no_search(monkeypatch: pytest.MonkeyPa
 
 def _made(folder: Path, seconds: float) -> None:
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"made_of": "hand", "seconds": seconds}))
+    (folder / "_manifest.json").write_text(json.dumps({"made_of": "hand", "seconds": seconds}))
 
 
 def test_the_time_of_a_search_has_its_first_pass_and_the_labels_of_every_kept_setting(tmp_path: Path) -> None:
@@ -347,9 +347,9 @@ def test_the_first_pass_counts_what_an_earlier_try_has_made(tmp_path: Path) -> N
     out = str(tmp_path / "rankings")
     assert seconds_of(out) == 0
     assert make(out, "a", _timed(lambda: {"count": 3}))
-    manifest = json.loads((tmp_path / "rankings" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "rankings" / "_manifest.json").read_text())
     assert manifest["count"] == 3 and manifest["seconds"] == seconds_of(out) >= 0
-    (tmp_path / "rankings" / "manifest.json").write_text(json.dumps({**manifest, "seconds": 9.0}))
+    (tmp_path / "rankings" / "_manifest.json").write_text(json.dumps({**manifest, "seconds": 9.0}))
     assert not make(out, "a", _timed(lambda: {"count": 3})) and seconds_of(out) == 9.0
 
 
