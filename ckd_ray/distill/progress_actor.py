@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from ckd_ray.ray_util.waiting import LOOK_S, answer
+
 
 class ProgressActor:
     """Runs on the driver's node, so that the loss of a worker's node leaves it alive.
@@ -60,7 +62,7 @@ class ProgressReporter:
     def fail(self, cause: str) -> None:
         """Returns when the actor has the cause."""
         if self._actor is not None:
-            ray.get(self._actor.fail.remote(cause))
+            answer("the driver of the training", self._actor.fail.remote(cause), LOOK_S)
 
     def stop_requested(self) -> bool:
         """Whether training is to end."""
@@ -71,5 +73,5 @@ class ProgressReporter:
         return self._actor is not None and self._state()["cause"] is not None
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = ray.get(self._actor.state.remote())
+        state: dict[str, Any] = answer("the driver of the training", self._actor.state.remote(), LOOK_S)
         return state

@@ -18,6 +18,7 @@ from ckd_ray.config import EmbedConfig
 from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
 from ckd_ray.files import delete, exists, has_digest, join, read_json, write_json_atomic
 from ckd_ray.progress import say
+from ckd_ray.ray_util.waiting import answer
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
 from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, choose_centroids, sample_size, train_codec
@@ -61,7 +62,7 @@ def with_codec(
     store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample", make_encoder=make_encoder)[0]
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_learn)
-    digest, centroids = ray.get(task.remote(job, store.uri, num_passages, seed))
+    digest, centroids = answer("learning the codec", task.remote(job, store.uri, num_passages, seed))
     say(f"{stage}: {job.codec} learned from {store.num_tokens:,} token embeddings ({centroids:,} centroids)")
     write_json_atomic(record, {"fingerprint": job.fingerprint, "digest": digest, "centroids": centroids})
     delete(store.uri)

@@ -22,6 +22,7 @@ from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.waiting import INDEX_S, LOOK_S, answer, first_done
 from ckd_ray.retrieve.int8 import choose_first_pass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
@@ -36,6 +37,7 @@ _FEEDER_CPUS = 0.25
 # A killed server starts again; one that dies every time (out of memory) fails the job in the end.
 _RESTARTS = 20
 _START_SECONDS = 300.0
+_SEARCH = "the search in the store"
 
 
 class ShardServer:
@@ -130,7 +132,7 @@ class ServerGroup:
     def nearest_tokens(self, vectors_MD: Float32Array, k: int) -> Int64Array:
         """Vocabulary ids (M, k) of the nearest token embeddings of the whole store, nearest first."""
         batch = ray.put(vectors_MD)
-        parts = ray.get([actor.nearest_tokens.remote(batch, k) for actor in self.actors])
+        parts = answer(_SEARCH, [actor.nearest_tokens.remote(batch, k) for actor in self.actors])
         return merge_neighbours(parts, k)[1]
 
 
@@ -138,8 +140,7 @@ def _merged(waiting: list[Any], depth: int) -> Lists:
     """The best of all answers, merged as they arrive, so that two lists are held at a time."""
     best: Lists | None = None
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
-        found = ray.get(done[0])
+        found, waiting = first_done(_SEARCH, waiting)
         best = merge_top([found] if best is None else [best, found], depth)
     assert best is not None
     return best
@@ -256,9 +257,9 @@ class serving:
             task = {"faiss": "an IVF-PQ index over", "centroids": "inverted lists of"}.get(self._settings.engine, "")
             what = f"building {task}" if task else "loading"
             say(f"  {what} {self._store.num_tokens:,} token embeddings ({plan.servers} servers)")
-            ray.get([actor.ready.remote() for actor in self._actors])
+            answer("the servers of the store", [actor.ready.remote() for actor in self._actors], INDEX_S)
             if self._settings.engine == "exact":
-                first, reason = ray.get(self._actors[0].first_pass.remote())
+                first, reason = answer("the servers of the store", self._actors[0].first_pass.remote(), LOOK_S)
                 say(f"  {first} first pass, exact scores ({reason})")
         except BaseException:
             self.__exit__(None, None, None)  # `with` does not, when entering fails
@@ -277,7 +278,7 @@ class serving:
                 f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU and {free.get('memory', 0) / 2**30:.1f} GiB. "
                 "Set retrieve.actors lower, or wait until other jobs have ended"
             )
-        ray.get(done)
+        answer("the servers of the store", done, LOOK_S)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
