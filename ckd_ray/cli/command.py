@@ -49,6 +49,10 @@ _WHERE_OPTIONS: dict[str, Any] = {
     "down": DownOption,
     "keep": Annotated[bool, typer.Option("--keep", help="Leave the cluster up afterwards (the default).")],
     "detach": Annotated[bool, typer.Option("--detach", help="Send the job and return; `attach` follows it.")],
+    "dry_run": Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what a YAML's cluster would change in your account; do nothing."),
+    ],
 }
 _JOB_OPTIONS: dict[str, Any] = {"config": ConfigOption, "set_": SetOption, "cluster": ClusterOption}
 _OUTPUT_OPTIONS: dict[str, Any] = {"json_": JsonOption, "quiet": QuietOption}

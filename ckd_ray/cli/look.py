@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ckd_ray.cli.command import LOOK, command, put
+from ckd_ray.cli.command import LOOK, command, put, terminate
 from ckd_ray.cli.run import SystemOption, check_system
 from ckd_ray.errors import UserError
 from ckd_ray.progress import say
-from ckd_ray.streams import may_colour
+from ckd_ray.streams import may_colour, only_ours
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
 
@@ -53,11 +53,18 @@ def search(
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="The query. Default: a prompt.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many passages.")] = 10,
     system: SystemOption = "student",
+    serve: Annotated[bool, typer.Option("--serve", help="Answer POST /search over HTTP until Ctrl-C.")] = False,
+    host: Annotated[str, typer.Option("--host", help="Of --serve: the address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of --serve: the port.")] = 8000,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, max=64, help="Of --serve: processes that answer.")] = 1,
 ) -> None:
     """Search with the student. The words of a passage that match the query best are marked."""
     from ckd_ray.runs.finished import open_finished
 
     check_system("--system", system)
+    if serve:
+        _serve(open_finished(run), system, host, port, replicas, asked=query is not None or json_)
+        return
     if json_ and query is None:
         raise UserError("--json needs a query", where="QUERY", fix='ckd-ray search RUN "what causes hives?" --json')
     if query is not None and not query.strip():
@@ -78,6 +85,19 @@ def search(
         put({"run": finished.paths.folder, "system": system, "query": query, "hits": hits})
     else:
         _show(searcher, query, top)
+
+
+def _serve(run: Any, system: str, host: str, port: int, replicas: int, *, asked: bool) -> None:
+    from ckd_ray.search.searcher import Searcher
+    from ckd_ray.serve.job import ServeOptions, check_can_serve, serve_until_told
+
+    if asked:
+        raise UserError("--serve takes queries over HTTP", where="--serve", fix="leave QUERY and --json out")
+    options = ServeOptions(host, port, replicas)
+    check_can_serve(options)
+    Searcher(run, system)  # refuses what cannot be searched, before Ray starts
+    with only_ours():
+        serve_until_told(run, system, options, terminate)
 
 
 def _show(searcher: Any, query: str, top: int) -> None:

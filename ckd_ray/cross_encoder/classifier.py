@@ -18,7 +18,7 @@ import torch
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import each_batch
-from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -195,6 +195,7 @@ def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # broken files make transformers, tokenizers and torch raise errors of any kind
+        refuse_remote_code(error, f"{_KEY} {source}")
         raise UserError(
             "the cross-encoder cannot be loaded",
             where=_KEY,

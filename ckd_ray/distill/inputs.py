@@ -24,10 +24,13 @@ from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
 from ckd_ray.ensemble.reader import EnsembleReader
+from ckd_ray.errors import JobError
 from ckd_ray.model import ColBERTTokenizer
 from ckd_ray.model.length_buckets import GPU_OVERHEAD, OVERHEAD, even_parts, length_groups
 from ckd_ray.model.tokenizer import Int32Array
 from ckd_ray.retrieve.rankings import read_ranking_matrix
+
+_READ_WITHIN_S = 1800.0
 
 
 @dataclass
@@ -83,6 +86,16 @@ def _moved(value: Any, device: torch.device) -> Any:
 def worker_slice(batch_size: int, rank: int, world: int) -> slice:
     """The queries of the global batch that worker `rank` of `world` encodes; sizes differ by at most one."""
     return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
+
+
+def _next(ready: queue.Queue[StepInputs | BaseException]) -> StepInputs | BaseException:
+    try:
+        return ready.get(timeout=_READ_WITHIN_S)
+    except queue.Empty:
+        raise JobError(
+            f"the inputs of a training step could not be read within {_READ_WITHIN_S:.0f} s: the storage of the run"
+            " does not answer; give the same command again, and training goes on from its last checkpoint"
+        ) from None
 
 
 class InputReader:
@@ -195,7 +208,7 @@ class InputReader:
         thread.start()
         try:
             for _ in range(start, self.task.settings.steps):
-                item = ready.get()
+                item = _next(ready)
                 if isinstance(item, BaseException):
                     raise item
                 yield item

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from ckd_ray.distill.metrics import Record
+from ckd_ray.ray_util.waiting import LOOK_S, answer
 
 _RECORDS = 10_000  # kept for a driver that is slow to ask
 
@@ -73,7 +74,7 @@ class ProgressReporter:
     def fail(self, cause: str) -> None:
         """Returns when the actor has the cause."""
         if self._actor is not None:
-            ray.get(self._actor.fail.remote(cause))
+            answer("the driver of the training", self._actor.fail.remote(cause), LOOK_S)
 
     def stop_requested(self) -> bool:
         """Whether training is to end."""
@@ -84,5 +85,5 @@ class ProgressReporter:
         return self._actor is not None and self._state()["cause"] is not None
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = ray.get(self._actor.state.remote())
+        state: dict[str, Any] = answer("the driver of the training", self._actor.state.remote(), LOOK_S)
         return state

@@ -8,9 +8,10 @@ import platform
 import shutil
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +29,14 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, last_line
 from ckd_ray.files import filesystem_of, is_local, join, last_part, new_folder, parent
 from ckd_ray.model.colbert import read_settings
-from ckd_ray.progress import Progress
+from ckd_ray.progress import Progress, duration
+from ckd_ray.ray_util.waiting import WORK_S
 
 # `ray.train.report` blocks for one period of the controller's polling; two seconds by default is most of a short run.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+# The actor that is asked runs on this node, and may have died with Ray.
+_TELL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,9 @@ def _run(trainer: Any, task: TrainingTask, actor: Any) -> Any:
         result = trainer.fit()
         error = result.error
     except SystemExit as interrupted:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
+        cause = _cause(actor, None)
+        if cause is not None:  # it was not the user (`_give_up`)
+            raise JobError(f"{task.stage}: training failed: {cause}") from interrupted
         raise KeyboardInterrupt from interrupted
     except TrainingFailedError as failed:
         result, error = None, failed
@@ -186,8 +194,8 @@ def _run(trainer: Any, task: TrainingTask, actor: Any) -> Any:
 def _cause(actor: Any, error: BaseException | None) -> str | None:
     """Why the workers failed: what they told the actor, else the message of the error, without Ray's frames."""
     try:
-        cause: str | None = ray.get(actor.state.remote())["cause"]
-    except ray.exceptions.RayActorError:
+        cause: str | None = ray.get(actor.state.remote(), timeout=_TELL_S)["cause"]
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         cause = None
     if cause is None and error is not None:
         failures = getattr(error, "worker_failures", None)
@@ -200,8 +208,10 @@ def _progress(task: TrainingTask, actor: Any, listening: _Listening) -> Iterator
     """Show the progress that the actor knows, and tell of its records, while `fit` blocks the main thread."""
     ended = threading.Event()
 
+    main = threading.current_thread() is threading.main_thread()
+
     def follow() -> None:
-        started = False
+        started, seen, since = False, -1, time.monotonic()
         with Progress(task.stage, task.settings.steps, "steps") as progress:
             while not ended.wait(0.5):
                 try:
@@ -217,6 +227,11 @@ def _progress(task: TrainingTask, actor: Any, listening: _Listening) -> Iterator
                 progress.note = f"loss {state['loss']:.4f}"
                 if step:
                     progress.reach(step)
+                if step != seen:
+                    seen, since = step, time.monotonic()
+                elif time.monotonic() - since > WORK_S:
+                    _give_up(actor, step, main)
+                    return
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -225,6 +240,17 @@ def _progress(task: TrainingTask, actor: Any, listening: _Listening) -> Iterator
     finally:
         ended.set()
         thread.join(timeout=10)
+
+
+def _give_up(actor: Any, step: int, main: bool) -> None:
+    """Ends a training in which no step has been finished for hours: `fit` itself would wait for ever."""
+    cause = f"no step has been finished for {duration(WORK_S)}, after step {step}; its last checkpoint is kept"
+    with suppress(ray.exceptions.RayError):
+        ray.get(actor.fail.remote(cause), timeout=_TELL_S)
+    if main:
+        os.kill(os.getpid(), signal.SIGINT)  # Ray Train then stops its workers
+    else:  # a trial, which has this process for itself
+        os._exit(1)
 
 
 def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOutcome:

@@ -19,6 +19,7 @@ from ckd_ray.files import delete, exists, has_digest, join, read_json, write_jso
 from ckd_ray.progress import say
 from ckd_ray.ray_util.actor_pool import cluster_nodes
 from ckd_ray.ray_util.gpus import share_of_gpu
+from ckd_ray.ray_util.waiting import answer
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
 from ckd_ray.store.codec_training import (
@@ -64,7 +65,7 @@ def with_codec(
     store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample", make_encoder=make_encoder)[0]
     gpus = 1 if has_gpus() and share_of_gpu(settings.gpus_per_actor, cluster_nodes()[0]) else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_learn)
-    digest, centroids = ray.get(task.remote(job, store.uri, num_passages, seed))
+    digest, centroids = answer("learning the codec", task.remote(job, store.uri, num_passages, seed))
     say(f"{stage}: {job.codec} learned from {store.num_tokens:,} token embeddings ({centroids:,} centroids)")
     write_json_atomic(record, {"fingerprint": job.fingerprint, "digest": digest, "centroids": centroids})
     delete(store.uri)

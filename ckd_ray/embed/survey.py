@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from ckd_ray.files import list_files
+from ckd_ray.ray_util.waiting import answer
 from ckd_ray.store import ShardHeader, close_store, intact_shards, summarise_shards
 
 _SHARDS_A_TASK = 64
@@ -49,7 +50,7 @@ def _in_order(work: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> Ite
     waiting: list[Any] = []
     for part in parts:
         if len(waiting) == _TASKS_AT_ONCE:
-            yield ray.get(waiting.pop(0))
+            yield answer("the check of the shards", waiting.pop(0))
         waiting.append(task.remote(*part))
     while waiting:
-        yield ray.get(waiting.pop(0))
+        yield answer("the check of the shards", waiting.pop(0))

@@ -16,7 +16,12 @@ NO_IMAGE = "ami-00000000000000000"
 _EXAMPLE_ADDRESSES = ("192.0.2.", "198.51.100.", "203.0.113.")
 # The launcher's tag and prefix on what it has made.
 _MADE_BY_RAY = "ray-autoscaler"
-_PASS_ITSELF = "ckd-ray-pass-itself"
+PASS_ITSELF = "ckd-ray-pass-itself"
+WITHOUT_IAM = (
+    "ask somebody who may write IAM for a role with the policy of cluster/aws-policy.json, and name its profile in the"
+    " file (docs/how-to/cluster.md, Without the right to write IAM)"
+)
+_MAY_NOT = re.compile(r"AccessDenied|UnauthorizedOperation|not authorized to perform")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Rule = tuple[str, int, int, str]
 
@@ -29,7 +34,7 @@ def not_filled_in(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"available_node_types.{name}.node_config.ImageId",
                 "an image with NVIDIA's driver in your region (the comment in cluster/aws.yaml has the command)",
             )
-    if any(address.startswith(_EXAMPLE_ADDRESSES) for _, _, _, address in _rules(_wanted(config) or [])):
+    if any(address.startswith(_EXAMPLE_ADDRESSES) for _, _, _, address in rules(wanted_rules(config) or [])):
         yield (
             "provider.security_group.IpPermissions",
             "your own address (curl https://checkip.amazonaws.com), followed by /32",
@@ -54,8 +59,8 @@ def prepare_account(config: dict[str, Any]) -> list[str]:
     Raises:
         UserError: boto3 is not installed, or the role may not be changed. JobError: AWS refuses, or cannot be reached.
     """
-    wanted = _wanted(config)
-    if config["provider"]["type"] != "aws" or (wanted is None and not _workers_with_profile(config)):
+    wanted = wanted_rules(config)
+    if config["provider"]["type"] != "aws" or (wanted is None and not head_passes_itself(config)):
         return []
     changes: list[str] = []
     with _errors_of_aws():
@@ -73,9 +78,9 @@ def prepare_account(config: dict[str, Any]) -> list[str]:
             own = {kind["node_config"]["SecurityGroupIds"][0] for kind in made["available_node_types"].values()}
             for group in ec2.describe_security_groups(GroupIds=sorted(own))["SecurityGroups"]:
                 if any(tag["Key"] == _MADE_BY_RAY for tag in group.get("Tags", [])):
-                    changes += _update_group(ec2, group, set(_rules(wanted)))
-        profile = _profile_of_all(made)
-        if profile is not None:
+                    changes += _update_group(ec2, group, set(rules(wanted)))
+        profile = launcher_s_profile(config)
+        if profile is not None and head_passes_itself(config):
             changes += _allow_to_pass_itself(client("iam"), profile)
     return changes
 
@@ -96,16 +101,27 @@ def _errors_of_aws() -> Iterator[None]:
         with redirect_stdout(printed), redirect_stderr(printed):
             yield
     except (click.ClickException, BotoCoreError, ClientError) as error:
-        message = str(error).strip() or _COLOUR.sub("", printed.getvalue().strip().rpartition("\n")[2])
-        raise JobError(f"AWS: {' '.join(message.split())}") from error
+        # The launcher aborts without the reason, which is the error that it was handling.
+        refused = next((one for one in _chain(error) if isinstance(one, ClientError)), error)
+        message = str(refused).strip() or _COLOUR.sub("", printed.getvalue().strip().rpartition("\n")[2])
+        message = " ".join(message.split())
+        if _MAY_NOT.search(message):
+            raise UserError("AWS does not let you prepare the account", found=message, fix=WITHOUT_IAM) from error
+        raise JobError(f"AWS: {message}") from error
 
 
-def _wanted(config: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def wanted_rules(config: dict[str, Any]) -> list[dict[str, Any]] | None:
     rules: list[dict[str, Any]] | None = (config["provider"].get("security_group") or {}).get("IpPermissions")
     return rules
 
 
-def _rules(permissions: list[dict[str, Any]]) -> Iterator[Rule]:
+def rules(permissions: list[dict[str, Any]]) -> Iterator[Rule]:
     """(protocol, first port, last port, addresses) of every range of addresses; rules within the group have none."""
     for one in permissions:
         ports = (one["IpProtocol"], one.get("FromPort", -1), one.get("ToPort", -1))
@@ -115,15 +131,15 @@ def _rules(permissions: list[dict[str, Any]]) -> Iterator[Rule]:
 
 
 def _update_group(ec2: Any, group: dict[str, Any], wanted: set[Rule]) -> list[str]:
-    have = set(_rules(group["IpPermissions"]))
+    have = set(rules(group["IpPermissions"]))
     extra, missing = sorted(have - wanted), sorted(wanted - have)
     if extra:
         ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[_permission(r) for r in extra])
     if missing:
         ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[_permission(r) for r in missing])
     name = group["GroupName"]
-    closed = [f"security group {name}: closed to {rule[3]} ({_ports(rule)})" for rule in extra]
-    return closed + [f"security group {name}: open to {rule[3]} ({_ports(rule)})" for rule in missing]
+    closed = [f"security group {name}: closed to {rule[3]} ({port_names(rule)})" for rule in extra]
+    return closed + [f"security group {name}: open to {rule[3]} ({port_names(rule)})" for rule in missing]
 
 
 def _permission(rule: Rule) -> dict[str, Any]:
@@ -133,11 +149,28 @@ def _permission(rule: Rule) -> dict[str, Any]:
     return {"IpProtocol": protocol, **ports, **ranges}
 
 
-def _ports(rule: Rule) -> str:
+def port_names(rule: Rule) -> str:
     protocol, first, last, _ = rule
     if protocol == "-1":
         return "everything"
     return f"{protocol} {first}" if first == last else f"{protocol} {first}-{last}"
+
+
+def launcher_s_profile(config: dict[str, Any]) -> str | None:
+    """The profile, and the role of the same name, that the launcher makes for a head whose type names none."""
+    head = config["available_node_types"][config["head_node_type"]].get("node_config") or {}
+    if "IamInstanceProfile" in head:
+        return None
+    return f"{_MADE_BY_RAY}-{'cloudwatch-' if 'cloudwatch' in config['provider'] else ''}v1"
+
+
+def head_passes_itself(config: dict[str, Any]) -> bool:
+    """Whether a type of workers has the launcher's own profile, which the head must then be allowed to pass."""
+    name = launcher_s_profile(config)
+    return name is not None and any(
+        name in (profile.get("Name"), str(profile.get("Arn")).rpartition("/")[2])
+        for profile in _workers_with_profile(config)
+    )
 
 
 def _workers_with_profile(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,15 +178,6 @@ def _workers_with_profile(config: dict[str, Any]) -> list[dict[str, Any]]:
     kinds = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
     found = [(kind.get("node_config") or {}).get("IamInstanceProfile") for kind in kinds]
     return [profile for profile in found if profile]
-
-
-def _profile_of_all(made: dict[str, Any]) -> str | None:
-    """The name of the profile that the launcher has chosen for the head, if workers have it too."""
-    arn = (made.get("head_node") or {}).get("IamInstanceProfile", {}).get("Arn")
-    if arn is None:  # the file names the head's profile: its owner has seen to its rights
-        return None
-    name = str(arn).rpartition("/")[2]
-    return name if any(p.get("Name") == name or p.get("Arn") == arn for p in _workers_with_profile(made)) else None
 
 
 def _allow_to_pass_itself(iam: Any, profile: str) -> list[str]:
@@ -177,13 +201,13 @@ def _allow_to_pass_itself(iam: Any, profile: str) -> list[str]:
         ],
     }
     try:
-        if iam.get_role_policy(RoleName=name, PolicyName=_PASS_ITSELF)["PolicyDocument"] == wanted:
+        if iam.get_role_policy(RoleName=name, PolicyName=PASS_ITSELF)["PolicyDocument"] == wanted:
             return []
     except ClientError as error:  # there is none, or we may not read it: what counts is whether we may write it
         if error.response["Error"]["Code"] not in ("NoSuchEntity", "AccessDenied"):
             raise
     try:
-        iam.put_role_policy(RoleName=name, PolicyName=_PASS_ITSELF, PolicyDocument=json.dumps(wanted))
+        iam.put_role_policy(RoleName=name, PolicyName=PASS_ITSELF, PolicyDocument=json.dumps(wanted))
     except ClientError as error:
         if error.response["Error"]["Code"] != "AccessDenied":
             raise
@@ -193,7 +217,7 @@ def _allow_to_pass_itself(iam: Any, profile: str) -> list[str]:
             where=role["Arn"],
             found=error.response["Error"].get("Message"),
             fix="ask somebody who may change the role to add this inline policy to it, once, under the name"
-            f" {_PASS_ITSELF}: {json.dumps(wanted)}; or, if the role has the right already, write"
-            f" `IamInstanceProfile: {{Name: {profile}}}` in the head's node_config too",
+            f" {PASS_ITSELF}: {json.dumps(wanted)}; or, if the role has the right already, write"
+            f" `IamInstanceProfile: {{Name: {profile}}}` in the head's node_config too; or {WITHOUT_IAM}",
         ) from None
     return [f"role {name}: may be passed to workers"]

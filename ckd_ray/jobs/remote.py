@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from ckd_ray.config import Config
@@ -15,6 +15,7 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.jobs import launcher as ray_launcher
 from ckd_ray.jobs.aws import prepare_account
 from ckd_ray.jobs.bundle import check_for_job
+from ckd_ray.jobs.changes import account_changes, show_changes
 from ckd_ray.jobs.confirm import confirmed
 from ckd_ray.jobs.follow import Outcome, follow
 from ckd_ray.jobs.home import bring_home
@@ -31,12 +32,13 @@ _DASHBOARD_WITHIN_S = 120.0
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """`--yes`, `--down`, `--keep` and `--detach`, which every command with `--cluster` has."""
+    """`--yes`, `--down`, `--keep`, `--detach` and `--dry-run`, which every command with `--cluster` has."""
 
     yes: bool = False
     down: bool = False
     keep: bool = False
     detach: bool = False
+    dry_run: bool = False
 
     def check(self, target: Target | None) -> None:
         """UserError where they contradict each other or the target."""
@@ -48,8 +50,9 @@ class ClusterOptions:
                 where="--detach --down",
                 fix="leave one out; `ckd-ray attach TARGET --down` follows the job later and takes the cluster down",
             )
-        if (self.down or self.keep) and (target is None or target.kind != "launcher"):
-            raise UserError("these are for a cluster that ckd-ray starts from a YAML", where="--down, --keep")
+        if (self.down or self.keep or self.dry_run) and (target is None or target.kind != "launcher"):
+            where = "--dry-run" if self.dry_run else "--down, --keep"
+            raise UserError("this is for a cluster that ckd-ray starts from a YAML", where=where)
         if self.detach and (target is None or not target.remote):
             raise UserError("there is no job to detach from: the command runs in this process", where="--detach")
 
@@ -83,14 +86,20 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
     ray_launcher.check_can_launch(launcher)
     check_for_job(command.config, command.arguments, launcher)
     request = JobRequest(command.name, command.words, command.config, launcher.least_nodes)
-    for line in [*describe(launcher), *(f"warning: {text}" for text in warnings(launcher))]:
-        say(line)
+    _say_all([*describe(launcher), *(f"warning: {text}" for text in warnings(launcher))])
+    changes = account_changes(launcher, command.config.run.storage)
+    if options.dry_run:
+        if "--json" in command.words:
+            found = {"cluster": launcher.path, "changes": [asdict(change) for change in changes]}
+            print(json.dumps(found), file=objects, flush=True)
+        _say_all([*show_changes(launcher, changes), "dry run: nothing was started, changed or asked of the account"])
+        return 0
     ray_launcher.use_launcher_s_token(launcher)
     head = ray_launcher.head_address(launcher)
     if head is not None:
         say(f"the cluster is up, head {head}")
-    elif not confirmed("start this cluster?", options.yes):
-        raise UserError("nothing was started")
+    elif not _agreed(show_changes(launcher, changes), options.yes):
+        raise UserError("nothing was started or changed")
     else:  # before `work`: if it fails, there is no cluster to take down or to warn of
         for line in prepare_account(launcher.prepared):
             say(line)
@@ -106,6 +115,16 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
         return outcome
 
     return _then_end(launcher, options.down, work).status
+
+
+def _agreed(changes: list[str], yes: bool) -> bool:
+    _say_all(changes, always=not yes)  # nobody agrees to what --quiet has hidden
+    return confirmed("make these changes and start this cluster?", yes)
+
+
+def _say_all(lines: list[str], always: bool = False) -> None:
+    for line in lines:
+        say(line, always=always)
 
 
 def attach(target: Target, job: str | None, down: bool, objects: TextIO | None) -> int:

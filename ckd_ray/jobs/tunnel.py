@@ -78,7 +78,8 @@ class Tunnel:
                 self._process.wait(3)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(3)
             self._process = None
 
     def _answers(self) -> bool:

@@ -26,6 +26,7 @@ from ckd_ray.labels.feedback import expand_depths, nest
 from ckd_ray.labels.files import write_labels
 from ckd_ray.progress import say
 from ckd_ray.ray_util.parts import CPUS_OF_WAITING, finish_parts, part_file, parts_present
+from ckd_ray.ray_util.waiting import answer
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
@@ -90,7 +91,7 @@ def find_special_cells(uri: str, job: LabelJob, seed: int) -> str:
     """Learn the special cells in a task, so that the driver stays small, unless `uri` exists. Returns `uri`."""
     if not exists(uri):
         say(f"  finding the cells of special tokens in a sample of up to {SAMPLE:,} token embeddings")
-        ray.get(ray.remote(num_cpus=1)(_find_special_cells).remote(uri, job, seed))
+        answer("the cells of special tokens", ray.remote(num_cpus=1)(_find_special_cells).remote(uri, job, seed))
     return uri
 
 

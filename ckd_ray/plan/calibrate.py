@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ PASSAGES, QUERIES, EVALUATED, STEPS = 750, 1500, 150, 16
 _GPU_FACTOR, _GPU_STEPS = 30, 100
 # The smaller run has this part of it; the larger one is cut to so many times the smaller where that took long.
 _PART, _CUT, _LONG_S = 5, 2, 300.0
+_ENDS_WITHIN_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -236,10 +238,13 @@ def _in_a_process(folder: Path, runs: list[tuple[Config, str]]) -> list[dict[str
     task.write_text(json.dumps(asked), encoding="utf-8")
     with log.open("wb") as told:
         command = [sys.executable, "-m", "ckd_ray.plan.sample_run", str(task), str(answer)]
-        code = subprocess.run(command, stdout=told, stderr=told, stdin=subprocess.DEVNULL).returncode
+        options: dict[str, Any] = {"stdout": told, "stderr": told, "stdin": subprocess.DEVNULL}
+        ended = f"did not end within {duration(_ENDS_WITHIN_S)}"
+        with suppress(subprocess.TimeoutExpired):  # the process is killed then
+            ended = f"failed (exit status {subprocess.run(command, timeout=_ENDS_WITHIN_S, **options).returncode})"
     if not answer.exists():
         lines = log.read_text(errors="replace").strip().splitlines()[-8:]
-        raise JobError("a run of the calibration failed (exit status {}):\n  {}".format(code, "\n  ".join(lines)))
+        raise JobError("a run of the calibration {}:\n  {}".format(ended, "\n  ".join(lines)))
     found = json.loads(answer.read_text(encoding="utf-8"))
     if isinstance(found, dict):
         raise UserError(**found)

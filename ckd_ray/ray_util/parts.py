@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ckd_ray.files import join, list_files
 from ckd_ray.progress import Progress
+from ckd_ray.ray_util.waiting import WORK_S, no_answer
 
 _QUERIES_A_PART = 256
 # What the tasks that feed the servers of a store reserve; the servers leave as much free.
@@ -95,4 +96,14 @@ def run_parts(
         batch_format="numpy",
         num_cpus=cpus,
     )
-    return dataset.iter_rows()
+    dataset.context.execution_no_progress_timeout_s = WORK_S
+    return _rows(dataset)
+
+
+def _rows(dataset: Any) -> Iterator[Any]:
+    import ray
+
+    try:
+        yield from dataset.iter_rows()
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise no_answer("the parts of this stage", WORK_S) from error

@@ -16,11 +16,10 @@ import ray
 from ckd_ray.errors import JobError
 from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
 from ckd_ray.ray_util.parts import MOST_BLOCKS
+from ckd_ray.ray_util.waiting import WORK_S
 
 # From the request for actors until one of them has loaded the model.
 _START_TIMEOUT_S = 900
-# Time in which no unit is finished. A shard of 16,384 texts takes minutes on a CPU with a small encoder.
-_NO_PROGRESS_TIMEOUT_S = 4 * 3600
 
 
 def through_pool(
@@ -68,7 +67,7 @@ def through_pool(
     # Keep an actor that waits for its first unit.
     dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
-    dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    dataset.context.execution_no_progress_timeout_s = WORK_S
     try:
         yield from _rows(dataset)
     except ray.exceptions.GetTimeoutError as error:
@@ -78,7 +77,7 @@ def through_pool(
             f"free now: {describe(free)}"
         ) from error
     except ray.data.exceptions.ExecutionTimeoutError as error:
-        hours = _NO_PROGRESS_TIMEOUT_S / 3600
+        hours = WORK_S / 3600
         raise JobError(
             f"nothing was finished for {hours:g} hours by {pool}; the cluster: {describe(cluster_nodes()[0])}. "
             f"{smaller}"

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from ckd_ray.errors import JobError
+from ckd_ray.ray_util.waiting import INDEX_S, no_answer
 
 # A server whose machine or GPU is lost is started on another one. An autoscaler starts a machine within this time.
 _PLACE_S = 900.0
@@ -17,21 +18,25 @@ _WITHOUT_A_PLACE = ("PENDING_CREATION", "RESTARTING", "DEPENDENCIES_UNREADY")
 
 
 def arrived(calls: Mapping[Any, Any], needs: str) -> Iterator[Any]:
-    """The answers to `calls`, the first one first. A server may compute for as long as it takes.
+    """The answers to `calls`, the first one first.
 
     Args:
         calls: the server of each call.
         needs: what a server reserves, for the message.
 
     Raises:
-        JobError: for a quarter of an hour a server has found no machine, after its own was lost.
+        JobError: for a quarter of an hour a server has found no machine, after its own was lost; or no server has
+            answered for a day.
     """
-    waiting, since = dict(calls), dict[str, float]()
+    waiting, since, last = dict(calls), dict[str, float](), time.monotonic()
     while waiting:
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=_LOOK_EVERY_S)
         if done:
             del waiting[done[0]]
-            yield ray.get(done[0])
+            last = time.monotonic()
+            yield ray.get(done[0], timeout=_LOOK_EVERY_S)
+        elif time.monotonic() - last > INDEX_S:
+            raise no_answer("the servers of the store", INDEX_S)
         else:
             _check_places([actor._actor_id.hex() for actor in waiting.values()], since, needs)
 

@@ -22,6 +22,7 @@ from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.waiting import LOOK_S, answer
 from ckd_ray.retrieve.answers import arrived
 from ckd_ray.retrieve.int8 import choose_first_pass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
@@ -279,7 +280,7 @@ class serving:
             say(f"  {what} {self._store.num_tokens:,} token embeddings ({plan.servers} servers)")
             list(arrived({actor.ready.remote(): actor for actor in self._actors}, plan.needs))
             if self._settings.engine == "exact":
-                first, reason = ray.get(self._actors[0].first_pass.remote())
+                first, reason = answer("the servers of the store", self._actors[0].first_pass.remote(), LOOK_S)
                 say(f"  {first} first pass, exact scores ({reason})")
         except BaseException:
             self.__exit__(None, None, None)  # `with` does not, when entering fails
@@ -298,7 +299,7 @@ class serving:
                 f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU and {free.get('memory', 0) / 2**30:.1f} GiB. "
                 "Set retrieve.actors lower, or wait until other jobs have ended"
             )
-        ray.get(done)
+        answer("the servers of the store", done, LOOK_S)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

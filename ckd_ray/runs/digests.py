@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckd_ray.files import join, sha256_of
+from ckd_ray.ray_util.waiting import answer
 
 _BYTES_A_TASK = 1 << 28
 
@@ -26,7 +27,8 @@ def _in_tasks(folder: str, groups: list[list[str]]) -> list[dict[str, str]]:
     if not ray.is_initialized():
         return [_digests(folder, group) for group in groups]
     task = ray.remote(num_cpus=0.5)(_digests)
-    return ray.get([task.remote(folder, group) for group in groups])
+    references = [task.remote(folder, group) for group in groups]
+    return [answer(f"the checksums of {folder}", reference) for reference in references]
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:

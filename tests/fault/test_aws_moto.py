@@ -18,6 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
+from ckd_ray.errors import UserError
+from ckd_ray.jobs.aws import prepare_account
+from ckd_ray.jobs.launcher_file import read_launcher_file
+
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("moto.server")
 pytest.importorskip("ray.autoscaler.sdk")
@@ -227,3 +231,67 @@ def test_a_changed_address_moves_the_door_and_foreign_groups_are_left_alone(acco
     assert "open to" not in told and "closed to" not in told
     (group,) = ec2.describe_security_groups(GroupIds=[foreign])["SecurityGroups"]
     assert group["IpPermissions"][0]["IpRanges"][0]["CidrIp"] == "0.0.0.0/0"
+
+
+@pytest.mark.parametrize("taken", [None, "ec2:RunInstances", "ec2:AuthorizeSecurityGroupIngress"])
+def test_the_documented_policy_is_enough_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str | None
+) -> None:
+    """With a role of one's own and cluster/aws-policy.json, a user without a right to IAM starts and ends machines."""
+    from moto import mock_aws
+    from moto.core import set_initial_no_auth_action_count
+    from ray.autoscaler._private.aws import utils
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+    from ray.autoscaler.sdk import bootstrap_config
+
+    def own_role(config: dict[str, Any]) -> None:
+        for kind in config["available_node_types"].values():
+            kind["node_config"]["IamInstanceProfile"] = {"Name": "ckd-ray"}
+
+    def keys(user: dict[str, str]) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", user["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", user["SecretAccessKey"])
+        boto3.setup_default_session()
+        for cached in (utils.resource_cache, utils.client_cache):
+            cached.cache_clear()
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    prepared = read_launcher_file(str(aws_file(tmp_path, own_role))).prepared
+    policy = (ROOT / "cluster" / "aws-policy.json").read_text().replace("CHANGE-ME-ACCOUNT", "123456789012")
+
+    @set_initial_no_auth_action_count(0)  # type: ignore[untyped-decorator]
+    def as_the_user() -> None:
+        prepare_account(prepared)
+        full = bootstrap_config(prepared, no_config_cache=True)
+        provider = _get_node_provider(full["provider"], full["cluster_name"], use_cache=False)
+        tags = {"ray-node-type": "worker", "ray-user-node-type": "gpu", "ray-node-status": "uninitialized"}
+        provider.create_node(full["available_node_types"]["gpu"]["node_config"], tags, 1)
+        (node,) = provider.non_terminated_nodes({})
+        provider.terminate_nodes([node])
+        assert provider.non_terminated_nodes({}) == []
+
+    with mock_aws():
+        keys({"AccessKeyId": "testing", "SecretAccessKey": "testing"})
+        iam = boto3.client("iam")
+        iam.create_user(UserName="somebody")
+        document = policy.replace(taken, "ec2:Nothing") if taken else policy
+        iam.put_user_policy(UserName="somebody", PolicyName="ckd-ray", PolicyDocument=document)
+        trust = (ROOT / "cluster" / "aws-trust.json").read_text()
+        iam.create_role(RoleName="ckd-ray", AssumeRolePolicyDocument=trust)
+        iam.create_instance_profile(InstanceProfileName="ckd-ray")
+        iam.add_role_to_instance_profile(InstanceProfileName="ckd-ray", RoleName="ckd-ray")
+        keys(iam.create_access_key(UserName="somebody")["AccessKey"])
+        if taken is None:
+            as_the_user()
+            with pytest.raises(UserError, match=r"(?s)does not let you prepare the account.*aws-policy.json"):
+                set_initial_no_auth_action_count(0)(lambda: prepare_account(without_own_role(tmp_path)))()
+        else:
+            with pytest.raises((UserError, NodeLaunchException), match=r"not authorized|AccessDenied"):
+                as_the_user()
+
+
+def without_own_role(folder: Path) -> dict[str, Any]:
+    """The file as it is shipped, so that the launcher makes a role."""
+    return read_launcher_file(str(aws_file(folder))).prepared

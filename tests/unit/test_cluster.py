@@ -108,6 +108,8 @@ def test_options_that_contradict() -> None:
         (ClusterOptions(down=True), dashboard),
         (ClusterOptions(keep=True), None),
         (ClusterOptions(detach=True), parse_target("local")),
+        (ClusterOptions(dry_run=True), dashboard),
+        (ClusterOptions(dry_run=True), None),
     ):
         with pytest.raises(UserError):
             options.check(target)

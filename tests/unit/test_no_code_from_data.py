@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +94,14 @@ def test_code_beside_a_model(mark: Path, tmp_path: Path, tiny_backbone: str, kin
         told |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
         (folder / "tokenizer_config.json").write_text(json.dumps(told))
     (folder / "evil.py").write_text(code)
-    try:
-        load_any(str(folder), SETTINGS)
-    except UserError:
+    if kind == "tokenizer":  # its code may not be needed; the mark says whether it ran
+        with suppress(UserError):
+            load_any(str(folder), SETTINGS)
         return
-    assert kind == "tokenizer", "a model whose code is needed cannot be loaded"
+    for load in (lambda: load_any(str(folder), SETTINGS), lambda: PairClassifier(str(folder))):
+        with pytest.raises(UserError, match="Python code of its own, which ckd-ray never runs") as told:
+            load()
+        assert "trust_remote_code" not in str(told.value), "an option that we do not have"
 
 
 @pytest.mark.parametrize(
