@@ -145,7 +145,7 @@ def _list(value: object) -> list[Any]:
         try:
             value = json.loads(value)
         except ValueError:
-            value = ast.literal_eval(value)
+            value = ast.literal_eval(str(value))
     if not isinstance(value, list | tuple):
         raise TypeError("neither a list nor the text of one")
     return list(value)
@@ -202,14 +202,17 @@ def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str
     try:
         row = json.loads(text)
         if isinstance(row, dict):
-            values = [next((row[name] for name in names if name in row), None) for names in _LISTS]
-            return _listed(where, values[0], values[1], values[2], problems)
+            found = [name for names in _LISTS for name in names if name in row]
+            if len(found) != len(_LISTS):
+                raise TypeError("an object has the three columns of lists")
+            return _listed(where, row[found[0]], row[found[1]], row[found[2]], problems)
         if not isinstance(row, list):
-            raise TypeError("a row is a list")
+            raise TypeError("a row is a list or an object")
         query, *pairs = row
         return [(_id(query), _id(passage), _number(score)) for passage, score in pairs]
     except (ValueError, TypeError, RecursionError, OverflowError):
-        problems.add(where, "not a row of scores", expected="[query id, [passage id, score], ...]", found=shorten(text))
+        expected = "[query id, [passage id, score], ...], or an object with query_id, document_ids and scores"
+        problems.add(where, "not a row of scores", expected=expected, found=shorten(text))
         return []
 
 

@@ -110,9 +110,9 @@ def _number(value: object) -> int | float | None:
             value = float(value)  # an integer of thousands of digits becomes infinite; `int` refuses to read it
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return None
-    return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 # The usual names of columns in files of passages, queries and labels, by role.

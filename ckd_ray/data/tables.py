@@ -191,9 +191,9 @@ def _json_lines(uri: str, columns: tuple[Column, ...], problems: Problems) -> It
             unmet = {role: column for role, column in unmet.items() if role not in names}
             wanted = _wanted(columns, value, names) | (first_row - {"title"})
             lacking = [c for c in columns if c.role in wanted and c.role not in names]
-            for column in lacking:
-                problems.add(f"{uri}:{number}", f"no {column.role}", **column.missing(value))
-            if not lacking:
+            if lacking:
+                problems.add(f"{uri}:{number}", f"no {lacking[0].role}", **lacking[0].missing(value))
+            else:
                 yield number, tuple(value[names[c.role]] if c.role in names else c.default for c in columns)
     for column in unmet.values():
         problems.add(uri, f"no row has a {column.role}", **column.missing(keys))

@@ -126,6 +126,18 @@ def test_rows_of_one_file_agree_in_their_columns(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 1 and "c.jsonl:2: no relevance" in caught.value.problems[0]
 
 
+def test_grades_that_are_no_numbers(tmp_path: Path) -> None:
+    values = ["collection.format=jsonl", *files(tmp_path / "in", as_json_lines), COLUMNS]
+    given = ['"high"', "true", "null", "NaN", "1" + "0" * 400, "1e999", "[1]", '"0.5"', '"1_0"']
+    rows = [f'{{"asked": "x", "docno": {i}, "rate": {grade}}}\n' for i, grade in enumerate(given)]
+    (tmp_path / "in" / "c.jsonl").write_text("".join(rows))
+    with pytest.raises(InputError) as caught:
+        build(tmp_path / "out", *values)
+    told = {int(p.partition("c.jsonl:")[2].partition(":")[0]): p for p in caught.value.problems}
+    assert sorted(told) == [1, 2, 3, 4, 5, 6, 7, 9]  # the eighth is a number in quotation marks
+    assert all(("out of range" if n in (5, 6) else "not a number") in told[n] for n in told)
+
+
 def test_csv_that_is_broken(tmp_path: Path) -> None:
     values = ["collection.format=csv", *files(tmp_path / "in", as_json_lines), COLUMNS, "collection.positive_grade=0.5"]
     values.append(f"collection.passages={tmp_path / 'd.csv'}")
