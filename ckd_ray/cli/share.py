@@ -27,23 +27,32 @@ def export(
     what: Annotated[str, typer.Option("--what", help="model, or labels: the scores of all candidates.")] = "model",
     width: Annotated[int, typer.Option("--width", help="Of labels: candidates a query.")] = 32,
     scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query) or raw.")] = "minmax",
+    push: Annotated[
+        str | None,
+        typer.Option("--push", help="Upload the folder to the hub as OWNER/NAME, which is private if it is new."),
+    ] = None,
 ) -> None:
     """Write a run's model for sentence-transformers, PyLate or colbert-ai, or its labels as a training set."""
     if what == "labels":
         from ckd_ray.inspection.export_labels import export_labels
 
-        labels = export_labels(run, fmt, out=out, width=width, scaling=scores)
-        say(f"export: labels of {labels['queries']:,} queries, {labels['left_out']:,} left out -> {labels['out']}")
-        if json_:
-            put(labels)
-        return
-    if what != "model":
-        raise UserError("unknown thing to export", where="--what", expected="model or labels", found=what)
-    from ckd_ray.pipeline.export import export_run
+        written = export_labels(run, fmt, out=out, width=width, scaling=scores)
+        unlabelled = f" ({written['unlabelled']:,} of them without a label)" if written["unlabelled"] else ""
+        counts = f"{written['queries']:,} queries{unlabelled}, {written['left_out']:,} left out"
+        say(f"export: labels of {counts} -> {written['out']}")
+    elif what == "model":
+        from ckd_ray.pipeline.export import export_run
 
-    written = export_run(run, fmt, out=out, role=model)
-    for difference in written["differences"]:
-        say(f"export: {difference}")
-    say(f"export: {written['model']} -> {written['out']}")
+        written = export_run(run, fmt, out=out, role=model)
+        for difference in written["differences"]:
+            say(f"export: {difference}")
+        say(f"export: {written['model']} -> {written['out']}")
+    else:
+        raise UserError("unknown thing to export", where="--what", expected="model or labels", found=what)
+    if push is not None:
+        from ckd_ray.pipeline.push import push_folder
+
+        written["pushed"] = push_folder(written["out"], push, what)
+        say(f"export: {written['out']} -> {written['pushed']}")
     if json_:
         put(written)
