@@ -28,6 +28,18 @@ def parquet(folder: Path) -> None:
     pq.write_table(labels(["q1"], ["p1"], [1]), folder / "qrels.train.parquet")
 
 
+def jsonl(folder: Path) -> None:
+    (folder / "passages.jsonl").write_text('{"id": "p1", "text": "one"}\n')
+    (folder / "queries.train.jsonl").write_text('{"id": "q1", "text": "a?"}\n')
+    (folder / "qrels.train.jsonl").write_text('{"query_id": "q1", "passage_id": "p1", "score": 1}\n')
+
+
+def csv(folder: Path) -> None:
+    (folder / "passages.csv").write_text('id,title,text\np1,T,"one, and more"\n')
+    (folder / "queries.train.csv").write_text("id,text\nq1,a?\n")
+    (folder / "qrels.train.csv").write_text("query_id,passage_id,score\nq1,p1,1\n")
+
+
 def texts(name: str, ids: object, values: object) -> pa.Table:
     return pa.table({name: ids, "text": values})
 
@@ -36,4 +48,10 @@ def labels(queries: object, passages: object, grades: object) -> pa.Table:
     return pa.table({"query_id": queries, "passage_id": passages, "relevance": grades})
 
 
-FORMATS: dict[str, Callable[[Path], None]] = {"msmarco": msmarco, "beir": beir, "parquet": parquet}
+FORMATS: dict[str, Callable[[Path], None]] = {
+    "msmarco": msmarco,
+    "beir": beir,
+    "parquet": parquet,
+    "jsonl": jsonl,
+    "csv": csv,
+}

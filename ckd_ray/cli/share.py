@@ -36,34 +36,40 @@ def export(
     width: Annotated[int, typer.Option("--width", help="Of labels: candidates a query.")] = 32,
     scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query) or raw.")] = "minmax",
     bits: Annotated[int, typer.Option("--bits", help="Of an index from an fp16 store: 1, 2 or 4 a dimension.")] = 4,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", help="Upload the folder to the hub as OWNER/NAME, which is private if it is new."),
+    ] = None,
 ) -> None:
     """Write a run's model for sentence-transformers, PyLate or colbert-ai, its labels as a training set, or the token
     embeddings of its passages for another search engine."""
     if what == "labels":
         from ckd_ray.inspection.export_labels import export_labels
 
-        labels = export_labels(run, fmt, out=out, width=width, scaling=scores)
-        say(f"export: labels of {labels['queries']:,} queries, {labels['left_out']:,} left out -> {labels['out']}")
-        if json_:
-            put(labels)
-        return
-    if what in ("vectors", "index"):
+        written = export_labels(run, fmt, out=out, width=width, scaling=scores)
+        unlabelled = f" ({written['unlabelled']:,} of them without a label)" if written["unlabelled"] else ""
+        counts = f"{written['queries']:,} queries{unlabelled}, {written['left_out']:,} left out"
+        say(f"export: labels of {counts} -> {written['out']}")
+    elif what in ("vectors", "index"):
         from ckd_ray.search.export import export_stored
 
-        stored = export_stored(run, what, fmt, out=out, system=model, bits=bits)
-        say(f"export: {stored['tokens']:,} token embeddings of {stored['passages']:,} passages -> {stored['out']}")
-        if json_:
-            put(stored)
-        return
-    if what != "model":
-        raise UserError(
-            "unknown thing to export", where="--what", expected="model, labels, vectors or index", found=what
-        )
-    from ckd_ray.pipeline.export import export_run
+        written = export_stored(run, what, fmt, out=out, system=model, bits=bits)
+        counts = f"{written['tokens']:,} token embeddings of {written['passages']:,} passages"
+        say(f"export: {counts} -> {written['out']}")
+    elif what == "model":
+        from ckd_ray.pipeline.export import export_run
 
-    written = export_run(run, fmt, out=out, role=model)
-    for difference in written["differences"]:
-        say(f"export: {difference}")
-    say(f"export: {written['model']} -> {written['out']}")
+        written = export_run(run, fmt, out=out, role=model)
+        for difference in written["differences"]:
+            say(f"export: {difference}")
+        say(f"export: {written['model']} -> {written['out']}")
+    else:
+        expected = "model, labels, vectors or index"
+        raise UserError("unknown thing to export", where="--what", expected=expected, found=what)
+    if push is not None:
+        from ckd_ray.pipeline.push import push_folder
+
+        written["pushed"] = push_folder(written["out"], push, what)
+        say(f"export: {written['out']} -> {written['pushed']}")
     if json_:
         put(written)

@@ -11,6 +11,8 @@ from ckd_ray.config.schema import Config
 def schema_problems(config: Config) -> Iterator[tuple[str, str]]:
     """(path of the key, the problem and its fix)."""
     yield from _collection(config)
+    if config.run.storage.startswith("hf://"):
+        yield "run.storage", "a run cannot lie on the hub; ckd-ray export --push uploads its model"
     if config.retrieve.depth < config.label.depths[-1]:
         yield "retrieve.depth", f"must be at least label.feedback_passages ({config.label.depths[-1]})"
     if config.retrieve.engine == "centroids" and config.embed.codec == "fp16":
@@ -42,10 +44,12 @@ def schema_problems(config: Config) -> Iterator[tuple[str, str]]:
 def _collection(config: Config) -> Iterator[tuple[str, str]]:
     c = config.collection
     if c.format == "docstrings":
-        for key in ("path", "passages", "queries", "qrels"):
+        for key in ("path", "passages", "queries", "qrels", "columns"):
             if getattr(c, key):
                 yield f"collection.{key}", "has no meaning for format docstrings; set collection.format"
         return
+    if c.columns and c.format in ("msmarco", "ir_datasets"):
+        yield "collection.columns", f"has no meaning for format {c.format}; csv reads TSV files with a header line"
     if c.packages is not None:
         yield "collection.packages", "counts for format docstrings only"
     if c.format == "ir_datasets":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 # trec_eval's code or ir-measures itself computes these for any ids, so no start needs to try them.
 _USUAL = ("RR", "nDCG", "R", "P", "AP", "Success")
 
 
-def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
+def parse_measure(name: str, relevance_threshold: float = 1) -> Any:
     """The ir-measures measure of that name.
 
     Binary measures count grades from `relevance_threshold` on, unless the name sets `rel` itself; nDCG keeps the
@@ -28,8 +29,9 @@ def parse_measure(name: str, relevance_threshold: int = 1) -> Any:
     except (NameError, ValueError, SyntaxError) as error:
         known = ", ".join(computed())
         raise ValueError(f"unknown measure {name!r}; known are {known}, with @K for a cutoff") from error
-    if relevance_threshold > 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
-        measure = measure(rel=relevance_threshold)
+    threshold = math.ceil(relevance_threshold)
+    if threshold > 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
+        measure = measure(rel=threshold)
     return measure
 
 

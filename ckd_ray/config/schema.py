@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     Tag,
     ValidationInfo,
     field_validator,
@@ -32,6 +34,20 @@ Auto = Literal["auto"]
 Elastic = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}-[1-9][0-9]{0,5}$")]
 Split = Literal["train", "dev", "test"]
 FilesBySplit = dict[Split, Name]
+ColumnRole = Literal["id", "text", "title", "query", "passage", "relevance"]
+Columns = dict[
+    ColumnRole,
+    Annotated[
+        list[Name], Field(min_length=1), BeforeValidator(lambda names: [names] if isinstance(names, str) else names)
+    ],
+]
+# A whole number stays an integer, so that 1 and 1.0 are one setting with one fingerprint.
+Grade = Annotated[
+    float,
+    Field(gt=0, lt=2**31),
+    AfterValidator(lambda grade: int(grade) if grade == int(grade) else grade),
+    PlainSerializer(lambda grade: grade),
+]
 
 
 def _ascending(depths: list[int]) -> int | list[int]:
@@ -105,28 +121,34 @@ class CollectionConfig(Section):
 
     Attributes:
         format: The format of the files; `docstrings` makes a small corpus from installed Python packages.
-        path: The folder of the collection; for `ir_datasets` the id of the data set.
+        path: The folder of the collection, or a URI (`hf://datasets/OWNER/NAME`); for `ir_datasets` the id of the data
+            set.
         passages: A single file of passages, instead of `path`; a folder stands for the files in it.
         queries: A file of queries for each split, instead of `path`.
         qrels: A file of labels for each split, instead of `path`.
+        columns: The names of columns or keys in the files by their role: `id`, `text` and `title` of a text; `query`,
+            `passage` and `relevance` of a label. Of several names a file has the first that is there. Usual names need
+            no entry.
         train: The collection's own name of the split to train on.
         dev: The collection's own name of the split to choose settings on.
         test: The collection's own name of the split to test on.
         limit: Keep all labelled passages, and the first others up to this number of passages; null keeps all.
-        positive_grade: The grade from which a label makes a passage a positive of training.
+        positive_grade: The grade from which a label makes a passage a positive of training; also a fraction, where
+            relevance is one (clicks).
         packages: The distributions that format `docstrings` reads; null takes its standard ones.
     """
 
-    format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "parquet"] = "docstrings"
+    format: Literal["docstrings", "msmarco", "beir", "ir_datasets", "jsonl", "parquet", "csv"] = "docstrings"
     path: Name | None = None
     passages: Name | None = None
     queries: FilesBySplit = Field(default_factory=dict)
     qrels: FilesBySplit = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     train: Name = "train"
     dev: Name = "dev"
     test: Name = "test"
     limit: Positive | None = None
-    positive_grade: Positive = 1
+    positive_grade: Grade = 1
     packages: Annotated[list[Name], Field(min_length=1)] | None = None
 
 
@@ -389,7 +411,8 @@ class EvaluateConfig(Section):
     Attributes:
         measures: Measures by ir-measures' names, or MRR@K.
         depth: Passages of a ranking.
-        relevance_threshold: The grade from which binary measures count a passage as relevant.
+        relevance_threshold: The grade from which binary measures count a passage as relevant. Where relevance is a
+            fraction, every measure counts a passage as relevant or not.
         splits: The splits to measure.
         engine: Search exactly, or with the engine of section `retrieve`.
         skip_same_id: Whether a passage with the query's own id is left out of its results; `auto` does so for BEIR
@@ -403,7 +426,7 @@ class EvaluateConfig(Section):
         default_factory=lambda: ["MRR@10", "nDCG@10", "R@100", "R@1000"]
     )
     depth: Positive = 1000
-    relevance_threshold: Positive = 1
+    relevance_threshold: Grade = 1
     splits: list[Split] = Field(default_factory=_dev_and_test)
     engine: Literal["exact", "retrieve"] = "exact"
     skip_same_id: Auto | bool = "auto"

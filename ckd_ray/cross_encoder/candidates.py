@@ -30,20 +30,24 @@ class Candidates:
 
 
 class CandidateReader:
-    """Candidates of the training queries of a run."""
+    """Candidates of the training queries of a run.
 
-    def __init__(self, run: str, positive_grade: int, depth: int) -> None:
+    Args:
+        unlabelled: whether a query without a label, on which nothing is trained, has candidates, too.
+    """
+
+    def __init__(self, run: str, positive_grade: float, depth: int, *, unlabelled: bool = False) -> None:
         collection = Collection.open(run)
         self.num_queries = collection.num_queries("train")
         self.positives = collection.positives("train", positive_grade)
-        self.rankings, self.depth = RunDir(run).rankings, depth
+        self.rankings, self.depth, self.unlabelled = RunDir(run).rankings, depth, unlabelled
 
     def read(self, first: int, stop: int) -> Candidates:
         """The candidates of the queries [first, stop). As in batches, labelled passages do not count for the depth."""
         labelled = [self.positives.of(query) for query in range(first, stop)]
         negatives = []
         for row, known in zip(self._top(first, stop), labelled, strict=True):
-            depth = self.depth if len(known) else 0  # a query without a label is not trained on
+            depth = self.depth if len(known) or self.unlabelled else 0
             negatives.append(row[(row >= 0) & ~np.isin(row, known)][:depth])
         return Candidates(labelled, negatives)
 

@@ -1,23 +1,33 @@
-"""Rows of a file of scores, in blocks: Parquet, TSV, or JSON lines of (query, [passage, score], ...)."""
+"""Rows of a file of scores, in blocks: Parquet, TSV, or JSON lines of (query, [passage, score], ...).
+
+Parquet has a row a pair, or a row a query with a list of passages and a list of scores: the layout in which
+sentence-transformers and PyLate keep sets for distillation. Some of those hold their lists as text.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ckd_ray.data.lines import read_lines, unreadable
+from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
+from ckd_ray.data.tables import parquet_batches
 from ckd_ray.errors import UserError, first_line
-from ckd_ray.files import filesystem_of
 
 _ROWS_A_BLOCK = 1 << 18
-_COLUMNS = ("query_id", "passage_id", "score")
+_PARQUET_ROWS = 1 << 16
+_LISTS_A_BLOCK = 1 << 12
+# The names of the columns of pairs and of lists: query, passages, scores.
+_QUERY = ("query_id", "qid", "query-id")
+_PAIRS = (_QUERY, ("passage_id", "pid", "document_id", "doc_id", "corpus-id"), ("score",))
+_LISTS = (_QUERY, ("document_ids", "passage_ids", "doc_ids", "pids"), ("scores",))
 _Parser = Callable[[str, str, Problems], list[tuple[str, str, float]]]
 
 
@@ -54,56 +64,91 @@ def read_scores(uri: str, problems: Problems) -> Iterator[ScoreRows]:
 
 
 def _parquet(uri: str, problems: Problems) -> Iterator[ScoreRows]:
-    fs, path = filesystem_of(uri)
-    try:
-        file = pq.ParquetFile(path, filesystem=fs)
-    except FileNotFoundError:
-        raise UserError("this file does not exist", where=uri) from None
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a type of Ray's with strange contents
-        raise unreadable(uri, error) from None
-    missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
-    if missing:
+    of_lists = False
+
+    def chosen(schema: pa.Schema) -> dict[int, str]:
+        nonlocal of_lists
+        for of_lists in (False, True):
+            names = {
+                i: name
+                for i, spellings in enumerate(_LISTS if of_lists else _PAIRS)
+                for name in spellings[::-1]
+                if name in schema.names
+            }
+            if len(names) == 3:
+                return names
         raise UserError(
-            f"no column {', '.join(missing)}",
+            "no columns of scores",
             where=uri,
-            expected="the columns query_id, passage_id and score",
-            found=", ".join(file.schema_arrow.names[:12]),
+            expected="query_id, passage_id and score, or lists of them: query_id, document_ids and scores",
+            found=", ".join(schema.names[:12]) or "no columns",
         )
-    row = 1
-    for batch in _batches(uri, file):
-        try:
-            ids = [batch[name].cast(pa.string()) for name in _COLUMNS[:2]]
-            for column in ids:
-                column.validate(full=True)  # undecodable bytes: Arrow takes them, Python does not
-            scores = batch["score"].cast(pa.float64()).to_numpy(zero_copy_only=False)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(
-                "a column has another type",
-                where=f"{uri}, rows {row} and on",
-                expected="ids that can be read as strings and scores that are numbers",
-                found=first_line(error),
-            ) from None
-        lines = np.arange(row, row + len(batch))
-        empty = np.flatnonzero(ids[0].is_null().to_numpy(False) | ids[1].is_null().to_numpy(False))
-        for i in empty.tolist():
-            problems.add(f"{uri}:{row + i}", "an empty id", expected="a query id and a passage id", found="null")
-        kept = np.setdiff1d(np.arange(len(batch)), empty)
-        yield _finite(
-            uri, problems, [ids[0].take(pa.array(kept)).to_pylist(), ids[1].take(pa.array(kept)).to_pylist()],
-            scores[kept], lines[kept],
-        )  # fmt: skip
-        row += len(batch)
+
+    for row, batch in parquet_batches(uri, chosen, _PARQUET_ROWS):
+        if of_lists:
+            for start in range(0, len(batch[0]), _LISTS_A_BLOCK):
+                columns = [batch[i].slice(start, _LISTS_A_BLOCK).to_pylist() for i in range(3)]
+                yield _of_lists(uri, columns, row + start, problems)
+        else:
+            yield _of_pairs(uri, [batch[i] for i in range(3)], row, problems)
 
 
-def _batches(uri: str, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """The batches of a file that may be damaged in the middle."""
-    row = 1
+def _of_pairs(uri: str, columns: list[pa.Array], row: int, problems: Problems) -> ScoreRows:
     try:
-        for batch in file.iter_batches(_ROWS_A_BLOCK, columns=list(_COLUMNS)):
-            yield batch
-            row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(f"{uri}: after row {row - 1}", error) from None
+        ids = [column.cast(pa.string()) for column in columns[:2]]
+        scores = columns[2].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(
+            "a column has another type",
+            where=f"{uri}, rows {row} and on",
+            expected="ids that can be read as strings and scores that are numbers",
+            found=first_line(error),
+        ) from None
+    lines = np.arange(row, row + len(scores))
+    empty = np.flatnonzero(ids[0].is_null().to_numpy(False) | ids[1].is_null().to_numpy(False))
+    for i in empty.tolist():
+        problems.add(f"{uri}:{row + i}", "an empty id", expected="a query id and a passage id", found="null")
+    kept = np.setdiff1d(np.arange(len(scores)), empty)
+    return _finite(
+        uri, problems, [ids[0].take(pa.array(kept)).to_pylist(), ids[1].take(pa.array(kept)).to_pylist()],
+        scores[kept], lines[kept],
+    )  # fmt: skip
+
+
+def _of_lists(uri: str, columns: list[list[Any]], first: int, problems: Problems) -> ScoreRows:
+    """The pairs of rows of (query, passages, scores); a row whose lists do not fit one another is noted."""
+    rows: list[tuple[str, str, float, int]] = []
+    for number, (query, passages, scores) in enumerate(zip(*columns, strict=True), first):
+        rows += [(*pair, number) for pair in _listed(f"{uri}:{number}", query, passages, scores, problems)]
+    return _of_rows(uri, rows, problems)
+
+
+def _listed(
+    where: str, query: object, passages: object, scores: object, problems: Problems
+) -> list[tuple[str, str, float]]:
+    try:
+        passages, scores = _list(passages), _list(scores)
+        if len(passages) != len(scores):
+            found = f"{len(passages)} and {len(scores)}, of query {shorten(str(query))}"
+            problems.add(where, "lists of different lengths", expected="a score for every passage", found=found)
+            return []
+        return [(_id(query), _id(passage), _number(score)) for passage, score in zip(passages, scores, strict=True)]
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError):
+        expected = "an id, a list of ids and a list of numbers"
+        problems.add(where, "not a row of scores", expected=expected, found=shorten(f"{query}, {passages}, {scores}"))
+        return []
+
+
+def _list(value: object) -> list[Any]:
+    """A list, also one that is written as text, in JSON or as Python writes it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = ast.literal_eval(str(value))
+    if not isinstance(value, list | tuple):
+        raise TypeError("neither a list nor the text of one")
+    return list(value)
 
 
 def _blocks(uri: str, problems: Problems, parse: _Parser) -> Iterator[ScoreRows]:
@@ -152,15 +197,22 @@ def _tsv_line(where: str, text: str, problems: Problems) -> list[tuple[str, str,
 
 
 def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str, float]]:
-    """[query, [passage, score], [passage, score], ...]: the form of ColBERT's published distillation sets."""
+    """[query, [passage, score], [passage, score], ...], the form of ColBERT's published distillation sets, or an object
+    with the columns of lists."""
     try:
         row = json.loads(text)
+        if isinstance(row, dict):
+            found = [name for names in _LISTS for name in names if name in row]
+            if len(found) != len(_LISTS):
+                raise TypeError("an object has the three columns of lists")
+            return _listed(where, row[found[0]], row[found[1]], row[found[2]], problems)
         if not isinstance(row, list):
-            raise TypeError("a row is a list")
+            raise TypeError("a row is a list or an object")
         query, *pairs = row
         return [(_id(query), _id(passage), _number(score)) for passage, score in pairs]
     except (ValueError, TypeError, RecursionError, OverflowError):
-        problems.add(where, "not a row of scores", expected="[query id, [passage id, score], ...]", found=shorten(text))
+        expected = "[query id, [passage id, score], ...], or an object with query_id, document_ids and scores"
+        problems.add(where, "not a row of scores", expected=expected, found=shorten(text))
         return []
 
 

@@ -39,7 +39,7 @@ class CrossEncoderJob:
     run: str
     out: str
     model: str
-    positive_grade: int
+    positive_grade: float
     depth: int
     maxlen: int
     token_budget: int

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.data.sources import QrelRow, Source, TextRow, open_source
+from ckd_ray.data.readers import QrelRow, TextRow
+from ckd_ray.data.sources import Source, open_source
 from ckd_ray.files import new_folder, remove_stale, sha256_of, signatures, write_json_atomic
 from ckd_ray.progress import say
 from ckd_ray.runs.artifact import MANIFEST
@@ -104,6 +105,7 @@ def build_collection(settings: CollectionConfig, out: str, *, progress: Advance 
             _write_manifest(queries, manifest, sum(s["queries"] for s in manifest.splits.values()))
         _write_manifest(folder, manifest, writer.count)
     _report(manifest, source)
+    _report_shared(splits)
     return manifest
 
 
@@ -321,7 +323,7 @@ def _check_labels(splits: dict[str, _Split], wanted: dict[str, int], problems: P
 
 
 def _write_split(
-    folder: str, name: str, split: _Split, wanted: dict[str, int], positive_grade: int, digest: Any
+    folder: str, name: str, split: _Split, wanted: dict[str, int], positive_grade: float, digest: Any
 ) -> dict[str, int]:
     texts = [_storable(text) for text in split.texts]
     mended = sum(a != b for a, b in zip(texts, split.texts, strict=True))
@@ -335,13 +337,15 @@ def _write_split(
     pq.write_table(queries, os.path.join(folder, f"{name}.parquet"), compression="zstd", row_group_size=_ROWS_A_BLOCK)
     index = {query: i for i, query in enumerate(split.ids)}
     labels = split.labels
+    grades = [row.relevance for row in labels]
+    whole = all(isinstance(grade, int) for grade in grades)
     table = pa.table(
         {
             "query_index": pa.array([index[row.query_id] for row in labels], pa.int32()),
             "passage_index": pa.array([wanted[row.passage_id] for row in labels], pa.int64()),
             "query_id": pa.array([row.query_id for row in labels], pa.string()),
             "passage_id": pa.array([row.passage_id for row in labels], pa.string()),
-            "relevance": pa.array([row.relevance for row in labels], pa.int32()),
+            "relevance": pa.array(grades, pa.int32() if whole else pa.float64()),
         }
     )
     os.makedirs(os.path.join(folder, QRELS), exist_ok=True)
@@ -401,9 +405,18 @@ def _report(manifest: CollectionManifest, source: Source) -> None:
     for name, split in manifest.splits.items():
         repeated, mended, unlabelled = (split.get(k, 0) for k in ("repeated_labels", "mended_queries", "unlabelled"))
         use = "they score zero, or are left out where they have no label at all"
-        use = "they are not trained on" if name == "train" else use
+        use = "they are ranked and labelled, but not trained on" if name == "train" else use
         note(repeated, f"{repeated:,} labels of {name} occur twice; each counts once")
         note(mended, f"{mended:,} {name} queries {surrogates}")
         note(unlabelled, f"{unlabelled:,} of {split['queries']:,} {name} queries have no positive; {use}")
     missing = [s for s in ("dev", "test") if s not in source.splits]
     note(len(missing), f"no {' and no '.join(missing)} split; it is left out of the evaluation")
+
+
+def _report_shared(splits: dict[str, _Split]) -> None:
+    """Says which queries of dev and test are training queries, too: their measures flatter the student."""
+    trained = {row.query_id for row in splits["train"].labels} if "train" in splits else set()
+    for name in splits.keys() - {"train"}:
+        shared = len(trained.intersection(splits[name].ids))
+        if shared:
+            say(f"collection: {shared:,} of {len(splits[name].ids):,} {name} queries are training queries, too")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from ckd_ray.arrays import Int64Array, IntArray
+from ckd_ray.arrays import Float64Array, Int64Array, IntArray
 from ckd_ray.data.positives import Positives
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
@@ -51,13 +51,13 @@ class Queries:
 
 @dataclass(frozen=True)
 class Qrels:
-    """Labels of a split, one row each: dense indices, outside ids, and the grade."""
+    """Labels of a split, one row each: dense indices, outside ids, and the grade (float64 where one is a fraction)."""
 
     query_index: Int64Array
     passage_index: Int64Array
     query_ids: list[str]
     passage_ids: list[str]
-    relevance: Int64Array
+    relevance: Int64Array | Float64Array
 
 
 class Collection:
@@ -257,15 +257,16 @@ class Collection:
         uri = first_present(join(folder, QRELS, f"{split}.parquet"), join(folder, f"{split}.qrels.parquet"))
         fs, path = filesystem_of(uri)
         table = pq.read_table(path, filesystem=fs)
+        relevance = table["relevance"].to_numpy()
         return Qrels(
             table["query_index"].to_numpy().astype(np.int64),
             table["passage_index"].to_numpy(),
             table["query_id"].to_pylist(),
             table["passage_id"].to_pylist(),
-            table["relevance"].to_numpy().astype(np.int64),
+            relevance.astype(np.int64) if np.issubdtype(relevance.dtype, np.integer) else relevance,
         )
 
-    def positives(self, split: str, grade: int) -> Positives:
+    def positives(self, split: str, grade: float) -> Positives:
         """The passages of every query of a split with a label of at least `grade`."""
         qrels = self.qrels(split)
         rows = qrels.query_index, qrels.passage_index, qrels.relevance

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems
-from ckd_ray.data.sources import QrelRow, Source, TextRow
+from ckd_ray.data.readers import QrelRow, TextRow
+from ckd_ray.data.sources import Source
 from ckd_ray.errors import UserError
 
 # Dependencies of ckd-ray, so they are always installed, with docstrings of prose. (transformers would double the corpus

@@ -7,7 +7,8 @@ from typing import Any
 
 from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.data.sources import SPLITS, QrelRow, Source, TextRow, grade_fits
+from ckd_ray.data.readers import QrelRow, TextRow, read_grade
+from ckd_ray.data.sources import SPLITS, Source
 from ckd_ray.errors import UserError, first_line
 
 
@@ -80,10 +81,6 @@ def _texts(where: str, open_rows: Callable[[], Iterable[Any]], id_field: str, pr
 
 def _qrels(where: str, open_rows: Callable[[], Iterable[Any]], problems: Problems) -> Iterator[QrelRow]:
     for number, row in _rows(where, open_rows):
-        grade = row.relevance
-        place = f"{where}: row {number}"
-        if not isinstance(grade, int):
-            found = shorten(str(grade))
-            problems.add(place, "the grade is not a whole number", expected="an integer", found=found)
-        elif grade_fits(grade, place, problems):
+        grade = read_grade(row.relevance, f"{where}: row {number}", problems)
+        if grade is not None:
             yield QrelRow(str(row.query_id), str(row.doc_id), grade, f"{where}: row ", number)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckd_ray.arrays import Int64Array
+from ckd_ray.arrays import Float64Array, Int64Array
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,12 @@ class Positives:
 
     @classmethod
     def from_qrels(
-        cls, num_queries: int, query_index: Int64Array, passage_index: Int64Array, relevance: Int64Array, grade: int
+        cls,
+        num_queries: int,
+        query_index: Int64Array,
+        passage_index: Int64Array,
+        relevance: Int64Array | Float64Array,
+        grade: float,
     ) -> Positives:
         """Labels with `relevance >= grade`; a query may end up with none."""
         chosen = relevance >= grade

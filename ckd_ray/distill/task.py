@@ -35,7 +35,7 @@ class TrainingTask:
     settings: TrainingConfig
     precision: str = "fp32"
     dropout: float = 0.0
-    positive_grade: int = 1
+    positive_grade: float = 1
     labels: str = LABELS
     teacher: str | None = None
 

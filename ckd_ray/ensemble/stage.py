@@ -46,7 +46,7 @@ class EnsembleJob:
     rankings: str
     scorers: tuple[str, ...]
     vectors: str
-    positive_grade: int
+    positive_grade: float
     depth: int
     similarity: str
 
@@ -88,7 +88,8 @@ def _score_part(batch: dict[str, Any], job: EnsembleJob, scorer: str, statistics
 
 @lru_cache(maxsize=2)
 def _candidates(job: EnsembleJob) -> CandidateReader:
-    return CandidateReader(job.run, job.positive_grade, job.depth)
+    # Queries without a label are not trained on; their scores are for the labels that leave the run (export).
+    return CandidateReader(job.run, job.positive_grade, job.depth, unlabelled=True)
 
 
 def _unique(wanted: Sequence[Int64Array]) -> tuple[Int64Array, list[Int64Array]]:

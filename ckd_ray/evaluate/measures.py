@@ -26,7 +26,7 @@ class Measures:
 
 
 def measure_run(
-    run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str], relevance_threshold: int = 1
+    run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str], relevance_threshold: float = 1
 ) -> Measures:
     """Measure a run.
 
@@ -36,12 +36,16 @@ def measure_run(
 
     Args:
         run: columns query_id, doc_id, score.
-        qrels: columns query_id, doc_id, relevance.
+        qrels: columns query_id, doc_id, relevance. Fractions, which trec_eval does not take, become 1 from the
+            threshold on and 0 below it.
         measures: names of ir-measures, or MRR@K.
         relevance_threshold: the grade from which binary measures count a passage as relevant; nDCG keeps the grades.
     """
     import ir_measures
 
+    if pd.api.types.is_float_dtype(qrels["relevance"]):
+        relevant = (qrels["relevance"] >= relevance_threshold).astype(int)
+        qrels, relevance_threshold = qrels.assign(relevance=relevant), 1
     parsed = {name: parse_measure(name, relevance_threshold) for name in measures}
     queries = list(dict.fromkeys(qrels["query_id"]))
     per_query: dict[str, dict[str, float]] = {name: dict.fromkeys(queries, 0.0) for name in measures}
@@ -57,7 +61,7 @@ def measure_run(
 
 
 def measure_parts(
-    parts: Iterable[tuple[pd.DataFrame, pd.DataFrame]], measures: Sequence[str], relevance_threshold: int = 1
+    parts: Iterable[tuple[pd.DataFrame, pd.DataFrame]], measures: Sequence[str], relevance_threshold: float = 1
 ) -> Measures:
     """`measure_run` of a run in parts: (run, qrels) of some queries each, every query in a single part.
 

@@ -1,6 +1,6 @@
 """Paths and URIs: which file system is behind one, what is there, and deleting it.
 
-A path is local, or a URI that `pyarrow.fs` opens (`s3://`, `gs://`, `file://`).
+A path is local, or a URI that `pyarrow.fs` opens (`s3://`, `gs://`, `file://`), or a data set of the hub (`hf://`).
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ckd_ray.errors import UserError, first_line
 
+HUB = "hf://"
 # Pauses between attempts double up to 20 s, so this many outlast 45 s without the object store (S3).
 _ATTEMPTS = 8
 
@@ -22,6 +24,8 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system behind `uri` and the path inside it; a plain path (also ~/...) is a local file, made absolute."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    if uri.startswith(HUB):
+        return _hub(uri)
     try:
         place, options = _split_options(uri)
         bucket, _, key = place.removeprefix("s3://").partition("/")
@@ -34,7 +38,7 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
         raise UserError(
             "this storage cannot be opened",
             where=uri,
-            expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://",
+            expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://, hf://",
             found=first_line(error),
         ) from error
 
@@ -45,6 +49,33 @@ def _s3_client(bucket: str, process: int) -> pafs.FileSystem:
     fs, _ = pafs.FileSystem.from_uri(bucket)
     (options,) = fs.__reduce__()[1]  # a URI gives a request three attempts, which are over in two seconds
     return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS))
+
+
+def _hub(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of the hub, which huggingface_hub has for fsspec. Older versions of pyarrow do not open it."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(uri)
+    except (ImportError, ValueError, OSError, NotImplementedError) as error:
+        fix = "pip install huggingface_hub" if isinstance(error, ImportError) else None
+        expected = "hf://datasets/OWNER/NAME/PATH"
+        found = first_line(error)
+        raise UserError(
+            "this place on the hub cannot be opened", where=uri, expected=expected, found=found, fix=fix
+        ) from error
+    return pafs.PyFileSystem(_HubHandler(fs)), path
+
+
+class _HubHandler(pafs.FSSpecHandler):  # type: ignore[misc]
+    """What is asked first, whether a file is there, fails with a message where the hub cannot be reached."""
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        """As FSSpecHandler's."""
+        try:
+            return super().get_file_info(paths)
+        except Exception as error:  # of the network, of the hub, of fsspec
+            raise UserError("the hub cannot be read", where=f"{HUB}{paths[0]}", found=first_line(error)) from error
 
 
 def is_local(uri: str) -> bool:

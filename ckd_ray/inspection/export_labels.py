@@ -2,8 +2,9 @@
 other libraries. Needs no Ray; one block of queries is in memory at a time.
 
 A query's candidates are its labelled passages and the top of its ranking. Labelled passages come first, then the others
-by falling score. Every query has the same number of candidates, which readers of list columns want; queries with fewer
-are left out and counted.
+by falling score. A query without a label has the teacher's scores alone; where a format asks for a positive, it is the
+passage that the teacher scores highest. Every query has the same number of candidates, which readers of list columns
+want; queries with fewer are left out and counted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ckd_ray.inspection.labelled_run import LabelledRun
 
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
 SCALINGS = ("minmax", "raw")
+_WITH_POSITIVES = ("flagembedding", "tevatron", "triples")
 _QUERIES_A_BLOCK = 256
 
 Float64Array = npt.NDArray[np.float64]
@@ -35,12 +37,16 @@ Float64Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Row:
-    """A query's candidates, (width,): dense passage indices, scores, and which are labelled."""
+    """A query's candidates, (width,): dense passage indices and scores.
+
+    Attributes:
+        positives: how many of the first ones are labelled; 1 where none is, which is the teacher's best.
+    """
 
     query: int
     passages: Int64Array
     scores: Float64Array
-    labelled: npt.NDArray[np.bool_]
+    positives: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def export_labels(
         scaling: `minmax` brings the scores of a query to 0 .. 1, as PyLate's loss expects them; `raw` keeps them.
 
     Returns:
-        `out`, `format`, `queries`, `left_out` (queries with fewer candidates), `width`, `scaling`.
+        `out`, `format`, `queries`, `unlabelled` (of them), `left_out` (queries with fewer candidates), `width`,
+        `scaling`.
 
     Raises:
         UserError: no labels there, or an option is wrong.
@@ -80,7 +87,7 @@ def export_labels(
     opened = LabelledRun.open(run)
     target = out or join(opened.paths.exports, f"labels-{fmt}")
     writer = {"sentence-transformers": _lists, "pylate": _lists}.get(fmt) or _LINES[fmt]
-    counts = {"queries": 0, "left_out": 0}
+    counts = {"queries": 0, "unlabelled": 0, "left_out": 0}
     with new_folder(target) as folder:
         writer(Path(folder), opened, _rows(opened, width, scaling, counts))
         (Path(folder) / "README.md").write_text(_card(opened, fmt, width, scaling, counts), encoding="utf-8")
@@ -97,8 +104,10 @@ def _rows(opened: LabelledRun, width: int, scaling: str, counts: dict[str, int])
         scores = opened.distributions(query, passages).collective_scores.numpy()
         labelled = np.isin(passages, opened.positives.of(query))
         order = np.lexsort((passages, -scores, ~labelled))[:width]
+        known = int(labelled[order].sum())
         counts["queries"] += 1
-        yield Row(query, passages[order], _scaled(scores[order], scaling), labelled[order])
+        counts["unlabelled"] += not known
+        yield Row(query, passages[order], _scaled(scores[order], scaling), known or 1)
 
 
 def _scaled(scores: Float64Array, scaling: str) -> Float64Array:
@@ -184,36 +193,30 @@ def _json_lines(entry: Callable[[Row, _Texts], Iterator[dict[str, Any]]]) -> Cal
 
 
 def _flagembedding(row: Row, texts: _Texts) -> Iterator[dict[str, Any]]:
-    if row.labelled.any():
-        shown = [texts.passages[p] for p in row.passages.tolist()]
-        positive = int(row.labelled.sum())
-        scores = row.scores.tolist()
-        yield {
-            "query": texts.queries[row.query],
-            "pos": shown[:positive],
-            "neg": shown[positive:],
-            "pos_scores": scores[:positive],
-            "neg_scores": scores[positive:],
-        }
+    shown, scores = [texts.passages[p] for p in row.passages.tolist()], row.scores.tolist()
+    yield {
+        "query": texts.queries[row.query],
+        "pos": shown[: row.positives],
+        "neg": shown[row.positives :],
+        "pos_scores": scores[: row.positives],
+        "neg_scores": scores[row.positives :],
+    }
 
 
 def _tevatron(row: Row, texts: _Texts) -> Iterator[dict[str, Any]]:
-    if row.labelled.any():
-        ids = [texts.passage_ids[p] for p in row.passages.tolist()]
-        positive = int(row.labelled.sum())
-        yield {
-            "query_id": texts.query_ids[row.query],
-            "query_text": texts.queries[row.query],
-            "positive_document_ids": ids[:positive],
-            "negative_document_ids": ids[positive:],
-        }
+    ids = [texts.passage_ids[p] for p in row.passages.tolist()]
+    yield {
+        "query_id": texts.query_ids[row.query],
+        "query_text": texts.queries[row.query],
+        "positive_document_ids": ids[: row.positives],
+        "negative_document_ids": ids[row.positives :],
+    }
 
 
 def _triples(row: Row, texts: _Texts) -> Iterator[dict[str, Any]]:
-    """One for each pair of a labelled and an unlabelled passage; `margin` is the difference of their scores."""
-    positive = int(row.labelled.sum())
-    for a in range(positive):
-        for b in range(positive, len(row.passages)):
+    """One for each pair of a positive and another passage; `margin` is the difference of their scores."""
+    for a in range(row.positives):
+        for b in range(row.positives, len(row.passages)):
             yield {
                 "query": texts.queries[row.query],
                 "positive": texts.passages[int(row.passages[a])],
@@ -243,10 +246,15 @@ def _card(opened: LabelledRun, fmt: str, width: int, scaling: str, counts: dict[
     settings = json.dumps(
         {key: opened.config[key] for key in ("label", "distill") if key in opened.config}, indent=2, ensure_ascii=False
     )
+    unlabelled = ""
+    if counts["unlabelled"]:
+        best = ", and the passage that it scores highest is their positive" if fmt in _WITH_POSITIVES else ""
+        unlabelled = f"\n{counts['unlabelled']:,} of the queries have no label: their order is the teacher's{best}."
     return f"""# Collective relevance labels
 
 Written by ckd-ray in the form of {fmt}: {counts["queries"]:,} queries with {width} candidates each, the labelled
-passages first and the others by falling score. {counts["left_out"]:,} queries have fewer candidates and are left out.
+passages first and the others by falling score.{unlabelled}
+{counts["left_out"]:,} queries have fewer candidates and are left out.
 A score is the teacher's, with the expansion of its feedback passages and the ensemble; {scaled}. A labelled passage
 keeps its own score: losses that want it highest have to raise it.
 

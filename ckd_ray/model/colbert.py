@@ -7,6 +7,7 @@ L rows a passage, D dimensions.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
 from ckd_ray.model.tokenizer import ColBERTTokenizer
+from ckd_ray.progress import say
 
 SETTINGS_FILE = "colbert.json"
 PROJECTION_FILE = "projection.safetensors"
+# Weights of heads, which an encoder loses rightly: of masked-language models, classifiers and the like.
+_HEAD = re.compile(
+    r"(^|\.)(cls|pooler|(pre_)?classifier|score|qa_outputs|lm_head|head|decoder|predictions|position_ids|seq_relationship|"
+    r"vocab_\w+|mlm_\w+|\w+_predictions)(\.|$)"
+)
+_PROJECTION = re.compile(r"\w*(linear|proj|dense)\w*\.weight")
 
 
 class ColBERT(nn.Module):
@@ -51,8 +59,8 @@ class ColBERT(nn.Module):
             UserError: the source cannot be loaded, or cannot hold passages of `doc_maxlen` tokens.
         """
         folder = resolve_backbone(source)
-        backbone, tokenizer = load_transformers(folder, source)
-        check_bare(backbone, tokenizer, source)
+        _check_kind(folder, source)
+        backbone, tokenizer = load_bare(folder, source)
         settings = _with_markers(backbone, tokenizer, settings)
         model = cls(backbone, tokenizer, settings)
         model._check_length(source)
@@ -220,6 +228,30 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
     Raises:
         UserError: transformers cannot read it, or weights of the encoder are missing.
     """
+    return _load_transformers(folder, source)[:2]
+
+
+def load_bare(folder: str, source: str) -> tuple[Any, Any]:
+    """`load_transformers` of a model that is to be an encoder and nothing else.
+
+    Raises:
+        UserError: also when it is a late-interaction model, whose projection would be lost.
+    """
+    backbone, tokenizer, projections = _load_transformers(folder, source)
+    _check_bare(backbone, tokenizer, source)
+    if projections:
+        raise UserError(
+            "a model with a projection of its own, not a bare encoder",
+            where=source,
+            expected="a folder whose files say how to read it: colbert.json, modules.json or artifact.metadata",
+            found=", ".join(projections),
+        )
+    return backbone, tokenizer
+
+
+def _load_transformers(folder: str, source: str) -> tuple[Any, Any, list[str]]:
+    """Encoder, tokenizer, and the names of projections among the weights that the encoder has no place for; other such
+    weights, but for those of heads, are named to the user."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -251,7 +283,13 @@ def load_transformers(folder: str, source: str) -> tuple[Any, Any]:
             expected=f"weights named as in a saved {type(backbone).__name__}",
             found=f"no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} ({len(missing)} in all)",
         )
-    return without_pooler(backbone), tokenizer
+    dropped = sorted(name for name in loaded["unexpected_keys"] if not _HEAD.search(name))
+    projections = [name for name in dropped if _PROJECTION.fullmatch(name)]
+    if len(dropped) > len(projections):
+        others = [name for name in dropped if name not in projections]
+        shown = f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
+        say(f"{source}: the encoder has no place for {len(others)} of its weights, which are not used: {shown}")
+    return without_pooler(backbone), tokenizer, projections
 
 
 def without_pooler(backbone: Any) -> Any:
@@ -278,8 +316,20 @@ def _check_weight_index(folder: Path) -> None:
             )
 
 
-def check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
-    """Refuses a ColBERT model of colbert-ai or PyLate under a hub id, which would silently lose its projection."""
+def _check_kind(folder: str, source: str) -> None:
+    """Refuses a folder whose files say that it is a ColBERT model."""
+    from ckd_ray.model.exchange.detect import kind_of
+
+    if (Path(folder) / "config.json").is_file() and (kind := kind_of(Path(folder))) != "encoder":
+        raise UserError(
+            f"a late-interaction (ColBERT) model ({kind}), not a bare encoder",
+            where=source,
+            fix="ckd_ray.model.exchange.load_any reads it with its projection",
+        )
+
+
+def _check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
+    """Refuses what is left of a ColBERT model of colbert-ai or PyLate without the files that hold its projection."""
     of_colbert_ai = "HF_ColBERT" in (backbone.config.architectures or [])
     if of_colbert_ai or {"[Q] ", "[D] "} <= tokenizer.get_vocab().keys():
         raise UserError(
@@ -287,7 +337,7 @@ def check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
             where=source,
             expected="the folder of the whole model, projection included",
             found="the architecture HF_ColBERT" if of_colbert_ai else "PyLate's markers in the vocabulary",
-            fix="download the model to a folder and name that",
+            fix="download the whole model, or name its hub id where the hub can be reached",
         )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_ray.errors import UserError
-from ckd_ray.model.colbert import check_bare, load_transformers, read_tokenizer
+from ckd_ray.model.colbert import load_bare, load_transformers, read_tokenizer
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.model.tokenizer import ColBERTTokenizer
@@ -61,8 +61,7 @@ class PooledModel(nn.Module):
                     found=source,
                 )
             folder = str(encoder_folder(root))
-        backbone, tokenizer = load_transformers(folder, source)
-        check_bare(backbone, tokenizer, source)
+        backbone, tokenizer = load_bare(folder, source)
         chosen = _object(folder, "sentence_bert_config.json").get("max_seq_length")
         limits: list[Any] = [chosen if isinstance(chosen, int) and chosen > 2 else MAXLEN]
         limits += [getattr(backbone.config, "max_position_embeddings", None), tokenizer.model_max_length]

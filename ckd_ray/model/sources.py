@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import file_signature, join, list_files, local_copy, sha256_of
 
 PACKAGE_PREFIX = "package:"
@@ -22,28 +22,37 @@ PINNED: dict[str, dict[str, str]] = {
         "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     }
 }
+# Files of a hub's repository that nothing here reads: weights for other programs.
+_OF_OTHERS = [
+    "*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "coreml/*", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.tflite",
+    "*.pb",
+]  # fmt: skip
+_ROOT_TORCH = "pytorch_model*.bin"
 # Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 _UNREAD = frozenset({"README.md", "_manifest.json", "manifest.json", "metrics.jsonl"})
 
 
 def resolve_backbone(source: str, key: str = "model.backbone") -> str:
-    """A local folder, or the hub id unchanged.
+    """The local folder or file of a model; a URI is returned as it is.
 
     `package:NAME/FOLDER` is FOLDER inside the installed package NAME, found without importing it, so that a model can
-    be installed by pip where hubs cannot be reached.
+    be installed by pip where hubs cannot be reached. A hub id, OWNER/NAME or OWNER/NAME@REVISION, is downloaded whole,
+    so that what kind of model it is can be seen by its files.
 
     Args:
         key: the key of the configuration that names `source`, for messages.
 
     Raises:
-        UserError: the package or the folder is not there, or its files are not the `PINNED` ones.
+        UserError: the package, the folder or the model of the hub is not there, or its files are not the `PINNED` ones.
     """
     if not source.startswith(PACKAGE_PREFIX):
         local = os.path.expanduser(source)
-        if _names_a_path(source) and not os.path.exists(local):
+        if "://" in source or os.path.exists(local):
+            return local
+        if _names_a_path(source):
             raise UserError("this folder does not exist", where=key, found=source, fix=_nearest_folder(Path(local)))
-        return local
+        return _from_hub(source, key)
     name, _, folder = source.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -91,6 +100,39 @@ def refuse_remote_code(error: Exception, source: str) -> None:
             expected="an architecture that transformers itself has (no auto_map in config.json)",
             fix="take another encoder, or convert this one to such an architecture",
         ) from error
+
+
+def _from_hub(source: str, key: str) -> str:
+    try:
+        return _snapshot(source)
+    except Exception as error:  # of the network, of the hub, of the cache
+        raise UserError(
+            "neither a folder here nor a model that the hub gives",
+            where=key,
+            expected="a folder, or a hub id such as OWNER/NAME or OWNER/NAME@REVISION",
+            found=f"{source}: {first_line(error)}",
+            fix="check the id and the network; a gated or private model needs HF_TOKEN",
+        ) from error
+
+
+@lru_cache(maxsize=16)
+def _snapshot(source: str) -> str:
+    """The folder of a hub id in the hub's cache. Where the encoder has safetensors, its torch file is left there."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.partition("@")
+
+    def fetch(*but: str) -> str:
+        return str(snapshot_download(repo, revision=revision or None, ignore_patterns=[*_OF_OTHERS, *but]))
+
+    folder = fetch(_ROOT_TORCH)
+    return folder if any(Path(folder).glob("*.safetensors")) else fetch()
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `resolve_backbone` asks the hub for it."""
+    here = source.startswith(PACKAGE_PREFIX) or "://" in source or os.path.exists(os.path.expanduser(source))
+    return not here and not _names_a_path(source)
 
 
 def _names_a_path(source: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from ckd_ray import __version__
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.evaluate.table import SYSTEMS
 from ckd_ray.model.settings import ColBERTSettings
+from ckd_ray.model.sources import is_hub_id
 
 TITLE = "Collective Relevance Labeling for Passage Retrieval"
 # Keys of `distill` that say where, how fast or how safely a student was trained; the seed has a line of its own.
@@ -81,26 +83,69 @@ def model_card(settings: ColBERTSettings, facts: Facts, fmt: str | None = None, 
 
 
 def _head(facts: Facts, fmt: str | None) -> str:
-    lines = ["---", "# license: choose one", "pipeline_tag: sentence-similarity"]
-    if fmt is not None:
-        lines.append(f"library_name: {_LIBRARIES[fmt]}")
-    lines += ["tags: [ColBERT, late-interaction, multi-vector, passage-retrieval, ckd-ray]", "---"]
-    return "\n".join(lines)
+    """The YAML that hubs read: what the model was made from, and its measures as a model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data_sets, name = _data_sets(facts.config), _collection_name(facts.config)
+    results = [
+        EvalResult(
+            task_type="information-retrieval",
+            task_name="Information Retrieval",
+            dataset_type=data_sets[0] if data_sets else name,
+            dataset_name=name,
+            dataset_split=split,
+            metric_type=_metric(measure),
+            metric_name=measure,
+            metric_value=round(value, 6),
+        )
+        for split, values in facts.measures.items()
+        for measure, value in values.items()
+    ]
+    start = (facts.config.get("teacher") or {}).get("checkpoint") or (facts.config.get("model") or {}).get("backbone")
+    head = ModelCardData(
+        model_name=facts.name,
+        base_model=start.partition("@")[0] if start and is_hub_id(start) else None,
+        datasets=data_sets or None,
+        library_name=_LIBRARIES[fmt] if fmt is not None else None,
+        pipeline_tag="sentence-similarity",
+        tags=["ColBERT", "late-interaction", "multi-vector", "passage-retrieval", "ckd-ray"],
+        eval_results=results or None,
+    )
+    return f"---\n# license: choose one\n{head.to_yaml()}\n---"
+
+
+def _metric(measure: str) -> str:
+    """A measure by the name that hubs give it: nDCG@10 is ndcg_at_10, R@100 is recall_at_100."""
+    name, _, cutoff = measure.partition("@")
+    return "_at_".join(filter(None, ["recall" if name == "R" else name.lower(), cutoff]))
+
+
+def _data_sets(config: Mapping[str, Any]) -> list[str]:
+    """The data sets of the hub that the collection was read from, OWNER/NAME each."""
+    c = config.get("collection") or {}
+    places = [c.get("path"), c.get("passages"), *(c.get("queries") or {}).values(), *(c.get("qrels") or {}).values()]
+    found = [re.match(r"hf://datasets/([^/@]+/[^/@]+)", str(place)) for place in places]
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def _collection_name(config: Mapping[str, Any]) -> str:
+    """The name of the collection, not where it lay: a card is published, and folders mean nothing there."""
+    collection = config.get("collection") or {}
+    source = collection.get("path") or collection.get("passages") or collection.get("format") or "a collection"
+    return str(source).rstrip("/").rpartition("/")[2].partition("@")[0]
 
 
 def _measures(facts: Facts) -> str:
     if not facts.measures:
         return "## Measures\n\nNone: the run has not evaluated this model."
     rows = _systems(facts) if facts.table.get("splits") else _means(facts)
-    collection = facts.config.get("collection", {})
-    source = collection.get("path") or collection.get("passages") or collection.get("format", "")
-    # The name of a collection, not where it lay: a card is published, and folders of a machine mean nothing there.
-    name = str(source).rstrip("/").rpartition("/")[2]
     exact = facts.config.get("evaluate", {}).get("engine", "exact") == "exact"
     kind = "Exact search" if exact else "Approximate search, with exact scores of the candidates,"
     verdict = facts.table.get("verdict") if facts.role == "student" else None
     sentence = f"{verdict['text']}\n\n" if verdict else ""
-    return f"## Measures\n\n{sentence}{kind} over the collection `{name}`.\n\n" + "\n".join(rows)
+    return f"## Measures\n\n{sentence}{kind} over the collection `{_collection_name(facts.config)}`.\n\n" + "\n".join(
+        rows
+    )
 
 
 def _means(facts: Facts) -> list[str]:

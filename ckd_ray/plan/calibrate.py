@@ -215,7 +215,7 @@ def searches(config: Config) -> list[Config]:
     return [config.model_copy(update={"retrieve": retrieve}) for retrieve in found if retrieve != config.retrieve]
 
 
-def write_sample(folder: Path, sample: Sample, count: SampleSizes, splits: list[str], grade: int) -> None:
+def write_sample(folder: Path, sample: Sample, count: SampleSizes, splits: list[str], grade: float) -> None:
     """A collection in the MS MARCO layout. Query i is labelled with passage i, as time does not depend on relevance.
     Where the sample has fewer queries, they are asked again."""
     folder.mkdir(parents=True)

@@ -31,7 +31,7 @@ class Labelled(NamedTuple):
 
     passage_id: str
     text: str
-    grade: int
+    grade: float
     other_rank: int | None
     student_rank: int | None
 
@@ -89,7 +89,7 @@ def wins_of(run: FinishedRun, measures: Mapping[str, Any]) -> list[SplitWins]:
         "teacher": [own, join(run.paths.compare, "teacher"), RunDir(run.paths.root).evaluation],
         STUDENT: [own],
     }
-    threshold = int(measures.get("settings", {}).get("relevance_threshold", 1))
+    threshold = float(measures.get("settings", {}).get("relevance_threshold", 1))
     found = []
     for split in reversed(list(measures["splits"])):
         if split not in collection.splits:
@@ -128,7 +128,7 @@ def examples(
     values: Mapping[str, Values],
     ranked: Mapping[str, Ranked],
     *,
-    relevance_threshold: int = 1,
+    relevance_threshold: float = 1,
 ) -> list[Example]:
     """The chosen queries with texts.
 
@@ -138,7 +138,7 @@ def examples(
     """
     queries, qrels = collection.queries(split), collection.qrels(split)
     text_of = dict(zip(queries.ids, queries.texts, strict=True))
-    relevant: dict[str, list[tuple[str, int]]] = {query: [] for query in chosen}
+    relevant: dict[str, list[tuple[str, float]]] = {query: [] for query in chosen}
     for query, passage, grade in zip(qrels.query_ids, qrels.passage_ids, qrels.relevance.tolist(), strict=True):
         if query in relevant and grade >= relevance_threshold:
             relevant[query].append((passage, grade))

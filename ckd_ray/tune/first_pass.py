@@ -121,7 +121,7 @@ def _timed(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
 
 
 def _judge_part(
-    batch: dict[str, Any], run: str, checkpoint: str, rankings: str, ways: list[dict[str, Any]], positive_grade: int
+    batch: dict[str, Any], run: str, checkpoint: str, rankings: str, ways: list[dict[str, Any]], positive_grade: float
 ) -> pa.Table:
     """Reciprocal ranks of some dev queries, summed over the queries, for each combination in `ways`."""
     first, stop = (int(batch[name][0]) for name in ("first", "stop"))

@@ -10,6 +10,7 @@ import pytest
 
 from tests.evidence import hand_made_run
 from tests.fault.bad_files import CASES, BadFile, Given, outcome, table
+from tests.sound import FORMATS
 from tests.support import write_collection
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +31,13 @@ def test_bad_input_is_told_what_is_wrong(case: BadFile, run: Path, tiny_backbone
     assert (kind == "0") == case.what.startswith("kept"), told
     assert len(text) > 15 and len(text) < 4000 and "Traceback" not in text
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
-    if case.reader in ("msmarco", "beir", "parquet") and kind != "0":
+    if case.reader in FORMATS and kind != "0":
         assert not list((tmp_path / "out").glob("**/*")), "neither a result nor a temporary folder"
 
 
 def test_there_are_enough_and_each_once() -> None:
     assert len(CASES) >= 60 and len({case.name for case in CASES}) == len(CASES)
-    readers = {"msmarco", "beir", "parquet", "ir_datasets", "scores", "TREC run", "configuration", "tune.space"}
+    readers = {*FORMATS, "ir_datasets", "scores", "TREC run", "configuration", "tune.space"}
     assert {case.reader for case in CASES} >= readers | {"checkpoint", ".dnn", "report", "search", "store"}
 
 

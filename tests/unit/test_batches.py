@@ -51,6 +51,14 @@ def test_every_query_comes_once_an_epoch() -> None:
         assert sorted(int(p.batch(3 * epoch + i).queries_B[0]) for i in range(3)) == [0, 1, 2]
 
 
+def test_a_query_without_a_label_is_in_no_batch() -> None:
+    """Whatever the objective: every batch comes from here."""
+    for known in (positives([0], [], [3]), positives([], [1], [])):
+        p = BatchPlan(known, num_passages=10, batch_size=2, negatives=2, seed=3, rankings=np.zeros((3, 5), np.int32))
+        drawn = {query for step in range(20) for query in p.batch(step).queries_B.tolist()}
+        assert drawn == set(known.labelled_queries.tolist())
+
+
 def test_hard_negatives_come_from_the_top_and_are_never_labelled() -> None:
     p = plan(batch_size=3, negatives_depth=2)
     allowed = {0: {1, 2}, 1: {9, 5}, 2: {4, 5}}

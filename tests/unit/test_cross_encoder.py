@@ -82,10 +82,41 @@ def as_json_lines(path: Path, rows: list[tuple[str, str, float]]) -> Path:
     return path
 
 
+def by_query(rows: list[tuple[str, str, float]]) -> dict[str, list]:
+    """The columns of lists of sentence-transformers and PyLate."""
+    queries = list(dict.fromkeys(q for q, _, _ in rows))
+    passages = [[p for q, p, _ in rows if q == query] for query in queries]
+    return {"query_id": queries, "document_ids": passages,
+            "scores": [[s for q, _, s in rows if q == query] for query in queries]}  # fmt: skip
+
+
+def as_lists(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    path = path.with_suffix(".parquet")
+    pq.write_table(pa.table(by_query(rows)), path)
+    return path
+
+
+def as_lists_in_text(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    """As published sets have them: Python's spelling, with single quotation marks."""
+    path = path.with_suffix(".parquet")
+    columns = by_query(rows)
+    columns |= {name: [str(value) for value in columns[name]] for name in ("document_ids", "scores")}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def as_objects(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    path = path.with_suffix(".jsonl")
+    columns = by_query(rows)
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
 ROWS = [("q3", "p3", 2.5), ("q3", "p5", -1.25), ("q0", "p2", 0.5), ("q3", "p40", 9.0), ("q23", "p24", 1e-3)]
 
 
-@pytest.mark.parametrize("write", [as_parquet, as_tsv, as_json_lines])
+@pytest.mark.parametrize("write", [as_parquet, as_tsv, as_json_lines, as_lists, as_lists_in_text, as_objects])
 @pytest.mark.parametrize("spills", [1, 256])
 def test_a_file_in_every_form_reads_alike(
     ranked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path], spills: int
@@ -135,7 +166,7 @@ def test_everything_wrong_with_a_file_is_named_with_its_line(ranked: str, tmp_pa
         ("scores.csv", "q1,p1,1\n", r"\.parquet, \.tsv"),
         ("scores.tsv", None, "does not exist"),
         ("scores.parquet", None, "does not exist"),
-        ("scores.parquet", "q1\tp1\t1\n", "cannot be read"),
+        ("scores.parquet", "q1\tp1\t1\n", "not a Parquet file"),
         ("scores.jsonl", '["q1", ["p1"]]\n', "scores.jsonl:1"),
         ("scores.jsonl", '["q1", ["p1", true]]\n', "scores.jsonl:1"),
         ("scores.jsonl", '{"q1": 1}\n', "scores.jsonl:1"),
@@ -150,14 +181,36 @@ def test_files_that_are_no_scores(ranked: str, tmp_path: Path, name: str, conten
 
 def test_parquet_with_other_columns_and_with_nulls(ranked: str, tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
-    pq.write_table(pa.table({"qid": ["q1"], "passage_id": ["p1"], "score": [1.0]}), path)
-    with pytest.raises(UserError, match="no column query_id"):
+    pq.write_table(pa.table({"query": ["q1"], "passage_id": ["p1"], "score": [1.0]}), path)
+    with pytest.raises(UserError, match=r"(?s)no columns of scores.*found: query, passage_id, score"):
         imported(ranked, path, tmp_path / "out")
     pq.write_table(pa.table({"query_id": ["q1", None], "passage_id": ["p1", "p2"], "score": [None, 1.0]}), path)
     with pytest.raises(
         InputError, match=r"(?s)scores.parquet:2: an empty id.*scores.parquet:1: a score that is not fin"
     ):
         imported(ranked, path, tmp_path / "out")
+
+
+def test_lists_that_do_not_fit_are_named_with_examples(ranked: str, tmp_path: Path) -> None:
+    """Lengths, ids that are not of this collection, and what is no list; the sound rows around them are read."""
+    path = tmp_path / "scores.parquet"
+    rows = [("q1", "['p1', 'p2']", "[1.0, 0.5]"), ("q2", "['p2']", "[1.0, 0.5]"), ("q3", "[7, 8]", "[1.0, 0.5]"),
+            ("q4", "p4", "[1.0]"), ("q5", "['p5']", "[none]"), ("none", "['p6']", "[1.0]"), ("q6", None, "[1.0]"),
+            ("q7", "['p7']", "[" * 100_000)]  # fmt: skip
+    columns = zip(("query_id", "document_ids", "scores"), zip(*rows, strict=True), strict=True)
+    pq.write_table(pa.table({name: list(values) for name, values in columns}), path)
+    with pytest.raises(InputError) as caught:
+        imported(ranked, path, tmp_path / "out")
+    said = "\n".join(caught.value.problems)
+    assert (
+        f"{path}:2: lists of different lengths; expected a score for every passage, found 1 and 2, of query 'q2'"
+        in said
+    )
+    for row in (4, 5, 7, 8):
+        assert f"{path}:{row}: not a row of scores; expected an id, a list of ids and a list of numbers" in said
+    assert f"{path}:3: a score of an unknown passage; expected an id of the corpus, found '7'" in said
+    assert f"{path}:6: a score of an unknown query; expected an id of the training queries, found 'none'" in said
+    assert f"{path}:1:" not in said and len(caught.value.problems) == 8
 
 
 def test_passages_that_share_a_hash_are_told_apart(ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +307,10 @@ def test_models_that_are_no_cross_encoder(tmp_path: Path, tiny_backbone: str) ->
 def test_candidates_are_what_training_draws(ranked: str) -> None:
     candidates = CandidateReader(ranked, 1, DEPTH).read(20, 24)
     assert [c.tolist() for c in candidates.all()] == [[i, *range(i + 1, i + 1 + DEPTH)] for i in range(20, 24)]
+    # Above every grade no query has a label: nothing is trained on them, and a classifier does not score them.
+    assert [c.tolist() for c in CandidateReader(ranked, 9, DEPTH).read(20, 24).all()] == [[]] * 4
+    unlabelled = CandidateReader(ranked, 9, DEPTH, unlabelled=True).read(20, 24)
+    assert [c.tolist() for c in unlabelled.all()] == [list(range(i, i + DEPTH)) for i in range(20, 24)]
 
 
 def test_parts_are_small_and_grow_with_the_queries() -> None:

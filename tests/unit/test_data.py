@@ -254,7 +254,7 @@ BAD = [
         ":1: a label of an unknown query; expected a query of split train, found 'q9'",
     ),
     ("qrels.train.tsv", "q1\tp1\n", ":1: wrong number of columns; expected query, 0, passage, grade, found 2"),
-    ("qrels.train.tsv", "q1\t0\tp1\t1.5\n", ":1: the grade is not a whole number; expected an integer, found '1.5'"),
+    ("qrels.train.tsv", "q1\t0\tp1\t1,5\n", ":1: the grade is not a number; expected a number, found '1,5'"),
     ("qrels.train.tsv", "q1\t0\tp1\t99999999999\n", ":1: the grade is out of range"),
     (
         "qrels.train.tsv",
@@ -302,11 +302,11 @@ def test_bad_json_and_bad_parquet(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         build("beir", folder, tmp_path / "out")
     text = str(caught.value)
-    for part in (":2: no _id", ":3: no _id", ":4: not valid JSON", ":5: text or title is not a string"):
+    for part in (":2: no id", ":3: not a JSON object", ":4: not valid JSON", ":5: text or title is not a string"):
         assert part in text
     folder = write_parquet(tmp_path / "parquet")
-    pq.write_table(pa.table({"id": ["p1"], "body": ["x"]}), folder / "passages.parquet")
-    with pytest.raises(UserError, match=r"no column text(.|\n)*found: id, body"):
+    pq.write_table(pa.table({"id": ["p1"], "content": ["x"]}), folder / "passages.parquet")
+    with pytest.raises(UserError, match=r"no column text(.|\n)*found: id, content"):
         build("parquet", folder, tmp_path / "out")
     (folder / "passages.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a Parquet file"):

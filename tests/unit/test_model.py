@@ -171,8 +171,10 @@ def test_a_missing_folder_is_told_with_the_nearest_one(tmp_path: Path, monkeypat
     for source in ("./bert", "../no/such", "~/no/such/model", "models/bert/x", "bert/"):
         with pytest.raises(UserError, match=r"model.backbone: this folder does not exist(.|\n)*nearest folder"):
             ColBERT.from_backbone(source, SETTINGS)
-    for hub_id in ("bert-base-uncased", "colbert-ir/colbertv2.0", "hf://owner/name/file"):
-        assert resolve_backbone(hub_id) == hub_id
+    assert resolve_backbone("hf://owner/name/file") == "hf://owner/name/file"
+    for hub_id in ("bert-base-uncased", "colbert-ir/colbertv2.0"):  # tests have no hub, and nothing in its cache
+        with pytest.raises(UserError, match=f"(?s)model.backbone: neither a folder here nor.*found: {hub_id}: .*cache"):
+            resolve_backbone(hub_id)
 
 
 def test_precision(model: ColBERT) -> None:

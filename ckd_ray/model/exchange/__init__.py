@@ -13,9 +13,10 @@ from ckd_ray import __version__
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import ColBERT
 from ckd_ray.model.exchange import colbert_ai, published, pylate, sentence_transformers
-from ckd_ray.model.exchange.detect import EXPORT_FILE, Kind, encoder_folder, kind_of, write_json
+from ckd_ray.model.exchange.detect import EXPORT_FILE, MODULES, Kind, encoder_folder, kind_of, read_list, write_json
 from ckd_ray.model.settings import ColBERTSettings
-from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model.sources import is_hub_id, resolve_backbone
+from ckd_ray.progress import say
 
 __all__ = ["EXPORT_FILE", "FORMATS", "Loaded", "load_any", "write_export"]
 
@@ -51,8 +52,8 @@ def load_any(
     """Load whatever is accepted as `model.backbone` or `teacher.checkpoint`.
 
     Args:
-        source: a folder or file, `package:NAME/FOLDER`, or a hub id (that of an encoder; models of other libraries
-            are read from folders).
+        source: a folder or file, `package:NAME/FOLDER`, or a hub id, whose files are downloaded before they are looked
+            at.
         defaults: settings for what the source does not say; a bare encoder says nothing.
         encoder: where the tokenizer and configuration of a `.dnn` file come from.
         seed, dropout: for the new projection and the layers of a bare encoder.
@@ -62,7 +63,7 @@ def load_any(
         UserError: the source is not accepted, is broken, or has a setting without a counterpart in ckd-ray.
     """
     path = Path(resolve_backbone(source, key))
-    if not path.exists():
+    if not path.exists():  # a URI, which transformers refuses
         return Loaded(ColBERT.from_backbone(source, defaults, seed=seed, dropout=dropout), "encoder")
     kind = kind_of(path)
     if kind == "ckd-ray":
@@ -71,9 +72,20 @@ def load_any(
         return Loaded(published.read(path, defaults, encoder), kind)
     if kind == "encoder":
         folder = encoder_folder(path)
+        _tell_of_encoder(source, path, key)
         bare = source if folder == path else str(folder)
         return Loaded(ColBERT.from_backbone(bare, defaults, seed=seed, dropout=dropout), kind)
     return Loaded(_READERS[kind](path, defaults), kind)
+
+
+def _tell_of_encoder(source: str, path: Path, key: str) -> None:
+    """Says what a bare encoder may lack of its model."""
+    if (path / MODULES).is_file() and any(str(m.get("type", "")).endswith("Dense") for m in read_list(path / MODULES)):
+        say(f"{key}: {source} has a Dense layer for its one vector a text, which is not used")
+    from huggingface_hub import constants
+
+    if is_hub_id(source) and constants.HF_HUB_OFFLINE:
+        say(f"{key}: {source} is a bare encoder by the files in the hub's cache; HF_HUB_OFFLINE keeps others away")
 
 
 def write_export(model: ColBERT, folder: str | Path, fmt: str) -> list[str]:
