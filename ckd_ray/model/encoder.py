@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, cast, get_args
 import numpy as np
 import torch
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.model import ColBERT
 from ckd_ray.model.length_buckets import default_token_budget, ranges, token_budget_batches
 from ckd_ray.model.linears import fuse_linears, quantise_linears
@@ -181,9 +181,14 @@ def choose_precision(
     changes the ranking a little.
 
     Raises:
-        UserError: int8 on a GPU.
+        UserError: int8 on a GPU, or bf16 of an encoder that fails in it.
     """
     device = torch.device(device)
+    if requested in ("auto", "bf16") and (failure := bf16_failure(model)):
+        if requested == "auto":
+            return "fp32", f"the encoder fails in bfloat16: {failure}"
+        kind = type(model.backbone).__name__
+        raise UserError(f"{kind} fails in bfloat16", where="precision", expected="fp32", found=f"bf16: {failure}")
     if requested == "int8" and device.type != "cpu":
         raise UserError(
             "int8 is for CPUs", where="embed.precision", expected="auto, bf16 or fp32 on a GPU", found=requested
@@ -201,6 +206,20 @@ def choose_precision(
         torch.set_num_threads(before)
     faster = fp32 / bf16
     return ("bf16" if faster >= 1.2 else "fp32"), f"measured here: bf16 at {faster:.2f} x the rate of fp32"
+
+
+@torch.inference_mode()
+def bf16_failure(model: ColBERT | PooledModel) -> str | None:
+    """Why the encoder cannot compute in bfloat16 (DeBERTa's first version masks with float32's lowest number); None
+    when it can."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    try:
+        with computing(device, "bf16"):
+            model.eval().encode_passages(ids, torch.ones_like(ids))
+    except RuntimeError as error:
+        return first_line(error)
+    return None
 
 
 @torch.inference_mode()

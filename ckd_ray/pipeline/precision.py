@@ -10,7 +10,7 @@ import torch
 
 from ckd_ray.files import exists, join, read_json, write_json_atomic
 from ckd_ray.model import ColBERT
-from ckd_ray.model.encoder import choose_precision
+from ckd_ray.model.encoder import bf16_failure, choose_precision
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.progress import say
 
@@ -32,6 +32,6 @@ def agreed_precision(folder: str, stage: str, choose: Callable[[], tuple[Any, st
 def precision_on_cluster(model: ColBERT | PooledModel, requested: str) -> tuple[Any, str]:
     """(precision, reason) for the devices of the cluster; the driver itself may have none of them."""
     device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
-    if device == "cuda" and requested == "auto" and not torch.cuda.is_available():
+    if device == "cuda" and requested == "auto" and not torch.cuda.is_available() and not bf16_failure(model):
         return "bf16", "the cluster has GPUs"
     return choose_precision(model, requested, device, threads=1)

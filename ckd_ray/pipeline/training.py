@@ -12,6 +12,7 @@ from ckd_ray.distill.trainer import TrainingOutcome, fit
 from ckd_ray.errors import UserError
 from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
+from ckd_ray.model.recompute import recompute_activations
 from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
 from ckd_ray.pipeline.stages.distill import distill_seed
 from ckd_ray.progress import say
@@ -31,6 +32,8 @@ def training_task(
     section = config.teacher if stage == "teacher" else config.distill
     home = keep or run.training_checkpoints(stage, fingerprint)
     precision = agreed_precision(home, stage, lambda: precision_on_cluster(model, section.precision))
+    if section.gradient_checkpointing:
+        recompute_activations(model, f"{stage}.gradient_checkpointing")  # refused here, before workers start
     if section.evaluate_every and "dev" not in Collection.open(run.root).splits:
         raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
     return TrainingTask(
