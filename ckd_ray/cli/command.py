@@ -189,7 +189,7 @@ def _send(target: Any, name: str, words: list[str], values: dict[str, Any], wher
 def session(config: str | None, overrides: list[str] | None, cluster: str | None) -> Iterator[Any]:
     """The configuration, checked before anything starts, and Ray around the block."""
     from ckd_ray.checks import load_config
-    from ckd_ray.jobs.nodes import check_nodes_see, wait_for_nodes
+    from ckd_ray.jobs.nodes import asked_resources, check_nodes_see, wait_for_nodes
     from ckd_ray.jobs.placeholders import check_config_filled_in
     from ckd_ray.model.sources import resolve_backbone
     from ckd_ray.ray_util.session import connected
@@ -201,8 +201,9 @@ def session(config: str | None, overrides: list[str] | None, cluster: str | None
     with connected(cluster):
         signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler in place that exits without a message
         wait_for_nodes()
-        check_nodes_see(loaded)
-        yield loaded
+        with asked_resources():
+            check_nodes_see(loaded)
+            yield loaded
 
 
 def guarded(call: Command) -> Command:
