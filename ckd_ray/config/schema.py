@@ -164,7 +164,7 @@ class TrainingConfig(Section):
             holds. Training on the first 96 tokens takes half the time of 180.
         accumulate: Parts in which a batch is encoded to save memory; the loss stays that of the whole batch.
         gradient_checkpointing: Whether a layer's activations are computed again for its gradients, which takes less
-            memory and a third more time; the gradients are the same.
+            memory and the time of one more forward pass; the gradients are the same.
         precision: Precision of the computation; `auto` is bf16 on GPUs and CPUs that are faster with it, else fp32.
         workers: Training workers: a number, a range such as `2-8` for elastic training, or `auto` (one a GPU, else
             one).
