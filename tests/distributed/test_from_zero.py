@@ -28,6 +28,7 @@ def launcher(address: str) -> dict[str, object]:
         for key in (
             "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
             "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude", "rsync_filter",
+            "cluster_synced_files",
         )
     }  # fmt: skip
     small = {"CPU": 1, "object_store_memory": 80 * 2**20}
@@ -64,6 +65,7 @@ def test_workers_come_for_a_command_and_go_after_it(tmp_path: Path, tiny_backbon
     of_head = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",  # as under KubeRay
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
         "RAY_raylet_start_wait_time_s": "300",  # on a busy machine
