@@ -195,6 +195,8 @@ class TrainingConfig(Section):
         doc_maxlen: Most tokens of a passage that training reads; null reads `model.doc_maxlen`, which the index always
             holds. Training on the first 96 tokens takes half the time of 180.
         accumulate: Parts in which a batch is encoded to save memory; the loss stays that of the whole batch.
+        gradient_checkpointing: Whether a layer's activations are computed again for its gradients, which takes less
+            memory and the time of one more forward pass; the gradients are the same.
         precision: Precision of the computation; `auto` is bf16 on GPUs that compute it (not V100 or T4) and on CPUs
             that are faster with it, else fp32.
         workers: Training workers: a number, a range such as `2-8` for elastic training, or `auto` (one a GPU, else
@@ -223,6 +225,7 @@ class TrainingConfig(Section):
     doc_maxlen: Annotated[int, Field(ge=4, le=8192)] | None = 96
     score_scale: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
     accumulate: Annotated[Positive, OPERATIONAL] = 1
+    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     workers: Annotated[Auto | Positive | Elastic, OPERATIONAL] = "auto"
     share_negatives: bool = True

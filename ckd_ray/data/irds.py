@@ -1,4 +1,4 @@
-"""Collections by their `ir_datasets` id. The package is an extra: pip install 'ckd-ray[datasets]'."""
+"""Collections by their `ir_datasets` id. The package is an extra: pip install 'ckd-ray[ir]'."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ir_datasets_source(settings: CollectionConfig) -> Source:
         import ir_datasets
     except ImportError as error:
         raise UserError(
-            "ir_datasets is not installed", where="collection.format", fix="pip install 'ckd-ray[datasets]'"
+            "ir_datasets is not installed", where="collection.format", fix="pip install 'ckd-ray[ir]'"
         ) from error
     base = str(settings.path)
     corpus = _load(ir_datasets, base)

@@ -33,6 +33,7 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Precision
+from ckd_ray.model.recompute import recompute_activations
 from ckd_ray.ray_util.processes import die_when_aborted
 
 # A new attempt would fail in the same way: bad input, a broken shard, a diverged loss, too large a batch for the GPU.
@@ -81,6 +82,8 @@ class WorkerState:
                 if task.settings.ema:
                     averages = _weights(ColBERT.from_pretrained(Path(folder) / "average"))
         self.model.set_dropout(task.dropout)
+        if task.settings.gradient_checkpointing:
+            recompute_activations(self.model, f"{task.stage}.gradient_checkpointing")
         self.device = get_device() if torch.cuda.is_available() else torch.device("cpu")
         self.model.to(self.device).train()
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
@@ -130,7 +133,7 @@ def train_worker(config: dict[str, Any]) -> None:
         _Loop(TrainingTask.from_dict(config["task"]), reporter, config).run()
     except FINAL_ERRORS as error:
         stage = config["task"]["stage"]
-        advice = f"raise {stage}.accumulate, or lower {stage}.batch_size: "
+        advice = f"raise {stage}.accumulate, or set {stage}.gradient_checkpointing: true: "
         reporter.fail((advice if isinstance(error, torch.OutOfMemoryError) else "") + str(error))
         if not isinstance(error, FloatingPointError):
             raise  # the other workers may not have the error, and wait for this one

@@ -23,7 +23,7 @@ _LIBRARIES = ("ray", "torch", "transformers", "faiss-cpu", "pyarrow")
 _STORE_SHARE = 0.3
 _LEAST_MEMORY = 6 * GIB
 _SHM = "/dev/shm"  # noqa: S108  (not a file that we make)
-_EXTRAS = {"optuna": "tune", "ir_datasets": "datasets", "boto3": "aws"}
+_EXTRAS = {"optuna": "tune", "ir_datasets": "ir", "boto3": "aws"}
 
 
 def versions() -> Iterator[Check]:
@@ -69,7 +69,7 @@ def extras(config: Config) -> Iterator[Check]:
     have = {name: importlib.util.find_spec(name) is not None for name in _EXTRAS}
     if config.collection.format == "ir_datasets" and not have["ir_datasets"]:
         found = "collection.format is ir_datasets, which is not installed"
-        yield Check("datasets", "fail", found, "pip install 'ckd-ray[datasets]'")
+        yield Check("datasets", "fail", found, "pip install 'ckd-ray[ir]'")
     missing = [f"{name} (ckd-ray[{extra}])" for name, extra in _EXTRAS.items() if not have[name]]
     present = [name for name in _EXTRAS if have[name]]
     found = ", ".join(present) or "none"

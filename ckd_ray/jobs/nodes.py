@@ -1,4 +1,4 @@
-"""The nodes of a running cluster: wait until they have started, and check that all of them see the job's files.
+"""The nodes of a running cluster: ask for them, wait until they have started, and check that all see the job's files.
 
 On one node there is nothing to check. On several, a small task on each node looks at the input files and at the storage
 of the run before the first stage: a file that only the driver's machine has would fail hours later on another one.
@@ -22,7 +22,10 @@ from ckd_ray.jobs.bundle import input_paths
 from ckd_ray.jobs.submit import NODES_VARIABLE
 from ckd_ray.progress import duration, say
 
+# What a command asks of a cluster that starts its machines when they are needed, such as GPU=8 or GPU=8,CPU=64.
+RESOURCES_VARIABLE = "CKD_RAY_WAIT_FOR"
 _WAIT_FOR_NODES_S = 900.0
+_WAIT_FOR_RESOURCES_S = 1800.0
 _ANSWER_WITHIN_S = 120.0
 _SEEN_WITHIN_S = 5.0
 _SAMPLE = 1 << 16
@@ -45,6 +48,68 @@ def wait_for_nodes() -> None:
             return
         if now - told >= 15 or now - started < 1:
             say(f"waiting for nodes: {have} of {wanted}")
+            told = now
+        time.sleep(1)
+
+
+@contextmanager
+def asked_resources() -> Iterator[None]:
+    """A context in which the cluster has the resources that RESOURCES_VARIABLE names, from an autoscaler that may have
+    begun without a worker. It keeps them there between stages, and is free to end them afterwards.
+
+    After half an hour the command goes on with those that have come: spot machines may be out of stock.
+
+    Raises:
+        UserError: the variable is no list of resources. JobError: no machine has come.
+    """
+    wanted = parse_resources(os.environ.get(RESOURCES_VARIABLE, ""))
+    if not wanted:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{name: 1} for name, count in wanted.items() for _ in range(count)])
+    try:
+        _wait_for(wanted)
+        yield
+    finally:
+        with suppress(Exception):  # a lost Ray has nobody left to tell
+            request_resources(bundles=[])
+
+
+def parse_resources(text: str) -> dict[str, int]:
+    """{"GPU": 8, "CPU": 64} of `GPU=8,CPU=64`.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    found: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, count = part.partition("=")
+        if not name or not count.isdecimal() or int(count) < 1:
+            raise UserError("not a list of resources", where=RESOURCES_VARIABLE, expected="GPU=8,CPU=64", found=text)
+        found[name] = int(count)
+    return found
+
+
+def _wait_for(wanted: dict[str, int]) -> None:
+    import ray
+
+    started = told = time.monotonic()
+    while True:
+        total = ray.cluster_resources()
+        have = {name: total.get(name, 0.0) for name in wanted}
+        now = time.monotonic()
+        if all(have[name] >= count for name, count in wanted.items()):
+            return
+        there = ", ".join(f"{have[name]:g} of {count} {name}" for name, count in wanted.items())
+        if now - started > _WAIT_FOR_RESOURCES_S:
+            if not any(have.values()):
+                raise JobError(f"no machine has come within {duration(now - started)}: {there}")
+            say(f"{there} are there after {duration(now - started)}; going on with them")
+            return
+        if now - told >= 15 or now - started < 1:
+            say(f"waiting for machines: {there}")
             told = now
         time.sleep(1)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from ckd_ray.checks import load_config
 from ckd_ray.config import Config
-from ckd_ray.jobs.nodes import check_nodes_see, wait_for_nodes
+from ckd_ray.jobs.nodes import asked_resources, check_nodes_see, wait_for_nodes
 from ckd_ray.jobs.placeholders import check_config_filled_in
 from ckd_ray.model.sources import is_hub_id, resolve_backbone
 from ckd_ray.ray_util.session import connected
@@ -35,8 +35,9 @@ def session(config: str | None, overrides: Sequence[str], cluster: str | None) -
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler in place that exits without a message
         wait_for_nodes()
-        check_nodes_see(loaded)
-        yield loaded
+        with asked_resources():
+            check_nodes_see(loaded)
+            yield loaded
 
 
 @contextmanager

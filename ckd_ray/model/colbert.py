@@ -133,6 +133,10 @@ class ColBERT(nn.Module):
 
     def _check_length(self, source: str) -> None:
         room = getattr(self.backbone.config, "max_position_embeddings", None)
+        positions = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)
+        if isinstance(room, int) and padding is not None:  # RoBERTa and its like count from the row after the padding's
+            room -= padding + 1
         longest = max(self.settings.doc_maxlen, self.settings.query_maxlen)
         if isinstance(room, int) and 0 < room < longest:
             raise UserError(
@@ -275,6 +279,13 @@ def _load_transformers(folder: str, source: str) -> tuple[Any, Any, list[str]]:
         ) from error
     finally:
         logging.set_verbosity(before)
+    if backbone.config.is_encoder_decoder:
+        raise UserError(
+            "an encoder with a decoder, which gives no embeddings of a text alone",
+            where=source,
+            expected="an encoder, such as BERT or ModernBERT",
+            found=type(backbone).__name__,
+        )
     missing = sorted(name for name in loaded["missing_keys"] if "pooler" not in name)
     if missing:  # transformers would have drawn them at random
         raise UserError(

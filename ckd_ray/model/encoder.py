@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, cast, get_args
 import numpy as np
 import torch
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.model import ColBERT
 from ckd_ray.model.length_buckets import default_token_budget, each_batch, ranges
 from ckd_ray.model.linears import fuse_linears, quantise_linears
@@ -229,9 +229,14 @@ def choose_precision(
     chooses int8, which changes the ranking a little.
 
     Raises:
-        UserError: int8 on a GPU, or fp16 on a CPU.
+        UserError: int8 on a GPU, fp16 on a CPU, or bf16 of an encoder that fails in it.
     """
     device = torch.device(device)
+    if requested in ("auto", "bf16") and (failure := bf16_failure(model)):
+        if requested == "auto":
+            return "fp32", f"the encoder fails in bfloat16: {failure}"
+        kind = type(model.backbone).__name__
+        raise UserError(f"{kind} fails in bfloat16", where="precision", expected="fp32", found=f"bf16: {failure}")
     if (given := configured_precision(requested, device.type)) is not None:
         return given, "as configured"
     if device.type == "cuda":
@@ -265,6 +270,20 @@ def precision_of_gpus(capabilities: Mapping[str, tuple[int, int]]) -> tuple[Prec
     if slow:
         return "fp32", f"{', '.join(slow)} would only emulate bfloat16"
     return "bf16", f"{', '.join(sorted(capabilities))} computes bfloat16"
+
+
+@torch.inference_mode()
+def bf16_failure(model: ColBERT | PooledModel) -> str | None:
+    """Why the encoder cannot compute in bfloat16 (DeBERTa's first version masks with float32's lowest number); None
+    when it can."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    try:
+        with computing(device, "bf16"):
+            model.eval().encode_passages(ids, torch.ones_like(ids))
+    except RuntimeError as error:
+        return first_line(error)
+    return None
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ Shapes: b queries of Q tokens, groups of g passages of at most L tokens, T rows 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -74,19 +76,25 @@ def encode_packed(
 def _rows(model: ColBERT, ids_T: Tensor, runs: list[_Run]) -> Tensor:
     """Unit rows (T, D), float32."""
     positions_T = torch.cat([torch.arange(run.length).repeat(run.count) for run in runs])
-    config = model.backbone.config
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
+    with attention(model.backbone.config, _NAME):
         hidden_1TH = model.backbone(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
             token_type_ids=torch.zeros_like(ids_T)[None],
             packed_runs=runs,
         ).last_hidden_state
+    return F.normalize(model.projection(hidden_1TH[0]).float(), dim=-1)
+
+
+@contextmanager
+def attention(config: Any, name: str) -> Iterator[None]:
+    """A context in which the encoder of this configuration has the attention that `transformers` knows as `name`."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
     finally:
         config._attn_implementation = before
-    return F.normalize(model.projection(hidden_1TH[0]).float(), dim=-1)
 
 
 def _attention(

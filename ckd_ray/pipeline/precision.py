@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ckd_ray.files import exists, join, read_json, write_json_atomic
 from ckd_ray.model import ColBERT
-from ckd_ray.model.encoder import choose_precision, configured_precision, precision_of_gpus
+from ckd_ray.model.encoder import bf16_failure, choose_precision, configured_precision, precision_of_gpus
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.progress import say
 from ckd_ray.ray_util.actor_pool import cluster_nodes
@@ -34,12 +34,14 @@ def precision_on_cluster(
     """(precision, reason) for the processes that compute.
 
     Args:
-        load: the model; it is loaded where a CPU is to be measured.
+        load: the model. It is asked whether it computes in bfloat16 at all, and measured on a CPU.
         gpus: what each of these processes gets of a GPU; `auto`: one where the cluster has any.
         key: that of the precision in the configuration, for messages.
     """
     share = share_of_gpu(gpus, cluster_nodes()[0])
     given = configured_precision(requested, "cuda" if share else "cpu", key)
-    if given is not None:
+    if given in ("fp32", "fp16", "int8"):
         return given, "as configured"
-    return precision_of_gpus(kinds_of_gpus(share)) if share else choose_precision(load(), requested, threads=1)
+    if share and bf16_failure(load()) is None:
+        return (given, "as configured") if given else precision_of_gpus(kinds_of_gpus(share))
+    return choose_precision(load(), requested, threads=1)

@@ -13,6 +13,7 @@ from ckd_ray.distill.trainer import TrainingOutcome, fit
 from ckd_ray.errors import UserError
 from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
+from ckd_ray.model.recompute import recompute_activations
 from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
 from ckd_ray.pipeline.stages.distill import distill_seed
 from ckd_ray.progress import say
@@ -35,6 +36,8 @@ def training_task(
     precision = agreed_precision(
         home, stage, lambda: precision_on_cluster(lambda: model, section.precision, "auto", f"{stage}.precision")
     )
+    if section.gradient_checkpointing:
+        recompute_activations(model, f"{stage}.gradient_checkpointing")  # refused here, before workers start
     if section.evaluate_every and "dev" not in Collection.open(run.root).splits:
         raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
     return TrainingTask(

@@ -171,7 +171,8 @@ def _warnings(config: Config, plan: Plan, rates: Rates, layout: Layout) -> Itera
     kind = ACCELERATORS.get(layout.cluster.accelerator or "")
     size, stage = max((stage.memory.get("gpu", 0.0), stage.name) for stage in plan.stages)
     if kind is not None and size > kind.memory_gib * 2**30:
-        fix = f"raise {stage}.accumulate" if stage in ("teacher", "distill") else "lower embed.token_budget"
+        training = f"raise {stage}.accumulate, or set {stage}.gradient_checkpointing: true"
+        fix = training if stage in ("teacher", "distill") else "lower embed.token_budget"
         yield f"{stage}: {size / 2**30:.1f} GiB on a GPU of {kind.memory_gib:g} GiB; {fix}"
     actors = {"embed": layout.pool.actors, "retrieve": layout.servers[layout.engine].servers}
     for planned in plan.stages:

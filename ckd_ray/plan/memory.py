@@ -35,7 +35,7 @@ def stage_memory(stage: str, config: Config, sizes: Sizes, shape: Shape, layout:
     if stage in ("teacher", "distill"):
         section = config.teacher if stage == "teacher" else config.distill
         tokens = step_tokens(section, config, sizes) * _PADDING / layout.workers[stage] / section.accumulate
-        tensors = training_bytes(tokens, shape, on_gpu)
+        tensors = training_bytes(tokens, shape, on_gpu, recomputed=section.gradient_checkpointing)
         held = PROCESS + labels + 4.0 * shape.parameters
         return found | ({"actor": held, "gpu": GPU_CONTEXT + tensors} if on_gpu else {"actor": held + tensors})
     if stage == "retrieve":
@@ -63,11 +63,13 @@ def encoder_bytes(config: Config, sizes: Sizes, shape: Shape, layout: Layout) ->
     return PROCESS + shard + 2 * weights + activations, 0.0
 
 
-def training_bytes(tokens: float, shape: Shape, on_gpu: bool) -> float:
+def training_bytes(tokens: float, shape: Shape, on_gpu: bool, *, recomputed: bool = False) -> float:
     """16 bytes a parameter (weights, gradients, two moments), and 34 hidden numbers a token and layer of activations
     (Korthikanti et al. 2022, without the attention matrices, which are not kept), of 4 bytes, or 2 under bf16.
 
     Args:
         tokens: that a worker encodes at a time.
+        recomputed: `gradient_checkpointing`, which keeps the inputs of all layers and the activations of one.
     """
-    return 16.0 * shape.parameters + tokens * shape.layers * 34.0 * shape.hidden * (1 if on_gpu else 2)
+    kept = 2.0 * shape.layers + 34.0 if recomputed else 34.0 * shape.layers
+    return 16.0 * shape.parameters + tokens * kept * shape.hidden * (1 if on_gpu else 2)

@@ -23,7 +23,7 @@ from ckd_ray.jobs.confirm import confirmed
 from ckd_ray.jobs.follow import Printer
 from ckd_ray.jobs.home import local_folder
 from ckd_ray.jobs.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
-from ckd_ray.jobs.nodes import look_at
+from ckd_ray.jobs.nodes import look_at, parse_resources
 from ckd_ray.jobs.prices import hourly, price_of
 from ckd_ray.jobs.remote import ClusterOptions
 from ckd_ray.jobs.submit import BEGIN, MARK, JobRequest
@@ -377,6 +377,13 @@ def test_nobody_to_ask_is_no_yes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     with pytest.raises(UserError, match="-y answers yes"):
         confirmed("start?", yes=False)
+
+
+def test_what_is_asked_of_a_cluster() -> None:
+    assert parse_resources("") == {} and parse_resources("GPU=8, CPU=64") == {"GPU": 8, "CPU": 64}
+    for wrong in ("GPU", "GPU=", "GPU=many", "GPU=0", "=3", "GPU:8"):
+        with pytest.raises(UserError, match=r"CKD_RAY_WAIT_FOR: not a list of resources"):
+            parse_resources(wrong)
 
 
 def test_what_a_node_sees(tmp_path: Path) -> None:

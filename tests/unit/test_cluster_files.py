@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ import yaml
 
 from ckd_ray.checks import load_config
 from ckd_ray.errors import UserError
-from ckd_ray.jobs.placeholders import check_launcher_filled_in
+from ckd_ray.jobs.nodes import RESOURCES_VARIABLE, parse_resources
+from ckd_ray.jobs.placeholders import check_config_filled_in, check_launcher_filled_in
+from ckd_ray.jobs.submit import BEGIN, NODES_VARIABLE
 from ckd_ray.store.codec import bytes_per_token
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
-LAUNCHED = sorted(p for p in FOLDER.glob("*.yaml") if p.name != "kuberay.yaml")
+LAUNCHED = sorted(p for p in FOLDER.glob("*.yaml") if "\nprovider:" in p.read_text())
 MSMARCO_TOKENS = 600_000_000
 GB = 10**9
+PINNED = dict(re.findall(r"^([A-Za-z-]+)==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.M))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -88,11 +93,22 @@ def test_gcp_s_gpu_machines_get_a_disk_and_a_driver_that_they_can_use() -> None:
     assert driver is not None and int(driver[1]) >= 580, "CUDA 13, which the pinned torch is built for, needs it"
 
 
-def test_the_image_for_kuberay_is_built_from_extras_that_exist() -> None:
-    wanted = re.search(r"/tmp/ckd-ray\[([a-z0-9,]+)\]", (FOLDER / "kuberay.yaml").read_text())
+def test_the_image_is_built_from_what_is_sent_and_from_extras_that_exist() -> None:
+    built = (FOLDER / "Dockerfile").read_text()
+    wanted = re.search(r"/tmp/ckd-ray\[([a-z0-9,]+)\]", built)
     table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = set(re.findall(r"^([a-z0-9]+) = ", table, re.M))
-    assert wanted is not None and {"bm25", "tune", "cluster"} <= set(wanted[1].split(",")) <= extras
+    assert wanted is not None and {"ir", "tune", "cluster"} <= set(wanted[1].split(",")) <= extras
+    assert f"FROM rayproject/ray:{PINNED['ray']}-py311-gpu" in built
+    sent = re.findall(r"^!(\S+)", (FOLDER / "Dockerfile.dockerignore").read_text(), re.M)
+    assert {"ckd_ray", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == set(sent)
+    assert all((ROOT / name).exists() for name in sent)
+
+
+def test_each_file_of_this_folder_is_described() -> None:
+    page = (ROOT / "docs/how-to/cluster.md").read_text() + (ROOT / "docs/how-to/kubernetes.md").read_text()
+    for path in FOLDER.iterdir():
+        assert f"cluster/{path.name}" in page or path.suffix == ".dockerignore", path.name
 
 
 # ray.io/v1 (KubeRay's API reference); what is not here would be refused, or ignored, by the operator.
@@ -129,8 +145,130 @@ def test_kuberay_has_fields_of_the_crd_a_token_and_no_open_service() -> None:
     cache = next(e["value"] for e in worker["env"] if e["name"] == "CKD_RAY_CACHE")
     mount = next(m["mountPath"] for m in worker["volumeMounts"] if m["name"] == "cache")
     assert Path(mount) in Path(cache).parents, "an emptyDir itself has mode 0777, which the cache refuses"
-    pinned = dict(re.findall(r"^([A-Za-z-]+)==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.M))
-    assert cluster["rayVersion"] == pinned["ray"]
+    assert cluster["rayVersion"] == PINNED["ray"]
+
+
+# The fields of KubeRay 1.7's RayJob that the file uses, with their types; others are refused here, as by Kubernetes.
+_QUANTITIES = {"type": "object", "additionalProperties": {"type": "string"}}
+
+
+def _closed(required: str = "", **fields: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "additionalProperties": False, "required": required.split()}
+
+
+def _template() -> dict[str, Any]:
+    text, entry = {"type": "string"}, {"type": "array", "minItems": 1}
+    container = _closed(
+        "name image resources",
+        name=text,
+        image=text,
+        env=entry | {"items": _closed("name value", name=text, value=text)},
+        resources=_closed("requests limits", requests=_QUANTITIES, limits=_QUANTITIES),
+        volumeMounts=entry | {"items": _closed("name mountPath", name=text, mountPath=text)},
+    )
+    volume = _closed(
+        "name",
+        name=text,
+        configMap=_closed("name", name=text),
+        emptyDir=_closed("sizeLimit", medium={"enum": ["Memory"]}, sizeLimit=text),
+    )
+    pod = _closed(
+        "containers",
+        automountServiceAccountToken={"type": "boolean"},
+        nodeSelector=_QUANTITIES,
+        tolerations=entry | {"items": _closed("key operator effect", key=text, operator=text, effect=text)},
+        containers=entry | {"items": container},
+        volumes=entry | {"items": volume},
+    )
+    return _closed("metadata spec", metadata=_closed("labels", labels=_QUANTITIES), spec=pod)
+
+
+def _job() -> dict[str, Any]:
+    text, count, flag = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+    head = _closed(
+        "rayStartParams template",
+        serviceType={"enum": ["ClusterIP"]}, enableIngress={"const": False}, rayStartParams=_QUANTITIES,
+        template=_template(),
+    )  # fmt: skip
+    workers = _closed(
+        "groupName minReplicas maxReplicas rayStartParams template",
+        groupName=text, replicas=count, minReplicas=count, maxReplicas=count, rayStartParams=_QUANTITIES,
+        template=_template(),
+    )  # fmt: skip
+    cluster = _closed(
+        "headGroupSpec workerGroupSpecs",
+        rayVersion=text,
+        enableInTreeAutoscaling=flag,
+        autoscalerOptions=_closed(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=count),
+        authOptions=_closed("mode secretName", mode={"enum": ["token"]}, secretName=text),
+        headGroupSpec=head,
+        workerGroupSpecs={"type": "array", "items": workers},
+    )
+    return _closed(
+        "entrypoint rayClusterSpec",
+        entrypoint=text,
+        metadata=_QUANTITIES,
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        shutdownAfterJobFinishes=flag,
+        ttlSecondsAfterFinished=count,
+        backoffLimit=count,
+        rayClusterSpec=cluster,
+    )
+
+
+def test_the_job_for_kubernetes_has_fields_of_the_crd_and_workers_from_zero() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    policy, job = yaml.safe_load_all((FOLDER / "kubernetes-rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    jsonschema.validate(spec, _job())
+    with pytest.raises(jsonschema.ValidationError, match="shutDownAfterJobFinishes"):
+        jsonschema.validate(spec | {"shutDownAfterJobFinishes": True}, _job())
+    cluster = spec["rayClusterSpec"]
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert spec["shutdownAfterJobFinishes"] and cluster["enableInTreeAutoscaling"]
+    assert cluster["rayVersion"] == PINNED["ray"] and head["rayStartParams"]["num-cpus"] == "0"
+    pods = [part["template"] for part in (head, workers)]
+    (driver,), (worker,) = (pod["spec"]["containers"] for pod in pods)
+    # The autoscaler runs in the head's pod, and asks Kubernetes for pods by the account of that pod.
+    assert (
+        "automountServiceAccountToken" not in pods[0]["spec"] and "nvidia.com/gpu" not in driver["resources"]["limits"]
+    )
+    asked = parse_resources(next(e["value"] for e in driver["env"] if e["name"] == RESOURCES_VARIABLE))
+    gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"])
+    assert workers["replicas"] == workers["minReplicas"] == 0 and asked == {"GPU": workers["maxReplicas"] * gpus}
+    # Everybody but these pods and the operator is kept out.
+    labels = {"matchLabels": pods[0]["metadata"]["labels"]}
+    assert pods[1]["metadata"] == pods[0]["metadata"] and policy["spec"]["podSelector"] == labels
+    ours, operator = policy["spec"]["ingress"]
+    assert ours == {"from": [{"podSelector": labels}]} and operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    for pod in pods:
+        (container,) = pod["spec"]["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
+    # The command is one that there is, with a configuration that is mounted and storage that all pods see.
+    assert spec["metadata"]["app"] == "ckd-ray"
+    words = shlex.split(spec["entrypoint"])
+    assert (
+        words[:5] == ["echo", BEGIN, "&&", "ckd-ray", "train"]
+        and words[words.index("--config") + 1] == "/config/run.yaml"
+    )
+    config = load_config(str(ROOT / "configs/msmarco.yaml"), [words[words.index("--set") + 1]])
+    with pytest.raises(UserError, match=r"run\.storage"):
+        check_config_filled_in(config)
+
+
+def test_the_job_for_skypilot() -> None:
+    job = read("skypilot.yaml")
+    assert job.keys() == {"name", "resources", "num_nodes", "workdir", "envs", "secrets", "setup", "run"}
+    assert job["resources"].keys() == {"accelerators", "use_spot", "disk_size", "job_recovery"}
+    assert job["secrets"] == {"RAY_AUTH_TOKEN": None} and "0.0.0.0" not in job["run"]
+    for name in ("setup", "run"):
+        done = subprocess.run(["bash", "-n"], input=job[name], text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (ROOT / job["envs"]["CONFIG"]).is_file() and NODES_VARIABLE in job["run"]
+    extras = re.search(r"'\.\[([a-z,]+)\]'", job["setup"])
+    assert extras is not None and "cluster" in extras[1].split(",")  # `ray start` and health-check
 
 
 def test_the_published_recipe_is_kept() -> None:

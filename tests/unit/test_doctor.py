@@ -58,7 +58,7 @@ def test_extras_are_asked_for_by_the_configuration(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         check_machine.importlib.util, "find_spec", lambda name: None if name == "ir_datasets" else real(name)
     )
-    assert only(check_machine.extras(config), "datasets").fix == "pip install 'ckd-ray[datasets]'"
+    assert only(check_machine.extras(config), "datasets").fix == "pip install 'ckd-ray[ir]'"
 
 
 def test_memory_and_processor_of_other_machines(tmp_path: Path) -> None:

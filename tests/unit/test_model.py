@@ -104,31 +104,6 @@ def test_a_vocabulary_without_unused_tokens_gets_markers(tiny_backbone: str, tmp
     assert torch.isfinite(again.encode_queries(ids, mask)).all()
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "modernbert", "roberta"])
-def test_other_encoders(tiny_backbone: str, tmp_path: Path, kind: str) -> None:
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_backbone)
-    size = len(tokenizer)
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    if kind == "distilbert":
-        config = transformers.DistilBertConfig(vocab_size=size, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
-    elif kind == "modernbert":
-        ends = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
-        config = transformers.ModernBertConfig(vocab_size=size, **small, **ends)
-    else:
-        config = transformers.RobertaConfig(vocab_size=size, **small, pad_token_id=0, max_position_embeddings=64)
-    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model = ColBERT.from_backbone(str(tmp_path), SETTINGS)
-    encoded = TextEncoder(model).passages(model.tokenizer.passages(TEXTS))
-    assert encoded.lengths.tolist() == [5, 4, 10, 3, 3] and torch.isfinite(encoded.embeddings_TD).all()
-    queries, rows, keep = model(*model.tokenizer.queries(["a"]), *model.tokenizer.pad(model.tokenizer.passages(["b"])))
-    (queries.sum() + rows[keep].sum()).backward()
-    unused = [n for n, p in model.named_parameters() if p.grad is None]
-    assert unused == [], "DDP stops at parameters without a gradient"
-
-
 def test_errors_say_what_to_do(tiny_backbone: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a ckd-ray checkpoint"):
         ColBERT.from_pretrained(tmp_path)

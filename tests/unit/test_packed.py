@@ -9,6 +9,7 @@ import torch
 
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.packed import can_pack, encode_packed
+from ckd_ray.model.recompute import recompute_activations
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
 QUERIES = ["which word", "what of the third word and of the fourth", "w"]
@@ -34,6 +35,39 @@ def gradients(model: ColBERT, queries: torch.Tensor, groups: list[tuple[torch.Te
         total = total + (rows * keep[:, :, None] * torch.randn(rows.shape, generator=generator)).sum()
     total.backward()
     return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_activations_that_are_computed_again_give_the_same_gradients(
+    tiny_backbone: str, packed: bool, dropout: float
+) -> None:
+    """The second computation has the attention and the dropout of the first; the first keeps far less."""
+    found, kept = [], []
+    for again in (False, True):
+        model = ColBERT.from_backbone(tiny_backbone, SETTINGS, seed=1, dropout=dropout).train()
+        if again:
+            recompute_activations(model)
+        query_ids, query_mask, groups = inputs(model)
+        torch.manual_seed(5)
+        saved: list[int] = []
+
+        def keep(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            if packed:
+                assert can_pack(model)
+                encoded = encode_packed(model, query_ids, query_mask, groups)
+            else:
+                queries = model.encode_queries(query_ids, query_mask)
+                encoded = queries, [model.encode_passages(*group) for group in groups]
+        found.append(gradients(model, *encoded))
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 2
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-6 * max(1.0, float(b.abs().max())))
 
 
 @pytest.mark.parametrize("expansion", [True, False])
