@@ -12,6 +12,8 @@ from ckd_ray.compare.plan import compare_problems
 from ckd_ray.config import Config, read_config
 from ckd_ray.config.checks import schema_problems
 from ckd_ray.distill.objectives import objective_of
+from ckd_ray.errors import UserError, first_line
+from ckd_ray.files.paths import KEYS
 from ckd_ray.tune.space import tune_problems
 
 
@@ -26,6 +28,26 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every problem of the file, the overrides and their combination.
     """
     return read_config(path, overrides, all_problems)
+
+
+def check_inputs(config: Config) -> None:
+    """Look at what the configuration names, before Ray starts: the files of the collection, and the encoder.
+
+    Raises:
+        UserError: a file is missing, its storage does not answer, or the folder of the encoder holds no model or one
+            that is no encoder.
+    """
+    from ckd_ray.data import source_signature
+    from ckd_ray.model.sources import check_encoder, is_hub_id, resolve_backbone
+
+    try:
+        source_signature(config.collection)
+    except OSError as error:  # of an object store
+        raise UserError("this storage cannot be read", where="collection", found=first_line(error), fix=KEYS) from error
+    given = config.teacher.checkpoint
+    source, key = given or config.model.backbone, "teacher.checkpoint" if given else "model.backbone"
+    if not is_hub_id(source):  # a run that is resumed may not need the hub any more
+        check_encoder(resolve_backbone(source, key), max(config.model.doc_maxlen, config.model.query_maxlen), key)
 
 
 def all_problems(config: Config) -> Iterator[tuple[str, str]]:

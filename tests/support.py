@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ def write_collection(folder: Path, passages: int = 60, queries: int = 24) -> Pat
     return folder
 
 
-def tiny_bert(folder: Path) -> str:
-    """A random two-layer BERT of 32 dimensions and a word-level vocabulary, written into `folder`."""
+def tiny_bert(folder: Path, words: Iterable[str] = WORDS) -> str:
+    """A random two-layer BERT of 32 dimensions and a vocabulary of these words, written into `folder`."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "[unused1]"]
-    vocabulary = {token: i for i, token in enumerate([*special, *".,;:!?-()", *WORDS])}
+    vocabulary = {token: i for i, token in enumerate([*special, *".,;:!?-()", *words])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -27,4 +27,4 @@ def options(
 
 
 # Each import puts its commands on `app`; `--help` shows them in this order.
-from ckd_ray.cli import run, look, share, plan, doctor, clusters  # noqa: E402, F401, I001
+from ckd_ray.cli import begin, run, look, share, plan, doctor, clusters  # noqa: E402, F401, I001

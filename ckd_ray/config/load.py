@@ -141,7 +141,10 @@ def _given_twice(node: yaml.Node, path: str, met: set[int]) -> Iterator[Problem]
 
 
 def _reason(error: BaseException) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    parts = [getattr(error, name, None) for name in ("context", "problem")]
+    return " ".join((", ".join(filter(None, parts)) or str(error)).split())[:300]
 
 
 def _read(path: str | None, source: str, problems: list[Problem]) -> dict[str, Any]:
@@ -149,11 +152,17 @@ def _read(path: str | None, source: str, problems: list[Problem]) -> dict[str, A
         text = quickstart_text() if path is None else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise UserError("the configuration cannot be read", where=source, found=reason) from None
+        fix = "`ckd-ray init DIR` writes one for a folder of files; without --config the quick start runs"
+        raise UserError("the configuration cannot be read", where=source, found=reason, fix=fix) from None
     try:
         tree, twice = _parse(text)
     except _UNREADABLE as error:
-        raise UserError("not valid YAML", where=source, found=_reason(error)) from None
+        mark = getattr(error, "problem_mark", None)
+        place = source if mark is None else f"{source}:{mark.line + 1}"
+        fix = (
+            "sections are indented by spaces, not by tabs, and a colon is followed by a space; brackets end in the line"
+        )
+        raise UserError("not valid YAML", where=place, found=_reason(error), fix=fix) from None
     problems += twice
     if tree is None:
         return {}
@@ -220,7 +229,9 @@ def _problem(error: Any) -> Problem:
         return Problem(path, f"expected auto or {others}, found {found}")
     if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
         return Problem(path, f"expected a string, found {found}; put it in quotes if it is meant as one")
-    return Problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {found}")
+    wanted = error["msg"].partition(", unable to parse")[0].replace("Input should be", "expected")
+    wanted = wanted.replace("a valid integer", "an integer").replace("valid ", "")
+    return Problem(path, f"{wanted[:1].lower()}{wanted[1:]}, found {found}")
 
 
 def _range(path: str) -> str:

@@ -126,6 +126,7 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
     ids: list[str] = []
     texts: list[str] = []
     where: dict[str, str] = {}
+    blank: set[str] = set()
     for row in source.queries(split, problems):
         if not _is_id(row, "query", problems):
             continue
@@ -136,6 +137,8 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
             where[row.id] = row.where
             ids.append(row.id)
             texts.append(row.text)
+            if not row.text.strip():
+                blank.add(row.id)
     labels: list[QrelRow] = []
     seen: dict[tuple[str, str], QrelRow] = {}
     repeated = 0
@@ -152,6 +155,9 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
         else:
             problem, expected = "a second grade for the same query and passage", f"{seen[key].relevance} as at "
             problems.add(label.where, problem, expected=expected + seen[key].where, found=str(label.relevance))
+    for name in sorted(blank & {label.query_id for label in labels}):
+        fix = "write it, or leave the query and its labels out, as `ckd-ray init` does"
+        problems.add(where[name], "a labelled query without text", expected="words", found=shorten(name), fix=fix)
     elsewhere = 0
     if source.shared_queries:
         labelled = {label.query_id for label in labels}

@@ -64,7 +64,9 @@ def _tsv_texts(uri: str, problems: Problems) -> Iterator[TextRow]:
         for number, line in enumerate(lines, first):
             name, tab, text = line.partition("\t")
             if not tab:
-                problems.add(f"{place}{number}", "a line without a tab", expected="id TAB text", found=shorten(line))
+                fix = "`ckd-ray init DIR` reads CSV" if number == 1 and "," in line else None
+                where = f"{place}{number}"
+                problems.add(where, "a line without a tab", expected="id TAB text", found=shorten(line), fix=fix)
                 continue
             yield TextRow(name, text, place, number)
 

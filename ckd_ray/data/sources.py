@@ -156,14 +156,30 @@ def _find(settings: CollectionConfig, names: tuple[str, ...], required: bool, sp
                 return uri
     if not required:
         return None
+    names_there = list_files(settings.path) if settings.path else []
     have = "nothing: collection.path is not set"
     if settings.path:
-        names_there = [*list_files(settings.path), *(f"{name}/" for name in list_folders(settings.path))]
-        have = ", ".join(names_there[:12]) or "an empty folder"
+        folders = [f"{name}/" for name in list_folders(settings.path)]
+        have = ", ".join([*names_there, *folders][:12]) or "an empty folder"
     raise UserError(
         f"the collection has no {wanted[0]}",
         where=settings.path or "collection",
         expected=" or ".join([wanted[0], f"{wanted[0]}.gz", *wanted[1:]]),
         found=have,
-        fix="name the file under collection.passages, collection.queries or collection.qrels",
+        fix=_instead(settings, names, names_there),
     )
+
+
+def _instead(settings: CollectionConfig, names: tuple[str, ...], have: list[str]) -> str:
+    """What the names in the folder suggest in the place of the file that is missing."""
+    plain = [name.removesuffix(".gz") for name in have]
+    formats = (f for f, (passages, *_) in _NAMES.items() if f != settings.format and passages[0] in plain)
+    if names is _NAMES[settings.format][0] and (other := next(formats, None)):
+        return f"these files have the layout of format {other}: set collection.format: {other}"
+    before, _, after = names[0].partition("{}")
+    splits = [name[len(before) : -len(after)] for name in plain if after and name.startswith(before) and after in name]
+    if splits and "/" not in before:
+        return (
+            f"collection.train names the split to train on, of {', '.join(splits)}; or `ckd-ray init DIR` splits them"
+        )
+    return "`ckd-ray init DIR` recognises other names; or name the file under collection.passages, .queries or .qrels"

@@ -18,6 +18,11 @@ from ckd_ray.errors import UserError, first_line
 HUB = "hf://"
 # Pauses between attempts double up to 20 s, so this many outlast 45 s without the object store (S3).
 _ATTEMPTS = 8
+# What to do where an object store does not answer, or refuses.
+KEYS = (
+    "check the bucket's name, the network and the keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the"
+    " role of the machine (docs/how-to/object-storage.md)"
+)
 
 
 def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -40,6 +45,7 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
             where=uri,
             expected="a local path or a URI that pyarrow.fs knows: file://, s3://, gs://, hdfs://, hf://",
             found=first_line(error),
+            fix=KEYS if uri.startswith(("s3://", "gs://", "gcs://")) else None,
         ) from error
 
 

@@ -175,6 +175,7 @@ def dashboard(target: Target) -> Iterator[Jobs]:
             where=target.text,
             expected="the dashboard of a running head (http://HOST:8265)",
             found=str(error),
+            fix="look at the address and port, and whether a tunnel that leads there is open",
         ) from error
     yield jobs
 

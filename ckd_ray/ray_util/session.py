@@ -113,7 +113,8 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
             where="--cluster" if target else "RAY_ADDRESS",
             expected="the address of a running head node (HOST:6379)",
             found=f"{address}: {first_line(error)}",
-            fix="check that the head runs and that both sides hold the same token (RAY_AUTH_TOKEN, ~/.ray/auth_token)",
+            fix="check that the head runs and that both sides hold the same token (RAY_AUTH_TOKEN, ~/.ray/auth_token);"
+            " --cluster local starts a Ray of your own",
         ) from error
     say(f"joined Ray at {address} ({_size()})")
 
@@ -124,6 +125,7 @@ def _reach(address: str, where: str) -> None:
 
     Raises:
         UserError: the head refuses our token.
+        OSError: nothing listens there, or no Ray head.
     """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or "://" in address:
@@ -154,6 +156,8 @@ def _refused(address: str) -> bool:
     except AuthenticationError:
         return True
     except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAVAILABLE:  # a head that is merely slow runs into the timeout
+            raise ConnectionError("what listens there does not answer as the head of a Ray does") from None
         return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
     channel.close()
     return False

@@ -11,8 +11,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
+from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import SYSTEMS
-from ckd_ray.files import write_atomic
+from ckd_ray.files import is_folder, write_atomic
 from ckd_ray.inspection.inspect import by_depth
 from ckd_ray.progress import duration, without_secrets
 from ckd_ray.report import curves, plots, trials
@@ -36,9 +37,11 @@ def write_report(run: FinishedRun, out: str | None = None) -> str:
     """Write the page of a run to `out`, by default `RUN/report.html`. Returns where it is.
 
     Raises:
-        UserError: a file of the run is missing, or is not what ckd-ray writes.
+        UserError: a file of the run is missing, or is not what ckd-ray writes; or `out` is a folder.
     """
     where = out or run.paths.report
+    if is_folder(where):
+        raise UserError("this is a folder", where=f"--out {where}", expected="a file to write", fix="--out FILE.html")
     with reading(run.paths.folder):
         page = render_page(gather(run)).encode()
     write_atomic(where, lambda stream: stream.write(page))

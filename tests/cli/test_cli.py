@@ -43,7 +43,7 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
     assert done.stdout.splitlines()[-1] == "0 False False"
     shown = [word for line in done.stdout.splitlines() if (word := line.lstrip("│╭─ ").split(" ")[0])]
     panels = {
-        "Run": "train tune compare embed retrieve label distill evaluate",
+        "Run": "init train tune compare embed retrieve label distill evaluate",
         "Look": "report inspect search",
         "Share": "export",
         "Clusters": "plan doctor status attach down",

@@ -68,8 +68,10 @@ def test_every_page_is_in_the_index() -> None:
     assert set(DOCS.rglob("*.md")) - {DOCS / "README.md"} <= listed
 
 
-def test_docs_holds_pages_and_pictures_alone() -> None:
-    assert {path.suffix for path in DOCS.rglob("*") if path.is_file()} <= {".md", ".svg", ".png"}
+def test_docs_holds_pages_pictures_and_examples_alone() -> None:
+    files = {path for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path.suffix for path in files - {DOCS / "pictures" / "make.py"}} <= {".md", ".svg", ".png", ".ipynb"}
+    assert all(path.stat().st_size < 200_000 for path in files if path.suffix == ".png")
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=_name)

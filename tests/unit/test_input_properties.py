@@ -67,7 +67,8 @@ def test_what_is_sound_comes_back_whole(passages: list[tuple[str, str]], data: s
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "collection.tsv").write_bytes("".join(f"{n}\t{t}\n" for n, t in passages).encode())
-        (folder / "queries.train.tsv").write_bytes(f"q {names[0]}\t{passages[0][1]}\n".encode())
+        asked = f"{passages[0][1]} x"  # a labelled query without text is refused
+        (folder / "queries.train.tsv").write_bytes(f"q {names[0]}\t{asked}\n".encode())
         rows = [f"q {names[0]}\t0\t{name}\t{grade}\n" for name, grade in labels.items()]
         (folder / "qrels.train.tsv").write_bytes("".join(rows + rows[:1]).encode())
         found = build(folder, "msmarco")
@@ -77,7 +78,7 @@ def test_what_is_sound_comes_back_whole(passages: list[tuple[str, str]], data: s
         split, qrels = found.manifest["splits"]["train"], found.qrels("train")
         assert split["labels"] + split["repeated_labels"] == len(rows) + 1
         assert dict(zip(qrels.passage_ids, qrels.relevance.tolist(), strict=True)) == labels
-        assert found.queries("train").texts == [passages[0][1]]
+        assert found.queries("train").texts == [asked]
 
 
 @few
