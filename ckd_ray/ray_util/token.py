@@ -29,7 +29,7 @@ def use_token() -> None:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     if "ray" in sys.modules:  # a program has imported it, and it has read the environment then
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined, unused-ignore]
 
         Config.initialize("")
 

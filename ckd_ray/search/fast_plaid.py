@@ -69,9 +69,9 @@ def write_index(target: str, store: EmbeddingStore, collection: Collection, *, b
     write_atomic(join(target, "passage_ids.parquet"), partial(_write_ids, collection))
     sizes = {"num_documents": store.num_passages, "num_embeddings": offset, "num_partitions": codec.num_centroids}
     average = offset / max(1, store.num_passages)
-    about = {"num_chunks": store.num_shards, "nbits": codec.bits, **sizes, "avg_doclen": average}
+    whole = {"num_chunks": store.num_shards, "nbits": codec.bits, **sizes, "avg_doclen": average}
     write_json_atomic(join(target, "plan.json"), {"nbits": codec.bits, "num_chunks": store.num_shards})
-    write_json_atomic(join(target, "metadata.json"), about)
+    write_json_atomic(join(target, "metadata.json"), whole)
     return {"bits": codec.bits, "centroids": codec.num_centroids}
 
 
