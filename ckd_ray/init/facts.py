@@ -181,9 +181,9 @@ def _raise_unknown(
 ) -> None:
     texts = [layout.corpus] if what == "passage" else list(layout.queries.values())
     if what == "passage":
-        have = layout.corpus.table.values(layout.corpus.id)[:20]
+        have = layout.corpus.table.values(layout.corpus.id)
     else:
-        have = [name for some in queries.values() for name in some][:20]
+        have = [name for some in queries.values() for name in some][:200]
     where = ", ".join(one.table.name for one in texts)
     labels = ", ".join(dict.fromkeys(qrels.table.name for qrels in layout.qrels.values()))
     option = "--corpus FILE" if what == "passage" else "--queries FILE"
