@@ -232,15 +232,20 @@ def choose_precision(
         UserError: int8 on a GPU, fp16 on a CPU, or bf16 of an encoder that fails in it.
     """
     device = torch.device(device)
-    if requested in ("auto", "bf16") and (failure := bf16_failure(model)):
+    chosen: tuple[Precision, str] | None = None
+    if (given := configured_precision(requested, device.type)) is not None:
+        chosen = given, "as configured"
+    elif device.type == "cuda":
+        chosen = precision_of_gpus({torch.cuda.get_device_name(device): torch.cuda.get_device_capability(device)})
+    if chosen is not None and chosen[0] != "bf16":
+        return chosen
+    if failure := bf16_failure(model):
         if requested == "auto":
             return "fp32", f"the encoder fails in bfloat16: {failure}"
         kind = type(model.backbone).__name__
         raise UserError(f"{kind} fails in bfloat16", where="precision", expected="fp32", found=f"bf16: {failure}")
-    if (given := configured_precision(requested, device.type)) is not None:
-        return given, "as configured"
-    if device.type == "cuda":
-        return precision_of_gpus({torch.cuda.get_device_name(device): torch.cuda.get_device_capability(device)})
+    if chosen is not None:
+        return chosen
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

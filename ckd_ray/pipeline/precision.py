@@ -34,14 +34,13 @@ def precision_on_cluster(
     """(precision, reason) for the processes that compute.
 
     Args:
-        load: the model. It is asked whether it computes in bfloat16 at all, and measured on a CPU.
+        load: the model, which is asked whether it computes in bfloat16 at all, and measured on a CPU.
         gpus: what each of these processes gets of a GPU; `auto`: one where the cluster has any.
         key: that of the precision in the configuration, for messages.
     """
     share = share_of_gpu(gpus, cluster_nodes()[0])
     given = configured_precision(requested, "cuda" if share else "cpu", key)
-    if given in ("fp32", "fp16", "int8"):
-        return given, "as configured"
-    if share and bf16_failure(load()) is None:
-        return (given, "as configured") if given else precision_of_gpus(kinds_of_gpus(share))
+    chosen = (given, "as configured") if given else precision_of_gpus(kinds_of_gpus(share)) if share else None
+    if chosen is not None and (chosen[0] != "bf16" or (share and bf16_failure(load()) is None)):
+        return chosen
     return choose_precision(load(), requested, threads=1)

@@ -71,7 +71,7 @@ def machines(
 
 
 def config(*values: str) -> Config:
-    return load_config(None, ["collection.limit=null", "model.doc_maxlen=180", "retrieve.engine=auto", *values])
+    return load_config(None, ["collection.limit=null", "model.doc_maxlen=180", "retrieve.engine=auto", "label.neighbours=auto", *values])
 
 
 def parts(stage: str, c: Config, sizes: Sizes, found: Rates, cluster: PlannedCluster) -> dict[str, float]:

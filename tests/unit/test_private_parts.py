@@ -27,7 +27,9 @@ LIBRARIES = ("ray", "torch", "transformers")
 PRIVATE: dict[str, str] = {
     "ray._private.accelerators.NvidiaGPUAcceleratorManager": "doctor counts GPUs as Ray does",
     "ray._private.grpc_utils.init_grpc_channel": "a head that refuses the token is found out in seconds",
+    "ray._private.state": "a server that finds no machine is found out",
     "ray._private.state.available_resources_per_node": "pools of actors are placed by what is free on each node",
+    "ray._raylet.Config": "a token counts in a program that imported Ray before",
     "ray._private.utils.read_ray_address": "a Ray of this machine is found without starting one",
     "ray._private.worker._global_node": "the end of a daemon that this process started is noticed",
     "ray.autoscaler._private.command_runner.SSHOptions": "the tunnel has the launcher's own options of ssh",
@@ -35,6 +37,8 @@ PRIVATE: dict[str, str] = {
     "ray.autoscaler._private.util.prepare_config": "a launcher's file is completed",
     "ray.autoscaler._private.util.validate_config": "a launcher's file is checked before anything starts",
     "ray.job_submission.JobSubmissionClient._do_request": "answers of a dashboard have a limit of time",
+    "ray.actor.ActorHandle._actor_id": "the state of an actor is asked for by its id",
+    "ray.data.DataContext._set_current": "Ray Data's settings of a caller's program are given back",
     "torch._foreach_lerp_": "the moving average of the weights",
     "torch._int_mm": "products of 8 bits",
     "torch.ops.mkldnn._linear_pointwise": "linear layers with their activation on CPUs",
@@ -56,6 +60,8 @@ UNDOCUMENTED: dict[str, str] = {
 }
 # Names that the source reads of objects, whose class the text alone does not tell.
 _READ = {
+    "_actor_id": "ray.actor.ActorHandle._actor_id",
+    "_set_current": "ray.data.DataContext._set_current",
     "_attn_implementation": "transformers.PretrainedConfig._attn_implementation",
     "_do_request": "ray.job_submission.JobSubmissionClient._do_request",
     "_global_node": "ray._private.worker._global_node",
