@@ -71,7 +71,8 @@ def machines(
 
 
 def config(*values: str) -> Config:
-    return load_config(None, ["collection.limit=null", "model.doc_maxlen=180", "retrieve.engine=auto", "label.neighbours=auto", *values])
+    plain = ["collection.limit=null", "model.doc_maxlen=180", "retrieve.engine=auto", "label.neighbours=auto"]
+    return load_config(None, [*plain, *values])
 
 
 def parts(stage: str, c: Config, sizes: Sizes, found: Rates, cluster: PlannedCluster) -> dict[str, float]:
