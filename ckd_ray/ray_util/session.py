@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ckd_ray.errors import JobError, UserError, first_line
@@ -95,10 +95,12 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
         os.environ.pop("RAY_ADDRESS", None)
         # Ray ends a worker that is idle for a second; another one takes five seconds of a core to load its modules.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        running = read_ray_address()
         try:
             ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **options)
         except Exception as error:  # a start that takes too long is a plain Exception
             raise JobError(f"Ray did not start here: {error}") from error
+        _let_others_find(running)
         say(f"started Ray in place ({_size()})")
         return
     address = target or os.environ["RAY_ADDRESS"]
@@ -117,6 +119,18 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
             " --cluster local starts a Ray of your own",
         ) from error
     say(f"joined Ray at {address} ({_size()})")
+
+
+def _let_others_find(running: str | None) -> None:
+    """Ray notes its latest start on a machine, and other commands would join a Ray that ends with this process. So the
+    note is again `running`, the Ray that was noted before, or it is removed."""
+    from ray._private.utils import get_ray_address_file, write_ray_address
+
+    if running:
+        write_ray_address(running)
+    else:
+        with suppress(OSError):
+            os.remove(get_ray_address_file(None))
 
 
 def _reach(address: str, where: str) -> None:

@@ -49,6 +49,7 @@ class Mistake:
         remedy: what to do.
         make: spoils the folder, which holds `data`, `encoder` and the finished run `finished`.
         ray: it is found only when Ray has started.
+        alone: it needs a process that has not joined a Ray.
         status: the exit status.
     """
 
@@ -59,6 +60,7 @@ class Mistake:
     make: Callable[[Path], object] = lambda folder: None
     environment: dict[str, str] = field(default_factory=dict)
     ray: bool = False
+    alone: bool = False
     status: int = 2
 
     def words(self) -> list[str]:
@@ -161,8 +163,8 @@ MISTAKES: dict[str, list[Mistake]] = {
                 "Give a value of that type."),
         Mistake("a value out of range", "train --set distill.temperature=0", "above 0 to 100", "Give one in range."),
         Mistake("`--set` without a value", "train --set distill.steps", "expected key=value", "Write `KEY=VALUE`."),
-        Mistake("a format that does not exist", "train --set collection.format=csv", "expected 'docstrings', 'msmarco'",
-                "`ckd-ray init DIR` converts CSV."),
+        Mistake("a format that does not exist", "train --set collection.format=tsv", "expected 'docstrings', 'msmarco'",
+                "Take one of the list: `csv` reads TSV with a header line, `msmarco` without; or let `ckd-ray init` choose."),
         Mistake("a stage that does not exist", "train --from embedding", "unknown stage", "Take one of the list."),
     ],
     _DATA: [
@@ -215,7 +217,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a package that is not installed", "train SETS --set model.backbone=package:some_model/model",
                 "is not installed", "Install it."),
         Mistake("a hub id without network", "train SETS --set model.backbone=bert-base-uncased --until teacher",
-                "the encoder cannot be loaded", "Download the model elsewhere, and name its folder.", ray=True),
+                "neither a folder here nor a model that the hub gives", "Download the model elsewhere, and name its folder.", ray=True),
     ],
     _PLACES: [
         Mistake("a storage that cannot be written", "train SETS --set run.storage=file/runs",
@@ -232,11 +234,11 @@ MISTAKES: dict[str, list[Mistake]] = {
     ],
     _RAY: [
         Mistake("an address at which nothing listens", f"train SETS --cluster {NOTHING}", "this Ray cannot be joined",
-                "Start the head, or leave `--cluster` out."),
+                "Start the head, or leave `--cluster` out.", alone=True),
         Mistake("the port of something else", "train SETS --cluster OTHER", "does not answer as the head of a Ray does",
-                "Give the port of the head, 6379 unless `ray start` was told another."),
+                "Give the port of the head, 6379 unless `ray start` was told another.", alone=True),
         Mistake("a RAY_ADDRESS of yesterday", "train SETS", "RAY_ADDRESS: this Ray cannot be joined",
-                "`unset RAY_ADDRESS`", environment={"RAY_ADDRESS": NOTHING}),
+                "`unset RAY_ADDRESS`", environment={"RAY_ADDRESS": NOTHING}, alone=True),
         Mistake("a dashboard that is not there", f"train --cluster http://{NOTHING}", "no dashboard answers here",
                 "Mend the address, or open the tunnel."),
         Mistake("a dashboard's address with something else", "train --cluster http://OTHER",
@@ -272,13 +274,14 @@ def lay_out(folder: Path, encoder: str, run: Path, collection: Path) -> None:
 def meet(mistake: Mistake, folder: Path) -> tuple[int, str]:
     """Status and messages of the command, run in this process. Where it needs Ray, this process has joined one already.
     The full disk is a limit on the size of files, and has a process of its own."""
-    if mistake.what == "a full disk":
-        command = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", sys.executable, "-m", "ckd_ray", *mistake.words()]
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, **PLAIN}
-        )
+    command, full = [sys.executable, "-m", "ckd_ray", *mistake.words()], mistake.what == "a full disk"
+    if full or mistake.alone:
+        if full:
+            command = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command]
+        environment = {**os.environ, **PLAIN, **mistake.environment}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
         return done.returncode, done.stderr
-    joined = mock.patch("ckd_ray.ray_util.session.connected", lambda target: nullcontext())
+    joined = mock.patch("ckd_ray.jobs.session.connected", lambda target: nullcontext())
     before = os.getcwd()
     os.chdir(folder)
     try:

@@ -85,6 +85,7 @@ def test_a_server_without_a_machine_is_waited_for_with_a_limit(
         list(arrived({server.busy.remote(0): server}, "2 CPU, 0 GPU"))
     assert "the cluster has 2 CPU and 0 GPU" in str(error.value)
     ray.get(taken)
+    monkeypatch.setattr(waiting, "_PLACE_S", 60.0)
     assert list(arrived({server.busy.remote(0): server}, "")) == ["done"], "it found a place after all"
     ray.kill(server)
     # GPUs that are declared and not there.

@@ -44,7 +44,7 @@ def test_they_are_ranked_labelled_and_scored_by_the_ensemble(run: Path) -> None:
 
 
 def test_the_student_is_trained_on_the_others(run: Path) -> None:
-    manifest = json.loads((run / "student" / "manifest.json").read_text())
+    manifest = json.loads((run / "student" / "_manifest.json").read_text())
     assert manifest["figures"]["count"] == 4 and (run / "student" / "model.safetensors").is_file()
     opened = LabelledRun.open(str(run))
     left = {opened.queries.ids[q] for q in opened.positives.labelled_queries}

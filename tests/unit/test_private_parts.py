@@ -30,6 +30,8 @@ PRIVATE: dict[str, str] = {
     "ray._private.state": "a server that finds no machine is found out",
     "ray._private.state.available_resources_per_node": "pools of actors are placed by what is free on each node",
     "ray._raylet.Config": "a token counts in a program that imported Ray before",
+    "ray._private.utils.get_ray_address_file": "a Ray that a command starts for itself is not found by other commands",
+    "ray._private.utils.write_ray_address": "the Ray that was there before stays the one that commands find",
     "ray._private.utils.read_ray_address": "a Ray of this machine is found without starting one",
     "ray._private.worker._global_node": "the end of a daemon that this process started is noticed",
     "ray.autoscaler._private.command_runner.SSHOptions": "the tunnel has the launcher's own options of ssh",
