@@ -10,6 +10,7 @@ from typing import Any
 from ckd_ray.streams import columns, erased, may_rewrite, people
 
 _PRINT_EVERY_S, _REWRITE_EVERY_S = 10.0, 0.5
+_NOTEBOOK_EVERY_S = 2.0  # a notebook's file keeps every line that was rewritten
 _quiet = False
 # `key:secret` of a URI such as s3://key:secret@bucket/path (the key may be empty), and options such as &token=secret.
 _SECRET = re.compile(r"""(?<=://)[^/@\s:"'<>]*:[^@\s"'<>]+(?=@)""")
@@ -72,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 class _LiveLine:
-    """The last line of the terminal: the progress that began last, rewritten twice a second by a thread."""
+    """The last line of the terminal: the progress that began last, rewritten by a thread."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -104,7 +105,7 @@ class _LiveLine:
                 text = printable(self.shown[-1].line())[: columns() - 1]  # a line that wraps cannot be rewritten
                 print(f"{erased()}{text}", end="", file=people(), flush=True)
                 self._written = True
-            time.sleep(_REWRITE_EVERY_S)
+            time.sleep(_REWRITE_EVERY_S if people().isatty() else _NOTEBOOK_EVERY_S)
 
 
 _line = _LiveLine()

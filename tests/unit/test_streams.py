@@ -112,6 +112,7 @@ def test_a_notebook_gets_one_line_that_is_rewritten_without_codes(
 ) -> None:
     kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
     monkeypatch.setitem(sys.modules, "IPython", kernel)
+    monkeypatch.setattr("ckd_ray.progress._NOTEBOOK_EVERY_S", 0.5)
     with Progress("embed", 4, "passages") as progress:
         progress.advance(1)
         time.sleep(0.2)
