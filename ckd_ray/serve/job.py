@@ -81,12 +81,10 @@ def serving(run: FinishedRun, system: str, options: ServeOptions, token: str) ->
         max_queued_requests=MOST_WAITING,
         max_constructor_retry_count=1,
     )(SearchService)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": options.host, "port": options.port, "request_timeout_s": _ANSWER_S},
-    )
+    listen = {"host": options.host, "port": options.port, "request_timeout_s": _ANSWER_S}
+    application = deployment.bind(run.paths.folder, system, token_digest(token), threads)
     try:
-        application = deployment.bind(run.paths.folder, system, token_digest(token), threads)
+        _within(_START_S, lambda: serve.start(proxy_location="HeadOnly", http_options=listen))
         _within(_START_S, lambda: serve.run(application, name=_NAME, route_prefix="/"))
         host = f"[{options.host}]" if ":" in options.host else options.host
         yield f"http://{host}:{options.port}"
@@ -103,15 +101,19 @@ def serve_until_told(run: FinishedRun, system: str, options: ServeOptions, termi
     from ckd_ray.ray_util.session import connected
 
     token, source = service_token()
+    # Ray Serve gives its proxy 5 s to load Python on a busy machine, three times, and then gives up.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     if options.host not in _LOOPBACK:
         say(f"{options.host} is no loopback address: the token and the queries travel unencrypted in this network")
-    with connected("local"), serving(run, system, options, token) as address:
+    with connected("local"):
         signal.signal(signal.SIGTERM, terminate)
-        say(f"{run.name}: POST {address}/search, with the token of {source}; Ctrl-C ends the service", always=True)
-        with suppress(KeyboardInterrupt):
-            while not threading.Event().wait(60.0):
-                pass
-        say("the service ends")
+        say("starting the service")
+        with serving(run, system, options, token) as address:
+            say(f"{run.name}: POST {address}/search, with the token of {source}; Ctrl-C ends the service", always=True)
+            with suppress(KeyboardInterrupt):
+                while not threading.Event().wait(60.0):
+                    pass
+            say("the service ends")
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> None:
