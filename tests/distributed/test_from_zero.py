@@ -65,7 +65,7 @@ def test_workers_come_for_a_command_and_go_after_it(tmp_path: Path, tiny_backbon
     of_head = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
-        "RAY_enable_autoscaler_v2": "1",  # as under KubeRay
+        "RAY_enable_autoscaler_v2": "0",  # the second one's provider of this kind is not in Ray's wheel
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
         "RAY_raylet_start_wait_time_s": "300",  # on a busy machine

@@ -197,11 +197,9 @@ def test_positions_that_begin_after_the_padding_leave_less_room(family: str, fol
 
 def test_generators_are_refused(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    small = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64}
-    generator = transformers.GPT2Config(vocab_size=len(tokenizer), **small)
-    pair = transformers.T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=1
-    )
+    size = len(tokenizer)
+    generator = transformers.GPT2Config(vocab_size=size, n_layer=1, n_head=2, n_embd=32, n_positions=64)
+    pair = transformers.T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
     for name, config in (("gpt2", generator), ("t5", pair)):
         AutoModel.from_config(config).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
