@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -21,13 +22,11 @@ with connected("local"):
 
 
 @pytest.mark.parametrize("before", [None, "127.0.0.1:9"])
-def test_a_ray_in_place_is_not_found_by_others(before: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = str(tmp_path_factory.mktemp("r"))
-    environment = {**os.environ, "RAY_TMPDIR": folder}
-    folder = os.path.join(folder, "ray")
-    os.makedirs(folder)
-    code = CODE.format(before=before, folder=folder)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment, check=True
-    )
-    assert f"noted: {before} True" in done.stdout
+def test_a_ray_in_place_is_not_found_by_others(before: str | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="r") as short:  # the path of a socket has 107 bytes at most
+        folder = os.path.join(short, "ray")
+        os.makedirs(folder)
+        command = [sys.executable, "-c", CODE.format(before=before, folder=folder)]
+        environment = {**os.environ, "RAY_TMPDIR": short}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert f"noted: {before} True" in done.stdout, done.stderr

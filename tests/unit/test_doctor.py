@@ -42,7 +42,7 @@ def test_advice_stands_below_what_is_not_ok() -> None:
 
 
 def test_libraries_against_their_ranges() -> None:
-    assert check_machine.declared()["ray"].startswith(">=2.") and "moto" not in check_machine.declared()
+    assert ">=2." in check_machine.declared()["ray"] and "moto" not in check_machine.declared()
     assert check_machine.library("ray", ">=2.50").state == "ok"
     old = check_machine.library("ray", ">=99")
     assert old.state == "fail" and "supported is >=99" in old.found and old.fix == "pip install 'ray>=99'"
