@@ -27,7 +27,8 @@ from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.runs.directory import passage_store, query_store
 from ckd_ray.store.embeddings import open_once
 
-_QUERIES_TO_FIT = 2000
+# A fit reads as many queries at most. With fewer that the teacher was not trained on, it takes all.
+_MOST_TO_FIT, _FEWEST_UNSEEN = 2000, 200
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class EnsembleJob:
     similarity: str
 
 
-def score_ensemble(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight]:
-    """Write the missing parts of every scorer, and the weights. Returns the weights by scorer."""
+def score_ensemble(job: EnsembleJob, num_queries: int, seen: Int64Array) -> dict[str, ScorerWeight]:
+    """Write the missing parts of every scorer, and the weights. Returns the weights by scorer.
+
+    Args:
+        seen: the queries that the teacher was trained on. The weights are fitted to the labels of others: on its own
+            queries a teacher is surer than it will be on new ones, and the other scorers would weigh too little.
+    """
     statistics = collection_statistics(job.run, job.out) if "bm25" in job.scorers else None
     for name in job.scorers:
         folder = join(job.out, name)
@@ -62,7 +68,7 @@ def score_ensemble(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight
         spans = finish_parts(f"ensemble {name}", SPLIT, num_queries, present, _score_part, arguments)
         size = spans[0][1] if spans else 1
         write_json_atomic(join(folder, MANIFEST), {"queries_per_part": size, "split": SPLIT})
-    return _write_weights(job, num_queries)
+    return write_weights(job, num_queries, seen)
 
 
 def _score_part(batch: dict[str, Any], job: EnsembleJob, scorer: str, statistics: Statistics | None) -> pa.Table:
@@ -117,21 +123,28 @@ def _bm25(
     ]
 
 
-def _write_weights(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight]:
-    """Fit the weights on up to 2,000 queries whose label is in their ranking, which has the teacher's own score."""
+def write_weights(job: EnsembleJob, num_queries: int, seen: Int64Array) -> dict[str, ScorerWeight]:
+    """Fit the weights on queries whose label is in their ranking, which has the teacher's own score."""
     readers = [CrossScores.open(join(job.out, name), SPLIT, "ensemble") for name in job.scorers]
     positives = _candidates(job).positives
+    taken = np.zeros(num_queries, bool)
+    taken[positives.labelled_queries] = True
+    unseen = taken.copy()
+    unseen[seen] = False
+    taken = unseen if unseen.sum() >= _FEWEST_UNSEEN else taken
     rows: list[npt.NDArray[np.float64]] = []
-    spans = query_spans(num_queries)
-    # Whole parts, evenly over the split: a part is one file.
-    parts = min(len(spans), -(-_QUERIES_TO_FIT // max(1, spans[0][1]))) if spans else 0
-    for part in np.unique(np.linspace(0, len(spans) - 1, parts).astype(int)):
+    fitted = 0
+    # Whole parts, as a part is one file, in an order that takes them from everywhere in the split.
+    for part in np.random.default_rng(0).permutation(len(query_spans(num_queries))).tolist():
+        if fitted >= _MOST_TO_FIT:
+            break
         table = read_ranking_part(join(job.rankings, part_file(SPLIT, part)), ["query_index", "passage_index", "score"])
         columns = [table[name].to_numpy() for name in ("query_index", "passage_index", "score")]
         cuts = np.flatnonzero(np.diff(columns[0])) + 1
         for queries, passages, scores in zip(*(np.split(column, cuts) for column in columns), strict=True):
-            if len(queries):
-                rows += _features(int(queries[0]), passages, scores, readers, positives.of(int(queries[0])))
+            if len(queries) and taken[query := int(queries[0])]:
+                rows += _features(query, passages, scores, readers, positives.of(query))
+                fitted += 1
     features_BKF, valid_BK = _padded(rows, 1 + len(readers))
     if job.similarity == "l2":
         features_BKF[:, :, 0] *= 2  # rankings hold sums of cosines, and -|q - d|^2 = 2 cos - 2
@@ -143,7 +156,7 @@ def _write_weights(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight
     }
     record = {name: vars(weight) for name, weight in weights.items()}
     write_json_atomic(
-        join(job.out, WEIGHTS), {"scorers": record, "teacher_spread": float(spread_F[0]), "queries": len(rows)}
+        join(job.out, WEIGHTS), {"scorers": record, "teacher_spread": float(spread_F[0]), "queries": fitted}
     )
     return weights
 

@@ -16,6 +16,7 @@ from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.ensemble.reader import EnsembleReader
+from ckd_ray.ensemble.stage import EnsembleJob, write_weights
 from ckd_ray.evaluate.bm25 import rank_bm25
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
@@ -71,6 +72,28 @@ def test_bm25_s_scores_are_those_of_its_ranking(run: Path, tmp_path: Path) -> No
     assert {pair: pytest.approx(score, abs=1e-4) for pair, score in pairs.items()} == {
         pair: ranked.get(pair, 0.0) for pair in pairs
     }
+
+
+def test_the_weights_are_fitted_to_queries_that_the_teacher_was_not_trained_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("encoder", "bm25"):
+        (tmp_path / name).symlink_to(run / "ensemble" / name)
+    config = json.loads((run / "run.json").read_text())["config"]
+    grade, depth = config["collection"]["positive_grade"], config["distill"]["negatives_depth"]
+    job = EnsembleJob(str(run), str(tmp_path), str(run / "rankings"), ("encoder", "bm25"), "", grade, depth, "l2")
+    collection = Collection.open(str(run))
+    labelled = collection.positives("train", grade).labelled_queries
+    count = collection.num_queries("train")
+
+    def queries(seen: np.ndarray) -> int:
+        write_weights(job, count, seen)
+        return int(json.loads((tmp_path / "weights.json").read_text())["queries"])
+
+    assert queries(labelled[:5]) == len(labelled)  # the others would be too few
+    monkeypatch.setattr("ckd_ray.ensemble.stage._FEWEST_UNSEEN", 3)
+    assert queries(labelled[:5]) == len(labelled) - 5
+    assert queries(labelled[:-2]) == len(labelled)
 
 
 def test_a_step_adds_the_weighted_scores_to_those_of_the_teacher(run: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckd_ray.config import Config
 from ckd_ray.distill.objectives import scorers_of
@@ -11,6 +11,10 @@ from ckd_ray.model.sources import identity
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import say
 from ckd_ray.runs.directory import RunContext
+
+if TYPE_CHECKING:
+    from ckd_ray.arrays import Int64Array
+    from ckd_ray.data import Collection
 
 
 def fingerprint_settings(config: Config) -> dict[str, Any]:
@@ -50,11 +54,31 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         depth=config.distill.negatives_depth,
         similarity=read_json(join(paths.teacher, "colbert.json"))["similarity"],
     )
-    count = Collection.open(paths.root).num_queries("train")
-    weights = score_ensemble(job, count)
+    collection = Collection.open(paths.root)
+    count = collection.num_queries("train")
+    weights = score_ensemble(job, count, _seen(config, collection))
     shown = ", ".join(f"{name} {weight.fitted:.3g}" for name, weight in weights.items())
     say(f"ensemble: weights fitted to the labels, in MaxSim a unit of score: {shown or 'none'}")
     return {"count": count, "unit": "queries", "weights": {name: weight.fitted for name, weight in weights.items()}}
+
+
+def _seen(config: Config, collection: Collection) -> Int64Array:
+    """The training queries that the teacher was trained on, as far as that is known: none of a given checkpoint's."""
+    import numpy as np
+
+    from ckd_ray.distill.batches import BatchPlan
+
+    teacher = config.teacher
+    if teacher.checkpoint is not None:
+        return np.empty(0, np.int64)
+    plan = BatchPlan(
+        collection.positives("train", config.collection.positive_grade),
+        num_passages=collection.num_passages,
+        batch_size=teacher.batch_size,
+        negatives=teacher.negatives,
+        seed=config.run.seed,
+    )
+    return plan.queries_before(teacher.steps)
 
 
 STAGE = Stage(
