@@ -85,10 +85,9 @@ def _encoder(context: RunContext, splits: list[str]) -> str:
     folder, embeddings = context.paths.baseline("encoder"), context.paths.encoder_embeddings
     made_of = baseline_fingerprint(context, splits, baseline="encoder", **encoder_settings(context.config))
     if not _is_verified(folder, made_of):
-        model = _load(context.config.model.backbone)
+        embed_encoder(context, splits)
 
         def work() -> dict[str, Any]:
-            embed_encoder(context, splits, model)
             found = measure_system(context, "encoder", embeddings, splits, folder, engine="exact")
             return _written(context, "encoder", folder, found)
 
@@ -114,12 +113,9 @@ def _load(backbone: str) -> PooledModel:
         raise LeftOutError(f"model.backbone {backbone}: {error.problem}{found}") from error
 
 
-def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | None = None) -> None:
+def embed_encoder(context: RunContext, splits: list[str]) -> None:
     """Embed the corpus and the queries of `splits` with the encoder as it is, unless they are there: one row a text,
     streamed into stores like those of teacher and student. The model is saved beside them, where all workers see it.
-
-    Args:
-        model: the encoder; loaded when it is None and needed.
 
     Raises:
         LeftOutError: the backbone is a ColBERT model, or cannot be loaded.
@@ -130,7 +126,7 @@ def embed_encoder(context: RunContext, splits: list[str], model: PooledModel | N
     reopen_for(out, splits)
     if is_made(out, made_of):
         return
-    model = model or _load(context.config.model.backbone)
+    model = _load(context.config.model.backbone)
 
     def work() -> None:
         with new_folder(checkpoint) as folder:

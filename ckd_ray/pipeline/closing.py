@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from typing import Any
 
 from ckd_ray.config import Config
@@ -62,3 +64,21 @@ def closing_table(config: Config, reports: list[StageReport]) -> None:
         say(render_table(table))
         say("")
         say(f"student: {run.student}")
+        say("")
+        say("next:")
+        for line in next_commands(config, run.root):
+            say(f"  {line}")
+
+
+def next_commands(config: Config, root: str) -> list[str]:
+    """What to do with a finished run, with its folder as a person would type it."""
+    run = shlex.quote(root if "://" in root else min(root, os.path.relpath(root), key=len))
+    own = ("init DIR", "a configuration for your own files in DIR")
+    share = (f"export {run} --format pylate", "the student for another library, --what labels for its training")
+    commands = [
+        (f"search {run}", "asks for queries, and shows what the student finds"),
+        (f"report {run}", "a page with the measures, the labels, and the queries won and lost"),
+        own if config.collection.format == "docstrings" else share,
+    ]
+    width = max(len(command) for command, _ in commands)
+    return [f"ckd-ray {command:<{width}}  {what}" for command, what in commands]
