@@ -338,7 +338,7 @@ class DistillConfig(TrainingConfig):
             (decoupled); `auto` is 0.5 and 2.
         margin: How far the label is above the best other passage (margin), in units of the temperature.
         denoise: Leave out negatives that the teacher scores within this many temperatures of the label or above it;
-            null keeps all. `auto` is 0.5 with `decoupled`, and null with the others.
+            null keeps all.
         smoothing: The share of the target that is spread evenly over the passages.
         beta: The factor of the expansion's idf weights (1 in the paper); `auto` scales a query's weights to
             `expansion_share`.
@@ -366,7 +366,7 @@ class DistillConfig(TrainingConfig):
     temperature: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
     teacher_weight: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
     margin: Annotated[float, Field(ge=0, le=100)] = 1.0
-    denoise: Auto | Annotated[float, Field(ge=0, le=100)] | None = "auto"
+    denoise: Annotated[float, Field(ge=0, le=100)] | None = None
     smoothing: Share = 0.0
     beta: Auto | Annotated[float, Field(ge=0, le=100)] = "auto"
     expansion_share: Share = 0.3

@@ -313,25 +313,13 @@ def test_the_decoupled_loss_by_hand() -> None:
     teacher = torch.tensor([[-50.0, math.log(3.0), 0.0, 70.0]])
     rows = loss_rows(
         "self_distillation", student, positives_B=torch.tensor([0]), teacher_scores_BN=teacher, list_size=3, scale=2.0,
-        loss="decoupled", temperature=1.0, teacher_weight=0.5, denoise=None,
+        loss="decoupled", temperature=1.0, teacher_weight=0.5,
     )  # fmt: skip
     among = 0.75 * math.log(0.75 / (1 / 3)) + 0.25 * math.log(0.25 / (2 / 3))
     assert rows.loss_B.item() == pytest.approx(math.log(8 / 4) + 0.5 * among, abs=1e-6)
     assert rows.entropy_B.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-6)
     assert rows.uniform_B.item() == pytest.approx(math.log(2))
     assert rows.mass_B.item() == pytest.approx(0.0, abs=1e-12)
-
-
-def test_the_default_leaves_suspected_false_negatives_out_of_the_decoupled_loss_alone() -> None:
-    student, teacher, _, _ = batch(8)
-    rows = {"positives_B": torch.zeros(6, dtype=torch.int64), "teacher_scores_BN": teacher, "list_size": 5}
-    for loss, meant in (("decoupled", 0.5), ("kl", None), ("mixture", None), ("margin", None)):
-        default, given = (
-            objective_loss("collective", student, **rows, **more, loss=loss) for more in ({}, {"denoise": meant})
-        )
-        torch.testing.assert_close(default, given)
-    other = objective_loss("collective", student, **rows, loss="decoupled", denoise=None)
-    assert not torch.allclose(objective_loss("collective", student, **rows, loss="decoupled"), other)
 
 
 def test_the_second_part_of_the_decoupled_loss_leaves_the_label_alone() -> None:
@@ -356,7 +344,7 @@ def test_pairs_that_the_teacher_has_not_scored_count_for_the_label_alone() -> No
     unknown = torch.where(scored, teacher, torch.nan)
     unknown[:, 0] = teacher[:, 0]
     valid = torch.ones(6, 9, dtype=torch.bool)
-    settings = DistillConfig(objective="cross_encoder", temperature=0.5, denoise=None)
+    settings = DistillConfig(objective="cross_encoder", temperature=0.5)
     found = OBJECTIVES["cross_encoder"].loss(BatchScores(student, positives, valid, 9, unknown, scored), settings, 2.0)
     # The label against all nine passages; the order of the three scored ones.
     own = OBJECTIVES["cross_encoder"].loss(

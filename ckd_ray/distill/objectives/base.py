@@ -33,9 +33,8 @@ LOSS_KEYS: Mapping[str, frozenset[str]] = {
     "mixture": frozenset({"teacher_weight"}),
     "decoupled": frozenset({"teacher_weight"}),
 }
-# What `teacher_weight: auto` and `denoise: auto` are for a loss; those of `decoupled` were chosen on dev (evidence.md).
+# What `teacher_weight: auto` is for a loss. That of `decoupled` was chosen on dev (evidence.md).
 AUTO_TEACHER_WEIGHT: Mapping[str, float] = {"mixture": 0.5, "decoupled": 2.0}
-AUTO_DENOISE: Mapping[str, float] = {"decoupled": 0.5}
 _TEACHER_KEYS = frozenset({"loss", "temperature", "denoise"})
 
 
@@ -132,7 +131,7 @@ class Objective:
             "scale": scale,
             "temperature": settings.temperature,
             "smoothing": settings.smoothing,
-            "denoise": AUTO_DENOISE.get(settings.loss) if settings.denoise == "auto" else settings.denoise,
+            "denoise": settings.denoise,
         }
         if settings.loss == "decoupled":
             return losses.decoupled(scores, teacher_weight=_teacher_weight(settings), **shared)
