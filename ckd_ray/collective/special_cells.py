@@ -20,12 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import BoolArray, Int64Array
 from ckd_ray.files import filesystem_of, write_atomic
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.spherical import spherical_kmeans
-
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 # Token embeddings that the cells are learned from: an eighth of a GiB in fp16, whatever the collection.
 SAMPLE = 500_000

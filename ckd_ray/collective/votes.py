@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
-Int64Array = npt.NDArray[np.int64]
+from ckd_ray.arrays import Int64Array, IntArray
 
 
 def elect_tokens(neighbours_MV: IntArray, special_token_ids: IntArray) -> tuple[Int64Array, Int64Array]:

@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ckd_ray.arrays import Float32Array, Int32Array
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import each_batch
 from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
 
-Int32Array = npt.NDArray[np.int32]
-Float32Array = npt.NDArray[np.float32]
 _KEY = "cross_encoder.model"
 
 

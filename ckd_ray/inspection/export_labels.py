@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ckd_ray.arrays import Int64Array
+from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.files import join, new_folder
@@ -31,8 +30,6 @@ FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevat
 SCALINGS = ("minmax", "raw")
 _WITH_POSITIVES = ("flagembedding", "tevatron", "triples")
 _QUERIES_A_BLOCK = 256
-
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

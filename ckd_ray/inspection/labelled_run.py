@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.collective.losses import BatchScores, soft_labels, temperatures
 from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.config.schema import DistillConfig
@@ -33,7 +34,6 @@ from ckd_ray.runs.directory import LABELS
 from ckd_ray.runs.finished import FinishedRun, open_finished
 from ckd_ray.store import EmbeddingStore
 
-Int64Array = npt.NDArray[np.int64]
 # Only the training queries have labels.
 SPLIT = "train"
 

@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ckd_ray.arrays import IntArray
 from ckd_ray.collective.expand import Expansions, InSpecialCell, Neighbours, expand
 from ckd_ray.config import LabelConfig
 from ckd_ray.errors import JobError
 from ckd_ray.store import EmbeddingStore, Ragged
-
-IntArray = npt.NDArray[np.integer]
 
 
 def expand_ranked(

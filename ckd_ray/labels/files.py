@@ -21,12 +21,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.collective.expand import Expansions
 from ckd_ray.files import read_json
 from ckd_ray.labels.array_parts import ArrayParts, write_part
 from ckd_ray.runs.artifact import manifest_file
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def write_labels(
