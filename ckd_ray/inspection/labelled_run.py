@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ckd_ray.arrays import Int64Array
+from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.collective.losses import BatchScores, soft_labels, temperatures
 from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.config.schema import DistillConfig
@@ -136,7 +136,7 @@ class LabelledRun:
             tokenizer = Tokenizer.from_str(stream.read().decode("utf-8"))
         return {i: token for token, i in tokenizer.get_vocab().items()}
 
-    def with_labelled(self, query: int, ranking: npt.NDArray[np.integer]) -> Int64Array:
+    def with_labelled(self, query: int, ranking: IntArray) -> Int64Array:
         """The passages of a ranking of the query, then the labelled ones that are not among them."""
         ranked, labelled = ranking[ranking >= 0].astype(np.int64), self.positives.of(query)
         return np.concatenate([ranked, labelled[~np.isin(labelled, ranked)]])
