@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ckd_ray.doctor.check import GIB, Check, State
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.files import filesystem_of, is_local, join
 from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.ray_util.token import token_file
@@ -119,7 +119,7 @@ def scratch(uri: str) -> Iterator[Check]:
         cache = ShardCache.of_this_machine()
     except (UserError, JobError) as error:
         fix = f"set {FOLDER_VARIABLE} to a folder that can be written"
-        yield Check("cache", "fail", str(error).splitlines()[0], fix)
+        yield Check("cache", "fail", first_line(error), fix)
         return
     size = cache.limit / GIB
     fix = f"{FOLDER_VARIABLE} names a folder on a larger disk, {LIMIT_VARIABLE} how much of it may be used"

@@ -114,11 +114,10 @@ class LabelledRun:
     @cached_property
     def ensemble(self) -> EnsembleReader | None:
         """The scores of further scorers, where the teacher's score has them."""
-        scorers = OBJECTIVES[self.settings.objective].scorers(self.settings)
-        folder = self.paths.ensemble
-        return (
-            EnsembleReader.open(folder, self.settings, scorers) if scorers and exists(join(folder, WEIGHTS)) else None
-        )
+        scorers, folder = OBJECTIVES[self.settings.objective].scorers(self.settings), self.paths.ensemble
+        if not scorers or not exists(join(folder, WEIGHTS)):
+            return None
+        return EnsembleReader.open(folder, self.settings, scorers)
 
     @cached_property
     def rankings(self) -> npt.NDArray[Any]:
@@ -169,10 +168,10 @@ class LabelledRun:
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
 
     def centroid_weights(self, query: int, idf: Sequence[float], depths: Sequence[int] = ()) -> list[float]:
-        """The weight of each centroid of a query (of each depth, highest idf first) in the teacher's score; 0 beyond
-        `distill.expansion_size`.
+        """The weight of each centroid of a query in the teacher's score; 0 beyond `distill.expansion_size`.
 
         Args:
+            idf: of the centroids, depth by depth, the highest first in each.
             depths: the depth of each centroid, where the labels have several.
         """
         queries = self._queries.gather(np.array([query])).embeddings_TD[None]

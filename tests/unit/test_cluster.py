@@ -24,7 +24,7 @@ from ckd_ray.jobs.follow import Printer
 from ckd_ray.jobs.home import local_folder
 from ckd_ray.jobs.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
 from ckd_ray.jobs.nodes import look_at, parse_resources
-from ckd_ray.jobs.prices import hourly, price_of
+from ckd_ray.jobs.prices import hourly
 from ckd_ray.jobs.remote import ClusterOptions
 from ckd_ray.jobs.submit import BEGIN, MARK, JobRequest
 from ckd_ray.jobs.tunnel import Tunnel
@@ -141,7 +141,7 @@ def test_what_a_file_would_start_and_cost(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unknown_prices_and_prices_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CKD_RAY_PRICES", raising=False)
     launcher = read_launcher_file(aws(tmp_path))
-    assert price_of("m5.xlarge") is None and cost_per_hour(launcher) == (None, None)
+    assert hourly("m5.xlarge", spot=False) is None and cost_per_hour(launcher) == (None, None)
     told = "\n".join(describe(launcher))
     assert "price unknown" in told and "CKD_RAY_PRICES=FILE.yaml" in told
     (tmp_path / "prices.yaml").write_text(PRICES)
@@ -154,7 +154,7 @@ def test_unknown_prices_and_prices_of_one_s_own(tmp_path: Path, monkeypatch: pyt
     for text in ("z9.huge: ten", "z9.huge: -1", "z9.huge: [1]", "[1, 2]"):
         (tmp_path / "prices.yaml").write_text(text)
         with pytest.raises(UserError, match="CKD_RAY_PRICES"):
-            price_of("z9.huge")
+            hourly("z9.huge", spot=False)
 
 
 @pytest.mark.parametrize(
