@@ -72,7 +72,8 @@ def space(name: str, folder: str, why: str) -> Check:
 
 
 def _remote_storage(uri: str) -> Check:
-    """Without the many attempts that a stage makes: a diagnosis does not wait for the end of an outage."""
+    """Write, read and delete a file, without the many attempts of a stage: a diagnosis does not wait for the end of an
+    outage."""
     probe = join(uri, f".ckd-ray-doctor-{uuid.uuid4().hex[:8]}")
     try:
         fs, path = pafs.FileSystem.from_uri(probe)
@@ -133,11 +134,8 @@ def clock(uri: str) -> Iterator[Check]:
         return
     endpoint = None if "://" not in uri or is_local(uri) else endpoint_of(uri)
     if endpoint is None:
-        yield Check(
-            "clock",
-            "ok",
-            time.strftime("%Y-%m-%d %H:%M:%S %z; the storage is local, so there is nothing to compare it with"),
-        )
+        found = time.strftime("%Y-%m-%d %H:%M:%S %z; the storage is local, so there is nothing to compare it with")
+        yield Check("clock", "ok", found)
         return
     theirs = _date_of(endpoint)
     if theirs is None:
