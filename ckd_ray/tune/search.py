@@ -137,7 +137,6 @@ def actor_name(task: TrainingTask) -> str:
 
 def search(
     config: Config,
-    run: str,
     folder: str,
     records: Records,
     suggester: Suggester,
