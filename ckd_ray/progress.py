@@ -145,7 +145,7 @@ class Progress:
             _line.remove(self)
 
     def count_from(self, done: int) -> None:
-        """The rate counts from now on, when `done` units are finished."""
+        """Count the rate from now on; `done` units are finished."""
         self.done = self._at_start = done
         self._counts_since = time.monotonic()
 

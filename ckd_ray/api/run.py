@@ -12,13 +12,14 @@ import pandas as pd
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
 from ckd_ray.files import exists, join, local_copy, read_json
-from ckd_ray.inspection.export_labels import export_labels
 from ckd_ray.inspection.inspect import find_query, inspect_at
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
-from ckd_ray.pipeline.export import ROLES, export_run
+from ckd_ray.pipeline.export import export
+from ckd_ray.pipeline.push import push_folder
 from ckd_ray.report.page import write_report
 from ckd_ray.runs.artifact import is_of, manifest_of
+from ckd_ray.runs.directory import check_role
 from ckd_ray.runs.finished import FinishedRun, open_finished, reading
 from ckd_ray.search.searcher import Hit, Searcher
 
@@ -143,7 +144,7 @@ class Run:
         Args:
             system: `student` or `teacher`, which is loaded at the first search.
         """
-        _check_role(system, "system")
+        check_role(system, "system")
         if not query.strip():
             raise UserError("the query is empty", where="query", expected="some words")
         if k < 1:
@@ -161,26 +162,33 @@ class Run:
         model: str = "student",
         width: int = 32,
         scores: str = "minmax",
+        bits: int = 4,
+        push: str | None = None,
     ) -> dict[str, Any]:
-        """Write the model for another library, or the labels as a training set (see `ckd-ray export --help`).
+        """Write the model for another library, the labels as a training set, or the token embeddings of all passages
+        for another search engine (see `ckd-ray export --help`).
 
         Args:
-            folder: where to; None takes `exports/FORMAT` inside the run.
+            folder: where to; None takes a folder below `exports/` inside the run.
             format: `sentence-transformers`, `pylate` or `colbert`; of labels also `flagembedding`, `tevatron` and
-                `triples`.
-            what: `model` or `labels`.
-            model: `student` or `teacher`.
+                `triples`; of vectors `parquet`; of an index `fast-plaid`.
+            what: `model`, `labels`, `vectors` or `index`.
+            model: `student` or `teacher`; of vectors and an index, whose they are.
             width, scores: of labels: candidates a query, and `minmax` (0 to 1 a query) or `raw`.
+            bits: of an index from an fp16 store: 1, 2 or 4 a dimension.
+            push: OWNER/NAME of a repository of the hub that the folder is uploaded to. A new one is private.
 
         Returns:
-            What was written: `out`, its folder, and figures.
+            What was written: `out`, its folder, and figures; `pushed`, the address of the repository.
+
+        Raises:
+            UserError: the run has no such thing, the folder is in use, or the hub does not take it.
         """
         out = None if folder is None else os.fspath(folder)
-        if what == "labels":
-            return export_labels(self.folder, format, out=out, width=width, scaling=scores)
-        if what != "model":
-            raise UserError("unknown thing to export", where="what", expected="model or labels", found=what)
-        return export_run(self.folder, format, out=out, role=model)
+        written = export(self.folder, what, format, out=out, model=model, width=width, scores=scores, bits=bits)
+        if push is not None:
+            written["pushed"] = push_folder(written["out"], push, what)
+        return written
 
     def report(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write one HTML page about the run to `path`, by default `report.html` inside it. Returns where it is."""
@@ -204,8 +212,3 @@ class Run:
             )
         with local_copy(checkpoint) as folder:
             return ColBERT.from_pretrained(folder)
-
-
-def _check_role(role: str, where: str) -> None:
-    if role not in ROLES:
-        raise UserError("unknown system", where=where, expected=" or ".join(ROLES), found=role)

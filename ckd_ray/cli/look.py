@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ckd_ray.cli.command import LOOK, command, put, terminate
-from ckd_ray.cli.run import SystemOption, check_system
+from ckd_ray.cli.run import SystemOption
 from ckd_ray.errors import UserError
 from ckd_ray.progress import say
 from ckd_ray.streams import may_colour, only_ours
@@ -59,9 +59,10 @@ def search(
     replicas: Annotated[int, typer.Option("--replicas", min=1, max=64, help="Of --serve: processes that answer.")] = 1,
 ) -> None:
     """Search with the student. The words of a passage that match the query best are marked."""
+    from ckd_ray.runs.directory import check_role
     from ckd_ray.runs.finished import open_finished
 
-    check_system("--system", system)
+    check_role(system, "--system")
     if serve:
         _serve(open_finished(run), system, host, port, replicas, asked=query is not None or json_)
         return

@@ -150,17 +150,12 @@ def label(
 _stage_command("distill", "Distil the student.")
 
 
-def check_system(option: str, value: str) -> None:
-    """Raises UserError for what is neither a student nor a teacher."""
-    if value not in ("student", "teacher"):
-        raise UserError("unknown system", where=option, expected="student or teacher", found=value)
-
-
 def _check_evaluate(against: str | None, system: str, against_system: str, cluster: str | None, **_: Any) -> None:
     from ckd_ray.ray_util.target import parse_target
+    from ckd_ray.runs.directory import check_role
 
-    check_system("--system", system)
-    check_system("--against-system", against_system)
+    check_role(system, "--system")
+    check_role(against_system, "--against-system")
     target = parse_target(cluster)
     if against and not (target and target.remote):  # a job finds the other run on its cluster
         _other_side(against, against_system)

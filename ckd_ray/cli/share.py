@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ckd_ray.cli.command import SHARE, command, put
-from ckd_ray.errors import UserError
 from ckd_ray.progress import say
 
 
@@ -43,29 +42,19 @@ def export(
 ) -> None:
     """Write a run's model for sentence-transformers, PyLate or colbert-ai, its labels as a training set, or the token
     embeddings of its passages for another search engine."""
-    if what == "labels":
-        from ckd_ray.inspection.export_labels import export_labels
+    from ckd_ray.pipeline.export import export as write
 
-        written = export_labels(run, fmt, out=out, width=width, scaling=scores)
+    written = write(run, what, fmt, out=out, model=model, width=width, scores=scores, bits=bits)
+    if what == "model":
+        source = written["model"]
+    elif what == "labels":
         unlabelled = f" ({written['unlabelled']:,} of them without a label)" if written["unlabelled"] else ""
-        counts = f"{written['queries']:,} queries{unlabelled}, {written['left_out']:,} left out"
-        say(f"export: labels of {counts} -> {written['out']}")
-    elif what in ("vectors", "index"):
-        from ckd_ray.search.export import export_stored
-
-        written = export_stored(run, what, fmt, out=out, system=model, bits=bits)
-        counts = f"{written['tokens']:,} token embeddings of {written['passages']:,} passages"
-        say(f"export: {counts} -> {written['out']}")
-    elif what == "model":
-        from ckd_ray.pipeline.export import export_run
-
-        written = export_run(run, fmt, out=out, role=model)
-        for difference in written["differences"]:
-            say(f"export: {difference}")
-        say(f"export: {written['model']} -> {written['out']}")
+        source = f"labels of {written['queries']:,} queries{unlabelled}, {written['left_out']:,} left out"
     else:
-        expected = "model, labels, vectors or index"
-        raise UserError("unknown thing to export", where="--what", expected=expected, found=what)
+        source = f"{written['tokens']:,} token embeddings of {written['passages']:,} passages"
+    for difference in written.get("differences", ()):
+        say(f"export: {difference}")
+    say(f"export: {source} -> {written['out']}")
     if push is not None:
         from ckd_ray.pipeline.push import push_folder
 

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import BoolArray, IntArray
 from ckd_ray.collective import native
 from ckd_ray.collective.kmeans import kmeans, start_positions
 from ckd_ray.collective.votes import elect_tokens, inverse_document_frequency
 
-IntArray = npt.NDArray[np.integer]
-BoolArray = npt.NDArray[np.bool_]
 Neighbours = Callable[[Tensor], IntArray]
 InSpecialCell = Callable[[Tensor], BoolArray]
 

@@ -16,16 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import BoolArray, Int64Array, IntArray
 from ckd_ray.files import filesystem_of, write_atomic
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.spherical import spherical_kmeans
-
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 # Token embeddings that the cells are learned from: an eighth of a GiB in fp16, whatever the collection.
 SAMPLE = 500_000
@@ -55,7 +52,7 @@ class SpecialCells:
 
     @classmethod
     def of_store(
-        cls, store: EmbeddingStore, special_token_ids: npt.NDArray[np.integer], *, seed: int, sample: int = SAMPLE
+        cls, store: EmbeddingStore, special_token_ids: IntArray, *, seed: int, sample: int = SAMPLE
     ) -> SpecialCells:
         """Learn the cells from about `sample` token embeddings of the store.
 

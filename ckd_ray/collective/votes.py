@@ -6,10 +6,8 @@ Shapes: M centroids, V voters (neighbours) a centroid, nearest first.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
-Int64Array = npt.NDArray[np.int64]
+from ckd_ray.arrays import Float64Array, Int64Array, IntArray
 
 
 def elect_tokens(neighbours_MV: IntArray, special_token_ids: IntArray) -> tuple[Int64Array, Int64Array]:
@@ -29,9 +27,7 @@ def elect_tokens(neighbours_MV: IntArray, special_token_ids: IntArray) -> tuple[
     return np.where(votes_M > 0, ids_MV[rows, winner_M], -1), votes_M
 
 
-def inverse_document_frequency(
-    token_ids: IntArray, document_frequencies: IntArray, num_passages: int
-) -> npt.NDArray[np.float64]:
+def inverse_document_frequency(token_ids: IntArray, document_frequencies: IntArray, num_passages: int) -> Float64Array:
     """ln((1 + N) / (1 + df(t))), the weight of a token at beta = 1; ids outside the table have df 0."""
     ids = np.asarray(token_ids, np.int64)
     inside = (ids >= 0) & (ids < len(document_frequencies))

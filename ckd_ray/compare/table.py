@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ckd_ray.arrays import Float64Array
 from ckd_ray.distill import objectives
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
 
 BASELINE = objectives.BASELINE.name
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -31,7 +30,7 @@ class System:
 
     name: str
     seeds: list[int]
-    values: dict[str, dict[str, FloatArray]]
+    values: dict[str, dict[str, Float64Array]]
     seconds: float | None = None
     labelling: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import each_batch
 from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
 
-Int32Array = npt.NDArray[np.int32]
-Float32Array = npt.NDArray[np.float32]
 _KEY = "cross_encoder.model"
 
 
@@ -133,9 +131,7 @@ class PairClassifier:
         self.token_budget = each_batch(pairs.lengths, self.token_budget, multiple, score)
         return out
 
-    def _inputs(
-        self, pairs: Pairs, ends: npt.NDArray[np.int64], batch: Int32Array, multiple: int
-    ) -> dict[str, torch.Tensor]:
+    def _inputs(self, pairs: Pairs, ends: Int64Array, batch: Int32Array, multiple: int) -> dict[str, torch.Tensor]:
         width = -(-int(pairs.lengths[batch].max(initial=1)) // multiple) * multiple
         ids = np.full((len(batch), width), self._pad_id, np.int64)
         types, mask = np.zeros_like(ids), np.zeros_like(ids)

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.score_rows import read_scores
 from ckd_ray.cross_encoder.scores import write_scores
@@ -29,8 +30,6 @@ from ckd_ray.ray_util.parts import query_spans
 
 _MOST_SPILLS = 256
 _ROW = np.dtype([("query", "<i4"), ("passage", "<i4"), ("score", "<f4"), ("line", "<i8")])
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass

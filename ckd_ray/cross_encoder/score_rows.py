@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.tables import parquet_batches
@@ -37,8 +37,8 @@ class ScoreRows:
 
     query_ids: list[str]
     passage_ids: list[str]
-    scores: npt.NDArray[np.float64]
-    lines: npt.NDArray[np.int64]
+    scores: Float64Array
+    lines: Int64Array
 
 
 def read_scores(uri: str, problems: Problems) -> Iterator[ScoreRows]:
@@ -169,9 +169,7 @@ def _of_rows(uri: str, rows: list[tuple[str, str, float, int]], problems: Proble
     return _finite(uri, problems, ids, np.array(scores, np.float64), np.array(lines, np.int64))
 
 
-def _finite(
-    uri: str, problems: Problems, ids: list[list[str]], scores: npt.NDArray[np.float64], lines: npt.NDArray[np.int64]
-) -> ScoreRows:
+def _finite(uri: str, problems: Problems, ids: list[list[str]], scores: Float64Array, lines: Int64Array) -> ScoreRows:
     """The rows whose score fits a float32; the others are added to `problems`."""
     sound = np.abs(scores) <= np.finfo(np.float32).max  # False for NaN
     for i in np.flatnonzero(~sound).tolist():

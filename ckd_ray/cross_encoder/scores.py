@@ -16,15 +16,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.files import read_json
 from ckd_ray.labels.array_parts import ArrayParts, write_part
 from ckd_ray.runs.artifact import manifest_file
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
 NO_PASSAGE = 2**31 - 1
-
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 
 
 def write_scores(

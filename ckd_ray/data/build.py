@@ -168,7 +168,7 @@ def _read_split(source: Source, split: str, problems: Problems) -> _Split:
 
 
 def _is_id(row: TextRow, what: str, problems: Problems) -> bool:
-    """Notes an empty id, and one with a NUL, at which the tools in C that measure rankings would cut it."""
+    """Whether the row has an id. An empty one is noted, and so is one with a NUL, where tools in C would cut it."""
     if row.id.strip() and "\0" not in row.id:
         return True
     problem = f"a NUL character in a {what} id" if row.id.strip() else f"an empty {what} id"

@@ -71,7 +71,8 @@ def _tsv_texts(uri: str, problems: Problems) -> Iterator[TextRow]:
             yield TextRow(name, text, place, number)
 
 
-_HEADERS = {"query-id", "query_id", "queryid", "qid", "query"}
+# What the header line of qrels may begin with, in lower case.
+HEADERS = {"query-id", "query_id", "queryid", "qid", "query"}
 
 
 def _tsv_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
@@ -86,7 +87,7 @@ def _tsv_qrels(uri: str, problems: Problems) -> Iterator[QrelRow]:
                 problems.add(where, "wrong number of columns", expected="query, 0, passage, grade", found=found)
                 continue
             query_id, passage_id, grade = columns[0], columns[-2], columns[-1]
-            if number == 1 and query_id.strip().lower() in _HEADERS and _number(grade) is None:
+            if number == 1 and query_id.strip().lower() in HEADERS and _number(grade) is None:
                 continue  # BEIR's header: query-id, corpus-id, score
             value = read_grade(grade, f"{place}{number}", problems)
             if value is not None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ckd_ray.doctor.check import GIB, Check, State
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.files import filesystem_of, is_local, join
 from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
 from ckd_ray.ray_util.token import token_file
@@ -72,7 +72,8 @@ def space(name: str, folder: str, why: str) -> Check:
 
 
 def _remote_storage(uri: str) -> Check:
-    """Without the many attempts that a stage makes: a diagnosis does not wait for the end of an outage."""
+    """Write, read and delete a file, without the many attempts of a stage: a diagnosis does not wait for the end of an
+    outage."""
     probe = join(uri, f".ckd-ray-doctor-{uuid.uuid4().hex[:8]}")
     try:
         fs, path = pafs.FileSystem.from_uri(probe)
@@ -119,7 +120,7 @@ def scratch(uri: str) -> Iterator[Check]:
         cache = ShardCache.of_this_machine()
     except (UserError, JobError) as error:
         fix = f"set {FOLDER_VARIABLE} to a folder that can be written"
-        yield Check("cache", "fail", str(error).splitlines()[0], fix)
+        yield Check("cache", "fail", first_line(error), fix)
         return
     size = cache.limit / GIB
     fix = f"{FOLDER_VARIABLE} names a folder on a larger disk, {LIMIT_VARIABLE} how much of it may be used"
@@ -133,11 +134,8 @@ def clock(uri: str) -> Iterator[Check]:
         return
     endpoint = None if "://" not in uri or is_local(uri) else endpoint_of(uri)
     if endpoint is None:
-        yield Check(
-            "clock",
-            "ok",
-            time.strftime("%Y-%m-%d %H:%M:%S %z; the storage is local, so there is nothing to compare it with"),
-        )
+        found = time.strftime("%Y-%m-%d %H:%M:%S %z; the storage is local, so there is nothing to compare it with")
+        yield Check("clock", "ok", found)
         return
     theirs = _date_of(endpoint)
     if theirs is None:

@@ -79,7 +79,7 @@ def _knock(address: str) -> None:
 
 
 def _seen_from_a_child(address: str) -> dict[str, Any]:
-    """What a child process sees that joins: Ray waits for minutes for a head that dies or refuses us."""
+    """What a child process sees when it joins. It can be ended, while Ray waits minutes for a head that refuses us."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _LOOK, address], capture_output=True, text=True, timeout=_PATIENCE_S, env=os.environ

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckd_ray.doctor.check import Check
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.jobs import launcher as ray_launcher
 from ckd_ray.jobs.launcher_file import read_launcher_file, warnings
 from ckd_ray.jobs.remote import dashboard
@@ -22,7 +22,7 @@ def cluster(target: Target) -> Iterator[Check]:
         found = ": ".join(part for part in (error.where, error.problem, error.found) if part)
         yield Check(_NAME, "fail", found, error.fix or error.expected or f"correct {target.text}")
     except (JobError, ConnectionError) as error:  # another program answers there
-        yield Check(_NAME, "fail", (str(error).splitlines() or [""])[0], f"check what runs at {target.text}")
+        yield Check(_NAME, "fail", first_line(error), f"check what runs at {target.text}")
 
 
 def _launcher(target: Target) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from ckd_ray.files import exists, join, list_files, read_object, write_json_atom
 from ckd_ray.progress import without_keys
 from ckd_ray.runs.finished import FinishedRun, reading
 
-# Settings that change the meaning of the values, and settings that may.
+# Settings that change the meaning of the values, and settings that may change it.
 _MUST_AGREE = ("relevance_threshold", "skip_same_id")
 _SHOULD_AGREE = ("depth", "engine", "collection")
 
@@ -77,9 +77,9 @@ def compare_runs(other: Side, mine: Side) -> dict[str, Any]:
             found=", ".join(other.per_query),
         )
     notes = [
-        f"evaluate.{key} differs: {mine.settings.get(key)} here, {other.settings.get(key)} there"
-        if key != "collection"
-        else "the collections differ, though the query ids are the same"
+        "the collections differ, though the query ids are the same"
+        if key == "collection"
+        else f"evaluate.{key} differs: {mine.settings.get(key)} here, {other.settings.get(key)} there"
         for key in _SHOULD_AGREE
         if other.settings.get(key) != mine.settings.get(key)
     ]

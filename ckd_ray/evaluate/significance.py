@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from ckd_ray.arrays import Float64Array
 
 _NUMBERS = 1 << 22  # drawn at a time
 
@@ -26,7 +25,7 @@ class Difference:
     high: float
 
 
-def aligned(systems: Mapping[str, Mapping[str, float]]) -> dict[str, FloatArray]:
+def aligned(systems: Mapping[str, Mapping[str, float]]) -> dict[str, Float64Array]:
     """The values (N,) of each system, with the queries in one order.
 
     Args:
@@ -41,7 +40,7 @@ def aligned(systems: Mapping[str, Mapping[str, float]]) -> dict[str, FloatArray]
     return {name: np.array([values[q] for q in queries], np.float64) for name, values in systems.items()}
 
 
-def paired_difference(a: FloatArray, b: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> Difference:
+def paired_difference(a: Float64Array, b: Float64Array, *, seed: int = 17, rounds: int = 10_000) -> Difference:
     """Compare two systems on the same queries.
 
     The randomisation test (Fisher's paired test) flips the sign of every query's difference at random. p is the share
@@ -82,7 +81,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def bootstrap_interval(values_SN: FloatArray, *, seed: int = 17, rounds: int = 10_000) -> tuple[float, float]:
+def bootstrap_interval(values_SN: Float64Array, *, seed: int = 17, rounds: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of the mean under resampling of both the seeds and the queries, with replacement.
 
     With one seed it is the plain bootstrap over queries. With few seeds their part is rough, but without it a lucky

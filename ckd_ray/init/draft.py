@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckd_ray.checks import load_config
+from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import exists, is_local, join, last_part, write_atomic
 from ckd_ray.init.configuration import configuration
-from ckd_ray.init.facts import SPLITS, Facts, gather
+from ckd_ray.init.facts import Facts, gather
 from ckd_ray.init.roles import Given, Layout, Texts, recognise
 from ckd_ray.init.splits import set_aside, shared_texts
 from ckd_ray.init.tables import Table, open_table, scan

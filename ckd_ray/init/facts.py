@@ -12,11 +12,11 @@ import numpy as np
 
 from ckd_ray.config.schema import Split
 from ckd_ray.data.problems import Problems, shorten
+from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import UserError
 from ckd_ray.init.roles import Labels, Layout, Texts
 from ckd_ray.init.tables import is_whole
 
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 _MEASURED = 100_000  # passages whose length in words is taken
 _EXAMPLES = 3
 
@@ -99,9 +99,9 @@ def gather(layout: Layout) -> Facts:
         for label in some:
             _note_unknown(facts, "query", label.query, asked)
             _note_unknown(facts, "passage", label.passage, known)
-    for what, table in (("query", "queries"), ("passage", "corpus")):
+    for what in ("query", "passage"):
         if facts.unknown_count[what] > 0.5 * facts.labels:
-            _raise_unknown(facts, what, layout, asked if table == "queries" else known, queries)
+            _raise_unknown(facts, what, layout, queries)
     facts.parts = _parts(facts, layout, labels, queries, known)
     return facts
 
@@ -176,17 +176,15 @@ def _note_unknown(facts: Facts, what: str, name: str, known: set[str]) -> None:
             examples.append(name)
 
 
-def _raise_unknown(
-    facts: Facts, what: str, layout: Layout, known: set[str], queries: dict[Split | None, dict[str, str]]
-) -> None:
-    texts = [layout.corpus] if what == "passage" else list(layout.queries.values())
+def _raise_unknown(facts: Facts, what: str, layout: Layout, queries: dict[Split | None, dict[str, str]]) -> None:
     if what == "passage":
+        texts, option = [layout.corpus], "--corpus FILE"
         have = layout.corpus.table.values(layout.corpus.id)
     else:
+        texts, option = list(layout.queries.values()), "--queries FILE"
         have = [name for some in queries.values() for name in some][:200]
     where = ", ".join(one.table.name for one in texts)
     labels = ", ".join(dict.fromkeys(qrels.table.name for qrels in layout.qrels.values()))
-    option = "--corpus FILE" if what == "passage" else "--queries FILE"
     raise UserError(
         f"{facts.unknown_count[what]:,} of {facts.labels:,} labels name a {what} that is not there",
         where=labels,

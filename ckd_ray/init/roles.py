@@ -23,25 +23,12 @@ from ckd_ray.init.tables import (
 )
 
 Role = Literal["corpus", "queries", "qrels"]
-_NAMES: dict[Role, frozenset[str]] = {
-    "corpus": frozenset(
-        [
-            "corpus",
-            "collection",
-            "passages",
-            "passage",
-            "documents",
-            "document",
-            "docs",
-            "doc",
-            "articles",
-            "answers",
-            "psgs",
-        ]
-    ),
-    "queries": frozenset(["queries", "query", "questions", "question", "topics", "topic"]),
-    "qrels": frozenset(["qrels", "qrel", "labels", "judgments", "judgements", "relevance", "relevances"]),
-}
+_NAMES: dict[Role, set[str]] = {
+    "corpus": {"corpus", "collection", "passages", "passage", "documents", "document", "docs", "doc", "articles",
+               "answers", "psgs"},
+    "queries": {"queries", "query", "questions", "question", "topics", "topic"},
+    "qrels": {"qrels", "qrel", "labels", "judgments", "judgements", "relevance", "relevances"},
+}  # fmt: skip
 _SPLITS: dict[str, Split] = {"train": "train", "training": "train", "dev": "dev", "valid": "dev", "validation": "dev",
                              "val": "dev", "test": "test"}  # fmt: skip
 # The share of the labels' ids that a table must hold to be taken for theirs.
@@ -115,9 +102,7 @@ def recognise(tables: Sequence[Table], given: Given) -> Layout:
     free = [table for table in free if table not in [labels.table for labels in qrels.values()]]
     corpus, queries = _find_texts(free, given, list(qrels.values()), notes)
     qrels = {key: _oriented(labels, corpus, notes) for key, labels in qrels.items()}
-    if (
-        len(given.qrels) == 1 and "train" not in qrels
-    ):  # one file of labels, by an option: all there is, whatever its name
+    if len(given.qrels) == 1 and "train" not in qrels:  # the one file has all labels, whatever its name says
         (split,) = qrels
         qrels, queries = {None: qrels[split]}, {None: queries[split]} if split in queries else queries
     return Layout(corpus, queries, qrels, notes)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ckd_ray.data.lines import read_lines, unreadable
+from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
-from ckd_ray.errors import UserError, first_line
-from ckd_ray.files import filesystem_of, is_folder, join, last_part, list_files, list_folders
+from ckd_ray.data.tables import is_text, parquet_batches
+from ckd_ray.errors import UserError
+from ckd_ray.files import is_folder, join, last_part, list_files, list_folders
 
 Kind = Literal["tsv", "csv", "jsonl", "parquet"]
 Row = tuple[str, ...]
@@ -74,10 +75,17 @@ class Table:
 
     def _read(self, part: str, problems: Problems) -> Iterator[Row]:
         if self.kind == "parquet":
-            return _parquet_rows(part, self.columns)
+            return _parquet_rows(part, partial(self._present, part))
         if self.kind == "jsonl":
             return _json_rows(part, self.columns, problems)
         return islice(_cells(part, self.kind, self.separator, len(self.columns), problems), int(self.header), None)
+
+    def _present(self, part: str, schema: pa.Schema) -> tuple[str, ...]:
+        """The columns, all of which a part in Parquet has to have."""
+        if missing := [column for column in self.columns if column not in schema.names]:
+            expected, found = ", ".join(missing), ", ".join(schema.names)
+            raise UserError("a part has other columns than the first", where=part, expected=expected, found=found)
+        return self.columns
 
     def values(self, column: str) -> list[str]:
         """The column in the first rows."""
@@ -304,34 +312,21 @@ def _text(value: Any) -> str:
 
 
 def _open_parquet(table: Table) -> Table:
-    with _opened(table.parts[0]) as file:
-        plain = [name for name in file.schema_arrow.names if _is_plain(file.schema_arrow.field(name).type)]
+    columns: list[str] = []
+
+    def plain(schema: pa.Schema) -> list[str]:
+        columns.extend(name for name in schema.names if _is_plain(schema.field(name).type))
+        return columns
+
     sample = tuple(islice(_parquet_rows(table.parts[0], plain), _SAMPLE))
-    return Table(table.uri, table.parts, table.name, table.kind, tuple(plain), True, sample)
-
-
-def _opened(uri: str) -> pq.ParquetFile:
-    fs, path = filesystem_of(uri)
-    try:
-        return pq.ParquetFile(path, filesystem=fs)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError("not a Parquet file", where=uri, found=first_line(error)) from None
+    return Table(table.uri, table.parts, table.name, table.kind, tuple(columns), True, sample)
 
 
 def _is_plain(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return is_text or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _parquet_rows(uri: str, columns: Sequence[str]) -> Iterator[Row]:
-    with _opened(uri) as file:
-        missing = [column for column in columns if column not in file.schema_arrow.names]
-        if missing:
-            expected, found = ", ".join(missing), ", ".join(file.schema_arrow.names)
-            raise UserError("a part has other columns than the first", where=uri, expected=expected, found=found)
-        try:
-            for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-                yield from zip(*([_text(v) for v in batch[column].to_pylist()] for column in columns), strict=True)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise unreadable(uri, error) from None
+def _parquet_rows(uri: str, chosen: Callable[[pa.Schema], Iterable[str]]) -> Iterator[Row]:
+    for _, batch in parquet_batches(uri, lambda schema: {name: name for name in chosen(schema)}):
+        yield from zip(*([_text(value) for value in column.to_pylist()] for column in batch.values()), strict=True)

@@ -16,17 +16,16 @@ import pyarrow.parquet as pq
 
 from ckd_ray.config.schema import Split
 from ckd_ray.data.problems import shorten
+from ckd_ray.data.readers import HEADERS
 from ckd_ray.errors import UserError
 from ckd_ray.files import new_folder
 from ckd_ray.init.facts import Facts, Label, texts_in
 from ckd_ray.init.roles import Labels, Layout, Texts
-from ckd_ray.init.tables import is_whole, spelled
+from ckd_ray.init.tables import is_whole
 
 Format = Literal["msmarco", "beir", "parquet"]
 _OF_KIND: dict[str, Format] = {"tsv": "msmarco", "jsonl": "beir", "parquet": "parquet"}
 _ROWS_A_BLOCK = 4096
-# A header of qrels that the pipeline passes over begins with one of these.
-_HEADERS = ("query_id", "queryid", "qid", "query")
 # In the folder of new files; a folder without it is not ours to replace.
 _MARK = "written-by-ckd-ray-init"
 
@@ -95,16 +94,13 @@ def _labels_fit(labels: Labels, fmt: Format) -> bool:
     table = labels.table
     if fmt == "parquet":
         grade = next((name for name in ("relevance", "grade", "score") if name in table.columns), None)
-        sound = (
-            labels.query in ("query_id", "qid") and labels.passage in ("passage_id", "pid") and labels.grade == grade
-        )
-        return table.kind == "parquet" and sound and _are_integers(table.parts[0], str(grade))
+        ids = labels.query in ("query_id", "qid") and labels.passage in ("passage_id", "pid")
+        sound = ids and labels.grade == grade and table.kind == "parquet"
+        return sound and _are_integers(table.parts[0], str(grade))
     places = [labels.query, *table.columns[1:-2], labels.passage, labels.grade]
     if table.kind != "tsv" or len(table.columns) not in (3, 4) or places != list(table.columns):
         return False
-    if table.header and (
-        spelled(table.columns[0]) not in ("query_id", "queryid", "qid", "query") or len(table.parts) > 1
-    ):
+    if table.header and (table.columns[0].strip().lower() not in HEADERS or len(table.parts) > 1):
         return False
     return all(is_whole(grade) and "." not in grade for grade in table.values(str(labels.grade)))
 

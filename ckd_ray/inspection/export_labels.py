@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ckd_ray.arrays import Int64Array
-from ckd_ray.data import Collection
+from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.errors import UserError
 from ckd_ray.files import join, new_folder
 from ckd_ray.inspection.labelled_run import LabelledRun
@@ -31,8 +29,6 @@ FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevat
 SCALINGS = ("minmax", "raw")
 _WITH_POSITIVES = ("flagembedding", "tevatron", "triples")
 _QUERIES_A_BLOCK = 256
-
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -157,13 +153,9 @@ def _lists(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
     pq.write_table(pa.table({"query_id": queries.ids, "text": queries.texts}), folder / "queries.parquet")
     schema = pa.schema({"document_id": pa.string(), "text": pa.string()})
     with pq.ParquetWriter(folder / "documents.parquet", schema, compression="zstd") as file:
-        for ids, passages in _corpus(opened.collection):
+        for first, passages in opened.collection.text_blocks():
+            ids = opened.collection.passage_ids(np.arange(first, first + len(passages)))
             file.write_table(pa.table({"document_id": ids, "text": passages}, schema))
-
-
-def _corpus(collection: Collection) -> Iterator[tuple[list[str], list[str]]]:
-    for first, texts in collection.text_blocks():
-        yield collection.passage_ids(np.arange(first, first + len(texts))), texts
 
 
 def _colbert(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
@@ -175,11 +167,9 @@ def _colbert(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
             files["train.jsonl"].write(json.dumps([row.query, *pairs]) + "\n")
         for number, text in enumerate(opened.queries.texts):
             files["queries.tsv"].write(f"{number}\t{_one_line(text)}\n")
-        number = 0
-        for _, passages in _corpus(opened.collection):
-            for text in passages:
+        for first, passages in opened.collection.text_blocks():
+            for number, text in enumerate(passages, first):
                 files["collection.tsv"].write(f"{number}\t{_one_line(text)}\n")
-                number += 1
 
 
 def _json_lines(entry: Callable[[Row, _Texts], Iterator[dict[str, Any]]]) -> Callable[..., None]:

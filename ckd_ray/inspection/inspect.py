@@ -9,16 +9,14 @@ import difflib
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import UserError
 from ckd_ray.files import filesystem_of, join
 from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.runs.finished import reading
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.collective.losses import BatchScores, soft_labels, temperatures
 from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
 from ckd_ray.config.schema import DistillConfig
@@ -33,7 +34,6 @@ from ckd_ray.runs.directory import LABELS
 from ckd_ray.runs.finished import FinishedRun, open_finished
 from ckd_ray.store import EmbeddingStore
 
-Int64Array = npt.NDArray[np.int64]
 # Only the training queries have labels.
 SPLIT = "train"
 
@@ -114,11 +114,10 @@ class LabelledRun:
     @cached_property
     def ensemble(self) -> EnsembleReader | None:
         """The scores of further scorers, where the teacher's score has them."""
-        scorers = OBJECTIVES[self.settings.objective].scorers(self.settings)
-        folder = self.paths.ensemble
-        return (
-            EnsembleReader.open(folder, self.settings, scorers) if scorers and exists(join(folder, WEIGHTS)) else None
-        )
+        scorers, folder = OBJECTIVES[self.settings.objective].scorers(self.settings), self.paths.ensemble
+        if not scorers or not exists(join(folder, WEIGHTS)):
+            return None
+        return EnsembleReader.open(folder, self.settings, scorers)
 
     @cached_property
     def rankings(self) -> npt.NDArray[Any]:
@@ -136,7 +135,7 @@ class LabelledRun:
             tokenizer = Tokenizer.from_str(stream.read().decode("utf-8"))
         return {i: token for token, i in tokenizer.get_vocab().items()}
 
-    def with_labelled(self, query: int, ranking: npt.NDArray[np.integer]) -> Int64Array:
+    def with_labelled(self, query: int, ranking: IntArray) -> Int64Array:
         """The passages of a ranking of the query, then the labelled ones that are not among them."""
         ranked, labelled = ranking[ranking >= 0].astype(np.int64), self.positives.of(query)
         return np.concatenate([ranked, labelled[~np.isin(labelled, ranked)]])
@@ -169,10 +168,10 @@ class LabelledRun:
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
 
     def centroid_weights(self, query: int, idf: Sequence[float], depths: Sequence[int] = ()) -> list[float]:
-        """The weight of each centroid of a query (of each depth, highest idf first) in the teacher's score; 0 beyond
-        `distill.expansion_size`.
+        """The weight of each centroid of a query in the teacher's score; 0 beyond `distill.expansion_size`.
 
         Args:
+            idf: of the centroids, depth by depth, the highest first in each.
             depths: the depth of each centroid, where the labels have several.
         """
         queries = self._queries.gather(np.array([query])).embeddings_TD[None]

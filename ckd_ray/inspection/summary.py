@@ -23,8 +23,8 @@ def summarize_labels(opened: LabelledRun, sample: int = 50) -> dict[str, Any]:
         `queries` (ids of the sample), `raising` (ids of those to which collective labels add a relevant passage),
         `labelled_queries`, `candidates` (passages a query, mean), `threshold`, and `kinds`: kind -> means over the
         queries of `entropy` (nats), `entropy_share` (of that of equal probabilities), `label_mass` (the probability of
-        the labelled passages), `relevant` (unlabelled passages of at least `threshold`), and `share`, that of the
-        queries that have such a passage.
+        the labelled passages), `relevant` (unlabelled passages of at least `threshold`), and `share` (of the queries
+        that have such a passage).
     """
     labelled_queries = opened.positives.labelled_queries
     chosen = labelled_queries[np.unique(np.linspace(0, len(labelled_queries) - 1, sample).astype(int))]

@@ -32,7 +32,7 @@ def account_changes(launcher: LauncherFile, storage: str) -> list[Change]:
         storage: `run.storage`, where the job writes.
     """
     of_provider = {"aws": _aws, "gcp": _gcp, "local": _own_machines}.get(launcher.provider, _unknown)
-    found = [*of_provider(launcher), *_job(launcher, storage)]
+    found = [*of_provider(launcher), *_job(storage)]
     source = launcher.token_source
     if source is not None:
         text = f"{source}: copied to the machines; made first where it is missing, readable by you alone"
@@ -115,12 +115,9 @@ def _own_machines(launcher: LauncherFile) -> Iterator[Change]:
     provider, user = launcher.prepared["provider"], launcher.prepared["auth"].get("ssh_user")
     hosts = [provider.get("head_ip"), *(provider.get("worker_ips") or [])]
     where = ", ".join(str(host) for host in hosts if host) or f"machines of {provider.get('coordinator_address')}"
-    yield Change(
-        "machines",
-        f"{where}, as {user}: the file's file_mounts, setup commands and start commands; a Ray that runs there ends"
-        if any("ray stop" in command for command in launcher.prepared.get("head_start_ray_commands") or [])
-        else f"{where}, as {user}: the file's file_mounts, setup commands and start commands",
-    )
+    commands = launcher.prepared.get("head_start_ray_commands") or []
+    ends = "; a Ray that runs there ends" if any("ray stop" in command for command in commands) else ""
+    yield Change("machines", f"{where}, as {user}: the file's file_mounts, setup commands and start commands{ends}")
 
 
 def _unknown(launcher: LauncherFile) -> Iterator[Change]:
@@ -128,7 +125,7 @@ def _unknown(launcher: LauncherFile) -> Iterator[Change]:
     yield Change("machines", _machines(launcher))
 
 
-def _job(launcher: LauncherFile, storage: str) -> Iterator[Change]:
+def _job(storage: str) -> Iterator[Change]:
     if "://" in storage:
         yield Change("storage", f"no bucket is made or changed; the job writes below {without_secrets(storage)}")
     else:

@@ -72,9 +72,8 @@ def _seen(jobs: Jobs) -> dict[str, Any]:
 
 
 def _job(details: Any) -> dict[str, Any]:
-    """Ray counts in milliseconds."""
     metadata = details.metadata or {}
-    ended = details.end_time and details.start_time
+    ended = details.end_time and details.start_time  # in milliseconds
     return {
         "job": details.submission_id,
         "status": details.status.value,

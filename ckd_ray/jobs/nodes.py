@@ -40,15 +40,23 @@ def wait_for_nodes() -> None:
     wanted = int(os.environ.get(NODES_VARIABLE) or 1)
     if wanted == 1:
         return
-    started = told = time.monotonic()
-    while (have := len(_alive())) < wanted:
-        now = time.monotonic()
-        if now - started > _WAIT_FOR_NODES_S:
-            say(f"{have} of {wanted} nodes are there after {duration(now - started)}; going on with them")
+    for tell in _looks(_WAIT_FOR_NODES_S):
+        if (have := len(_alive())) >= wanted:
             return
-        if now - told >= 15 or now - started < 1:
+        if tell:
             say(f"waiting for nodes: {have} of {wanted}")
-            told = now
+    say(f"{have} of {wanted} nodes are there after {duration(_WAIT_FOR_NODES_S)}; going on with them")
+
+
+def _looks(within: float) -> Iterator[bool]:
+    """Once a second for `within` seconds: whether to tell people, which is in the first second and every 15 seconds."""
+    started = told = time.monotonic()
+    while True:
+        now = time.monotonic()
+        if now - started > within:
+            return
+        yield (tell := now - told >= 15 or now - started < 1)
+        told = now if tell else told
         time.sleep(1)
 
 
@@ -95,23 +103,18 @@ def parse_resources(text: str) -> dict[str, int]:
 def _wait_for(wanted: dict[str, int]) -> None:
     import ray
 
-    started = told = time.monotonic()
-    while True:
+    for tell in _looks(_WAIT_FOR_RESOURCES_S):
         total = ray.cluster_resources()
         have = {name: total.get(name, 0.0) for name in wanted}
-        now = time.monotonic()
         if all(have[name] >= count for name, count in wanted.items()):
             return
         there = ", ".join(f"{have[name]:g} of {count} {name}" for name, count in wanted.items())
-        if now - started > _WAIT_FOR_RESOURCES_S:
-            if not any(have.values()):
-                raise JobError(f"no machine has come within {duration(now - started)}: {there}")
-            say(f"{there} are there after {duration(now - started)}; going on with them")
-            return
-        if now - told >= 15 or now - started < 1:
+        if tell:
             say(f"waiting for machines: {there}")
-            told = now
-        time.sleep(1)
+    waited = duration(_WAIT_FOR_RESOURCES_S)
+    if not any(have.values()):
+        raise JobError(f"no machine has come within {waited}: {there}")
+    say(f"{there} are there after {waited}; going on with them")
 
 
 def check_nodes_see(config: Config) -> None:

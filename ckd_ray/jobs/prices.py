@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_line
 
 PRICES_VARIABLE = "CKD_RAY_PRICES"
 
@@ -32,8 +32,10 @@ class Price:
     spot: float
 
 
-def price_of(kind: str, file: str | None = None) -> Price | None:
-    """The price of a machine type or of one attached accelerator; None where the user gave none.
+def hourly(
+    kind: str, *, spot: bool, accelerators: dict[str, int] | None = None, file: str | None = None
+) -> float | None:
+    """USD an hour of one machine with its attached accelerators; None when the price of a part is unknown.
 
     Args:
         file: a file of prices; that of CKD_RAY_PRICES when None.
@@ -41,13 +43,6 @@ def price_of(kind: str, file: str | None = None) -> Price | None:
     Raises:
         UserError: the file cannot be used.
     """
-    return _read(file).get(kind)
-
-
-def hourly(
-    kind: str, *, spot: bool, accelerators: dict[str, int] | None = None, file: str | None = None
-) -> float | None:
-    """USD an hour of one machine with its attached accelerators; None when the price of a part is unknown."""
     known = _read(file)
     parts = [(kind, 1), *(accelerators or {}).items()]
     if any(name not in known for name, _ in parts):
@@ -87,7 +82,7 @@ def _read(file: str | None) -> dict[str, Price]:
             "this file of prices cannot be read",
             where=f"--prices {path}" if file else f"{PRICES_VARIABLE}={path}",
             expected="a line a machine type: `g5.xlarge: [1.0, 0.45]`, USD an hour on demand and spot, or one number",
-            found=(str(error).splitlines() or [type(error).__name__])[0],
+            found=first_line(error),
         ) from None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckd_ray import __version__
 from ckd_ray.config import Config
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.jobs.bundle import CONFIG_NAME, HOME, write_bundle
 from ckd_ray.progress import say, without_secrets
 from ckd_ray.ray_util.token import has_token, use_token
@@ -172,10 +172,10 @@ class Jobs:
                 fix="put it into ~/.ray/auth_token (mode 0600) or RAY_AUTH_TOKEN",
             ) from None
         except (requests.RequestException, OSError) as error:
-            raise ConnectionError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+            raise ConnectionError(first_line(error, 200)) from error
         except RuntimeError as error:
             if "status code 5" in str(error):  # the dashboard is starting, or a part of it has died
-                raise ConnectionError(str(error).splitlines()[0][:200]) from error
+                raise ConnectionError(first_line(error, 200)) from error
             if "Version check returned 404" in str(error):
                 raise ConnectionError("what listens there is not the dashboard of a Ray") from error
             raise JobError(f"{self._where}: {str(error).strip()[:500]}") from error

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import JobError
 from ckd_ray.files import exists, filesystem_of, is_local, join, write_atomic
 from ckd_ray.ray_util.parts import array_file, former_array_file, part_name
@@ -55,7 +56,7 @@ class ArrayParts:
         # Requests to an object store wait for the network, so they are sent concurrently.
         self._readers = None if is_local(folder) else ThreadPoolExecutor(_REMOTE_READERS, stage)
 
-    def read(self, queries_B: npt.NDArray[np.int64], size: int | None = None, blocks: int = 1) -> list[Array]:
+    def read(self, queries_B: Int64Array, size: int | None = None, blocks: int = 1) -> list[Array]:
         """For each query the first `size` entries (all when None) of each of the `blocks` equal blocks of its row.
 
         Raises:

@@ -9,15 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.collective.expand import Expansions, InSpecialCell, Neighbours, expand
 from ckd_ray.config import LabelConfig
 from ckd_ray.errors import JobError
 from ckd_ray.store import EmbeddingStore, Ragged
-
-IntArray = npt.NDArray[np.integer]
 
 
 def expand_ranked(
@@ -86,7 +84,7 @@ def nest(flat: Any, counts: Any) -> list[Any]:
     return [flat[low:high] for low, high in pairwise(bounds)]
 
 
-def _check_finite(read: Ragged, passages: npt.NDArray[np.int64], uri: str) -> None:
+def _check_finite(read: Ragged, passages: Int64Array, uri: str) -> None:
     bad = (~torch.isfinite(read.embeddings_TD).all(1)).nonzero()[:, 0]
     if len(bad):
         row = int(np.searchsorted(np.cumsum(read.lengths), int(bad[0]), side="right"))

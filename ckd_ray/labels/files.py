@@ -16,17 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from ckd_ray.collective.expand import Expansions
 from ckd_ray.files import read_json
 from ckd_ray.labels.array_parts import ArrayParts, write_part
 from ckd_ray.runs.artifact import manifest_file
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def write_labels(
@@ -63,9 +61,7 @@ def write_labels(
     write_part(folder, split, part, table_BKX, pa.table(columns))
 
 
-def _block(
-    expansions: Expansions, clusters: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+def _block(expansions: Expansions, clusters: int) -> tuple[Float32Array, Int32Array, BoolArray]:
     """The centroids of one depth with their idf, their token ids, and which of the K exist."""
     num_queries, found, dim = expansions.embeddings_BKD.shape
     kept = min(clusters, found)
@@ -84,7 +80,7 @@ def manifest_of_labels(queries_per_part: int, split: str, depths: Sequence[int])
     return {"queries_per_part": queries_per_part, "split": split, **several}
 
 
-def _lists(values: pa.Array, present_BK: npt.NDArray[np.bool_]) -> pa.Array:
+def _lists(values: pa.Array, present_BK: BoolArray) -> pa.Array:
     """The flat values of all queries as one list a query."""
     offsets = np.concatenate([[0], np.cumsum(present_BK.sum(axis=1))]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values)

@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import BoolArray, Int64Array
 from ckd_ray.collective.special_cells import SAMPLE, SpecialCells
 from ckd_ray.config import LabelConfig
 from ckd_ray.data.collection import collection_once
@@ -55,7 +55,7 @@ class ServerVotes:
     servers: ServerGroup
     voters: int
 
-    def __call__(self, vectors_MD: Tensor) -> npt.NDArray[np.int64]:
+    def __call__(self, vectors_MD: Tensor) -> Int64Array:
         return self.servers.nearest_tokens(vectors_MD.numpy(), self.voters)
 
 
@@ -65,7 +65,7 @@ class EstimatedVotes:
 
     uri: str
 
-    def in_special_cell(self, vectors_MD: Tensor) -> npt.NDArray[np.bool_]:
+    def in_special_cell(self, vectors_MD: Tensor) -> BoolArray:
         """See `SpecialCells.in_special_cell`."""
         return _cells_once(self.uri, *file_signature(self.uri)).in_special_cell(vectors_MD)
 

@@ -26,7 +26,7 @@ from ckd_ray.progress import say
 
 SETTINGS_FILE = "colbert.json"
 PROJECTION_FILE = "projection.safetensors"
-# Weights of heads, which an encoder loses rightly: of masked-language models, classifiers and the like.
+# Weights of heads (of masked-language models, classifiers and the like), which an encoder does not need.
 _HEAD = re.compile(
     r"(^|\.)(cls|pooler|(pre_)?classifier|score|qa_outputs|lm_head|head|decoder|predictions|position_ids|seq_relationship|"
     r"vocab_\w+|mlm_\w+|\w+_predictions)(\.|$)"
@@ -254,8 +254,8 @@ def load_bare(folder: str, source: str) -> tuple[Any, Any]:
 
 
 def _load_transformers(folder: str, source: str) -> tuple[Any, Any, list[str]]:
-    """Encoder, tokenizer, and the names of projections among the weights that the encoder has no place for; other such
-    weights, but for those of heads, are named to the user."""
+    """Encoder, tokenizer, and the names of the projections that the encoder has no place for. The user is told of other
+    weights that it has no place for, except those of heads."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -304,7 +304,7 @@ def _load_transformers(folder: str, source: str) -> tuple[Any, Any, list[str]]:
 
 
 def without_pooler(backbone: Any) -> Any:
-    """Token embeddings do not depend on the pooler, and a parameter without a gradient stops DDP."""
+    """Drop the pooler: token embeddings do not depend on it, and a parameter without a gradient stops DDP."""
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     return backbone
@@ -353,7 +353,8 @@ def _check_bare(backbone: Any, tokenizer: Any, source: str) -> None:
 
 
 def _with_markers(backbone: Any, tokenizer: Any, settings: ColBERTSettings) -> ColBERTSettings:
-    """Vocabularies without [unused0] (RoBERTa, SentencePiece) get two new tokens for [Q] and [D]."""
+    """The settings with markers that the vocabulary has; one without [unused0] (RoBERTa, SentencePiece) gets two new
+    tokens, [Q] and [D]."""
     vocabulary = tokenizer.get_vocab()
     if settings.query_marker in vocabulary and settings.doc_marker in vocabulary:
         return settings

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ckd_ray.arrays import Int32Array
+from ckd_ray.arrays import BoolArray, Int32Array
 from ckd_ray.errors import UserError
 from ckd_ray.model.settings import ColBERTSettings
 
@@ -108,7 +107,7 @@ class ColBERTTokenizer:
             mask[row, : len(passage)] = 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
-    def keeps(self, token_ids: Int32Array) -> npt.NDArray[np.bool_]:
+    def keeps(self, token_ids: Int32Array) -> BoolArray:
         """True where a passage token gives an embedding: it is not in `skip_ids`."""
         return ~np.isin(token_ids, self.skip_ids)
 

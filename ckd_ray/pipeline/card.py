@@ -143,9 +143,8 @@ def _measures(facts: Facts) -> str:
     kind = "Exact search" if exact else "Approximate search, with exact scores of the candidates,"
     verdict = facts.table.get("verdict") if facts.role == "student" else None
     sentence = f"{verdict['text']}\n\n" if verdict else ""
-    return f"## Measures\n\n{sentence}{kind} over the collection `{_collection_name(facts.config)}`.\n\n" + "\n".join(
-        rows
-    )
+    head = f"## Measures\n\n{sentence}{kind} over the collection `{_collection_name(facts.config)}`.\n\n"
+    return head + "\n".join(rows)
 
 
 def _means(facts: Facts) -> list[str]:

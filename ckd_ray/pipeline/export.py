@@ -1,4 +1,7 @@
-"""`ckd-ray export`: a run's student or teacher as another library reads it, with a model card. Needs no Ray."""
+"""`ckd-ray export`, and its model: a run's student or teacher as another library reads it, with a model card.
+
+Needs no Ray.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,38 @@ from ckd_ray.files import (
     with_ending,
     write_atomic,
 )
+from ckd_ray.inspection.export_labels import export_labels
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
 from ckd_ray.pipeline.card import Facts, model_card
 from ckd_ray.runs.artifact import is_finished, is_of
-from ckd_ray.runs.directory import RunDir
+from ckd_ray.runs.directory import RunDir, check_role
 from ckd_ray.runs.record import read_record
+from ckd_ray.search.export import export_stored
 
-ROLES = ("student", "teacher")
+
+def export(
+    run: str,
+    what: str,
+    fmt: str,
+    *,
+    out: str | None = None,
+    model: str = "student",
+    width: int = 32,
+    scores: str = "minmax",
+    bits: int = 4,
+) -> dict[str, Any]:
+    """Write the `model` of a run, its `labels`, or the `vectors` of its passages or an `index` of them.
+
+    `export_run`, `export_labels` and `export_stored` say what the arguments mean, what is returned and what is raised.
+    """
+    if what == "model":
+        return export_run(run, fmt, out=out, role=model)
+    if what == "labels":
+        return export_labels(run, fmt, out=out, width=width, scaling=scores)
+    if what in ("vectors", "index"):
+        return export_stored(run, what, fmt, out=out, system=model, bits=bits)
+    raise UserError("unknown thing to export", where="--what", expected="model, labels, vectors or index", found=what)
 
 
 def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "student") -> dict[str, Any]:
@@ -45,8 +72,7 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
     """
     if fmt not in FORMATS:
         raise UserError("unknown format", where="--format", expected=", ".join(FORMATS), found=fmt)
-    if role not in ROLES:
-        raise UserError("unknown model", where="--model", expected=" or ".join(ROLES), found=role)
+    check_role(role, "--model", "model")
     run = run.rstrip("/")
     if exists(join(run, "colbert.json")):
         checkpoint, own, facts = run, with_ending(run, f"-{fmt}"), Facts(name=last_part(run))

@@ -101,7 +101,8 @@ def make_plan(
 
     Args:
         cluster: a cluster file; this machine when None or `local`.
-        rates: a rates file; the calibration runs here when None. keep: a file to write the calibrated rates to.
+        rates: a rates file; the calibration runs here when None.
+        keep: a file to write the calibrated rates to.
         assumed: what no calibration gives (`rates.ASSUMPTIONS`); the defaults when None.
 
     Raises:

@@ -20,7 +20,7 @@ def answer(what: str, reference: Any, within: float = WORK_S) -> Any:
     """`ray.get` of a reference or a list of them.
 
     Args:
-        what: is waited for, in the message.
+        what: the thing that is waited for, for the message.
         within: seconds.
 
     Raises:

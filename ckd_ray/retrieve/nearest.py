@@ -12,11 +12,10 @@ Shapes: M vectors, D dimensions, T rows, n chunks of a block, P pairs of a vecto
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ckd_ray.arrays import Int64Array
+from ckd_ray.arrays import BoolArray, Int64Array
 from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.int8 import (
     FirstPass,
@@ -127,7 +126,7 @@ def _nearest_by_bounds(vectors_MD: Tensor, source: RangeRows, k: int, wide: int,
 
 
 def _nearest_of_some(
-    vectors_MD: Tensor, source: RangeRows, positions_MC: Int64Array, absent_MC: npt.NDArray[np.bool_], wide: int
+    vectors_MD: Tensor, source: RangeRows, positions_MC: Int64Array, absent_MC: BoolArray, wide: int
 ) -> Tensor:
     """Positions of the nearest of each vector's own rows, at most `wide`; -1 where there is none."""
     inside = np.minimum(positions_MC, source.num_rows - 1).ravel()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckd_ray.config import Config
+from ckd_ray.errors import UserError
 from ckd_ray.files import filesystem_of, join
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.tracking import Tracking
@@ -15,6 +16,8 @@ LABELS, COMPARE, TUNE = "labels", "compare", "tune"
 # In `corpus` the outside ids of all passages; below `queries` the labels. Programs that read these folders as tables
 # pass over names that begin with `_`.
 PASSAGE_IDS, QRELS = "_ids.arrow", "_qrels"
+# The models of a run.
+ROLES = ("student", "teacher")
 # The winner of a search is a variant of the run.
 BEST = f"{TUNE}/best"
 
@@ -122,6 +125,12 @@ class RunDir:
     def with_labels(self, name: str) -> RunDir:
         """The same run with other labels."""
         return replace(self, labels_name=name)
+
+
+def check_role(role: str, where: str, what: str = "system") -> None:
+    """Raises UserError for what is neither a student nor a teacher."""
+    if role not in ROLES:
+        raise UserError(f"unknown {what}", where=where, expected=" or ".join(ROLES), found=role)
 
 
 def passage_store(embeddings: str) -> str:

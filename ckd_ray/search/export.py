@@ -14,10 +14,11 @@ from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
 from ckd_ray.files import exists, join, list_files, list_folders, read_json
 from ckd_ray.runs.artifact import content_fingerprint, identity_of, make, making_of, manifest_of
+from ckd_ray.runs.directory import check_role
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.runs.finished import open_finished, reading
 from ckd_ray.search import fast_plaid, vectors
-from ckd_ray.search.stored import SYSTEMS, stored_passages
+from ckd_ray.search.stored import stored_passages
 
 # In the manifest of an export; what else a folder may be is not replaced.
 _EXPORT = "export"
@@ -57,8 +58,7 @@ def export_stored(
     """
     if fmt not in _FORMATS[what]:
         raise UserError(f"unknown format of {what}", where="--format", expected=", ".join(_FORMATS[what]), found=fmt)
-    if system not in SYSTEMS:
-        raise UserError("unknown model", where="--model", expected=" or ".join(SYSTEMS), found=system)
+    check_role(system, "--model", "model")
     opened, chosen = open_finished(run), _FORMATS[what][fmt]
     store, paths = stored_passages(opened, system), opened.paths
     with reading(paths.folder):

@@ -6,17 +6,14 @@ Shapes: Q query rows, T rows of a block, P passages of a block, D dimensions, K 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.retrieve.exact import EMPTY_ROW_SCORE
 from ckd_ray.retrieve.merge import merge_top
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.shard import Shard
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 _BLOCK_ROWS = 1 << 15  # 16 MiB of rows in float32 at 128 dimensions, 4 MiB of similarities
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ckd_ray.arrays import IntArray
 from ckd_ray.data import Collection
 from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
@@ -98,7 +98,7 @@ def _real_tokens(tokenizer: ColBERTTokenizer, query: str) -> tuple[list[int], li
     return real.tolist(), tokenizer.hf.convert_ids_to_tokens(ids[real].tolist())
 
 
-def token_spans(tokenizer: ColBERTTokenizer, text: str, token_ids: npt.NDArray[np.integer]) -> list[tuple[int, int]]:
+def token_spans(tokenizer: ColBERTTokenizer, text: str, token_ids: IntArray) -> list[tuple[int, int]]:
     """Characters (start, end) of every stored row of a passage; (0, 0) for markers.
 
     All are (0, 0) where the text does not give the stored tokens, because the corpus changed after the embedding.

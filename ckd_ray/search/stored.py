@@ -10,8 +10,6 @@ from ckd_ray.runs.finished import FinishedRun, reading
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.writing import MANIFEST
 
-SYSTEMS = ("student", "teacher")
-
 
 def stored_passages(run: FinishedRun, system: str = "student") -> EmbeddingStore:
     """The store of the corpus under the run's student or teacher.

@@ -69,7 +69,7 @@ class SearchService:
 
 
 async def _body(request: Any) -> bytes:
-    """The body, of which no more is read than is allowed and one piece."""
+    """The body; reading ends with the piece that exceeds what is allowed."""
     parts, size = [], 0
     async for part in request.stream():
         parts.append(part)

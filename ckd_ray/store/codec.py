@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckd_ray.arrays import Int32Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import filesystem_of, join, write_atomic
 
@@ -210,7 +211,7 @@ class Residual(Codec):
             out[start : start + step, _ID_BYTES:] = packed.cpu().numpy()
         return out
 
-    def centroid_ids(self, codes_TC: Bytes) -> npt.NDArray[np.int32]:
+    def centroid_ids(self, codes_TC: Bytes) -> Int32Array:
         """(T,) int32 centroids of coded rows."""
         return codes_TC[:, :_ID_BYTES].copy().view(np.int32).reshape(-1)
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import file_signature, filesystem_of, has_digest, is_local, join, read_object
 from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, ShardCache
@@ -145,7 +146,7 @@ class EmbeddingStore:
         return int(self._shards[i]["tokens"])
 
     @property
-    def document_frequencies(self) -> npt.NDArray[np.int64]:
+    def document_frequencies(self) -> Int64Array:
         """(V,) passages that hold each token id; V is one more than the largest id met."""
         return self._array(FREQUENCIES, np.dtype("<i8"), self.manifest["vocabulary"])
 
@@ -177,7 +178,7 @@ class EmbeddingStore:
             return None
         return values if len(values) == count and hashlib.sha256(values.data).hexdigest() == digest else None
 
-    def gather(self, passages: npt.NDArray[np.int64]) -> Ragged:
+    def gather(self, passages: Int64Array) -> Ragged:
         """The passages asked for (P of them), in that order, duplicates allowed; each is compared with its checksum.
 
         Raises:

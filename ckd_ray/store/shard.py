@@ -34,7 +34,7 @@ from ckd_ray.arrays import Int32Array, Int64Array
 from ckd_ray.errors import JobError, first_line
 from ckd_ray.files import filesystem_of, is_local, parent, write_atomic
 from ckd_ray.files.cache import ShardCache
-from ckd_ray.store.codec import Codec, bytes_per_token, load_codec
+from ckd_ray.store.codec import Bytes, Codec, bytes_per_token, load_codec
 
 SCHEMA_VERSION = 2
 _HEADER, _FREQUENCY_IDS, _FREQUENCY_COUNTS = b"ckd_ray.shard", b"ckd_ray.df_ids", b"ckd_ray.df_counts"
@@ -143,7 +143,7 @@ def write_shard(
     return header, write_atomic(uri, write)
 
 
-def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8], sums: Any) -> pa.RecordBatch:
+def _batch(lengths: Int32Array, token_ids: Int32Array, codes: Bytes, sums: Any) -> pa.RecordBatch:
     token_offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=token_offsets[1:])
     byte_offsets = token_offsets * codes.shape[1]
@@ -155,14 +155,14 @@ def _batch(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uin
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
-def _passage_sums(lengths: Int32Array, token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+def _passage_sums(lengths: Int32Array, token_ids: Int32Array, codes: Bytes) -> npt.NDArray[np.uint32]:
     """(P,) CRC-32 of each passage's token ids followed by its codes."""
     stops = np.cumsum(lengths, dtype=np.int64).tolist()
     starts = [0, *stops[:-1]]
     return np.array([_crc(token_ids[a:b], codes[a:b]) for a, b in zip(starts, stops, strict=False)], np.uint32)
 
 
-def _crc(token_ids: Int32Array, codes: npt.NDArray[np.uint8]) -> int:
+def _crc(token_ids: Int32Array, codes: Bytes) -> int:
     return zlib.crc32(codes.data, zlib.crc32(token_ids.data))
 
 
@@ -316,7 +316,7 @@ class Shard:
         if not np.array_equal(self.lengths[passages], lengths):
             raise BrokenShardError(f"{self.uri}: passages of other lengths than the store says", self.uri)
 
-    def copy(self, passages: list[int], codes_TC: npt.NDArray[np.uint8], ids_T: Int32Array, at: list[int]) -> None:
+    def copy(self, passages: list[int], codes_TC: Bytes, ids_T: Int32Array, at: list[int]) -> None:
         """Put passages (numbers within the shard) into `codes_TC` and `ids_T`, each from its row of `at` on.
 
         Raises:
@@ -324,7 +324,7 @@ class Shard:
         """
         self._with_fresh_copy(lambda: self._copy(passages, codes_TC, ids_T, at))
 
-    def _copy(self, passages: list[int], codes_TC: npt.NDArray[np.uint8], ids_T: Int32Array, at: list[int]) -> None:
+    def _copy(self, passages: list[int], codes_TC: Bytes, ids_T: Int32Array, at: list[int]) -> None:
         for passage, row in zip(passages, at, strict=True):
             low, high = int(self.offsets[passage]), int(self.offsets[passage + 1])
             codes, ids = self.codes[low:high], self.token_ids[low:high]

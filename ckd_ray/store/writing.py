@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import JobError
 from ckd_ray.files import file_signature, join, list_files, write_atomic, write_json_atomic
 from ckd_ray.store.shard import BrokenShardError, Int32Array, Shard, ShardHeader, read_header, shard_name
@@ -38,7 +38,7 @@ class ShardSummary:
     entries: list[dict[str, Any]]
     shape: tuple[int, str, str] | None
     lengths: Int32Array
-    frequencies: npt.NDArray[np.int64]
+    frequencies: Int64Array
 
 
 def summarise_shards(uri: str, fingerprint: str, first: int, stop: int) -> ShardSummary:
@@ -63,7 +63,7 @@ def summarise_shards(uri: str, fingerprint: str, first: int, stop: int) -> Shard
     return ShardSummary(entries, shape, np.concatenate(lengths), frequencies)
 
 
-def _add(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _add(a: Int64Array, b: Int64Array) -> Int64Array:
     total = np.zeros(max(len(a), len(b)), np.int64)
     total[: len(a)] += a
     total[: len(b)] += b

@@ -175,9 +175,7 @@ def _trials(context: RunContext, config: Config, folder: str, kept: list[Values]
         trial_identity = fingerprint(search=identity, trial=number, values=values)
         return trial_task(base, mine, trial_identity, _labels_folder(config, values))
 
-    search(
-        config, context.paths.root, folder, records, suggester, task_of, lambda trial: _track(context, folder, trial)
-    )
+    search(config, folder, records, suggester, task_of, lambda trial: _track(context, folder, trial))
     return records
 
 

@@ -137,7 +137,6 @@ def actor_name(task: TrainingTask) -> str:
 
 def search(
     config: Config,
-    run: str,
     folder: str,
     records: Records,
     suggester: Suggester,
@@ -306,19 +305,19 @@ class _Recorder(tune.Callback):
         mine = self._of(trial)
         if mine is not None:
             state: State = "failed" if mine.cause else "finished" if mine.steps >= self.steps else "stopped"
-            self.records.end(mine, state, mine.cause)
-            self.table.row(mine)
-            self.ended(mine)
+            self._end(mine, state, mine.cause)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         mine = self._of(trial)
         if mine is not None:
             error = trial.get_error()
-            self.records.end(
-                mine, "failed", last_line(getattr(error, "cause", None) or error) if error else "no message"
-            )
-            self.table.row(mine)
-            self.ended(mine)
+            cause = last_line(getattr(error, "cause", None) or error) if error else "no message"
+            self._end(mine, "failed", cause)
+
+    def _end(self, mine: Trial, state: State, cause: str | None) -> None:
+        self.records.end(mine, state, cause)
+        self.table.row(mine)
+        self.ended(mine)
 
 
 class _NoTables(TrialProgressCallback):

@@ -23,9 +23,9 @@ TEACHER_KEYS = (
     *(f"distill.{key}" for key in ("beta", "expansion_share", "expansion_size", "zero_row_floor")),
 )
 _LOSS_KEYS = (
-    *("loss", "temperature", "teacher_weight", "encoder_share", "bm25_share"),
-    *("margin", "denoise", "score_scale", "smoothing"),
-)
+    "loss", "temperature", "teacher_weight", "encoder_share", "bm25_share", "margin", "denoise", "score_scale",
+    "smoothing",
+)  # fmt: skip
 _TRAINING_KEYS = ("learning_rate", "negatives", "negatives_depth", "sampling", "warmup", "weight_decay", "ema")
 KEYS = (*TEACHER_KEYS, *(f"distill.{key}" for key in (*_LOSS_KEYS, *_TRAINING_KEYS)))
 STANDARD: dict[str, dict[str, Any]] = {
@@ -121,7 +121,7 @@ def _possible(config: Config, key: str, spec: Mapping[str, Any]) -> dict[str, An
 
 
 def _mistake(config: Config, key: str, value: Any) -> str | None:
-    """The problem that this value causes for the objective, and the configured value does not; None when it is fine."""
+    """The problem for the objective that this value causes and the configured value does not; None when it is fine."""
     before = set(objective_of(config).mistakes(config))
     changed = with_values(config, {key: value})
     return next((text for path, text in objective_of(changed).mistakes(changed) if (path, text) not in before), None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.dataset as pads
 import pytest
 import yaml
 
@@ -142,6 +143,19 @@ def test_search_models_exports_and_the_report(examples: dict[str, Any]) -> None:
     ):
         with pytest.raises(UserError):
             call()
+
+
+def test_vectors_and_an_index_are_exported_and_pushed(
+    examples: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pads.dataset(examples["folder"] / "mine-vectors").to_table()
+    assert table.column_names == ["id", "text", "vectors"] and table.num_rows == 60
+    pushed = list[tuple[str, str, str]]()
+    monkeypatch.setattr("ckd_ray.api.run.push_folder", lambda *given: pushed.append(given) or "where it is")
+    options = {"format": "fast-plaid", "what": "index", "model": "teacher", "bits": 2, "push": "me/index"}
+    written = examples["run"].export(tmp_path / "index", **options)
+    assert written["pushed"] == "where it is" and pushed == [(str(tmp_path / "index"), "me/index", "index")]
+    assert written["model"] == "teacher" and written["bits"] == 2 and (tmp_path / "index" / "ivf.npy").exists()
 
 
 def test_what_is_missing_is_said(examples: dict[str, Any], tmp_path: Path) -> None:

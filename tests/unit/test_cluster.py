@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import yaml
 
 from ckd_ray.checks import load_config
 from ckd_ray.config import Config
-from ckd_ray.errors import UserError
+from ckd_ray.errors import JobError, UserError
 from ckd_ray.jobs import nodes
 from ckd_ray.jobs.bundle import CONFIG_NAME, check_for_job, holds_secret, input_paths, write_bundle
 from ckd_ray.jobs.confirm import confirmed
@@ -24,7 +25,7 @@ from ckd_ray.jobs.follow import Printer
 from ckd_ray.jobs.home import local_folder
 from ckd_ray.jobs.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
 from ckd_ray.jobs.nodes import look_at, parse_resources
-from ckd_ray.jobs.prices import hourly, price_of
+from ckd_ray.jobs.prices import hourly
 from ckd_ray.jobs.remote import ClusterOptions
 from ckd_ray.jobs.submit import BEGIN, MARK, JobRequest
 from ckd_ray.jobs.tunnel import Tunnel
@@ -141,7 +142,7 @@ def test_what_a_file_would_start_and_cost(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unknown_prices_and_prices_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CKD_RAY_PRICES", raising=False)
     launcher = read_launcher_file(aws(tmp_path))
-    assert price_of("m5.xlarge") is None and cost_per_hour(launcher) == (None, None)
+    assert hourly("m5.xlarge", spot=False) is None and cost_per_hour(launcher) == (None, None)
     told = "\n".join(describe(launcher))
     assert "price unknown" in told and "CKD_RAY_PRICES=FILE.yaml" in told
     (tmp_path / "prices.yaml").write_text(PRICES)
@@ -154,7 +155,7 @@ def test_unknown_prices_and_prices_of_one_s_own(tmp_path: Path, monkeypatch: pyt
     for text in ("z9.huge: ten", "z9.huge: -1", "z9.huge: [1]", "[1, 2]"):
         (tmp_path / "prices.yaml").write_text(text)
         with pytest.raises(UserError, match="CKD_RAY_PRICES"):
-            price_of("z9.huge")
+            hourly("z9.huge", spot=False)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +385,26 @@ def test_what_is_asked_of_a_cluster() -> None:
     for wrong in ("GPU", "GPU=", "GPU=many", "GPU=0", "=3", "GPU:8"):
         with pytest.raises(UserError, match=r"CKD_RAY_WAIT_FOR: not a list of resources"):
             parse_resources(wrong)
+
+
+def test_waits_for_machines_end_at_their_limits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(nodes, "time", clock)
+    monkeypatch.setattr(nodes, "_alive", lambda: [{}] * (2 if now[0] < 40 else 3))
+    monkeypatch.setenv("CKD_RAY_WAIT_FOR_NODES", "3")
+    nodes.wait_for_nodes()
+    assert now[0] == 40 and capsys.readouterr().err == "waiting for nodes: 2 of 3\n" * 3  # at once, after 15 s and 30 s
+    monkeypatch.setenv("CKD_RAY_WAIT_FOR_NODES", "4")
+    nodes.wait_for_nodes()
+    assert now[0] == 941 and "3 of 4 nodes are there after 15 min 00 s; going on" in capsys.readouterr().err
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
+    nodes._wait_for({"GPU": 8})
+    assert now[0] == 2742 and "2 of 8 GPU are there after 30 min 00 s; going on" in capsys.readouterr().err
+    with pytest.raises(JobError, match="no machine has come within 30 min 00 s: 0 of 4 TPU"):
+        nodes._wait_for({"TPU": 4})
 
 
 def test_what_a_node_sees(tmp_path: Path) -> None:

@@ -86,11 +86,11 @@ def _with_splits(folder: Path) -> None:
         _tsv(folder / f"qrels.{split}.tsv", _trec([LABELS[i] for i in some]))
 
 
-def _beir(folder: Path) -> None:
+def _beir(folder: Path, header: str = "query-id\tcorpus-id\tscore\n") -> None:
     _jsonl(folder / "corpus.jsonl", [{"_id": k, "title": "T", "text": v, "metadata": {}} for k, v in PASSAGES.items()])
     _jsonl(folder / "queries.jsonl", [{"_id": k, "text": v} for k, v in QUERIES.items()])
     for split, some in (("train", LABELS[:200]), ("dev", LABELS[200:220]), ("test", LABELS[220:])):
-        _tsv(folder / "qrels" / f"{split}.tsv", some, "query-id\tcorpus-id\tscore\n")
+        _tsv(folder / "qrels" / f"{split}.tsv", some, header)
 
 
 def _parquet(folder: Path) -> None:
@@ -174,6 +174,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     # how it is made, the format of the configuration, and whether the files are read as they are
     "msmarco": (_with_splits, "msmarco", True),
     "beir": (_beir, "beir", True),
+    "beir with another header": (lambda folder: _beir(folder, "Query ID\tCorpus ID\tScore\n"), "beir", False),
     "parquet": (_parquet, "parquet", True),
     "msmarco without splits": (_plain, "msmarco", False),
     "CSV with other names": (_csv_with_other_names, "parquet", False),

@@ -38,7 +38,7 @@ def read(folder: Path, defaults: ColBERTSettings) -> ColBERT:
 
 
 def settings_of(metadata: dict[str, Any], dim: int, where: str) -> ColBERTSettings:
-    """colbert-ai's names for our settings, with its defaults."""
+    """Our settings from those of colbert-ai; what is not there has colbert-ai's default."""
     values = {key: value for key, value in metadata.items() if value is not None}
     if values.get("interaction", "colbert") != "colbert":
         raise UserError("an interaction other than MaxSim", where=where, found=str(values["interaction"]))
