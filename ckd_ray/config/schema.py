@@ -344,8 +344,7 @@ class DistillConfig(TrainingConfig):
             `expansion_share`.
         expansion_share: The share of the teacher's total weight that the expansion gets with `beta: auto`.
         encoder_share: The share that the encoder as it is (cosine of its pooled vectors) gets of the spread of the
-            teacher's score; `auto` fits it to the labels of training queries that are new to the teacher, 0 leaves the
-            scorer out.
+            teacher's score; `auto` fits it to the labels of the training queries, 0 leaves the scorer out.
         bm25_share: The share that BM25 gets, in the same way.
         expansion_size: Expansion embeddings of a query, highest idf first.
         sampling: How negatives are drawn: evenly (`uniform`), or one from each of as many strata of rank, which are

@@ -30,28 +30,17 @@ class Candidates:
 
 
 class CandidateReader:
-    """Candidates of the queries of a split of a run.
+    """Candidates of the training queries of a run.
 
     Args:
         unlabelled: whether a query without a label, on which nothing is trained, has candidates, too.
-        split, rankings: other queries than those of training, and the folder of their rankings.
     """
 
-    def __init__(
-        self,
-        run: str,
-        positive_grade: float,
-        depth: int,
-        *,
-        unlabelled: bool = False,
-        split: str = "train",
-        rankings: str | None = None,
-    ) -> None:
+    def __init__(self, run: str, positive_grade: float, depth: int, *, unlabelled: bool = False) -> None:
         collection = Collection.open(run)
-        self.num_queries = collection.num_queries(split)
-        self.positives = collection.positives(split, positive_grade)
-        self.split, self.rankings = split, rankings or RunDir(run).rankings
-        self.depth, self.unlabelled = depth, unlabelled
+        self.num_queries = collection.num_queries("train")
+        self.positives = collection.positives("train", positive_grade)
+        self.rankings, self.depth, self.unlabelled = RunDir(run).rankings, depth, unlabelled
 
     def read(self, first: int, stop: int) -> Candidates:
         """The candidates of the queries [first, stop). As in batches, labelled passages do not count for the depth."""
@@ -67,7 +56,7 @@ class CandidateReader:
         for part, (low, high) in enumerate(query_spans(self.num_queries)):
             if low < stop and first < high:
                 table = read_ranking_part(
-                    join(self.rankings, part_file(self.split, part)), ["query_index", "rank", "passage_index"]
+                    join(self.rankings, part_file("train", part)), ["query_index", "rank", "passage_index"]
                 )
                 depth = int(table["rank"].to_numpy().max(initial=0))
                 matrix = part_matrix(table, low, high - low, depth).astype(np.int64)

@@ -77,18 +77,11 @@ class BatchPlan:
         passages_BM[:, 1:] = self._negatives(rng, queries_B)
         return Batch(queries_B, passages_BM)
 
-    def queries_before(self, step: int) -> Int64Array:
-        """The queries that the batches before `step` hold."""
-        count = step * self.batch_size
-        return self.queries if count >= len(self.queries) else np.sort(self._order_of(0)[:count])
-
-    def _order_of(self, epoch: int) -> Int64Array:
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(self.queries)
-
     def _query(self, position: int) -> int:
         epoch, place = divmod(position, len(self.queries))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._order_of(epoch)
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.queries)
         return int(self._order[place])
 
     def _negatives(self, rng: np.random.Generator, queries_B: Int64Array) -> Int64Array:

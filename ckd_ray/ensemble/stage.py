@@ -1,7 +1,5 @@
-"""Scores of the candidates of queries by further scorers: the encoder as it is (cosine of pooled vectors) and BM25.
-
-Ray Data works through parts of the queries; the scores lie on disk in the form of a cross-encoder's. Then the weights
-of the scorers are fitted to labels.
+"""Scores of every training query's candidates by further scorers: the encoder as it is (cosine of pooled vectors) and
+BM25. Ray Data works through parts of the queries; the scores lie on disk in the form of a cross-encoder's.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.scores import CrossScores, write_scores
 from ckd_ray.data.collection import collection_once
-from ckd_ray.ensemble.bm25 import Statistics
-from ckd_ray.ensemble.weights import WEIGHTS, ScorerWeight, fit_weights, spreads
+from ckd_ray.ensemble.bm25 import Statistics, collection_statistics
+from ckd_ray.ensemble.weights import SPLIT, WEIGHTS, ScorerWeight, fit_weights, spreads
 from ckd_ray.evaluate.bm25 import words
 from ckd_ray.files import join, make_folder, write_json_atomic
 from ckd_ray.ray_util.parts import finish_parts, part_file, parts_present, query_spans
@@ -29,24 +27,21 @@ from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.runs.directory import passage_store, query_store
 from ckd_ray.store.embeddings import open_once
 
-# A fit reads as many queries, or a few more; the first is a whole number of parts.
-MOST_TO_FIT, FEWEST_TO_FIT = 2048, 100
+_QUERIES_TO_FIT = 2000
 
 
 @dataclass(frozen=True)
 class EnsembleJob:
-    """Score the candidates of the queries of `split` into `out`; the same in every process.
+    """Score the candidates of the training queries of `run` into `out`; the same in every process.
 
     Attributes:
-        split, rankings: the queries, and the folder of their rankings.
         scorers: of `encoder` and `bm25`.
-        vectors: the folder of the encoder's stores `passages` and `queries.SPLIT`, one row a text.
+        vectors: the folder of the encoder's stores `passages` and `queries.train`, one row a text.
         depth: passages of a query's ranking that are scored, besides its labelled ones.
         similarity: of the teacher, `l2` or `cosine`.
     """
 
     run: str
-    split: str
     out: str
     rankings: str
     scorers: tuple[str, ...]
@@ -56,20 +51,18 @@ class EnsembleJob:
     similarity: str
 
 
-def score_candidates(job: EnsembleJob, num_queries: int, statistics: Statistics | None) -> None:
-    """Write the missing parts of every scorer, of the first `num_queries` queries.
-
-    Args:
-        statistics: of the collection, for BM25.
-    """
+def score_ensemble(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight]:
+    """Write the missing parts of every scorer, and the weights. Returns the weights by scorer."""
+    statistics = collection_statistics(job.run, job.out) if "bm25" in job.scorers else None
     for name in job.scorers:
         folder = join(job.out, name)
         make_folder(folder)
         arguments = {"job": job, "scorer": name, "statistics": statistics}
         present = parts_present(folder)
-        spans = finish_parts(f"ensemble {name} {job.split}", job.split, num_queries, present, _score_part, arguments)
+        spans = finish_parts(f"ensemble {name}", SPLIT, num_queries, present, _score_part, arguments)
         size = spans[0][1] if spans else 1
-        write_json_atomic(join(folder, MANIFEST), {"queries_per_part": size, "split": job.split})
+        write_json_atomic(join(folder, MANIFEST), {"queries_per_part": size, "split": SPLIT})
+    return _write_weights(job, num_queries)
 
 
 def _score_part(batch: dict[str, Any], job: EnsembleJob, scorer: str, statistics: Statistics | None) -> pa.Table:
@@ -83,9 +76,9 @@ def _score_part(batch: dict[str, Any], job: EnsembleJob, scorer: str, statistics
     collection = collection_once(job.run)
     write_scores(
         join(job.out, scorer),
-        job.split,
+        SPLIT,
         part,
-        query_ids=collection.queries_between(job.split, first, stop).ids,
+        query_ids=collection.queries_between(SPLIT, first, stop).ids,
         passages=wanted,
         scores=scores,
         passage_ids=collection.passage_ids(np.concatenate([*wanted, np.empty(0, np.int64)]).astype(np.int64)),
@@ -96,9 +89,7 @@ def _score_part(batch: dict[str, Any], job: EnsembleJob, scorer: str, statistics
 @lru_cache(maxsize=2)
 def _candidates(job: EnsembleJob) -> CandidateReader:
     # Queries without a label are not trained on; their scores are for the labels that leave the run (export).
-    return CandidateReader(
-        job.run, job.positive_grade, job.depth, unlabelled=True, split=job.split, rankings=job.rankings
-    )
+    return CandidateReader(job.run, job.positive_grade, job.depth, unlabelled=True)
 
 
 def _unique(wanted: Sequence[Int64Array]) -> tuple[Int64Array, list[Int64Array]]:
@@ -109,7 +100,7 @@ def _unique(wanted: Sequence[Int64Array]) -> tuple[Int64Array, list[Int64Array]]
 
 def _cosines(job: EnsembleJob, first: int, stop: int, wanted: Sequence[Int64Array]) -> list[Float32Array]:
     unique, where = _unique(wanted)
-    queries = open_once(query_store(job.vectors, job.split)).gather(np.arange(first, stop)).embeddings_TD.float()
+    queries = open_once(query_store(job.vectors, SPLIT)).gather(np.arange(first, stop)).embeddings_TD.float()
     passages = open_once(passage_store(job.vectors)).gather(unique).embeddings_TD.float()
     return [(passages[at] @ query).numpy() for query, at in zip(queries, where, strict=True)]
 
@@ -120,36 +111,27 @@ def _bm25(
     unique, where = _unique(wanted)
     collection = collection_once(job.run)
     passages = [words(text) for text in collection.texts(unique)]
-    queries = [words(text) for text in collection.queries_between(job.split, first, stop).texts]
+    queries = [words(text) for text in collection.queries_between(SPLIT, first, stop).texts]
     return [
         statistics.scores(query, [passages[i] for i in at.tolist()]) for query, at in zip(queries, where, strict=True)
     ]
 
 
-def write_weights(job: EnsembleJob, queries: Int64Array, out: str) -> dict[str, ScorerWeight]:
-    """Fit the weights to the labels of some 2,000 of `queries` that `job` has scored, and write them into `out`.
-
-    A query counts when a label of it is in its ranking, which has the teacher's own score.
-    """
-    readers = [CrossScores.open(join(job.out, name), job.split, "ensemble") for name in job.scorers]
-    reader = _candidates(job)
-    taken = np.zeros(reader.num_queries, bool)
-    taken[queries] = True
+def _write_weights(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight]:
+    """Fit the weights on up to 2,000 queries whose label is in their ranking, which has the teacher's own score."""
+    readers = [CrossScores.open(join(job.out, name), SPLIT, "ensemble") for name in job.scorers]
+    positives = _candidates(job).positives
     rows: list[npt.NDArray[np.float64]] = []
-    fitted = 0
-    # Whole parts, as a part is one file, in an order that takes them from everywhere in the split.
-    parts = [i for i, (low, high) in enumerate(query_spans(reader.num_queries)) if taken[low:high].any()]
-    for part in np.random.default_rng(0).permutation(parts).tolist():
-        if fitted >= MOST_TO_FIT:
-            break
-        uri = join(job.rankings, part_file(job.split, part))
-        table = read_ranking_part(uri, ["query_index", "passage_index", "score"])
+    spans = query_spans(num_queries)
+    # Whole parts, evenly over the split: a part is one file.
+    parts = min(len(spans), -(-_QUERIES_TO_FIT // max(1, spans[0][1]))) if spans else 0
+    for part in np.unique(np.linspace(0, len(spans) - 1, parts).astype(int)):
+        table = read_ranking_part(join(job.rankings, part_file(SPLIT, part)), ["query_index", "passage_index", "score"])
         columns = [table[name].to_numpy() for name in ("query_index", "passage_index", "score")]
         cuts = np.flatnonzero(np.diff(columns[0])) + 1
         for queries, passages, scores in zip(*(np.split(column, cuts) for column in columns), strict=True):
-            if len(queries) and taken[query := int(queries[0])]:
-                rows += _features(query, passages, scores, readers, reader.positives.of(query))
-                fitted += 1
+            if len(queries):
+                rows += _features(int(queries[0]), passages, scores, readers, positives.of(int(queries[0])))
     features_BKF, valid_BK = _padded(rows, 1 + len(readers))
     if job.similarity == "l2":
         features_BKF[:, :, 0] *= 2  # rankings hold sums of cosines, and -|q - d|^2 = 2 cos - 2
@@ -160,9 +142,9 @@ def write_weights(job: EnsembleJob, queries: Int64Array, out: str) -> dict[str, 
         name: ScorerWeight(float(found[1 + i] / own), float(spread_F[1 + i])) for i, name in enumerate(job.scorers)
     }
     record = {name: vars(weight) for name, weight in weights.items()}
-    spread = float(spread_F[0])
-    found_on = {"split": job.split, "queries": fitted}
-    write_json_atomic(join(out, WEIGHTS), {"scorers": record, "teacher_spread": spread, "fitted_on": found_on})
+    write_json_atomic(
+        join(job.out, WEIGHTS), {"scorers": record, "teacher_spread": float(spread_F[0]), "queries": len(rows)}
+    )
     return weights
 
 

@@ -18,7 +18,7 @@ from ckd_ray.files import join, read_json
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-# The file of the weights, and the split whose queries the student learns from.
+# The file of the weights, and the split whose queries they are fitted to.
 WEIGHTS, SPLIT = "weights.json", "train"
 _STEPS, _RIDGE, _CONVERGED = 50, 1e-6, 1e-9
 

@@ -12,7 +12,6 @@ import torch
 
 from ckd_ray.checks import load_config
 from ckd_ray.data import Collection
-from ckd_ray.distill.batches import BatchPlan
 from ckd_ray.distill.inputs import InputReader
 from ckd_ray.distill.step import TrainingStep
 from ckd_ray.distill.task import TrainingTask
@@ -22,10 +21,8 @@ from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.pipeline.runner import run_stages
-from ckd_ray.pipeline.stages.ensemble import fitted_queries
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import read_ranking_part
-from ckd_ray.runs.directory import RunContext
 from tests.support import overrides
 
 
@@ -34,10 +31,8 @@ def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_backbo
     """A run up to its ensemble."""
     storage = tmp_path_factory.mktemp("ensemble")
     config = load_config(None, overrides(storage, tiny_backbone, tiny_collection))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ckd_ray.ensemble.stage.FEWEST_TO_FIT", 2)
-        for stage in ("label", "ensemble"):
-            run_stages(config, until=stage)
+    for stage in ("label", "ensemble"):
+        run_stages(config, until=stage)
     return storage / config.run.name
 
 
@@ -76,33 +71,6 @@ def test_bm25_s_scores_are_those_of_its_ranking(run: Path, tmp_path: Path) -> No
     assert {pair: pytest.approx(score, abs=1e-4) for pair, score in pairs.items()} == {
         pair: ranked.get(pair, 0.0) for pair in pairs
     }
-
-
-def test_the_weights_are_fitted_to_labels_of_dev(run: Path) -> None:
-    found = json.loads((run / "ensemble" / "weights.json").read_text())
-    assert found["fitted_on"] == {"split": "dev", "queries": 6}
-    assert sorted(path.name for path in (run / "ensemble" / "fit").iterdir()) == ["bm25", "encoder", "rankings"]
-    assert {query for query, _ in _pairs(run, "encoder")} <= set(Collection.open(str(run)).queries("train").ids)
-
-
-def test_without_dev_the_weights_are_fitted_to_queries_that_are_new_to_the_teacher(
-    run: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collection = Collection.open(str(run))
-
-    def fitted(*more: str) -> list[int]:
-        config = load_config(None, overrides(run.parent, tiny_backbone, tiny_collection, *more))
-        ((split, queries),) = fitted_queries(RunContext.of(config), collection).items()
-        assert split == "train"
-        return queries.tolist()
-
-    monkeypatch.setattr("ckd_ray.ensemble.stage.FEWEST_TO_FIT", 7)  # dev has 6
-    everything = collection.positives("train", 1).labelled_queries
-    assert fitted() == everything.tolist()  # the teacher has seen them all
-    assert fitted(f"teacher.checkpoint={run / 'teacher'}") == everything.tolist()
-    two = BatchPlan(collection.positives("train", 1), num_passages=60, batch_size=6, negatives=1, seed=17)
-    seen = {int(query) for step in range(2) for query in two.batch(step).queries_B}
-    assert fitted("teacher.steps=2", "run.seed=17") == [query for query in everything.tolist() if query not in seen]
 
 
 def test_a_step_adds_the_weighted_scores_to_those_of_the_teacher(run: Path) -> None:

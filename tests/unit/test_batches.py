@@ -51,13 +51,6 @@ def test_every_query_comes_once_an_epoch() -> None:
         assert sorted(int(p.batch(3 * epoch + i).queries_B[0]) for i in range(3)) == [0, 1, 2]
 
 
-def test_the_queries_before_a_step_are_those_of_its_batches() -> None:
-    p = plan()
-    for step in (0, 1, 2, 100):
-        drawn = {int(query) for s in range(step) for query in p.batch(s).queries_B}
-        assert set(p.queries_before(step).tolist()) == drawn
-
-
 def test_a_query_without_a_label_is_in_no_batch() -> None:
     """Whatever the objective: every batch comes from here."""
     for known in (positives([0], [], [3]), positives([], [1], [])):
