@@ -125,7 +125,7 @@ def test_all_problems_at_once() -> None:
         ("evaluate.measures=[R]", "evaluate.measures[0]", "needs a cutoff"),
         ("evaluate.measures=[MRR@0]", "evaluate.measures[0]", "needs a cutoff"),
         ("evaluate.measures=[R@1e3]", "evaluate.measures[0]", "needs a cutoff"),
-        ("evaluate.measures=[R@2000]", "evaluate.measures[0]", "deeper than evaluate.depth (1000)"),
+        ("evaluate.measures=[R@2000]", "evaluate.measures[0]", "deeper than evaluate.depth (100)"),
         ("evaluate.measures=[P@3.5]", "evaluate.measures[0]", "needs a cutoff"),
         ("run={seed: 1, seed: 2}", "run.seed", "is given twice, in lines 1 and 1"),
         ("distill.steps=" + "9" * 5000, "distill.steps", "not valid YAML"),
