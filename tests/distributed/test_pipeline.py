@@ -420,9 +420,8 @@ def test_cross_encoder_labels_from_a_model_and_then_from_a_file(
     assert [r.name for r in reports if not r.skipped] == ["cross_encoder", "distill"]
     assert reports[-1].figures["first_loss"] > 0
     table = pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("train-*.parquet"))])
-    assert (
-        table.num_rows == reports[-2].figures["pairs"] == 21 * 16 + 3 * 15
-    )  # the labelled one, if there is one, and others
+    # of each labelled query the labelled passage and negatives_depth others
+    assert table.num_rows == reports[-2].figures["pairs"] == 21 * 16
     pq.write_table(table, tmp_path / "scores.parquet")
     chosen = ("distill.objective=cross_encoder", f"cross_encoder.scores={tmp_path / 'scores.parquet'}")
     report = run(finished_run, tmp_path, *chosen, until="cross_encoder")[-1]
