@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# For runs whose topic is neither the pool, the servers nor the workers: every process takes seconds of a core to start.
+ALONE = ("embed.actors=1", "retrieve.actors=1", "cross_encoder.actors=1", "teacher.workers=1", "distill.workers=1")
+
 WORDS = [f"{a}{b}" for a in "bcdfghjklmnp" for b in ("an", "el", "im", "or", "uk", "ost")]
 
 

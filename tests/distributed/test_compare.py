@@ -19,6 +19,8 @@ from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.pipeline.evaluation import measure_system
 from ckd_ray.runs.directory import RunContext
 from ckd_ray.runs.finished import open_finished
+from tests.finished import Finished
+from tests.here import in_this_process
 from tests.support import overrides
 
 OBJECTIVES = "compare.objectives=[collective]"
@@ -32,6 +34,33 @@ def config(storage: Path, backbone: str, collection: str, *more: str) -> Config:
 
 def times(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_small_comparison_of_a_finished_run(ray_session: None, finished_run: Finished, tmp_path: Path) -> None:
+    """It trains its two students alone, and its table has what their files have."""
+    run = finished_run.copy(tmp_path)
+    upstream, before = ("teacher", "embeddings", "rankings", "labels", "student", "baselines"), times(run)
+    mine = load_config(None, finished_run.values(tmp_path, "compare.seeds=[5]", OBJECTIVES, "distill.steps=2"))
+    with in_this_process():
+        table = run_compare(mine)
+    after = times(run)
+    assert before.keys() <= after.keys()
+    assert [name for name in before if name.startswith(upstream) and after[name] != before[name]] == []
+    assert list(table["systems"]) == ["encoder", "bm25", "teacher", "contrastive", "collective"]
+    students = set()
+    for name in ("contrastive", "collective"):
+        folder = run / "compare" / f"{name}-5"
+        students.add((folder / "student" / "model.safetensors").read_bytes())
+        assert not (folder / "student_embeddings").exists()
+        for split in ("dev", "test"):
+            values = json.loads((folder / "evaluation" / f"student.{split}.per_query.json").read_text())["nDCG@10"]
+            mean = table["splits"][split]["nDCG@10"][name]["mean"]
+            assert mean == pytest.approx(np.mean(list(values.values()))) and len(values) == 6
+    assert len(students) == 2
+    with in_this_process():
+        assert run_compare(mine) == table
+    changed = {Path(name).name for name, when in times(run).items() if after.get(name) != when}
+    assert changed <= {"run.json", "table.json", "table.md"}, "nothing is trained or measured a second time"
 
 
 @pytest.mark.soak

@@ -20,20 +20,15 @@ from ckd_ray.evaluate.bm25 import rank_bm25
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
 from ckd_ray.model.pooled import PooledModel
-from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import read_ranking_part
-from tests.support import overrides
+from tests.finished import Finished
 
 
-@pytest.fixture(scope="module")
-def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> Path:
-    """A run up to its ensemble."""
-    storage = tmp_path_factory.mktemp("ensemble")
-    config = load_config(None, overrides(storage, tiny_backbone, tiny_collection))
-    for stage in ("label", "ensemble"):
-        run_stages(config, until=stage)
-    return storage / config.run.name
+@pytest.fixture(scope="session")
+def run(finished_run: Finished) -> Path:
+    """The run that all share."""
+    return finished_run.run
 
 
 def _pairs(run: Path, scorer: str) -> dict[tuple[str, str], float]:
@@ -41,9 +36,9 @@ def _pairs(run: Path, scorer: str) -> dict[tuple[str, str], float]:
     return {(r["query_id"], r["passage_id"]): r["score"] for r in rows}
 
 
-def test_the_encoder_s_scores_are_cosines_of_its_pooled_vectors(run: Path, tiny_backbone: str) -> None:
+def test_the_encoder_s_scores_are_cosines_of_its_pooled_vectors(run: Path, finished_run: Finished) -> None:
     collection, pairs = Collection.open(str(run)), _pairs(run, "encoder")
-    model = PooledModel.from_backbone(tiny_backbone).eval()
+    model = PooledModel.from_backbone(finished_run.backbone).eval()
     queries, texts = collection.queries("train"), dict(zip(*_corpus(collection), strict=True))
     assert len(pairs) >= len(queries.ids) * 5
     for (query, passage), score in list(pairs.items())[::37]:

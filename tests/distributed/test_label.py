@@ -17,8 +17,9 @@ from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.ray_util import parts
 from ckd_ray.retrieve.servers import SearchSettings, serving
 from ckd_ray.store import EmbeddingStore
+from tests.here import in_this_process
 from tests.labelled import ranked_run, write_store
-from tests.support import overrides
+from tests.support import ALONE, overrides
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,9 @@ def test_the_stage_labels_by_the_estimate_and_suggests(
     ray_session: None, made: tuple[Path, Encoded], tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
     given = f"teacher.checkpoint={made[0] / 'tiny' / 'teacher'}"
-    values = overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=estimate", given)
-    reports = run_stages(load_config(None, values), until="label")
+    values = overrides(tmp_path, tiny_backbone, tiny_collection, "label.neighbours=estimate", given, *ALONE)
+    with in_this_process():
+        reports = run_stages(load_config(None, values), until="label")
     assert reports[-1].figures["votes"] == "estimate"
     run = tmp_path / "tiny"
     assert (run / "labels" / "_special_cells.safetensors").exists()

@@ -35,24 +35,22 @@ from ckd_ray.pipeline.stages import teacher
 from ckd_ray.runs import artifact
 from ckd_ray.runs.directory import RunContext
 from ckd_ray.store import EmbeddingStore, shard_name
+from tests.finished import Finished
+from tests.here import in_this_process
 from tests.support import classifier, flip_bit, overrides
 
-BASELINES = "evaluate.baselines=[encoder,bm25]"
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def run(storage: Path, backbone: str, collection: str, *more: str, **options: object) -> list[StageReport]:
-    return run_stages(load_config(None, overrides(storage, backbone, collection, BASELINES, *more)), **options)
+def run(shared: Finished, storage: Path, *more: str, **options: object) -> list[StageReport]:
+    """The run of `storage`, a copy of the shared one, with changes."""
+    return run_stages(load_config(None, shared.values(storage, *more)), **options)
 
 
-@pytest.fixture(scope="module")
-def finished(
-    ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str
-) -> Path:
-    storage = tmp_path_factory.mktemp("runs")
-    reports = run(storage, tiny_backbone, tiny_collection)
-    assert [r.name for r in reports] == [name for name in graph.STAGE_NAMES if name != "cross_encoder"]
-    assert not any(r.skipped for r in reports)
-    return storage
+@pytest.fixture(scope="session")
+def finished(finished_run: Finished) -> Path:
+    """The storage of the run that all share, to be read alone."""
+    return finished_run.storage
 
 
 def test_the_score_scale_is_measured_once_and_the_student_has_its_teacher_s(finished: Path) -> None:
@@ -128,11 +126,14 @@ def test_evaluation_files(finished: Path) -> None:
         assert per_query["MRR@10"][query] == pytest.approx(1 / rank if rank <= 10 else 0)
 
 
-def test_the_encoder_as_it_is_ranks_by_the_cosine_of_pooled_vectors(finished: Path, tiny_backbone: str) -> None:
+def test_the_encoder_as_it_is_ranks_by_the_cosine_of_pooled_vectors(finished: Path, finished_run: Finished) -> None:
     """Against one text at a time, its token outputs averaged, all pairs compared."""
     from transformers import AutoModel, AutoTokenizer
 
-    hf, encoder = AutoTokenizer.from_pretrained(tiny_backbone), AutoModel.from_pretrained(tiny_backbone).eval()
+    hf, encoder = (
+        AutoTokenizer.from_pretrained(finished_run.backbone),
+        AutoModel.from_pretrained(finished_run.backbone).eval(),
+    )
 
     def vector(text: str) -> np.ndarray:
         ids = hf(text, add_special_tokens=False, truncation=True, max_length=62)["input_ids"]
@@ -185,10 +186,10 @@ def test_the_baselines_leave_measures_and_runs_and_a_table(finished: Path) -> No
 
 
 def test_a_backbone_that_is_a_colbert_model_is_no_baseline(
-    finished: Path, tiny_backbone: str, tiny_collection: str, capfd: pytest.CaptureFixture[str]
+    finished: Path, finished_run: Finished, capfd: pytest.CaptureFixture[str]
 ) -> None:
     student = str(finished / "tiny" / "student")
-    config = load_config(None, overrides(finished, student, tiny_collection))
+    config = load_config(None, overrides(finished, student, finished_run.collection))
     found = measure_baselines(RunContext.of(config), ["dev"], ["encoder"])
     assert found.folders == {} and "late-interaction (ColBERT) model (ckd-ray)" in found.left_out["encoder"]
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("baselines:")]
@@ -207,8 +208,9 @@ def test_student_is_a_checkpoint_that_transformers_reads(finished: Path) -> None
     assert 0 < float(moved) < 0.01
 
 
-def test_a_second_run_does_nothing(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
-    reports = run(finished, tiny_backbone, tiny_collection)
+def test_a_second_run_does_nothing(finished_run: Finished, tmp_path: Path) -> None:
+    finished_run.copy(tmp_path)
+    reports = run(finished_run, tmp_path)
     assert all(r.skipped for r in reports)
 
 
@@ -221,30 +223,30 @@ ALTERED = (
 
 
 def test_altered_files_are_made_again_before_they_are_read(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, capfd: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, finished_run: Finished, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One bit of each; they are named, and what comes out is what came out before."""
-    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    finished_run.copy(tmp_path)
     kept = [*ALTERED, "labels/train-000000.parquet", "labels/_rows/train-000000.npy"]
     before = {name: (tmp_path / "tiny" / name).read_bytes() for name in kept}
     for name in ALTERED:
         flip_bit(tmp_path / "tiny" / name, len(before[name]) // 2)
-    reports = run(tmp_path, tiny_backbone, tiny_collection, start="label", until="label")
+    reports = run(finished_run, tmp_path, start="label", until="label")
     said = capfd.readouterr().err
     for name in ALTERED:
         assert f"tiny/{name}: its bytes do not match its checksum" in said
     assert [r.name for r in reports if not r.skipped] == ["collection", "retrieve", "label"]
     for name, data in before.items():
         assert (tmp_path / "tiny" / name).read_bytes() == data, name
-    assert all(r.skipped for r in run(tmp_path, tiny_backbone, tiny_collection, until="label"))
+    assert all(r.skipped for r in run(finished_run, tmp_path, until="label"))
 
 
 @pytest.mark.soak
 def test_a_teacher_that_comes_out_differently_is_followed(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, finished_run: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the same settings, other weights. What is left of the former teacher's is not mixed with them."""
-    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    finished_run.copy(tmp_path)
     flip_bit(tmp_path / "tiny/teacher/model.safetensors", 5000)
 
     def other(context: RunContext, fingerprint: str) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def test_a_teacher_that_comes_out_differently_is_followed(
 
     changed = [replace(stage, run=other) if stage is teacher.STAGE else stage for stage in graph.STAGES]
     monkeypatch.setattr(graph, "STAGES", tuple(changed))
-    reports = run(tmp_path, tiny_backbone, tiny_collection, start="retrieve", until="retrieve")
+    reports = run(finished_run, tmp_path, start="retrieve", until="retrieve")
     assert [r.name for r in reports if not r.skipped] == ["teacher", "embed", "retrieve"]
     one, two = (EmbeddingStore.open(str(at / "tiny/embeddings/passages")) for at in (finished, tmp_path))
     assert one.manifest["sha256"] == two.manifest["sha256"]  # as many embeddings, of the same tokens
@@ -263,24 +265,24 @@ def test_a_teacher_that_comes_out_differently_is_followed(
 
 
 def test_a_collection_that_cannot_be_read_any_more_leaves_the_former_one(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+    finished: Path, tmp_path: Path, finished_run: Finished
 ) -> None:
     shutil.copytree(finished / "tiny" / "corpus", tmp_path / "tiny" / "corpus")
     shutil.copytree(finished / "tiny" / "queries", tmp_path / "tiny" / "queries")
-    shutil.copytree(tiny_collection, tmp_path / "source")
+    shutil.copytree(finished_run.collection, tmp_path / "source")
     with (tmp_path / "source" / "collection.tsv").open("a") as file:
         file.write("no tab here\n")
     with pytest.raises(UserError, match=r"collection\.tsv"):
-        run(tmp_path, tiny_backbone, str(tmp_path / "source"), until="collection")
+        run(finished_run, tmp_path, f"collection.path={tmp_path / 'source'}", until="collection")
     assert Collection.open(str(tmp_path / "tiny")).num_passages == 60
-    assert run(tmp_path, tiny_backbone, tiny_collection, until="collection")[0].skipped
+    assert run(finished_run, tmp_path, until="collection")[0].skipped
 
 
 def test_queries_of_another_time_than_the_corpus_are_noticed(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, finished_run: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the new queries and before the new corpus: both are whole, and their numbers do not fit."""
-    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    finished_run.copy(tmp_path)
     write, calls = build._write_manifest, list[str]()
 
     def killed(folder: str, *rest: Any) -> None:
@@ -291,84 +293,80 @@ def test_queries_of_another_time_than_the_corpus_are_noticed(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(build, "_write_manifest", killed)
-        run(tmp_path, tiny_backbone, tiny_collection, "collection.limit=30", until="collection")
+        run(finished_run, tmp_path, "collection.limit=30", until="collection")
     before = (finished / "tiny/queries/_manifest.json").read_bytes()
     assert (tmp_path / "tiny/queries/_manifest.json").read_bytes() != before
-    reports = run(tmp_path, tiny_backbone, tiny_collection, start="retrieve", until="retrieve")
+    reports = run(finished_run, tmp_path, start="retrieve", until="retrieve")
     assert [r.name for r in reports if not r.skipped] == ["collection", "retrieve"]
     assert (tmp_path / "tiny/queries/_manifest.json").read_bytes() == before
 
 
 @pytest.mark.soak
 def test_a_finished_training_is_not_lost_before_it_is_in_the_manifest(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, finished_run: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    finished_run.copy(tmp_path)
 
     def killed(uri: str, files: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(artifact, "_with_digests", killed)
-        run(tmp_path, tiny_backbone, tiny_collection, start="distill", until="distill")
+        run(finished_run, tmp_path, start="distill", until="distill")
     (left,) = (tmp_path / "tiny" / "checkpoints").glob("distill-*")
     steps = (tmp_path / "tiny/student/metrics.jsonl").read_bytes()
-    run(tmp_path, tiny_backbone, tiny_collection, until="distill")
+    run(finished_run, tmp_path, until="distill")
     # The losses carry the times of their steps, so equal bytes are steps that were not done again.
     assert (tmp_path / "tiny/student/metrics.jsonl").read_bytes() == steps
     assert not left.exists()
 
 
 @pytest.mark.soak
-def test_an_evaluated_run_takes_a_further_split(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
-) -> None:
-    shutil.copytree(finished / "tiny", tmp_path / "tiny")
+def test_an_evaluated_run_takes_a_further_split(finished: Path, tmp_path: Path, finished_run: Finished) -> None:
+    finished_run.copy(tmp_path)
     shutil.rmtree(tmp_path / "tiny" / "student_embeddings")
-    run(tmp_path, tiny_backbone, tiny_collection, "evaluate.splits=[dev]")
+    run(finished_run, tmp_path, "evaluate.splits=[dev]")
     stores = tmp_path / "tiny" / "student_embeddings"
     assert not (stores / "queries.test").exists()
     before = {p: p.stat().st_mtime_ns for p in stores.glob("passages/*.arrow")}
-    run(tmp_path, tiny_backbone, tiny_collection)
+    run(finished_run, tmp_path)
     assert (tmp_path / "tiny/evaluation/student.test.run").exists()
     assert {p: p.stat().st_mtime_ns for p in stores.glob("passages/*.arrow")} == before
 
 
-def test_a_broken_shard_alone_is_made_again(finished: Path, tiny_backbone: str, tiny_collection: str) -> None:
-    folder = finished / "tiny" / "embeddings" / "passages"
+def test_a_broken_shard_alone_is_made_again(finished_run: Finished, tmp_path: Path) -> None:
+    folder = finished_run.copy(tmp_path) / "embeddings" / "passages"
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("*.arrow")}
     victim = folder / shard_name(2)
     os.truncate(victim, 100)
-    reports = {r.name: r.skipped for r in run(finished, tiny_backbone, tiny_collection, until="embed")}
+    reports = {r.name: r.skipped for r in run(finished_run, tmp_path, until="embed")}
     assert reports == {"collection": True, "teacher": True, "embed": False}
     for name, (changed, data) in before.items():
         assert (folder / name).read_bytes() == data, name
         assert ((folder / name).stat().st_mtime_ns == changed) == (name != victim.name)
 
 
-def test_contrastive_needs_no_labels(
-    ray_session: None, finished: Path, tiny_backbone: str, tiny_collection: str
-) -> None:
-    reports = run(finished, tiny_backbone, tiny_collection, "distill.objective=contrastive", until="distill")
+def test_contrastive_needs_no_labels(finished_run: Finished, tmp_path: Path) -> None:
+    finished_run.copy(tmp_path)
+    with in_this_process():
+        reports = run(finished_run, tmp_path, "distill.objective=contrastive", until="distill")
     assert "label" not in {r.name for r in reports}
     assert [r.name for r in reports if not r.skipped] == ["distill"]
 
 
-def test_a_given_teacher_is_taken_over_and_followed(
-    ray_session: None, finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
-) -> None:
+def test_a_given_teacher_is_taken_over_and_followed(finished: Path, tmp_path: Path, finished_run: Finished) -> None:
     """`teacher.checkpoint` replaces training; another checkpoint under the same name is noticed."""
     given = tmp_path / "given"
     model = ColBERT.from_pretrained(finished / "tiny" / "student")
     model.save(given)
     values = (f"teacher.checkpoint={given}",)
-    reports = run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")
+    reports = run(finished_run, tmp_path, *values, until="teacher")
     assert reports[-1].figures == {"given": str(given)}
     taken = ColBERT.from_pretrained(tmp_path / "tiny" / "teacher")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), taken.parameters(), strict=True))
-    assert run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")[-1].skipped
+    assert run(finished_run, tmp_path, *values, until="teacher")[-1].skipped
     ColBERT.from_pretrained(finished / "tiny" / "teacher").save(given)
-    assert not run(tmp_path, tiny_backbone, tiny_collection, *values, until="teacher")[-1].skipped
+    assert not run(finished_run, tmp_path, *values, until="teacher")[-1].skipped
 
 
 def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path) -> None:
@@ -392,18 +390,18 @@ def test_a_recomputed_teacher_gives_the_losses_of_the_stored_one(finished: Path)
     assert min(losses["store"]) > 0
 
 
-def test_the_student_of_a_generation_is_the_teacher_of_the_next(
-    finished: Path, tiny_backbone: str, tiny_collection: str
-) -> None:
-    config = load_config(None, overrides(finished, tiny_backbone, tiny_collection))
-    (first, _), (second, more) = run_generations(config, 2)
+def test_the_student_of_a_generation_is_the_teacher_of_the_next(finished_run: Finished, tmp_path: Path) -> None:
+    before = finished_run.copy(tmp_path)
+    config = load_config(None, finished_run.values(tmp_path))
+    with in_this_process():
+        (first, _), (second, more) = run_generations(config, 2)
     assert first == config
-    folder = finished / "tiny" / "generation-2"
-    assert second.run.storage == str(finished / "tiny") and RunContext.of(second).paths.root == str(folder)
+    folder = before / "generation-2"
+    assert second.run.storage == str(before) and RunContext.of(second).paths.root == str(folder)
     assert [r.name for r in more if r.skipped] == ["collection"], "the corpus is copied"
     weights = [
         ColBERT.from_pretrained(path).state_dict()
-        for path in (finished / "tiny" / "student", folder / "teacher", folder / "student")
+        for path in (before / "student", folder / "teacher", folder / "student")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
@@ -411,22 +409,24 @@ def test_the_student_of_a_generation_is_the_teacher_of_the_next(
 
 
 def test_cross_encoder_labels_from_a_model_and_then_from_a_file(
-    finished: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
+    finished: Path, tmp_path: Path, finished_run: Finished
 ) -> None:
     """The stage runs for its objective alone; its own Parquet is a file of scores like any other."""
-    model = classifier(tmp_path / "model", tiny_backbone, 1)
+    model = classifier(tmp_path / "model", finished_run.backbone, 1)
     chosen = ("distill.objective=cross_encoder", f"cross_encoder.model={model}", "cross_encoder.maxlen=48")
-    reports = run(finished, tiny_backbone, tiny_collection, *chosen, until="distill")
+    folder = finished_run.copy(tmp_path) / "cross_scores"
+    with in_this_process():
+        reports = run(finished_run, tmp_path, *chosen, until="distill")
     assert [r.name for r in reports if not r.skipped] == ["cross_encoder", "distill"]
     assert reports[-1].figures["first_loss"] > 0
-    folder = finished / "tiny" / "cross_scores"
     table = pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("train-*.parquet"))])
-    assert table.num_rows == reports[-2].figures["pairs"] == 24 * 16  # the labelled one and negatives_depth others
+    # of each labelled query the labelled passage and negatives_depth others
+    assert table.num_rows == reports[-2].figures["pairs"] == 21 * 16
     pq.write_table(table, tmp_path / "scores.parquet")
     chosen = ("distill.objective=cross_encoder", f"cross_encoder.scores={tmp_path / 'scores.parquet'}")
-    report = run(finished, tiny_backbone, tiny_collection, *chosen, until="cross_encoder")[-1]
+    report = run(finished_run, tmp_path, *chosen, until="cross_encoder")[-1]
     assert not report.skipped and report.figures["labelled_scored"] == report.figures["negatives_scored"] == 1
     again = pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("train-*.parquet"))])
     key = [("query_id", "ascending"), ("passage_id", "ascending")]
     assert again.sort_by(key).equals(table.sort_by(key))
-    assert run(finished, tiny_backbone, tiny_collection, *chosen, until="cross_encoder")[-1].skipped
+    assert run(finished_run, tmp_path, *chosen, until="cross_encoder")[-1].skipped

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from ckd_ray.checks import load_config
 from ckd_ray.inspection.export_labels import export_labels
 from ckd_ray.inspection.labelled_run import LabelledRun
-from ckd_ray.pipeline.runner import run_stages
-from tests.support import overrides
+from tests.finished import UNLABELLED, Finished
 
-UNLABELLED = {"q2", "q9", "q17"}
 ALL = [f"q{i}" for i in range(24)]
 
 
-@pytest.fixture(scope="module")
-def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> Path:
-    """A run up to its student, where three of 24 training queries have no label."""
-    storage = tmp_path_factory.mktemp("unlabelled")
-    folder = Path(shutil.copytree(tiny_collection, storage / "in"))
-    rows = (folder / "qrels.train.tsv").read_text().splitlines(True)
-    (folder / "qrels.train.tsv").write_text("".join(r for r in rows if r.split("\t")[0] not in UNLABELLED))
-    config = load_config(None, overrides(storage, tiny_backbone, str(folder)))
-    run_stages(config, until="distill")
-    return storage / config.run.name
+@pytest.fixture(scope="session")
+def run(finished_run: Finished) -> Path:
+    """The run that all share, where three of 24 training queries have no label."""
+    return finished_run.run
 
 
 def test_they_are_ranked_labelled_and_scored_by_the_ensemble(run: Path) -> None:
@@ -45,7 +35,7 @@ def test_they_are_ranked_labelled_and_scored_by_the_ensemble(run: Path) -> None:
 
 def test_the_student_is_trained_on_the_others(run: Path) -> None:
     manifest = json.loads((run / "student" / "_manifest.json").read_text())
-    assert manifest["figures"]["count"] == 4 and (run / "student" / "model.safetensors").is_file()
+    assert manifest["figures"]["count"] == 6 and (run / "student" / "model.safetensors").is_file()
     opened = LabelledRun.open(str(run))
     left = {opened.queries.ids[q] for q in opened.positives.labelled_queries}
     assert left == set(ALL) - UNLABELLED

@@ -26,6 +26,8 @@ from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.report.page import write_report
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.search.searcher import Searcher
+from tests.here import in_this_process
+from tests.support import ALONE
 
 KEPT = Path(__file__).parents[1] / "data" / "run-0.1.zip"
 Found = TypeVar("Found")
@@ -116,20 +118,22 @@ def settings_then(kept: Path, **changed: object) -> Config:
         values[section][name] = value
     path = kept.parent / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
-    return load_config(str(path))
+    return load_config(str(path), list(ALONE))
 
 
 def test_a_run_is_gone_on_with(kept: Path, ray_session: None) -> None:
     """The same command finds the run finished or makes what is missing. A changed setting gives another student."""
     texts = asked(kept, "test")
-    done = works_or_says_what_to_do(kept, lambda: run_stages(settings_then(kept)))
+    with in_this_process():
+        done = works_or_says_what_to_do(kept, lambda: run_stages(settings_then(kept)))
     if done is None:
         return
     assert {stage.name for stage in done} >= {"collection", "teacher", "label", "distill", "evaluate"}
     found = searched(kept)
     assert found == ranked_then(kept, "test") and found.keys() == texts.keys()
     student = (kept / "student" / "model.safetensors").read_bytes()
-    run_stages(settings_then(kept, distill__learning_rate=0.01))
+    with in_this_process():
+        run_stages(settings_then(kept, distill__learning_rate=0.01))
     assert (kept / "student" / "model.safetensors").read_bytes() != student
     assert searched(kept) == ranked_then(kept, "test")
     assert open_finished(str(kept)).record["config"]["distill"]["learning_rate"] == 0.01

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from tests.ray_head import small_ray
+
 
 def main(run: str, out: str, calls_path: str) -> None:
     import ray
@@ -65,4 +67,5 @@ def wait_for(condition: Callable[[], bool], thread: threading.Thread) -> None:
 
 if __name__ == "__main__":
     os.environ.pop("RAY_ADDRESS", None)
-    main(*sys.argv[1:])
+    with small_ray():
+        main(*sys.argv[1:])
