@@ -72,6 +72,7 @@ _OF_OTHERS = {"os._exit"}  # documented
 # Environment variables of Ray that no page of its documentation describes, by the module or program that reads them.
 VARIABLES: dict[str, str] = {
     "RAY_AIR_NEW_OUTPUT": "ray.tune.experimental.output",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "ray.train.v2._internal.constants",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "ray.train.v2._internal.constants",
     "RAY_UP_enable_autoscaler_v2": "ray.autoscaler._private.commands",
     "RAY_idle_worker_killing_time_threshold_ms": "the raylet",
