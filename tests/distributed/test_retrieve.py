@@ -58,7 +58,7 @@ def test_a_killed_server_comes_back_and_answers_the_same(ray_session: None, tmp_
 
 
 def test_a_server_without_a_machine_is_waited_for_with_a_limit(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that lost its GPU waited for another one for ever, as survivors leave none free."""
     monkeypatch.setattr(waiting, "_PLACE_S", 1.5)
@@ -78,12 +78,19 @@ def test_a_server_without_a_machine_is_waited_for_with_a_limit(
     started = time.monotonic()
     assert list(arrived({server.busy.remote(2.5): server}, "2 CPU")) == ["done"], "computing has no limit"
     assert time.monotonic() - started >= 2.5
-    # Takes a CPU as soon as the process has ended.
-    taken = ray.remote(num_cpus=1)(lambda: time.sleep(8)).remote()
+    given_back = tmp_path / "given-back"
+
+    @ray.remote(num_cpus=1)
+    def hold() -> None:
+        while not given_back.exists():
+            time.sleep(0.05)
+
+    taken = hold.remote()  # takes a CPU as soon as the process has ended
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(JobError, match=r"1 of the servers.*no machine for 2 s.*each needs 2 CPU, 0 GPU") as error:
         list(arrived({server.busy.remote(0): server}, "2 CPU, 0 GPU"))
     assert "the cluster has 2 CPU and 0 GPU" in str(error.value)
+    given_back.touch()
     ray.get(taken)
     monkeypatch.setattr(waiting, "_PLACE_S", 60.0)
     assert list(arrived({server.busy.remote(0): server}, "")) == ["done"], "it found a place after all"

@@ -24,6 +24,7 @@ from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.runs.directory import RunContext
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.tune.job import run_tune
+from tests.finished import Finished
 from tests.support import overrides, tensorboard_events
 
 SPACE = (
@@ -39,6 +40,23 @@ SMALL = ("tune.trials=4", "tune.label_kept=2", "tune.dev_queries=6", "tune.dev_p
 
 def settings(storage: Path, backbone: str, collection: str, *more: str) -> list[str]:
     return overrides(storage, backbone, collection, *CHANGES, *SMALL, *more)
+
+
+@pytest.mark.slow
+def test_a_small_search_in_a_finished_run(ray_session: None, finished_run: Finished, tmp_path: Path) -> None:
+    """One trial, of the configuration's own values, through Ray Tune and Ray Train: nothing is made again for it."""
+    run = finished_run.copy(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "run.json"}
+    space = "tune.space={distill.temperature: {loguniform: [0.2, 5.0]}}"
+    changes = ("tune.search=random", "tune.trials=1", "tune.measurements=2", "distill.temperature=0.25", space)
+    config = load_config(None, finished_run.values(tmp_path, *changes, "tune.retrain=false"))
+    summary = run_tune(config)
+    (trial,) = pq.read_table(run / "tune" / "trials.parquet").to_pylist()
+    assert trial["state"] == "finished" and trial["steps"] == 6 and trial["distill.temperature"] == 0.25
+    assert summary["best"]["trial"] == 0 and 0 < summary["best"]["mrr@10"] == trial["mrr@10"] <= 1
+    assert load_config(str(run / "tune" / "best.yaml")).distill.temperature == 0.25
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list((run / "checkpoints").glob("distill-*")) and not list((run / "tune").rglob("student-*"))
 
 
 @pytest.mark.soak
