@@ -176,7 +176,7 @@ def test_work_of_approximate_search_and_votes_by_hand() -> None:
 
 def test_seconds_by_hand_and_over_machines() -> None:
     """Amdahl: what scales shrinks by the number of machines, the rest stays."""
-    c = config("embed.precision=fp32", "label.neighbours=exact")
+    c = config("embed.precision=fp32", "label.neighbours=exact", "evaluate.depth=1000")
     sizes = replace(SMALL, passages=100_000)
     one, ten = (
         {
@@ -272,7 +272,7 @@ def test_a_hundred_gpus_and_140_million_passages() -> None:
 
 
 def test_memory_and_storage_by_hand() -> None:
-    c = config("embed.passages_per_shard=100", "distill.batch_size=20")
+    c = config("embed.passages_per_shard=100", "distill.batch_size=20", "evaluate.depth=1000")
     layout, shape = lay_out(c, SMALL, machines()), rates().shape
     # 16 bytes a parameter; 6,000 tokens keep 34 * 384 numbers a layer, 4 bytes each of which 2 are counted in the 34.
     assert training_bytes(6000, shape, on_gpu=False) == 16 * 20e6 + 6000 * 6 * 68 * 384
