@@ -97,8 +97,6 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # Nobody takes this machine back, so a training needs no process that looks for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Threads of OpenMP that wait for each other in a loop take the cores from Ray's other processes.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         running = read_ray_address()
         try:
             ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **options)
