@@ -59,20 +59,20 @@ def _row(measure: str, systems: Mapping[str, Measures]) -> dict[str, Any]:
 
 
 def verdict_of(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """Whether the student is better than the encoder as it is, on the first measure of dev (without dev, of the first
-    split). None where one of them was not measured.
+    """Whether the student is better than the encoder as it is, by the first measure of the split with the most queries
+    (dev of equals), where chance plays the smallest part. None where one of them was not measured.
 
     Returns:
         `better` (the higher mean), `split`, `measure`, the means `student` and `encoder`, `difference`, the corrected
         `p`, and `text`, a sentence for the user.
     """
-    split = "dev" if "dev" in splits else next(iter(splits), None)
-    if split is None or not splits[split]:
+    first = {split: next(iter(rows.items())) for split, rows in splits.items() if rows}
+    tested = {split: row for split, (_, row) in first.items() if "encoder" in row["student_minus"]}
+    if not tested:
         return None
-    measure, row = next(iter(splits[split].items()))
-    difference = row["student_minus"].get("encoder")
-    if difference is None:
-        return None
+    split = max(tested, key=lambda name: (tested[name]["systems"][STUDENT]["n"], name == "dev"))
+    measure, row = first[split]
+    difference = row["student_minus"]["encoder"]
     student, encoder = (row["systems"][name]["mean"] for name in (STUDENT, "encoder"))
     better = difference["mean"] > 0
     figures = f"{measure} {student:.4f} against {encoder:.4f} on {split}"

@@ -266,15 +266,17 @@ def test_the_closing_table_by_hand() -> None:
     assert "nothing was measured" in render_table(build_table({}))
 
 
-def test_the_verdict_is_on_the_first_measure_of_dev() -> None:
+def test_the_verdict_is_on_the_split_with_the_most_queries() -> None:
     worse = measured(student=[0.4, 0.5], encoder=[0.5, 0.5], teacher=[0.1, 0.1])
     good = measured(student=[1.0] * 12, encoder=[0.5] * 12)
-    verdict = build_table({"test": good, "dev": worse})["verdict"]
+    larger = build_table({"dev": worse, "test": good})["verdict"]
+    assert larger["better"] and larger["split"] == "test"
+    verdict = build_table({"test": measured(student=[1.0] * 2, encoder=[0.5] * 2), "dev": worse})["verdict"]
     assert not verdict["better"] and (verdict["split"], verdict["measure"]) == ("dev", "MRR@10")
     assert (verdict["student"], verdict["encoder"]) == (pytest.approx(0.45), 0.5)
     assert "The student is not better than the encoder as it is: MRR@10 0.4500 against 0.5000 on dev" in verdict["text"]
     assert "ckd-ray tune" in verdict["text"]
-    assert build_table({"test": good})["verdict"]["better"], "the first split where there is no dev"
+    assert build_table({"dev": measured(student=[0.5] * 20), "test": good})["verdict"]["split"] == "test"
     equal = build_table({"dev": measured(student=[0.5, 1.0], encoder=[1.0, 0.5])})["verdict"]
     assert not equal["better"]
     lucky = build_table({"dev": measured(student=[0.5, 1.0], encoder=[0.5, 0.9])})["verdict"]
