@@ -17,6 +17,7 @@ import typer
 from ckd_ray.cli import app
 from ckd_ray.cli.command import guarded, put
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.model import ColBERT, ColBERTSettings
 from tests.support import overrides
 
 COMMAND = [sys.executable, "-m", "ckd_ray"]
@@ -136,7 +137,10 @@ def test_a_killed_driver_loses_no_shard_and_the_same_command_goes_on(
     running_head: str, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
     """kill -9 of the driver in the middle of embedding, then once more: on a running `ray start --head`."""
-    values = sets(overrides(tmp_path, tiny_backbone, tiny_collection, "embed.passages_per_shard=2", "embed.actors=1"))
+    settings = ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48)
+    ColBERT.from_backbone(tiny_backbone, settings, seed=1).save(tmp_path / "given")
+    changes = ("embed.passages_per_shard=2", "embed.actors=1", f"teacher.checkpoint={tmp_path / 'given'}")
+    values = sets(overrides(tmp_path, tiny_backbone, tiny_collection, *changes))
     environment = {**os.environ, "RAY_ADDRESS": running_head}
     folder = tmp_path / "tiny" / "embeddings" / "passages"
     process = subprocess.Popen([*COMMAND, "embed", *values], stderr=subprocess.PIPE, text=True, env=environment)
