@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
-from tests.support import overrides, tiny_bert
+from tests.ray_head import started_head
+from tests.support import ALONE, overrides, tiny_bert
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "examples").glob("*.ipynb"))
@@ -21,26 +24,30 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `bin/ckd-ray`, which makes every training tiny and starts a Ray of its own."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `bin/ckd-ray`, which makes every training tiny, with one process for each purpose, on one Ray."""
     folder = tmp_path_factory.mktemp("examples")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     words = Counter(re.findall(r"[a-z]+", " ".join(topics.values()).lower()))
     backbone = tiny_bert(folder / "encoder", [word for word, _ in words.most_common(2000)])
-    sizes = overrides("runs", backbone, "x")[5:]  # the run and the collection are those of the example
+    sizes = overrides("runs", backbone, "x", *ALONE)[5:]  # the run and the collection are those of the example
     settings = " ".join(f"--set {value}" for value in sizes if not value.startswith("evaluate."))
     (folder / "bin").mkdir()
     script = folder / "bin" / "ckd-ray"
     script.write_text(
         f"""#!/bin/bash
 case "$1" in
-  train | evaluate) exec {sys.executable} -m ckd_ray "$@" --cluster local {settings} ;;
+  train | evaluate) exec {sys.executable} -m ckd_ray "$@" --cluster 127.0.0.1:{port} {settings} ;;
   *) exec {sys.executable} -m ckd_ray "$@" ;;
 esac
 """
     )
     script.chmod(0o755)
     (folder / "bin" / "python").symlink_to(sys.executable)
-    return folder
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with started_head(tmp_path_factory.mktemp("head"), environment, f"--port={port}", "--include-dashboard=false"):
+        yield folder
 
 
 def _run(command: list[str], place: Path) -> str:
