@@ -17,6 +17,8 @@ measure test once. `--graded FILE` are further labels (TSV: query, 0, passage, g
 temperature divides its scores and the teacher's, without its min-max normalisation. `--teacher-scores` are those of
 `kl`: `raw` (a sum of cosines, as the student's) or `minmax` (0..1 a query). By default they are raw for
 sentence-transformers, and minmax for PyLate at its default temperature, since its loss brings the student's to 0..1.
+`--train-maxlen`: most tokens of a passage in training, `distill.doc_maxlen` of the run by default, as its own student
+has them. Every checkpoint is measured with `model.doc_maxlen` tokens, as the student is.
 `--form`: what a sentence-transformers student is: `plain` is what MultiVectorEncoder makes of an encoder (its example
 of contrastive training); `expanded` adds [MASK] tokens to queries and leaves punctuation out (its example of
 distillation). `--quick`: 4 steps of 2 queries.
@@ -31,7 +33,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,7 @@ def main() -> None:
         "budget": budget.to_dict(),
         "learning_rate": args.learning_rate,
         "warmup": args.warmup,
+        "train_maxlen": args.train_maxlen or bench.config["distill"].get("doc_maxlen"),
         "schedule": "AdamW, linear, gradients clipped at 1 (the trainer's defaults)",
         "precision": args.precision,
         "threads": args.threads,
@@ -133,6 +136,7 @@ def parsed() -> argparse.Namespace:
         precision={"choices": ("bf16", "fp32"), "default": "bf16", "help": "of the training, by autocast on the CPU"},
         threads={**number, "default": 2},
         seeds={**number, "nargs": "+", "default": [1]},
+        train_maxlen={**number, "metavar": "TOKENS", "help": "of a passage in training"},
         splits={"nargs": "+", "choices": ("dev", "test"), "help": "those of the run by default"},
         graded={"metavar": "FILE", "help": "further labels of the dev queries"},
     )
@@ -184,7 +188,7 @@ def job(
         "backbone": resolve_backbone(model["backbone"]),
         "dim": model["dim"],
         "query_maxlen": model["query_maxlen"],
-        "doc_maxlen": model["doc_maxlen"],
+        "doc_maxlen": args.train_maxlen or bench.config["distill"].get("doc_maxlen") or model["doc_maxlen"],
         "steps": budget.steps,
         "queries_per_step": budget.queries_per_step,
         "learning_rate": args.learning_rate,
@@ -357,7 +361,9 @@ class Bench:
             (folder / shared).symlink_to(self.run / shared, target_is_directory=True)
         model = config.model
         wanted = ColBERTSettings(dim=model.dim, query_maxlen=model.query_maxlen, doc_maxlen=model.doc_maxlen)
-        load_any(str(folder / "checkpoint"), wanted).model.save(folder / "student")
+        student = load_any(str(folder / "checkpoint"), wanted).model
+        student.settings = replace(student.settings, doc_maxlen=model.doc_maxlen)  # of the index, not of the training
+        student.save(folder / "student")
         splits = evaluation_splits(config, self.collection)
         embeddings, evaluation = str(folder / "embeddings"), str(folder / "evaluation")
         set_quiet(True)

@@ -17,8 +17,8 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="sentence-transformers, pylate or colbert; of labels also flagembedding, tevatron, triples; of vectors"
-            " parquet; of an index fast-plaid.",
+            help="sentence-transformers, pylate, colbert or onnx; of labels also flagembedding, tevatron, triples; of"
+            " vectors parquet; of an index fast-plaid.",
         ),
     ],
     json_: bool,
@@ -40,8 +40,8 @@ def export(
         typer.Option("--push", help="Upload the folder to the hub as OWNER/NAME, which is private if it is new."),
     ] = None,
 ) -> None:
-    """Write a run's model for sentence-transformers, PyLate or colbert-ai, its labels as a training set, or the token
-    embeddings of its passages for another search engine."""
+    """Write a run's model for sentence-transformers, PyLate, colbert-ai or ONNX, its labels as a training set, or the
+    token embeddings of its passages for another search engine."""
     from ckd_ray.pipeline.export import export as write
 
     written = write(run, what, fmt, out=out, model=model, width=width, scores=scores, bits=bits)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_ray.model.maxsim import maxsim
+from ckd_ray.arrays import IntArray
+from ckd_ray.model.maxsim import EMPTY, maxsim
 
 
 def expansion_weights(
@@ -76,3 +79,51 @@ def teacher_scores(
     ones_BQ = weights_BE.new_ones(queries_BQD.shape[:2])
     weights_BR = torch.cat([ones_BQ, weights_BE], 1)
     return maxsim(rows_BRD, passages_NLD, passage_mask_NL, weights_BR, similarity, zero_row_floor=zero_row_floor)
+
+
+@torch.no_grad()
+def candidate_scores(
+    queries_QD: Tensor,
+    expansions_ED: Tensor,
+    weights_E: Tensor,
+    rows_TD: Tensor,
+    lengths_N: IntArray,
+    similarity: Literal["l2", "cosine"] = "l2",
+    *,
+    zero_row_floor: bool = False,
+) -> Tensor:
+    """`teacher_scores` of one query for its own candidates, whose rows lie one after another.
+
+    One product over all rows without padding, then the maximum of each stretch: a third of the time of
+    `teacher_scores`, which pads passages to one length. On the CPU.
+
+    Args:
+        rows_TD: the rows of all N candidates, T = sum(lengths_N).
+
+    Returns:
+        scores_N, float32.
+    """
+    counting = weights_E != 0
+    a_RD = torch.cat([queries_QD.float(), expansions_ED[counting].float()])
+    weights_R = torch.cat([weights_E.new_ones(len(queries_QD)), weights_E[counting]]).float()
+    b_TD = rows_TD.float()
+    if similarity == "cosine":
+        a_RD, b_TD = F.normalize(a_RD, dim=-1), F.normalize(b_TD, dim=-1)
+        products_RT = a_RD @ b_TD.T
+    else:
+        products_RT = torch.addmm(b_TD.square().sum(-1) / -2, a_RD, b_TD.T)
+    lengths_N = np.asarray(lengths_N)
+    filled = lengths_N > 0
+    best_RN = torch.zeros(len(a_RD), len(lengths_N))
+    if filled.any():
+        starts = (np.cumsum(lengths_N) - lengths_N)[filled]
+        best_RN[:, torch.from_numpy(filled)] = torch.from_numpy(
+            np.maximum.reduceat(products_RT.numpy(), starts, axis=1)
+        )
+    if zero_row_floor:
+        best_RN = best_RN.clamp_min(0.0)
+    if similarity == "l2":
+        best_RN = 2 * best_RN - a_RD.square().sum(-1, keepdim=True)
+    if not zero_row_floor:
+        best_RN[:, torch.from_numpy(~filled)] = EMPTY[similarity]
+    return weights_R @ best_RN

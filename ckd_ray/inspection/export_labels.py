@@ -1,10 +1,13 @@
 """`ckd-ray export RUN --what labels`: the collective scores of every training query's candidates, as a training set of
-other libraries. Needs no Ray; one block of queries is in memory at a time.
+other libraries.
 
 A query's candidates are its labelled passages and the top of its ranking. Labelled passages come first, then the others
 by falling score. A query without a label has the teacher's scores alone; where a format asks for a positive, it is the
 passage that the teacher scores highest. Every query has the same number of candidates, which readers of list columns
 want; queries with fewer are left out and counted.
+
+Blocks of queries are scored one after another in this process, or by tasks of Ray where there are many; one block is in
+memory at a time. Shapes: B queries of a block, W candidates a query.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,37 +26,62 @@ import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.errors import UserError
-from ckd_ray.files import join, new_folder
+from ckd_ray.files import file_signature, join, new_folder
 from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.progress import Progress
+from ckd_ray.ray_util.parts import part_tables, query_spans
+from ckd_ray.runs.artifact import manifest_file
 
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
 SCALINGS = ("minmax", "raw")
 _WITH_POSITIVES = ("flagembedding", "tevatron", "triples")
-_QUERIES_A_BLOCK = 256
+QUERIES_A_BLOCK = 256
+# Above so many queries, tasks of Ray score them: below, to start Ray takes longer than it saves.
+_QUERIES_IN_PROCESS = 20_000
 
 
 @dataclass(frozen=True)
-class Row:
-    """A query's candidates, (width,): dense passage indices and scores.
+class Block:
+    """The candidates of B queries.
 
     Attributes:
-        positives: how many of the first ones are labelled; 1 where none is, which is the teacher's best.
+        queries_B, passages_BW: dense indices. scores_BW: scaled as asked for.
+        positives_B: how many of a query's first candidates are labelled; 0 for a query without a label.
     """
 
-    query: int
-    passages: Int64Array
-    scores: Float64Array
-    positives: int
+    queries_B: Int64Array
+    positives_B: Int64Array
+    passages_BW: Int64Array
+    scores_BW: Float64Array
+
+    def to_table(self) -> pa.Table:
+        """As a task returns it."""
+        width = self.passages_BW.shape[1]
+        lists = {"passages": self.passages_BW, "scores": self.scores_BW}
+        columns = {name: pa.FixedSizeListArray.from_arrays(v.reshape(-1), width) for name, v in lists.items()}
+        return pa.table({"query": self.queries_B, "positives": self.positives_B, **columns})
+
+    @classmethod
+    def from_table(cls, table: pa.Table, width: int) -> Block:
+        """`to_table`'s form."""
+
+        def values(name: str) -> Any:
+            column = table[name].combine_chunks()
+            return column.flatten().to_numpy().reshape(-1, width)
+
+        return cls(table["query"].to_numpy(), table["positives"].to_numpy(), values("passages"), values("scores"))
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """Ids and texts of the queries and passages of a block."""
+class _Row:
+    """A query with the ids and texts of its candidates; `positives` is 1 where none is labelled."""
 
-    query_ids: dict[int, str]
-    queries: dict[int, str]
-    passage_ids: dict[int, str]
-    passages: dict[int, str]
+    query_id: str
+    query: str
+    ids: list[str]
+    texts: list[str]
+    scores: list[float]
+    positives: int
 
 
 def export_labels(
@@ -83,27 +112,69 @@ def export_labels(
     opened = LabelledRun.open(run)
     target = out or join(opened.paths.exports, f"labels-{fmt}")
     writer = {"sentence-transformers": _lists, "pylate": _lists}.get(fmt) or _LINES[fmt]
-    counts = {"queries": 0, "unlabelled": 0, "left_out": 0}
-    with new_folder(target) as folder:
-        writer(Path(folder), opened, _rows(opened, width, scaling, counts))
+    total, counts = len(opened.queries.ids), {"queries": 0, "unlabelled": 0}
+    with new_folder(target) as folder, Progress("export", total, "queries") as progress:
+        writer(Path(folder), opened, _counted(_blocks(opened, run, width, scaling), counts, progress))
+        counts["left_out"] = total - counts["queries"]
         (Path(folder) / "README.md").write_text(_card(opened, fmt, width, scaling, counts), encoding="utf-8")
     return {"out": target, "format": fmt, **counts, "width": width, "scaling": scaling}
 
 
-def _rows(opened: LabelledRun, width: int, scaling: str, counts: dict[str, int]) -> Iterator[Row]:
-    for query in range(len(opened.queries.ids)):
+def score_block(opened: LabelledRun, first: int, stop: int, width: int, scaling: str) -> Block:
+    """The candidates of the queries from `first` to `stop` that have at least `width` of them."""
+    queries, positives, passages, scores = [], [], [], []
+    for query in range(first, stop):
         ranking = opened.rankings[query]
-        passages = opened.with_labelled(query, ranking[: opened.settings.negatives_depth])
-        if len(passages) < width:
-            counts["left_out"] += 1
+        found = opened.with_labelled(query, ranking[: opened.settings.negatives_depth])
+        if len(found) < width:
             continue
-        scores = opened.distributions(query, passages).collective_scores.numpy()
-        labelled = np.isin(passages, opened.positives.of(query))
-        order = np.lexsort((passages, -scores, ~labelled))[:width]
-        known = int(labelled[order].sum())
-        counts["queries"] += 1
-        counts["unlabelled"] += not known
-        yield Row(query, passages[order], _scaled(scores[order], scaling), known or 1)
+        scores_N = opened.collective_scores(query, found).numpy()
+        labelled_N = np.isin(found, opened.positives.of(query))
+        order_W = np.lexsort((found, -scores_N, ~labelled_N))[:width]
+        queries.append(query)
+        positives.append(int(labelled_N[order_W].sum()))
+        passages.append(found[order_W])
+        scores.append(_scaled(scores_N[order_W], scaling))
+    return Block(
+        np.array(queries, np.int64),
+        np.array(positives, np.int64),
+        np.array(passages, np.int64).reshape(-1, width),
+        np.array(scores, np.float64).reshape(-1, width),
+    )
+
+
+def _blocks(opened: LabelledRun, run: str, width: int, scaling: str) -> Iterator[Block]:
+    spans = query_spans(len(opened.queries.ids), QUERIES_A_BLOCK)
+    if len(opened.queries.ids) <= _QUERIES_IN_PROCESS:
+        for first, stop in spans:
+            yield score_block(opened, first, stop, width, scaling)
+        return
+    from ckd_ray.ray_util.session import connected
+
+    made = tuple(file_signature(manifest_file(opened.paths.labels)))
+    with connected(None):
+        arguments = {"run": run, "made": made, "width": width, "scaling": scaling}
+        for table in part_tables(spans, _part, arguments):
+            if len(table):
+                yield Block.from_table(table, width)
+
+
+def _part(batch: dict[str, Any], run: str, made: tuple[int, ...], width: int, scaling: str) -> pa.Table:
+    return score_block(_opened(run, made), int(batch["first"][0]), int(batch["stop"][0]), width, scaling).to_table()
+
+
+@lru_cache(maxsize=1)
+def _opened(run: str, made: tuple[int, ...]) -> LabelledRun:
+    """A run, opened once a process, and again when its labels have been made anew."""
+    return LabelledRun.open(run)
+
+
+def _counted(blocks: Iterator[Block], counts: dict[str, int], progress: Progress) -> Iterator[Block]:
+    for block in blocks:
+        counts["queries"] += len(block.queries_B)
+        counts["unlabelled"] += int((block.positives_B == 0).sum())
+        yield block
+        progress.advance(len(block.queries_B))
 
 
 def _scaled(scores: Float64Array, scaling: str) -> Float64Array:
@@ -113,42 +184,42 @@ def _scaled(scores: Float64Array, scaling: str) -> Float64Array:
     return (scores - low) / (high - low) if high > low else np.ones_like(scores)
 
 
-def _blocks(opened: LabelledRun, rows: Iterator[Row]) -> Iterator[tuple[list[Row], _Texts]]:
-    block: list[Row] = []
-    for row in rows:
-        block.append(row)
-        if len(block) == _QUERIES_A_BLOCK:
-            yield block, _texts(opened, block)
-            block = []
-    if block:
-        yield block, _texts(opened, block)
-
-
-def _texts(opened: LabelledRun, rows: list[Row]) -> _Texts:
-    unique = np.unique(np.concatenate([row.passages for row in rows]))
+def _with_texts(opened: LabelledRun, blocks: Iterator[Block]) -> Iterator[_Row]:
     collection, queries = opened.collection, opened.queries
-    wanted = [row.query for row in rows]
-    return _Texts(
-        {q: queries.ids[q] for q in wanted},
-        {q: queries.texts[q] for q in wanted},
-        dict(zip(unique.tolist(), collection.passage_ids(unique), strict=True)),
-        dict(zip(unique.tolist(), collection.texts(unique), strict=True)),
-    )
+    for block in blocks:
+        unique, at = np.unique(block.passages_BW.reshape(-1), return_inverse=True)
+        ids, texts = collection.passage_ids(unique), collection.texts(unique)
+        at_BW: Any = at.reshape(block.passages_BW.shape).tolist()
+        lines = zip(block.queries_B.tolist(), at_BW, block.scores_BW.tolist(), block.positives_B.tolist(), strict=True)
+        for query, places, scores, positives in lines:
+            yield _Row(
+                query_id=queries.ids[query],
+                query=queries.texts[query],
+                ids=[ids[i] for i in places],
+                texts=[texts[i] for i in places],
+                scores=scores,
+                positives=positives or 1,
+            )
 
 
-def _lists(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
+def _lists(folder: Path, opened: LabelledRun, blocks: Iterator[Block]) -> None:
     """`train.parquet` (query_id, document_ids, scores), `queries.parquet` and `documents.parquet` (id, text)."""
     schema = pa.schema(
         {"query_id": pa.string(), "document_ids": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
     )
     with pq.ParquetWriter(folder / "train.parquet", schema, compression="zstd") as file:
-        for block, texts in _blocks(opened, rows):
-            columns = {
-                "query_id": [texts.query_ids[row.query] for row in block],
-                "document_ids": [[texts.passage_ids[p] for p in row.passages.tolist()] for row in block],
-                "scores": [row.scores.tolist() for row in block],
-            }
-            file.write_table(pa.table(columns, schema))
+        for block in blocks:
+            rows, width = block.passages_BW.shape
+            unique, at = np.unique(block.passages_BW.reshape(-1), return_inverse=True)
+            ids = pa.array(opened.collection.passage_ids(unique), pa.string()).take(pa.array(at))
+            starts = pa.array(np.arange(0, rows * width + 1, width), pa.int32())
+            scores = pa.array(block.scores_BW.reshape(-1).astype(np.float32))
+            columns = [
+                pa.array([opened.queries.ids[q] for q in block.queries_B.tolist()], pa.string()),
+                pa.ListArray.from_arrays(starts, ids),
+                pa.ListArray.from_arrays(starts, scores),
+            ]
+            file.write_table(pa.table(columns, schema=schema))
     queries = opened.queries
     pq.write_table(pa.table({"query_id": queries.ids, "text": queries.texts}), folder / "queries.parquet")
     schema = pa.schema({"document_id": pa.string(), "text": pa.string()})
@@ -158,13 +229,15 @@ def _lists(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
             file.write_table(pa.table({"document_id": ids, "text": passages}, schema))
 
 
-def _colbert(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
+def _colbert(folder: Path, opened: LabelledRun, blocks: Iterator[Block]) -> None:
     """`train.jsonl` of [qid, [pid, score], ...], where ids are line numbers of `queries.tsv` and `collection.tsv`."""
     with ExitStack() as stack:
         files = {n: stack.enter_context(_open(folder / n)) for n in ("train.jsonl", "queries.tsv", "collection.tsv")}
-        for row in rows:
-            pairs = [[p, s] for p, s in zip(row.passages.tolist(), row.scores.tolist(), strict=True)]
-            files["train.jsonl"].write(json.dumps([row.query, *pairs]) + "\n")
+        for block in blocks:
+            lines = zip(block.queries_B.tolist(), block.passages_BW.tolist(), block.scores_BW.tolist(), strict=True)
+            for query, passages, scores in lines:
+                pairs = [[p, s] for p, s in zip(passages, scores, strict=True)]
+                files["train.jsonl"].write(json.dumps([query, *pairs]) + "\n")
         for number, text in enumerate(opened.queries.texts):
             files["queries.tsv"].write(f"{number}\t{_one_line(text)}\n")
         for first, passages in opened.collection.text_blocks():
@@ -172,46 +245,43 @@ def _colbert(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
                 files["collection.tsv"].write(f"{number}\t{_one_line(text)}\n")
 
 
-def _json_lines(entry: Callable[[Row, _Texts], Iterator[dict[str, Any]]]) -> Callable[..., None]:
-    def write(folder: Path, opened: LabelledRun, rows: Iterator[Row]) -> None:
+def _json_lines(entries: Callable[[_Row], Iterator[dict[str, Any]]]) -> Callable[..., None]:
+    def write(folder: Path, opened: LabelledRun, blocks: Iterator[Block]) -> None:
         with _open(folder / "train.jsonl") as file:
-            for block, texts in _blocks(opened, rows):
-                for row in block:
-                    file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in entry(row, texts))
+            for row in _with_texts(opened, blocks):
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries(row))
 
     return write
 
 
-def _flagembedding(row: Row, texts: _Texts) -> Iterator[dict[str, Any]]:
-    shown, scores = [texts.passages[p] for p in row.passages.tolist()], row.scores.tolist()
+def _flagembedding(row: _Row) -> Iterator[dict[str, Any]]:
     yield {
-        "query": texts.queries[row.query],
-        "pos": shown[: row.positives],
-        "neg": shown[row.positives :],
-        "pos_scores": scores[: row.positives],
-        "neg_scores": scores[row.positives :],
+        "query": row.query,
+        "pos": row.texts[: row.positives],
+        "neg": row.texts[row.positives :],
+        "pos_scores": row.scores[: row.positives],
+        "neg_scores": row.scores[row.positives :],
     }
 
 
-def _tevatron(row: Row, texts: _Texts) -> Iterator[dict[str, Any]]:
-    ids = [texts.passage_ids[p] for p in row.passages.tolist()]
+def _tevatron(row: _Row) -> Iterator[dict[str, Any]]:
     yield {
-        "query_id": texts.query_ids[row.query],
-        "query_text": texts.queries[row.query],
-        "positive_document_ids": ids[: row.positives],
-        "negative_document_ids": ids[row.positives :],
+        "query_id": row.query_id,
+        "query_text": row.query,
+        "positive_document_ids": row.ids[: row.positives],
+        "negative_document_ids": row.ids[row.positives :],
     }
 
 
-def _triples(row: Row, texts: _Texts) -> Iterator[dict[str, Any]]:
+def _triples(row: _Row) -> Iterator[dict[str, Any]]:
     """One for each pair of a positive and another passage; `margin` is the difference of their scores."""
     for a in range(row.positives):
-        for b in range(row.positives, len(row.passages)):
+        for b in range(row.positives, len(row.ids)):
             yield {
-                "query": texts.queries[row.query],
-                "positive": texts.passages[int(row.passages[a])],
-                "negative": texts.passages[int(row.passages[b])],
-                "margin": float(row.scores[a] - row.scores[b]),
+                "query": row.query,
+                "positive": row.texts[a],
+                "negative": row.texts[b],
+                "margin": row.scores[a] - row.scores[b],
             }
 
 

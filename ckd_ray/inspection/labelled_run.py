@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.collective.losses import BatchScores, soft_labels, temperatures
-from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
+from ckd_ray.collective.scores import candidate_scores, counted_rows, expansion_weights, teacher_scores
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection
 from ckd_ray.data.collection import Queries
@@ -166,6 +166,25 @@ class LabelledRun:
         labelled = torch.from_numpy(np.isin(passages_N, self.positives.of(query)))
         one_hot = labelled.double() / max(1, int(labelled.sum()))
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
+
+    def collective_scores(self, query: int, passages_N: Int64Array) -> Tensor:
+        """`Distributions.collective_scores` alone, float64 (N,), in a fifth of the time."""
+        s = self.settings
+        expansions, idf = self.expansions.select(np.array([query]), s.expansion_size)
+        queries = self._queries.gather(np.array([query])).embeddings_TD.float()
+        weights, rows = self._weights(idf, queries[None]), self.passages.gather(passages_N)
+        scores_N = candidate_scores(
+            queries,
+            expansions[0],
+            weights[0],
+            rows.embeddings_TD,
+            rows.lengths,
+            self.similarity,
+            zero_row_floor=s.zero_row_floor,
+        ).double()
+        if self.ensemble is not None:
+            scores_N += self.ensemble.of_batch(np.array([query]), passages_N)[0][0].double()
+        return scores_N
 
     def centroid_weights(self, query: int, idf: Sequence[float], depths: Sequence[int] = ()) -> list[float]:
         """The weight of each centroid of a query in the teacher's score; 0 beyond `distill.expansion_size`.

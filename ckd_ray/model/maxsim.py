@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 _BLOCK = 1 << 21
 _BLOCK_GPU = 1 << 25
 # The similarity of a query row with a passage without rows: that of opposite unit rows, the least possible.
-_EMPTY = {"l2": -4.0, "cosine": -1.0}
+EMPTY = {"l2": -4.0, "cosine": -1.0}
 
 
 def maxsim(
@@ -83,14 +83,14 @@ def _scores(
     if similarity == "l2":
         best_BQN = 2 * best_BQN - a_BQD.square().sum(-1, keepdim=True)
     if not zero_row_floor:
-        best_BQN = best_BQN.masked_fill(empty_N, _EMPTY[similarity])
+        best_BQN = best_BQN.masked_fill(empty_N, EMPTY[similarity])
     if weights_BQ is None:
         return best_BQN.sum(1)
     return torch.einsum("bqn,bq->bn", best_BQN, weights_BQ.to(dtype))
 
 
 def _check(queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor | None, similarity: str) -> None:
-    if similarity not in _EMPTY:
+    if similarity not in EMPTY:
         raise ValueError(f"similarity: expected l2 or cosine, got {similarity!r}")
     if queries.ndim != 3 or passages.ndim != 3 or queries.shape[2] != passages.shape[2]:
         raise ValueError(

@@ -16,7 +16,12 @@ from ckd_ray.model.sources import is_hub_id
 TITLE = "Collective Relevance Labeling for Passage Retrieval"
 # Keys of `distill` that say where, how fast or how safely a student was trained; the seed has a line of its own.
 _NOT_SHOWN = DistillConfig.operational_keys() | {"precision", "teacher_embeddings", "seed"}
-_LIBRARIES = {"sentence-transformers": "sentence-transformers", "pylate": "PyLate", "colbert": "colbert-ai"}
+_LIBRARIES = {
+    "sentence-transformers": "sentence-transformers",
+    "pylate": "PyLate",
+    "colbert": "colbert-ai",
+    "onnx": "onnx",
+}
 _LOADING = {
     None: """from ckd_ray.model import ColBERT, maxsim
 model = ColBERT.from_pretrained("FOLDER").eval()
@@ -34,6 +39,27 @@ passages = model.encode(["a passage"], is_query=False)""",
 from colbert.modeling.checkpoint import Checkpoint
 checkpoint = Checkpoint("FOLDER", colbert_config=ColBERTConfig())
 queries, passages = checkpoint.queryFromText(["a question"]), checkpoint.docFromText(["a passage"])""",
+    "onnx": """import json
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")
+with open("FOLDER/encoding.json") as file:
+    encoding = json.load(file)
+
+def encode(text, kind):  # kind: query or passage; the rows of one text, (tokens, dim)
+    form = encoding[kind]
+    room = form["maxlen"] - len(form["before"]) - len(form["after"])
+    ids = form["before"] + tokenizer.encode(text, add_special_tokens=False).ids[:room] + form["after"]
+    mask = [1] * len(ids)
+    if form["fill"] is not None:
+        missing = form["maxlen"] - len(ids)
+        ids, mask = ids + [form["fill"]] * missing, mask + [int(form["attend_to_fill"])] * missing
+    rows = session.run(["rows"], {"input_ids": np.array([ids]), "attention_mask": np.array([mask])})[0][0]
+    return rows[~np.isin(ids, form["skip"])]
+
+score = (encode("a question", "query") @ encode("a passage", "passage").T).max(1).sum()""",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from ckd_ray.files import join, list_files
@@ -86,6 +86,19 @@ def run_parts(
     """The rows that `work` returns, one per part, as they are finished; nothing else reaches the driver."""
     if not missing:
         return iter(())
+    return _waiting(_dataset(missing, spans, work, arguments, cpus).iter_rows())
+
+
+def part_tables(spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any], cpus: float = 1) -> Iterator[Any]:
+    """The Arrow tables that `work` returns, one for each span and in the order of the spans."""
+    dataset = _dataset(list(range(len(spans))), spans, work, arguments, cpus)
+    dataset.context.execution_options.preserve_order = True
+    return _waiting(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _dataset(
+    missing: list[int], spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any], cpus: float
+) -> Any:
     items = [{"part": i, "first": spans[i][0], "stop": spans[i][1]} for i in missing]
     import ray  # not at the top: `inspect` reads parts, and has to start without Ray
 
@@ -97,13 +110,13 @@ def run_parts(
         num_cpus=cpus,
     )
     dataset.context.execution_no_progress_timeout_s = WORK_S
-    return _rows(dataset)
+    return dataset
 
 
-def _rows(dataset: Any) -> Iterator[Any]:
+def _waiting(found: Iterable[Any]) -> Iterator[Any]:
     import ray
 
     try:
-        yield from dataset.iter_rows()
+        yield from found
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise no_answer("the parts of this stage", WORK_S) from error

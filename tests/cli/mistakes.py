@@ -255,7 +255,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("0 passages", "search finished ban --top 0", "--top", "Give 1 or more."),
         Mistake("an export into a folder of others", "export finished --format pylate --out mine",
                 "this place is in use", "Name a new folder.", _write("mine/thesis.tex", "x")),
-        Mistake("an unknown format of exports", "export finished --format onnx", "unknown format", "Take one of the list."),
+        Mistake("an unknown format of exports", "export finished --format gguf", "unknown format", "Take one of the list."),
         Mistake("a look at labels that are not made yet", "inspect finished q1", "this run has no labels yet", "`ckd-ray label` makes them."),
         Mistake("a comparison with a run that is not there", "evaluate SETS --against runs/other", "no run here",
                 "Mend the path."),

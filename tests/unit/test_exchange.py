@@ -61,7 +61,7 @@ def exported(model: ColBERT, folder: Path, fmt: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fmt", list(FORMATS))
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "onnx"])
 @pytest.mark.parametrize("changes", [{}, {"attend_to_mask": True, "similarity": "cosine"}], ids=["published", "other"])
 def test_round_trip(model: ColBERT, tmp_path: Path, fmt: str, changes: dict[str, Any]) -> None:
     """Weights and settings come back bit by bit, and so do scores; the folder passes through the importer of others."""
@@ -332,7 +332,7 @@ def test_export_of_a_run(model: ColBERT, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished teacher"):
         export_run(str(run), "colbert", role="teacher")
     with pytest.raises(UserError, match="unknown format"):
-        export_run(str(run), "onnx")
+        export_run(str(run), "gguf")
     single = export_run(str(run / "student"), "colbert", out=str(tmp_path / "single"))
     assert (tmp_path / "single" / "artifact.metadata").is_file() and single["measures"] == {}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from ckd_ray.errors import UserError
-from ckd_ray.inspection.export_labels import export_labels
+from ckd_ray.inspection.export_labels import Block, export_labels, score_block
 from ckd_ray.inspection.labelled_run import LabelledRun
 from tests.labelled import labelled_run
 
@@ -79,6 +80,25 @@ def test_raw_scores_of_the_other_formats(run: str, tmp_path: Path) -> None:
     triples = [row for row in lines("triples") if row["query"] == opened.queries.texts[5]]
     assert [row["margin"] for row in triples] == pytest.approx([scores[0] - s for s in scores[1:]])
     assert [row["negative"] for row in triples] == texts[1:]
+
+
+def test_scores_are_those_of_the_distributions(run: str) -> None:
+    """The score without padding against the one of training, for every query."""
+    opened = LabelledRun.open(run)
+    for query in range(24):
+        passages = opened.with_labelled(query, opened.rankings[query][:15])
+        expected = opened.distributions(query, passages).collective_scores
+        torch.testing.assert_close(opened.collective_scores(query, passages), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_block_is_the_same_after_a_task(run: str) -> None:
+    opened = LabelledRun.open(run)
+    for width, queries in ((WIDTH, 5), (40, 0)):
+        block = score_block(opened, 3, 8, width, "raw")
+        back = Block.from_table(block.to_table(), width)
+        assert len(block.queries_B) == queries
+        for name in ("queries_B", "positives_B", "passages_BW", "scores_BW"):
+            np.testing.assert_array_equal(getattr(back, name), getattr(block, name))
 
 
 def test_queries_with_too_few_candidates_are_counted_and_wrong_options_are_named(run: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ckd_ray.collective import collective_loss, teacher_scores
 from ckd_ray.collective.losses import BatchScores, LossRows
+from ckd_ray.collective.scores import candidate_scores
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.distill.objectives import OBJECTIVES
 from ckd_ray.distill.targets import degenerate
@@ -425,5 +426,14 @@ def test_teacher_scores_are_two_weighted_sums(similarity: str, floor: bool) -> N
         ]
     )
     torch.testing.assert_close(scores, own + extra)
+    # The same without padding; one passage has no row.
+    mask[2] = False
+    padded = teacher_scores(queries, expansions, weights, passages, mask, similarity=similarity, zero_row_floor=floor)
+    for b in range(2):
+        found = candidate_scores(
+            queries[b], expansions[b], weights[b], passages[mask], mask.sum(1).numpy(), similarity, zero_row_floor=floor
+        )
+        torch.testing.assert_close(found, padded[b])
+    mask[2, 0] = True
     none = teacher_scores(queries, expansions[:, :0], weights[:, :0], passages, mask, similarity=similarity)
     torch.testing.assert_close(none, maxsim(queries, passages, mask, similarity=similarity))

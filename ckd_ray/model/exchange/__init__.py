@@ -1,4 +1,5 @@
-"""Models to and from other libraries: sentence-transformers, PyLate, colbert-ai, the published `.dnn`, bare encoders.
+"""Models to and from other libraries: sentence-transformers, PyLate, colbert-ai, the published `.dnn`, bare encoders;
+and to ONNX.
 
 How scores relate, what each library cannot hold and which versions were tested: exchange.md.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 from ckd_ray import __version__
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import ColBERT
-from ckd_ray.model.exchange import colbert_ai, published, pylate, sentence_transformers
+from ckd_ray.model.exchange import colbert_ai, onnx_graph, published, pylate, sentence_transformers
 from ckd_ray.model.exchange.detect import EXPORT_FILE, MODULES, Kind, encoder_folder, kind_of, read_list, write_json
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import is_hub_id, resolve_backbone
@@ -24,6 +25,7 @@ FORMATS: dict[str, Callable[[ColBERT, Path], list[str]]] = {
     "sentence-transformers": sentence_transformers.write,
     "pylate": pylate.write,
     "colbert": colbert_ai.write,
+    "onnx": onnx_graph.write,
 }
 _READERS: dict[str, Callable[[Path, ColBERTSettings], ColBERT]] = {
     "sentence-transformers": sentence_transformers.read,
@@ -90,6 +92,8 @@ def _tell_of_encoder(source: str, path: Path, key: str) -> None:
 
 def write_export(model: ColBERT, folder: str | Path, fmt: str) -> list[str]:
     """Write `model` into the empty `folder` so that the library of `fmt` loads it without code of ckd-ray.
+
+    `FORMATS` has the formats; `onnx` is for onnxruntime and others that run such graphs.
 
     Returns:
         what differs there, as sentences.

@@ -74,6 +74,19 @@ def write_inserting_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, where: 
     raise unlike(where, library)
 
 
+def write_plain_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, where: str, library: str) -> None:
+    """Write the tokenizer for a `library` that puts all special tokens itself; UserError when its ids differ."""
+    from tokenizers import Tokenizer
+
+    write_tokenizer(tokenizer, folder, frame=False)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for marker, maxlen in _frames(tokenizer):
+        head = [tokenizer.cls_id] + ([] if marker is None else [marker])
+        rows = [plain.encode(text, add_special_tokens=False).ids[: maxlen - len(head) - 1] for text in _PROBES]
+        if [head + ids + [tokenizer.sep_id] for ids in rows] != tokenizer.framed(_PROBES, marker, maxlen):
+            raise unlike(where, library)
+
+
 def write_tokenizer(tokenizer: ColBERTTokenizer, folder: Path, *, special: Iterable[str] = (), frame: bool) -> None:
     """Write the tokenizer as tokenizer.json, with a configuration that transformers 4 and 5 both read.
 
