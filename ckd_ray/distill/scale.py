@@ -55,7 +55,7 @@ def measured_scale(
             queries = [
                 x.to(model.device) for x in model.tokenizer.queries([texts[i] for i in batch.queries_B.tolist()])
             ]
-            queries_BQD = model.encode_queries(*queries)
+            queries_BQD = model.encode_queries(*queries, as_in_training=True)
             passages = collection.texts(batch.passages_BM.reshape(-1))
             ids, mask = model.tokenizer.pad(model.tokenizer.passages(passages, doc_maxlen))
             rows = model.encode_passages(ids.to(model.device), mask.to(model.device))

@@ -46,6 +46,7 @@ class ColBERT(nn.Module):
         self.projection = nn.Linear(backbone.config.hidden_size, settings.dim, bias=False)
         self.skip_ids: Tensor
         self.register_buffer("skip_ids", torch.from_numpy(self.tokenizer.skip_ids).long(), persistent=False)
+        self.eval()  # as transformers loads a model; queries differ in training mode (`expands_queries`)
 
     @classmethod
     def from_backbone(cls, source: str, settings: ColBERTSettings, *, seed: int = 0, dropout: float = 0.0) -> ColBERT:
@@ -157,13 +158,23 @@ class ColBERT(nn.Module):
         # Normalised in float32: under bf16 autocast a unit row would otherwise be off by up to 1/256.
         return F.normalize(self.projection(hidden).float(), dim=-1)
 
-    def encode_queries(self, ids_BQ: Tensor, mask_BQ: Tensor) -> Tensor:
+    @property
+    def expands_queries(self) -> bool:
+        """Whether the augmentation of queries gives embeddings: always, or in training mode alone."""
+        return self.settings.query_expansion or (self.training and self.settings.training_expansion)
+
+    def encode_queries(self, ids_BQ: Tensor, mask_BQ: Tensor, *, as_in_training: bool = False) -> Tensor:
         """Unit rows of shape (B, Q, D), float32; augmentation tokens included (method.md step 1).
 
-        Without `query_expansion` the rows after the text are zero.
+        The rows after the text are zero where queries are not augmented (`expands_queries`).
+
+        Args:
+            as_in_training: give the rows that training mode gives.
         """
         rows_BQD = self.rows(ids_BQ, mask_BQ)
-        return rows_BQD if self.settings.query_expansion else rows_BQD * mask_BQ[:, :, None]
+        if self.expands_queries or (as_in_training and self.settings.training_expansion):
+            return rows_BQD
+        return rows_BQD * mask_BQ[:, :, None]
 
     def encode_passages(self, ids_NL: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows (N, L, D), float32, and keep_NL, the passage mask of `maxsim`: False on padding and punctuation."""

@@ -64,7 +64,7 @@ def encode_packed(
     rows_TD = _rows(model, torch.cat(ids), runs)
     packed = rows_TD.split([len(part) for part in ids])
     queries_bQD = packed[0].reshape(b, q, model.settings.dim)
-    if not model.settings.query_expansion:
+    if not model.expands_queries:
         queries_bQD = queries_bQD * query_mask_bQ[:, :, None]
     found = []
     for rows, (ids_gL, mask_gL) in zip(packed[1:], groups, strict=True):

@@ -13,6 +13,7 @@ _KINDS: dict[str, type] = {
     "mask_punctuation": bool,
     "attend_to_mask": bool,
     "query_expansion": bool,
+    "training_expansion": bool,
 }
 
 
@@ -22,14 +23,15 @@ class ColBERTSettings:
 
     Attributes:
         dim: D, numbers an embedding.
-        query_maxlen: rows of every query, padded with the mask token (query augmentation).
+        query_maxlen: rows of every query, filled with the mask token (query augmentation).
         doc_maxlen: most tokens of a passage, markers included.
         mask_punctuation: punctuation tokens of passages give no embedding.
         similarity: `l2` (minus the squared distance) or `cosine`; on unit rows both rank alike.
         query_marker, doc_marker: the tokens [Q] and [D] that follow the first special token; "" for none.
         attend_to_mask: whether the query's other tokens attend to its augmentation (False as published).
-        query_expansion: False for models of other libraries that do not augment queries: their rows after the text
-            are zero and add nothing to a cosine.
+        query_expansion: whether a query has rows for its augmentation where it is searched with. Otherwise the rows
+            after its text are zero and add nothing to a score.
+        training_expansion: whether training has these rows when `query_expansion` is False.
         skip_tokens: tokens of passages that give no embedding, for models that skip others than punctuation; None
             leaves the choice to `mask_punctuation`.
         score_scale: what scores were divided by in the softmax of the loss that trained the model; None when unknown.
@@ -45,6 +47,7 @@ class ColBERTSettings:
     doc_marker: str = "[unused1]"
     attend_to_mask: bool = False
     query_expansion: bool = True
+    training_expansion: bool = False
     skip_tokens: tuple[str, ...] | None = None
     score_scale: float | None = None
 

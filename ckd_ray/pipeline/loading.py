@@ -11,7 +11,7 @@ from ckd_ray.model.exchange import load_any
 from ckd_ray.progress import say
 
 # Settings of a checkpoint that stand whatever the configuration says.
-_KEPT = ("query_maxlen", "doc_maxlen", "mask_punctuation", "similarity")
+_KEPT = ("query_maxlen", "query_expansion", "doc_maxlen", "mask_punctuation", "similarity")
 
 
 def load_backbone(config: Config) -> ColBERT:
@@ -30,6 +30,8 @@ def _load(source: str, config: Config, *, given: bool) -> ColBERT:
     wanted = ColBERTSettings(
         dim=m.dim,
         query_maxlen=m.query_maxlen,
+        query_expansion=m.query_expansion == "always",
+        training_expansion=m.query_expansion == "training",
         doc_maxlen=m.doc_maxlen,
         mask_punctuation=m.mask_punctuation,
         similarity=m.similarity,
@@ -49,7 +51,16 @@ def _load(source: str, config: Config, *, given: bool) -> ColBERT:
             found=str(m.dim),
         )
     for key in _KEPT:
-        kept, asked = getattr(model.settings, key), getattr(m, key)
+        kept, asked = _setting(model.settings, key), getattr(m, key)
         if kept != asked:
             say(f"model.{key}: {kept} is taken from {source} ({asked} in the configuration)")
     return model
+
+
+def _setting(settings: ColBERTSettings, key: str) -> object:
+    """A setting of a checkpoint in the words of the configuration."""
+    if key != "query_expansion":
+        return getattr(settings, key)
+    if settings.query_expansion:
+        return "always"
+    return "training" if settings.training_expansion else "never"

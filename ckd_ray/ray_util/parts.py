@@ -86,7 +86,8 @@ def run_parts(
     """The rows that `work` returns, one per part, as they are finished; nothing else reaches the driver."""
     if not missing:
         return iter(())
-    return _waiting(_dataset(missing, spans, work, arguments, cpus).iter_rows())
+    dataset = _dataset(missing, spans, work, arguments, cpus)
+    return _waiting(dataset.iter_rows())
 
 
 def part_tables(spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any], cpus: float = 1) -> Iterator[Any]:

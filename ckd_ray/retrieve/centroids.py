@@ -122,6 +122,8 @@ class CentroidIndex:
         total[:] = 0
         every = ids_QC.shape[1] == self.codec.num_centroids
         for ids_C, similarity_C in zip(ids_QC, similarity_QC, strict=True):
+            if not similarity_C.any():
+                continue  # a zero row, after the text of a query without augmentation
             # When all centroids are probed, a passage without any of them is empty.
             floor = np.float32(-1.0) if every else similarity_C[-1]
             # In ascending order the last entry of a passage is its best one, and that one is kept.

@@ -68,8 +68,10 @@ def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     store, collection = open_once(job.queries), collection_once(job.run)
     rows = store.gather(np.arange(first, stop))
-    queries_BQD = rows.embeddings_TD.float().reshape(stop - first, -1, store.dim).numpy()
-    scores_BK, passages_BK = servers.search(queries_BQD, job.depth)
+    queries_BQD = rows.embeddings_TD.float().reshape(stop - first, -1, store.dim)
+    # Without augmentation the rows after a query's text are zero, which no product needs.
+    longest = int((queries_BQD != 0).any(2).sum(1).max())
+    scores_BK, passages_BK = servers.search(queries_BQD[:, : max(1, longest)].numpy(), job.depth)
     write_ranking_part(
         join(job.out, part_file(job.split, part)),
         first_query=first,

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ckd_ray.checks import load_config
+from ckd_ray.inspection import export_labels
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.inspection.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
 from ckd_ray.labels.stage import EstimatedVotes, LabelJob, ServerVotes, find_special_cells, label
@@ -79,7 +80,7 @@ def test_any_number_of_shards_and_servers_makes_the_same_bytes(
     assert files(out) == found["estimate"][0] and (out / "_rows" / "train-000000.npy").stat().st_mtime_ns == kept
 
 
-def test_the_stage_labels_by_the_estimate_and_suggests(
+def test_the_stage_labels_by_the_estimate_suggests_and_exports(
     ray_session: None, made: tuple[Path, Encoded], tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
     given = f"teacher.checkpoint={made[0] / 'tiny' / 'teacher'}"
@@ -96,3 +97,14 @@ def test_the_stage_labels_by_the_estimate_and_suggests(
     here = merge([suggestions_of_part(LabelledRun.open(str(run)), 0, 0, 24, settings)], 20)
     write_suggestions(str(tmp_path / "here"), here)
     assert (tmp_path / "found").read_text() == (tmp_path / "here").read_text()
+
+    alone = export_labels.export_labels(str(run), "pylate", out=str(tmp_path / "alone"), width=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_labels, "_QUERIES_IN_PROCESS", 3)
+        patch.setattr(export_labels, "QUERIES_A_BLOCK", 5)
+        tasks = export_labels.export_labels(str(run), "pylate", out=str(tmp_path / "tasks"), width=6)
+        empty = export_labels.export_labels(str(run), "triples", out=str(tmp_path / "none"), width=60)
+    assert {**tasks, "out": ""} == {**alone, "out": ""} and alone["queries"] == 24
+    for name in ("train.parquet", "queries.parquet", "documents.parquet"):
+        assert pq.read_table(tmp_path / "tasks" / name).equals(pq.read_table(tmp_path / "alone" / name))
+    assert (empty["queries"], empty["left_out"]) == (0, 24)

@@ -97,6 +97,27 @@ def test_settings_that_only_some_libraries_hold(model: ColBERT, tmp_path: Path, 
         write_export(odd, tmp_path / "c", "colbert")
 
 
+def test_expansion_in_training_alone(model: ColBERT, tmp_path: Path) -> None:
+    """Training mode gives the rows of `query_expansion`, any other those of the text; exports fill nothing, but for
+    colbert-ai, which knows nothing else and is told so."""
+    settings = {"query_expansion": False, "training_expansion": True}
+    ours, filled, bare = (with_settings(model, **s) for s in (settings, {}, {"query_expansion": False}))
+    ids, mask = ours.tokenizer.queries(QUERIES[1:2])
+    with torch.no_grad():
+        assert torch.equal(ours.encode_queries(ids, mask), bare.encode_queries(ids, mask))
+        assert torch.equal(ours.encode_queries(ids, mask, as_in_training=True), filled.encode_queries(ids, mask))
+        assert torch.equal(ours.train().encode_queries(ids, mask), filled.encode_queries(ids, mask))
+        assert torch.equal(bare.encode_queries(ids, mask, as_in_training=True), bare.encode_queries(ids, mask))
+    ours.save(tmp_path / "saved")
+    again = ColBERT.from_pretrained(tmp_path / "saved")
+    assert not again.training and again.settings == ours.settings
+    for fmt in ("pylate", "sentence-transformers", "colbert"):
+        (tmp_path / fmt).mkdir()
+        notes = write_export(ours, tmp_path / fmt, fmt)
+        there = load_any(str(tmp_path / fmt), DEFAULTS).model
+        assert there.settings.query_expansion == (fmt == "colbert") == any("[MASK]" in note for note in notes)
+
+
 def test_queries_without_expansion_score_only_their_own_rows(model: ColBERT) -> None:
     """The rows after a query's text are zero: its cosine score is that of its text's rows alone."""
     bare = with_settings(model, query_expansion=False).eval()
@@ -348,7 +369,9 @@ def test_import_as_teacher_or_backbone(model: ColBERT, tmp_path: Path, capsys: p
     assert torch.equal(load_teacher(folder, config).projection.weight, model.projection.weight)
     loaded = load_backbone(config.model_copy(update={"model": backbone}))
     assert torch.equal(loaded.projection.weight, model.projection.weight)
-    assert f"model.doc_maxlen: 12 is taken from {folder} (40 in the configuration)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"model.doc_maxlen: 12 is taken from {folder} (40 in the configuration)" in told
+    assert f"model.query_expansion: always is taken from {folder} (training in the configuration)" in told
     with pytest.raises(UserError, match="another dimension"):
         load_teacher(folder, load_config(None, ["model.dim=128"]))
 

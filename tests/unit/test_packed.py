@@ -70,12 +70,14 @@ def test_activations_that_are_computed_again_give_the_same_gradients(
         assert torch.allclose(a, b, atol=1e-6 * max(1.0, float(b.abs().max())))
 
 
-@pytest.mark.parametrize("expansion", [True, False])
-def test_rows_and_gradients_are_those_of_padded_texts(tiny_backbone: str, expansion: bool) -> None:
-    model = ColBERT.from_backbone(tiny_backbone, replace(SETTINGS, query_expansion=expansion), seed=1)
+@pytest.mark.parametrize("expansion", ["always", "training", "never"])
+def test_rows_and_gradients_are_those_of_padded_texts(tiny_backbone: str, expansion: str) -> None:
+    settings = replace(SETTINGS, query_expansion=expansion == "always", training_expansion=expansion == "training")
+    model = ColBERT.from_backbone(tiny_backbone, settings, seed=1).train()
     assert can_pack(model)
     query_ids, query_mask, groups = inputs(model)
     queries = model.encode_queries(query_ids, query_mask)
+    assert bool(queries[~query_mask.bool()].any()) == (expansion != "never")
     padded = [model.encode_passages(*group) for group in groups]
     wanted = gradients(model, queries, padded)
     before = model.backbone.config._attn_implementation

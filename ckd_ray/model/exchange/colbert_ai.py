@@ -89,7 +89,9 @@ def write(model: ColBERT, folder: Path) -> list[str]:
             "attend_to_mask_tokens": s.attend_to_mask,
         },
     )
-    return []
+    if s.query_expansion:
+        return []
+    return ["colbert-ai fills queries with [MASK] in search too, here only training does; rankings differ"]
 
 
 def _check(model: ColBERT) -> None:
@@ -97,7 +99,7 @@ def _check(model: ColBERT) -> None:
     punctuation = not s.mask_punctuation or s.skip_tokens is not None
     found = {
         "passages that keep their punctuation (colbert-ai 0.2 cannot encode them)": punctuation,
-        "queries without augmentation": not s.query_expansion,
+        "queries without augmentation": not (s.query_expansion or s.training_expansion),
         "no markers": not s.query_marker or not s.doc_marker,
         "one token for both padding and [MASK]": model.tokenizer.pad_id == model.tokenizer.mask_id,
     }
