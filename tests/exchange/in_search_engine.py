@@ -1,7 +1,7 @@
 """Searches an export with the engine itself, in an environment of that engine, as docs/how-to/search-engines.md does.
 
-in_search_engine.py ENVIRONMENT ENGINE EXPORT QUERIES OUT: QUERIES is a .npy file (B, Q, D); OUT gets the best passages
-and scores of each query as JSON.
+in_search_engine.py ENVIRONMENT ENGINE EXPORT QUERIES OUT: QUERIES is a .npy file (B, Q, D), with zero rows after a
+query's text; OUT gets the best passages and scores of each query as JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ def fast_plaid(export, queries, top):
     index = search.FastPlaid(index=export, device="cpu")
     ids = pq.read_table(f"{export}/passage_ids.parquet")["id"]
     probes = min(64, len(np.load(f"{export}/centroids.npy")))
-    found = index.search(torch.from_numpy(queries), top_k=top, n_ivf_probe=probes, n_full_scores=8192)
+    found = index.search([torch.from_numpy(rows) for rows in queries], top_k=top, n_ivf_probe=probes, n_full_scores=8192)
     return [[(ids[number].as_py(), score) for number, score in hits] for hits in found]
 
 
@@ -63,4 +63,4 @@ if __name__ == "__main__":
     _, engine, export, queries, out = sys.argv[1:]
     search = {"fast-plaid": fast_plaid, "lancedb": lancedb, "qdrant": qdrant}[engine]
     with open(out, "w") as file:
-        json.dump(search(export, np.load(queries), 10), file)
+        json.dump(search(export, [rows[rows.any(1)] for rows in np.load(queries)], 10), file)
