@@ -19,7 +19,8 @@ def fast_plaid(export, queries, top):
     index = search.FastPlaid(index=export, device="cpu")
     ids = pq.read_table(f"{export}/passage_ids.parquet")["id"]
     probes = min(64, len(np.load(f"{export}/centroids.npy")))
-    found = index.search([torch.from_numpy(rows) for rows in queries], top_k=top, n_ivf_probe=probes, n_full_scores=8192)
+    asked = [torch.from_numpy(rows) for rows in queries]
+    found = index.search(asked, top_k=top, n_ivf_probe=probes, n_full_scores=8192)
     return [[(ids[number].as_py(), score) for number, score in hits] for hits in found]
 
 
