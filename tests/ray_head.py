@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,28 +45,51 @@ def small_ray() -> Iterator[None]:
         yield
 
 
+_TRIES = 3
+_SLOW = "timed out during startup"  # after 30 s, which a busy machine may need; `ray start` has no option for it
+
+
 @contextmanager
 def started_head(folder: Path, environment: dict[str, str], *options: str) -> Iterator[None]:
     """Until the block ends; what it says is in `folder/out`."""
     out = folder / "out"
+    for tries_left in reversed(range(_TRIES)):
+        process = _start(out, environment, options)
+        try:
+            if _is_up(process, out, last=not tries_left):
+                yield
+                return
+        finally:
+            _end(process)
+
+
+def _start(out: Path, environment: dict[str, str], options: Sequence[str]) -> subprocess.Popen[bytes]:
     with out.open("w") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*COMMAND, *SMALL, *options],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=environment,
-            cwd=folder,
+            cwd=out.parent,
         )
-    try:
-        deadline = time.monotonic() + 300
-        while "Ray runtime started" not in out.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, out.read_text()
-            time.sleep(0.2)
-        yield
-    finally:
+
+
+def _is_up(process: subprocess.Popen[bytes], out: Path, *, last: bool) -> bool:
+    """False when the head was too slow to start, and may be tried again."""
+    deadline = time.monotonic() + 300
+    while "Ray runtime started" not in out.read_text():
+        if process.poll() is not None and _SLOW in out.read_text() and not last:
+            return False
+        assert process.poll() is None and time.monotonic() < deadline, out.read_text()
+        time.sleep(0.2)
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)

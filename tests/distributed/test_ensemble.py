@@ -109,6 +109,7 @@ def test_a_scorer_that_the_stage_left_out_is_left_out(run: Path, tmp_path: Path)
 def test_inspect_shows_the_targets_of_training(run: Path) -> None:
     """The collective scores have the ensemble's part."""
     opened = LabelledRun.open(str(run))
+    opened.settings = opened.settings.model_copy(update={"encoder_share": 0.3})  # the fit to so few labels may give 0
     passages = opened.with_labelled(3, opened.rankings[3][:10])
     assert opened.ensemble is not None
     further, _ = opened.ensemble.of_batch(np.array([3]), passages)
