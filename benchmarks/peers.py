@@ -88,6 +88,8 @@ def main() -> None:
     out = Path(args.out).resolve() if args.out else run / "peers"
     make_environments(envs, libraries)
     bench = Bench(run, out, args.splits, args.graded)
+    of_run = bench.config["distill"].get("doc_maxlen") or bench.config["model"]["doc_maxlen"]
+    args.train_maxlen = args.train_maxlen or of_run
     settings: dict[str, Any] = {
         "quick": args.quick,
         "run": run.name,
@@ -95,7 +97,7 @@ def main() -> None:
         "budget": budget.to_dict(),
         "learning_rate": args.learning_rate,
         "warmup": args.warmup,
-        "train_maxlen": args.train_maxlen or bench.config["distill"].get("doc_maxlen"),
+        "train_maxlen": args.train_maxlen,
         "schedule": "AdamW, linear, gradients clipped at 1 (the trainer's defaults)",
         "precision": args.precision,
         "threads": args.threads,
@@ -188,7 +190,7 @@ def job(
         "backbone": resolve_backbone(model["backbone"]),
         "dim": model["dim"],
         "query_maxlen": model["query_maxlen"],
-        "doc_maxlen": args.train_maxlen or bench.config["distill"].get("doc_maxlen") or model["doc_maxlen"],
+        "doc_maxlen": args.train_maxlen,
         "steps": budget.steps,
         "queries_per_step": budget.queries_per_step,
         "learning_rate": args.learning_rate,

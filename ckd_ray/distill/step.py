@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ckd_ray.collective.losses import BatchScores, LossRows, contrastive
-from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
+from ckd_ray.collective.scores import expansion_weights, teacher_scores
 from ckd_ray.distill.exchange import gather_queries, gather_scores
 from ckd_ray.distill.inputs import Part, StepInputs, worker_slice
 from ckd_ray.distill.memory import return_freed_memory
@@ -24,7 +24,7 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Precision, computing
-from ckd_ray.model.maxsim import maxsim
+from ckd_ray.model.maxsim import counted_rows, maxsim
 from ckd_ray.model.packed import can_pack, encode_packed
 
 Encoded = tuple[Tensor, list[Rows]]

@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,11 +25,10 @@ import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.errors import UserError
-from ckd_ray.files import file_signature, join, new_folder
-from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.files import join, new_folder
+from ckd_ray.inspection.labelled_run import LabelledRun, labelled_run_once
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_tables, query_spans
-from ckd_ray.runs.artifact import manifest_file
 
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
 SCALINGS = ("minmax", "raw")
@@ -151,22 +149,16 @@ def _blocks(opened: LabelledRun, run: str, width: int, scaling: str) -> Iterator
         return
     from ckd_ray.ray_util.session import connected
 
-    made = tuple(file_signature(manifest_file(opened.paths.labels)))
     with connected(None):
-        arguments = {"run": run, "made": made, "width": width, "scaling": scaling}
+        arguments = {"run": run, "width": width, "scaling": scaling}
         for table in part_tables(spans, _part, arguments):
-            if len(table):
+            if len(table):  # a block may have no query with so many candidates
                 yield Block.from_table(table, width)
 
 
-def _part(batch: dict[str, Any], run: str, made: tuple[int, ...], width: int, scaling: str) -> pa.Table:
-    return score_block(_opened(run, made), int(batch["first"][0]), int(batch["stop"][0]), width, scaling).to_table()
-
-
-@lru_cache(maxsize=1)
-def _opened(run: str, made: tuple[int, ...]) -> LabelledRun:
-    """A run, opened once a process, and again when its labels have been made anew."""
-    return LabelledRun.open(run)
+def _part(batch: dict[str, Any], run: str, width: int, scaling: str) -> pa.Table:
+    first, stop = int(batch["first"][0]), int(batch["stop"][0])
+    return score_block(labelled_run_once(run), first, stop, width, scaling).to_table()
 
 
 def _counted(blocks: Iterator[Block], counts: dict[str, int], progress: Progress) -> Iterator[Block]:

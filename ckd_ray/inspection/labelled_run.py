@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ckd_ray.arrays import Int64Array, IntArray
 from ckd_ray.collective.losses import BatchScores, soft_labels, temperatures
-from ckd_ray.collective.scores import candidate_scores, counted_rows, expansion_weights, teacher_scores
+from ckd_ray.collective.scores import candidate_scores, expansion_weights, teacher_scores
 from ckd_ray.config.schema import DistillConfig
 from ckd_ray.data import Collection
 from ckd_ray.data.collection import Queries
@@ -26,10 +26,11 @@ from ckd_ray.distill.objectives import OBJECTIVES
 from ckd_ray.ensemble.reader import EnsembleReader
 from ckd_ray.ensemble.weights import WEIGHTS
 from ckd_ray.errors import UserError
-from ckd_ray.files import exists, filesystem_of, join, read_json
+from ckd_ray.files import exists, file_signature, filesystem_of, join, read_json
 from ckd_ray.labels.files import ExpansionReader
+from ckd_ray.model.maxsim import counted_rows
 from ckd_ray.retrieve.rankings import read_ranking_matrix
-from ckd_ray.runs.artifact import is_finished
+from ckd_ray.runs.artifact import is_finished, manifest_file
 from ckd_ray.runs.directory import LABELS
 from ckd_ray.runs.finished import FinishedRun, open_finished
 from ckd_ray.store import EmbeddingStore
@@ -147,44 +148,43 @@ class LabelledRun:
         positive once, without the others, and the result is the mean. A query without a label is not trained on; its
         scores are softmaxed as they are.
         """
-        s = self.settings
-        expansions, idf = self.expansions.select(np.array([query]), s.expansion_size)
-        queries = self._queries.gather(np.array([query])).embeddings_TD.float()[None]
-        weights = self._weights(idf, queries)
+        queries, expansions, weights = self._asked(query)
+        floor = self.settings.zero_row_floor
         rows_NLD, mask_NL = self.passages.gather(passages_N).padded()
 
         def score(weights_BE: Tensor) -> Tensor:
             found = teacher_scores(
-                queries, expansions, weights_BE, rows_NLD, mask_NL, self.similarity, zero_row_floor=s.zero_row_floor
+                queries, expansions, weights_BE, rows_NLD, mask_NL, self.similarity, zero_row_floor=floor
             )
             return found[0].double()
 
-        plain, collective = score(torch.zeros_like(weights)), score(weights)
-        if self.ensemble is not None:
-            further_1N, _ = self.ensemble.of_batch(np.array([query]), passages_N)
-            collective = collective + further_1N[0].double()
+        plain = score(torch.zeros_like(weights))
+        collective = self._with_ensemble(score(weights), query, passages_N)
         labelled = torch.from_numpy(np.isin(passages_N, self.positives.of(query)))
         one_hot = labelled.double() / max(1, int(labelled.sum()))
         return Distributions(one_hot, self._soft(plain, labelled), self._soft(collective, labelled), plain, collective)
 
     def collective_scores(self, query: int, passages_N: Int64Array) -> Tensor:
-        """`Distributions.collective_scores` alone, float64 (N,), in a quarter of the time."""
-        s = self.settings
-        expansions, idf = self.expansions.select(np.array([query]), s.expansion_size)
-        queries = self._queries.gather(np.array([query])).embeddings_TD.float()
-        weights, rows = self._weights(idf, queries[None]), self.passages.gather(passages_N)
+        """`Distributions.collective_scores` alone, float64 (N,), without padding and without the other scores."""
+        queries, expansions, weights = self._asked(query)
+        rows, floor = self.passages.gather(passages_N), self.settings.zero_row_floor
         scores_N = candidate_scores(
-            queries,
-            expansions[0],
-            weights[0],
-            rows.embeddings_TD,
-            rows.lengths,
-            self.similarity,
-            zero_row_floor=s.zero_row_floor,
-        ).double()
-        if self.ensemble is not None:
-            scores_N += self.ensemble.of_batch(np.array([query]), passages_N)[0][0].double()
-        return scores_N
+            queries[0], expansions[0], weights[0], rows.embeddings_TD, rows.lengths, self.similarity,
+            zero_row_floor=floor,
+        )  # fmt: skip
+        return self._with_ensemble(scores_N.double(), query, passages_N)
+
+    def _asked(self, query: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of a query (1, Q, D), its expansion (1, E, D) and the weights of that (1, E)."""
+        expansions, idf = self.expansions.select(np.array([query]), self.settings.expansion_size)
+        queries = self._queries.gather(np.array([query])).embeddings_TD.float()[None]
+        return queries, expansions, self._weights(idf, queries)
+
+    def _with_ensemble(self, scores_N: Tensor, query: int, passages_N: Int64Array) -> Tensor:
+        if self.ensemble is None:
+            return scores_N
+        further_1N, _ = self.ensemble.of_batch(np.array([query]), passages_N)
+        return scores_N + further_1N[0].double()
 
     def centroid_weights(self, query: int, idf: Sequence[float], depths: Sequence[int] = ()) -> list[float]:
         """The weight of each centroid of a query in the teacher's score; 0 beyond `distill.expansion_size`.
@@ -223,3 +223,13 @@ class LabelledRun:
         if not len(turns):
             return (scores_N / temperature_B[0]).softmax(0)
         return soft_labels(scores_BN, positives_B, temperature_B, valid_BN).mean(0)
+
+
+def labelled_run_once(run: str) -> LabelledRun:
+    """A labelled run, opened once a process, and again when its labels have been made anew."""
+    return _labelled_run(run, *file_signature(manifest_file(open_finished(run).paths.labels)))
+
+
+@lru_cache(maxsize=1)
+def _labelled_run(run: str, size: int, changed: int) -> LabelledRun:
+    return LabelledRun.open(run)

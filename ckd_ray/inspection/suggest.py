@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow as pa
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.runs import without_space
 from ckd_ray.files import join, write_atomic
-from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun
+from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun, labelled_run_once
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
 
@@ -114,14 +113,9 @@ def suggest(run: str, file: str, settings: SuggestSettings) -> int:
     return int(found.num_rows)
 
 
-@lru_cache(maxsize=1)
-def _run_once(run: str) -> LabelledRun:
-    return LabelledRun.open(run)
-
-
 def _part(batch: dict[str, Any], run: str, settings: SuggestSettings) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
-    found = suggestions_of_part(_run_once(run), part, first, stop, settings)
+    found = suggestions_of_part(labelled_run_once(run), part, first, stop, settings)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, found.schema) as writer:
         writer.write_table(found)

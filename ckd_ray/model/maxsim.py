@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ckd_ray.arrays import IntArray
 
 # Similarities of a block of passages, in numbers: memory does not grow with N, and on a CPU the maximum reads from the
 # cache what the matrix product has just written.
 _BLOCK = 1 << 21
 _BLOCK_GPU = 1 << 25
 # The similarity of a query row with a passage without rows: that of opposite unit rows, the least possible.
-EMPTY = {"l2": -4.0, "cosine": -1.0}
+_EMPTY = {"l2": -4.0, "cosine": -1.0}
 
 
 def maxsim(
@@ -76,21 +79,64 @@ def _scores(
         bias_NL = b_NLD.square().sum(-1) / -2
     # <a, b> - |b|^2 / 2 has its maximum where -|a - b|^2 has it, and is 0 for a zero row.
     best_BQN = _BestRow.apply(a_BQD, b_NLD, bias_NL.masked_fill(~mask_NL, -torch.inf))
-    empty_N = ~mask_NL.any(-1)
-    best_BQN = best_BQN.masked_fill(empty_N, 0.0)
-    if zero_row_floor:
-        best_BQN = best_BQN.clamp_min(0.0)
-    if similarity == "l2":
-        best_BQN = 2 * best_BQN - a_BQD.square().sum(-1, keepdim=True)
-    if not zero_row_floor:
-        best_BQN = best_BQN.masked_fill(empty_N, EMPTY[similarity])
+    similarity_BQN = _similarities(best_BQN, a_BQD, ~mask_NL.any(-1), similarity, zero_row_floor)
     if weights_BQ is None:
-        return best_BQN.sum(1)
-    return torch.einsum("bqn,bq->bn", best_BQN, weights_BQ.to(dtype))
+        return similarity_BQN.sum(1)
+    return torch.einsum("bqn,bq->bn", similarity_BQN, weights_BQ.to(dtype))
+
+
+def maxsim_unpadded(
+    queries_QD: Tensor,
+    rows_TD: Tensor,
+    lengths_N: IntArray,
+    weights_Q: Tensor,
+    similarity: Literal["l2", "cosine"] = "l2",
+    *,
+    zero_row_floor: bool = False,
+) -> Tensor:
+    """`maxsim` of one query with N passages whose rows lie one after another: one product, then the maximum of each
+    stretch. On the CPU, without a gradient.
+
+    Args:
+        rows_TD: T = sum(lengths_N).
+
+    Returns:
+        scores_N, float32.
+    """
+    a_QD, b_TD = queries_QD.float(), rows_TD.float()
+    if similarity == "cosine":
+        a_QD, b_TD = F.normalize(a_QD, dim=-1), F.normalize(b_TD, dim=-1)
+        products_QT = a_QD @ b_TD.T
+    else:
+        products_QT = torch.addmm(b_TD.square().sum(-1) / -2, a_QD, b_TD.T)
+    filled_N = np.asarray(lengths_N) > 0
+    best_QN = torch.zeros(len(a_QD), len(filled_N))
+    if filled_N.any():
+        starts = (np.cumsum(lengths_N) - lengths_N)[filled_N]
+        found = np.maximum.reduceat(products_QT.numpy(), starts, axis=1)
+        best_QN[:, torch.from_numpy(filled_N)] = torch.from_numpy(found)
+    empty_N = torch.from_numpy(~filled_N)
+    return weights_Q.float() @ _similarities(best_QN, a_QD, empty_N, similarity, zero_row_floor)
+
+
+def _similarities(best: Tensor, queries: Tensor, empty_N: Tensor, similarity: str, zero_row_floor: bool) -> Tensor:
+    """The greatest similarity of each query row with each passage, (..., Q, N), from the maxima of <a, b> - |b|^2 / 2
+    (l2) or <a, b> (cosine)."""
+    best = best.masked_fill(empty_N, 0.0)
+    if zero_row_floor:
+        best = best.clamp_min(0.0)
+    if similarity == "l2":
+        best = 2 * best - queries.square().sum(-1, keepdim=True)
+    return best if zero_row_floor else best.masked_fill(empty_N, _EMPTY[similarity])
+
+
+def counted_rows(queries_BQD: Tensor) -> Tensor:
+    """The number of rows of each query that count, (B,). Models without query augmentation pad a query with zeros."""
+    return (queries_BQD != 0).any(2).sum(1)
 
 
 def _check(queries: Tensor, passages: Tensor, mask: Tensor, weights: Tensor | None, similarity: str) -> None:
-    if similarity not in EMPTY:
+    if similarity not in _EMPTY:
         raise ValueError(f"similarity: expected l2 or cosine, got {similarity!r}")
     if queries.ndim != 3 or passages.ndim != 3 or queries.shape[2] != passages.shape[2]:
         raise ValueError(

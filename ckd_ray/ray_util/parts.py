@@ -91,7 +91,8 @@ def run_parts(
 
 
 def part_tables(spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any], cpus: float = 1) -> Iterator[Any]:
-    """The Arrow tables that `work` returns, one for each span and in the order of the spans."""
+    """What `work` returns as Arrow tables, in the order of the spans; a table may hold the rows of several spans, or
+    none."""
     dataset = _dataset(list(range(len(spans))), spans, work, arguments, cpus)
     dataset.context.execution_options.preserve_order = True
     return _waiting(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.data.collection import collection_once
 from ckd_ray.files import join, list_files, make_folder
+from ckd_ray.model.maxsim import counted_rows
 from ckd_ray.ray_util.parts import finish_parts, part_file
 from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
@@ -54,24 +56,25 @@ def measured_recall(
         return {}
     size = min(num_queries, int(np.clip(_RECALL_OPERATIONS / max(1.0, operations), 8, 256)))
     sample = np.sort(np.random.default_rng(seed).choice(num_queries, size, replace=False))
-    store = open_once(job.queries)
-    queries_BQD = store.gather(sample).embeddings_TD.float().reshape(size, -1, store.dim).numpy()
     depth = min(100, job.depth)
-    _, truth_BK = servers.search_exactly(queries_BQD, depth)
+    _, truth_BK = servers.search_exactly(_queries(job, sample), depth)
     found_BK = np.asarray(read_ranking_matrix(job.out, job.split)[sample, :depth])
     hits = [len(np.intersect1d(t[t >= 0], f)) for t, f in zip(truth_BK, found_BK, strict=True)]
     recall = sum(hits) / max(1, int((truth_BK >= 0).sum()))
     return {f"recall_at_{depth}": round(recall, 4), "recall_queries": size}
 
 
+def _queries(job: RetrieveJob, queries_B: Int64Array) -> Float32Array:
+    """Rows (B, Q, D), where Q is the longest of these queries: behind a query's text, rows may be zero."""
+    store = open_once(job.queries)
+    rows_BQD = store.gather(queries_B).embeddings_TD.float().reshape(len(queries_B), -1, store.dim)
+    return rows_BQD[:, : max(1, int(counted_rows(rows_BQD).max()))].numpy()
+
+
 def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
-    store, collection = open_once(job.queries), collection_once(job.run)
-    rows = store.gather(np.arange(first, stop))
-    queries_BQD = rows.embeddings_TD.float().reshape(stop - first, -1, store.dim)
-    # Without augmentation the rows after a query's text are zero, which no product needs.
-    longest = int((queries_BQD != 0).any(2).sum(1).max())
-    scores_BK, passages_BK = servers.search(queries_BQD[:, : max(1, longest)].numpy(), job.depth)
+    collection = collection_once(job.run)
+    scores_BK, passages_BK = servers.search(_queries(job, np.arange(first, stop)), job.depth)
     write_ranking_part(
         join(job.out, part_file(job.split, part)),
         first_query=first,

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ckd_ray.collective.scores import counted_rows, expansion_weights, teacher_scores
+from ckd_ray.collective.scores import expansion_weights, teacher_scores
 from ckd_ray.data import Collection
 from ckd_ray.data.collection import collection_once
 from ckd_ray.distill.dev import mean_reciprocal_rank
 from ckd_ray.errors import UserError
 from ckd_ray.files import join, read_json
 from ckd_ray.labels.files import ExpansionReader
+from ckd_ray.model.maxsim import counted_rows
 from ckd_ray.pipeline.labelling import label_split
 from ckd_ray.pipeline.search_engine import search_settings
 from ckd_ray.progress import Progress

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ckd_ray.collective.scores import counted_rows, expansion_weights
+from ckd_ray.collective.scores import expansion_weights
 from ckd_ray.config.schema import DistillConfig, LabelConfig
 from ckd_ray.distill.dev import mean_reciprocal_rank
 from ckd_ray.distill.inputs import InputReader
@@ -23,6 +23,7 @@ from ckd_ray.inspection.suggest import SuggestSettings, suggestions_of_part
 from ckd_ray.labels.files import ExpansionReader, manifest_of_labels
 from ckd_ray.labels.stage import LabelJob, label_part
 from ckd_ray.model import ColBERT
+from ckd_ray.model.maxsim import counted_rows
 from ckd_ray.report.facts import gather
 from ckd_ray.report.page import render_page
 from ckd_ray.retrieve.rankings import read_ranking_matrix

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ckd_ray.checks import load_config
-from ckd_ray.collective.scores import counted_rows, expansion_weights
+from ckd_ray.collective.scores import expansion_weights
 from ckd_ray.data import Collection, build_collection
 from ckd_ray.data.positives import Positives
 from ckd_ray.distill.scale import TRAINED, UNTRAINED, measured_scale, spread
 from ckd_ray.model import ColBERT, ColBERTSettings
+from ckd_ray.model.maxsim import counted_rows
 from tests.support import overrides
 
 
