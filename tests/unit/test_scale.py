@@ -55,6 +55,9 @@ def test_the_scale_follows_similarity_query_length_and_training(collection: Coll
     assert measure(collection, tiny_backbone, similarity="cosine") == pytest.approx(plain / 2, rel=1e-3)
     assert measure(collection, tiny_backbone, trained=True) == pytest.approx(plain * TRAINED / UNTRAINED, rel=1e-3)
     assert measure(collection, tiny_backbone, query_maxlen=24) > 1.2 * plain
+    # The scale is for training, whatever queries have where they are searched with.
+    assert measure(collection, tiny_backbone, query_expansion=False, training_expansion=True) == plain
+    assert measure(collection, tiny_backbone, query_expansion=False) != plain
 
 
 def test_the_scale_is_saved_with_the_model(tmp_path: Path, tiny_backbone: str) -> None:
