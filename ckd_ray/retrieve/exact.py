@@ -12,8 +12,11 @@ Stored rows and queries are float16, so every product is a multiple of 2^-48 and
 is below 2: float64 (53 bits) adds them without rounding. Final scores are therefore *exact* and rounded once. They do
 not depend on the first pass, block shapes, threads, the cut into shards, the number of actors or the processor.
 
-Shapes: B queries, Q rows a query, N passages, L rows a passage, T rows of all, P pairs of query and passage, D
-dimensions, K results.
+Queries have different numbers of rows, and zeros behind them. Only rows that count are multiplied: queries of about
+equal length form a block (query_blocks.py).
+
+Shapes: B queries, Q rows of the longest query, R rows of several queries, N passages, L rows a passage, T rows of all,
+P pairs of query and passage, D dimensions, K results.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +33,7 @@ from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.groups import Group, groups_of
 from ckd_ray.retrieve.int8 import FirstPass, bounds_of, choose_first_pass, estimates_of, round_queries
+from ckd_ray.retrieve.query_blocks import blocks_of, rows_until_last
 from ckd_ray.retrieve.rows import RangeRows
 
 # A query row's score with a passage without rows: the least score of unit rows.
@@ -66,15 +71,18 @@ class Scorer:
     """MaxSim of a batch of queries with the passages of `source`.
 
     Args:
-        queries_BQD: unit rows; they are rounded to float16, as the store keeps them.
+        queries_BQD: unit rows, and behind a query's last one rows of zeros; they are rounded to float16, as the store
+            keeps them.
         device: where the products are computed.
     """
 
     def __init__(self, queries_BQD: Tensor, source: RangeRows, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.queries_BQD = queries_BQD.half().to(self.device)
+        self.lengths_B = rows_until_last(queries_BQD)
+        self.query_rows = max(1, int(self.lengths_B.max(initial=0)))
+        self.queries_BQD = queries_BQD[:, : self.query_rows].half().contiguous().to(self.device)
         self.source = source
-        self.num_queries, self.query_rows, self.dim = queries_BQD.shape
+        self.num_queries, self.dim = len(queries_BQD), queries_BQD.shape[2]
         gpu = self.device.type == "cuda"
         self._block, self._columns = (_GPU_BLOCK, _GPU_COLUMNS) if gpu else (_BLOCK, _COLUMNS)
         # Products of one passage with all of its queries pay when they are large compared with the cost of a call.
@@ -82,43 +90,48 @@ class Scorer:
 
     def dense(self, passages: Int64Array) -> Tensor:
         """(B, N) float32 scores of all queries with all of `passages` (positions in the range)."""
-        out_BN = torch.full((self.num_queries, len(passages)), EMPTY_ROW_SCORE * self.query_rows, device=self.device)
-        columns_DR = self.queries_BQD.float().reshape(-1, self.dim).T.contiguous()
-        width = max(1, self._columns // self.query_rows)
+        out_NB = self._empty_scores().repeat(len(passages), 1)
+        blocks = blocks_of(self.lengths_B, self._columns)
+        columns = [block.rows_of(self.queries_BQD).float().T.contiguous() for block in blocks]
+        most = max((rows.shape[1] for rows in columns), default=1)
 
         def score(part: Int64Array) -> None:
             for group in groups_of(self.source, passages[part], self.device):
-                step = max(1, self._block // (max(1, min(width, self.num_queries)) * self.query_rows * group.length))
+                step = max(1, self._block // (most * group.length))
                 members = torch.from_numpy(part[group.members]).to(self.device)
                 for start in range(0, len(members), step):
                     rows = group.rows_TD[start * group.length : (start + step) * group.length].float()
-                    for low in range(0, self.num_queries, width):
-                        asked = columns_DR[:, low * self.query_rows : (low + width) * self.query_rows]
-                        best = torch.mm(rows, asked).view(-1, group.length, asked.shape[1]).amax(1)
-                        scores_nb = best.view(len(best), -1, self.query_rows).sum(-1)
-                        out_BN[low : low + width, members[start : start + step]] = scores_nb.T
+                    scores_nB = torch.empty(len(rows) // group.length, self.num_queries, device=self.device)
+                    for block, asked_DR in zip(blocks, columns, strict=True):
+                        best_nR = torch.mm(rows, asked_DR).view(-1, group.length, asked_DR.shape[1]).amax(1)
+                        scores_nB[:, block.queries] = best_nR.view(len(best_nR), -1, block.length).sum(-1)
+                    out_NB[members[start : start + step]] = scores_nB
 
         self._spread(score, len(passages))
-        return out_BN
+        return out_NB.T.contiguous()
 
     def estimate(self, passages: Int64Array) -> tuple[Tensor, Tensor]:
         """(B, N) float32 estimates in 8 bits of all scores with `passages`, and (B, N) bounds of their errors.
 
         On a CPU only. See `int8.py`; a passage without rows has its exact score and the bound 0.
         """
-        rounded, count = round_queries(self.queries_BQD), len(passages)
-        out_NB = torch.full((count, self.num_queries), EMPTY_ROW_SCORE * self.query_rows)
+        rounded, count = round_queries(self.queries_BQD, self.lengths_B), len(passages)
+        out_NB = self._empty_scores().repeat(count, 1)
         longest_N, most_lost_N = torch.zeros(count), torch.zeros(count)
 
         def score(part: Int64Array) -> None:
             for group in groups_of(self.source, passages[part], self.device):
                 members = torch.from_numpy(part[group.members])
-                for these, *found in estimates_of(rounded, self.query_rows, group.rows_TD, group.length):
+                for these, *found in estimates_of(rounded, group.rows_TD, group.length):
                     at = members[these]
                     out_NB[at], longest_N[at], most_lost_N[at] = found
 
         self._spread(score, count)
-        return out_NB.T.contiguous(), bounds_of(rounded, self.query_rows, longest_N, most_lost_N)
+        return out_NB.T.contiguous(), bounds_of(rounded, longest_N, most_lost_N)
+
+    def _empty_scores(self) -> Tensor:
+        """(B,) scores of the queries with a passage without rows."""
+        return EMPTY_ROW_SCORE * torch.from_numpy(self.lengths_B).float().to(self.device)
 
     def _spread(self, work: Callable[[Int64Array], None], count: int) -> None:
         """`work` on all of 0..count, in as many threads as torch may use, each with its own products.
@@ -142,12 +155,13 @@ class Scorer:
         Args:
             exact: in float64, rounded once; else in float32.
         """
-        out_P = np.full(len(query_P), EMPTY_ROW_SCORE * self.query_rows, np.float32)
+        out_P = (EMPTY_ROW_SCORE * self.lengths_B[query_P]).astype(np.float32)
         passages, inverse = np.unique(passage_P, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         ends = np.cumsum(np.bincount(inverse, minlength=len(passages)))
         dtype = torch.float64 if exact else torch.float32
         queries_BQD = self.queries_BQD.to(dtype)
+        rows_RD = queries_BQD.view(-1, self.dim)
         by_passage = len(query_P) >= self._by_passage_from * max(1, len(passages))
 
         def score(part: Int64Array) -> None:
@@ -156,7 +170,7 @@ class Scorer:
                 counts = np.diff(ends, prepend=0)[members]
                 at = order[ranges(ends[members] - counts, counts)]
                 if by_passage:
-                    self._score_by_passage(group, queries_BQD, query_P[at], counts, at, out_P)
+                    self._score_by_passage(group, rows_RD, query_P[at], counts, at, out_P)
                 else:
                     member = np.repeat(np.arange(len(counts)), counts)
                     self._score_by_pair(group, queries_BQD, query_P[at], member, at, out_P)
@@ -167,30 +181,32 @@ class Scorer:
     def _score_by_passage(
         self,
         group: Group,
-        queries_BQD: Tensor,
+        rows_RD: Tensor,
         query_p: Int64Array,
         counts: Int64Array,
         at_p: Int64Array,
         out_P: Float32Array,
     ) -> None:
         """One product a passage, with the rows of its queries. Buffers are reused, so that they stay in the cache."""
-        dtype, most = queries_BQD.dtype, int(counts.max(initial=0)) * self.query_rows
+        dtype, lengths_p = rows_RD.dtype, np.maximum(1, self.lengths_B[query_p])
+        row_R = torch.from_numpy(ranges(query_p * self.query_rows, lengths_p))  # of all pairs, pair after pair
+        starts_p = np.cumsum(lengths_p) - lengths_p
+        ends = np.append(starts_p, len(row_R))[np.cumsum(counts)]
+        most = int(np.diff(ends, prepend=0).max(initial=0))
         asked_RD = torch.empty(most, self.dim, dtype=dtype)
         similarity = torch.empty(group.length * most, dtype=dtype)
-        wanted = torch.from_numpy(query_p)
-        best_PQ = torch.empty(len(at_p), self.query_rows, dtype=dtype)
+        best_R = torch.empty(len(row_R), dtype=dtype)
         low, converted = 0, max(1, _CONVERTED // group.length)
-        for i, count in enumerate(counts.tolist()):
+        for i, high in enumerate(ends.tolist()):
             if i % converted == 0:
                 rows_TD = group.rows_TD[i * group.length : (i + converted) * group.length].to(dtype)
-            row, columns = i % converted * group.length, count * self.query_rows
-            asked = asked_RD[:columns]
-            torch.index_select(queries_BQD, 0, wanted[low : low + count], out=asked.view(count, self.query_rows, -1))
+            row, columns = i % converted * group.length, high - low
+            asked = torch.index_select(rows_RD, 0, row_R[low:high], out=asked_RD[:columns])
             block = similarity[: group.length * columns].view(group.length, columns)
             torch.mm(rows_TD[row : row + group.length], asked.T, out=block)
-            torch.amax(block, 0, out=best_PQ[low : low + count].view(-1))
-            low += count
-        out_P[at_p] = _sum_rows(best_PQ)
+            torch.amax(block, 0, out=best_R[low:high])
+            low = high
+        out_P[at_p] = _sums(best_R.numpy(), starts_p)
 
     def _score_by_pair(
         self,
@@ -207,15 +223,19 @@ class Scorer:
             part = slice(low, low + step)
             rows = rows_nLD[torch.from_numpy(member_p[part]).to(self.device)].to(queries_BQD.dtype)
             asked = queries_BQD[torch.from_numpy(query_p[part]).to(self.device)]
-            out_P[at_p[part]] = _sum_rows(torch.bmm(rows, asked.transpose(1, 2)).amax(1))
+            best_pQ = torch.bmm(rows, asked.transpose(1, 2)).amax(1).cpu().numpy()
+            out_P[at_p[part]] = _sums(best_pQ.reshape(-1), np.arange(len(best_pQ)) * self.query_rows)
 
 
-def _sum_rows(best_PQ: Tensor) -> Float32Array:
-    """Sums over query rows. float64 is added as integers of unit 2^-48, so the order of addition does not matter."""
-    if best_PQ.dtype == torch.float64:
-        best_PQ = (best_PQ * _EXACT_UNIT).to(torch.int64).sum(1).double() / _EXACT_UNIT
-        return best_PQ.float().cpu().numpy()
-    return best_PQ.sum(1).cpu().numpy()
+def _sums(best_R: npt.NDArray[np.floating], starts_P: Int64Array) -> Float32Array:
+    """Sums over the rows of each pair, which begin at `starts_P`. float64 is added as integers of unit 2^-48, so the
+    order of addition does not matter."""
+    if not len(starts_P):
+        return np.empty(0, np.float32)
+    if best_R.dtype == np.float64:
+        units_P = np.add.reduceat((best_R * _EXACT_UNIT).astype(np.int64), starts_P)
+        return (units_P.astype(np.float64) / _EXACT_UNIT).astype(np.float32)
+    return np.add.reduceat(best_R, starts_P, dtype=np.float32)
 
 
 def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) -> tuple[Float32Array, Int64Array]:
@@ -227,8 +247,10 @@ def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) 
         first_pass: `int8` (on a CPU only) or `float32`, which give the same answer; None: the faster one here.
     """
     count = scorer.source.num_passages
-    if first_pass is None:
-        few = count < _LEAST_PASSAGES * depth or scorer.num_queries * scorer.query_rows < _LEAST_ROWS
+    if scorer.dim == 1:
+        first_pass = "float32"  # PyTorch's products in 8 bits are wrong for rows of one number
+    elif first_pass is None:
+        few = count < _LEAST_PASSAGES * depth or scorer.lengths_B.sum() < _LEAST_ROWS
         first_pass = "float32" if few or scorer.device.type != "cpu" else choose_first_pass()[0]
     best_BK = torch.full((scorer.num_queries, depth), -torch.inf, device=scorer.device)
     kept: list[_Candidates] = []

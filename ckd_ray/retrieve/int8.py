@@ -12,7 +12,7 @@ The error of a maximum over rows d is at most the largest of their errors, and a
 
 two numbers a query times two numbers a passage. The bound holds for the worst case, in which all errors have one sign.
 
-Shapes: B queries, Q rows a query, R = B * Q query rows, N passages, n passages of a group, L rows a passage, D
+Shapes: B queries, Q rows of the longest query, R query rows, N passages, n passages of a group, L rows a passage, D
 dimensions.
 """
 
@@ -26,6 +26,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ckd_ray.arrays import Int64Array
+from ckd_ray.retrieve.query_blocks import QueryBlock, blocks_of
 
 FirstPass = Literal["int8", "float32"]
 
@@ -47,29 +50,39 @@ class RoundedQueries:
     """Queries in 8 bits.
 
     Attributes:
-        rows_RD: int8, row after row of all queries.
-        scales_R: what a number of rows_RD stands for.
+        blocks: queries of about equal length, and of each block the rows (R, D) int8 and (R,) what a number of a row
+            stands for.
+        query_rows, dim: Q and D.
         lost_B: sum over a query's rows of |r|, the length of the rounding error.
         kept_B: sum over its rows of |q'|, the length of the rounded row.
         lengths_B: sum over its rows of |q|.
     """
 
-    rows_RD: Tensor
-    scales_R: Tensor
+    blocks: list[tuple[QueryBlock, Tensor, Tensor]]
+    query_rows: int
+    dim: int
     lost_B: Tensor
     kept_B: Tensor
     lengths_B: Tensor
 
 
-def round_queries(queries_BQD: Tensor) -> RoundedQueries:
-    """Rounds float16 queries, each row with a scale of its own."""
-    count, rows, dim = queries_BQD.shape
-    rows_RD = queries_BQD.float().reshape(-1, dim)
-    codes_RD, scales_R = _rounded(rows_RD)
-    held_RD = codes_RD.double() * scales_R[:, None].double()
-    each = (rows_RD.double() - held_RD, held_RD, rows_RD.double())
-    lost_B, kept_B, lengths_B = (x.norm(dim=1).view(count, rows).sum(1).float() for x in each)
-    return RoundedQueries(codes_RD.to(torch.int8), scales_R, lost_B, kept_B, lengths_B)
+def round_queries(queries_BQD: Tensor, lengths_B: Int64Array) -> RoundedQueries:
+    """Rounds float16 queries, each row with a scale of its own.
+
+    Args:
+        lengths_B: rows of each query that count; zeros are behind them.
+    """
+    count, query_rows, dim = queries_BQD.shape
+    lost_B, kept_B, whole_B = torch.zeros(count), torch.zeros(count), torch.zeros(count)
+    blocks = []
+    for block in blocks_of(lengths_B, _COLUMNS):
+        rows_RD = block.rows_of(queries_BQD).float()
+        codes_RD, scales_R = _rounded(rows_RD)
+        held_RD = codes_RD.double() * scales_R[:, None].double()
+        for out_B, x in ((lost_B, rows_RD.double() - held_RD), (kept_B, held_RD), (whole_B, rows_RD.double())):
+            out_B[block.queries] = x.norm(dim=1).view(-1, block.length).sum(1).float()
+        blocks.append((block, codes_RD.to(torch.int8), scales_R))
+    return RoundedQueries(blocks, query_rows, dim, lost_B, kept_B, whole_B)
 
 
 def _rounded(rows_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +93,7 @@ def _rounded(rows_RK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def estimates_of(
-    queries: RoundedQueries, query_rows: int, rows_TD: Tensor, length: int
+    queries: RoundedQueries, rows_TD: Tensor, length: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Estimates of all queries with passages of `length` rows each.
 
@@ -92,8 +105,7 @@ def estimates_of(
         errors of these (part of n,). All float32.
     """
     dim, count = rows_TD.shape[1], len(queries.lost_B)
-    width = _queries_of_a_block(count, query_rows) * query_rows
-    columns = min(width, len(queries.rows_RD))
+    columns = max((len(asked_RD) for _, asked_RD, _ in queries.blocks), default=0)
     inner = max(1, min(_ROUNDED // length, _BLOCK // (length * max(1, columns))))
     step = inner * max(1, _ROUNDED // (inner * length))
     products = torch.empty(inner * length * columns, dtype=torch.int32)
@@ -107,46 +119,31 @@ def estimates_of(
         lost_nLD = rows_nLD.addcmul_(codes_nLD, scales_n[:, None, None], value=-1.0)
         most_lost_n = torch.linalg.vector_norm(lost_nLD, dim=2).amax(1)
         scores_nB = torch.empty(n, count)
-        for low in range(0, len(queries.rows_RD), width):
-            asked_DR = queries.rows_RD[low : low + width].T
-            best_nR = torch.empty(n, asked_DR.shape[1], dtype=torch.int32)
+        for query_block, asked_RD, scales_R in queries.blocks:
+            best_nR = torch.empty(n, len(asked_RD), dtype=torch.int32)
             for first in range(0, n, inner):
                 some = codes_TD[first * length : (first + inner) * length]
-                block = products[: len(some) * asked_DR.shape[1]].view(len(some), -1)
-                torch._int_mm(some, asked_DR, out=block)
+                block = products[: len(some) * len(asked_RD)].view(len(some), -1)
+                torch._int_mm(some, asked_RD.T, out=block)
                 torch.amax(block.view(-1, length, block.shape[1]), 1, out=best_nR[first : first + inner])
-            sums = (best_nR * queries.scales_R[low : low + width]).view(n, -1, query_rows).sum(2)
-            scores_nB[:, low // query_rows : low // query_rows + sums.shape[1]] = sums
+            scores_nB[:, query_block.queries] = (best_nR * scales_R).view(n, -1, query_block.length).sum(2)
         scores_nB *= scales_n[:, None]
         yield slice(start, start + n), scores_nB, longest_n, most_lost_n
 
 
-def bounds_of(queries: RoundedQueries, query_rows: int, longest_N: Tensor, most_lost_N: Tensor) -> Tensor:
+def bounds_of(queries: RoundedQueries, longest_N: Tensor, most_lost_N: Tensor) -> Tensor:
     """(B, N) float32 bounds of the errors of estimates, from the lengths that `estimates_of` yields."""
-    of_longest_B, of_lost_B = bound_factors(queries, query_rows)
+    of_longest_B, of_lost_B = bound_factors(queries)
     return torch.outer(of_longest_B, longest_N).addr_(of_lost_B, most_lost_N)
 
 
-def bound_factors(queries: RoundedQueries, query_rows: int) -> tuple[Tensor, Tensor]:
+def bound_factors(queries: RoundedQueries) -> tuple[Tensor, Tensor]:
     """What a bound is a multiple of: (B,) of the greatest length of a passage's rows, (B,) of the greatest length of
     their rounding errors. The bound is the sum of both products."""
     # Estimates and lengths are themselves computed in float32, with u = 2^-24. Their error for a query row is at most
     # (1.5 D + 4 Q + 48) u |q| |d|; the slack is (8 D + 8 Q + 64) u |q| |d|.
-    slack = (queries.rows_RD.shape[1] + query_rows + 8) * 2.0**-21
+    slack = (queries.dim + queries.query_rows + 8) * 2.0**-21
     return queries.lost_B + slack * queries.lengths_B, queries.kept_B
-
-
-def _queries_of_a_block(count: int, query_rows: int) -> int:
-    """Queries whose rows are multiplied at a time: parts of about equal size, of at most `_COLUMNS` rows.
-
-    Rows of products whose addresses differ by a multiple of 4096 bytes share places in the first-level cache, and
-    maxima over them take twice as long. Such a block gets one query less or more.
-    """
-    most = max(1, _COLUMNS // query_rows)
-    width = -(-count // max(1, -(-count // most)))
-    if width * query_rows % 1024 == 0:
-        width += 1 if width < most else -1
-    return max(1, width)
 
 
 @lru_cache(maxsize=1)

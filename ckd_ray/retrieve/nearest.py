@@ -140,8 +140,9 @@ def _nearest_of_some(
 
 def _chunks_left(vectors_MD: Tensor, source: RangeRows, k: int, block: int) -> tuple[Int64Array, Int64Array]:
     """The chunks that may hold one of a vector's k nearest rows: chunks (P,), vector after vector, and counts (M,)."""
-    queries, count = round_queries(vectors_MD[:, None]), len(vectors_MD)
-    factors_3M = torch.stack([*bound_factors(queries, 1), torch.ones(count)])
+    count = len(vectors_MD)
+    queries = round_queries(vectors_MD[:, None], np.ones(count, np.int64))
+    factors_3M = torch.stack([*bound_factors(queries), torch.ones(count)])
     best_MK = torch.full((count, k), -torch.inf)
     vector, chunk, upper = [], [], []
     for start in range(0, source.num_rows, block):
@@ -181,7 +182,7 @@ def _bounds(
     shortest_n, longest_n = half_norms_nL.amin(1) * (1 - 1e-5), half_norms_nL.amax(1) * (1 + 1e-5)
     estimates_nM, sizes_n3 = torch.empty(count, factors_3M.shape[1]), torch.empty(count, 3)
     sizes_n3[:, 2] = -shortest_n
-    for these, estimates, sizes_n3[these, 0], sizes_n3[these, 1] in estimates_of(queries, 1, rows_TD, _CHUNK):
+    for these, estimates, sizes_n3[these, 0], sizes_n3[these, 1] in estimates_of(queries, rows_TD, _CHUNK):
         estimates_nM[these] = estimates
     return estimates_nM.addmm_(sizes_n3, factors_3M), sizes_n3, longest_n - shortest_n
 

@@ -25,6 +25,7 @@ from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_
 from ckd_ray.retrieve.int8 import FirstPass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.nearest import nearest_rows
+from ckd_ray.retrieve.query_blocks import blocks_of
 from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
@@ -53,6 +54,8 @@ def queries(count: int, seed: int = 9) -> torch.Tensor:
 
 
 def literal(query: torch.Tensor, documents: list[torch.Tensor]) -> np.ndarray:
+    """Scores of all passages; rows of zeros behind a query's last row do not count."""
+    query = query[: max((i + 1 for i, q in enumerate(query) if q.any()), default=0)]
     scores = []
     for d in documents:
         best = [max((float(q.double() @ row.double()) for row in d.float()), default=-1.0) for q in query]
@@ -341,6 +344,8 @@ def test_scores_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         lengths = rng.integers(0, 30, count)
         documents = [F.normalize(torch.randn(n, dim), dim=-1).half() for n in lengths]
         asked = F.normalize(torch.randn(int(rng.integers(1, 9)), rows, dim), dim=-1).half()
+        for query in asked:
+            query[rng.integers(1, rows + 1) :] = 0.0
         flat, depth = torch.cat(documents), int(rng.integers(1, count + 4))
         results: list[tuple[np.ndarray, np.ndarray]] = []
         for block, columns, gathered, round_to in ((1 << 20, 2048, 1 << 18, 4), (64, 1, 16, 1), (999, 70, 50, 7)):
@@ -414,7 +419,16 @@ def lengths_differ() -> Case:
     return [(d.float() * f).half() for d, f in zip(passages(60, seed=7), factors, strict=True)], 2 * queries(3)
 
 
-CASES: list[Callable[[], Case]] = [near_ties, duplicates, aligned, spikes, lengths_differ]
+def queries_of_any_length() -> Case:
+    """Queries of 0 to 5 rows in no order, zeros behind them, and one with a row of zeros between others."""
+    documents, asked = clustered(60, 12)
+    for i, query in enumerate(asked):
+        query[i * 5 % (QUERY_ROWS + 1) :] = 0.0
+    asked[1, 1] = 0.0
+    return [*documents, *passages(9, seed=5)], asked
+
+
+CASES: list[Callable[[], Case]] = [near_ties, duplicates, aligned, spikes, lengths_differ, queries_of_any_length]
 
 
 def literal_ranking(documents: list[torch.Tensor], asked: torch.Tensor, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -454,7 +468,24 @@ def test_estimates_are_as_near_as_their_bounds_say(case: Callable[[], Case]) -> 
     for query, mine, bound in zip(asked, estimates.double().numpy(), bounds.double().numpy(), strict=True):
         assert (np.abs(mine - literal(query, documents)) <= bound).all()
     empty = [not len(d) for d in documents]
-    assert (bounds[:, empty] == 0).all() and (estimates[:, empty] == -QUERY_ROWS).all()
+    assert (bounds[:, empty] == 0).all()
+
+
+@pytest.mark.parametrize("most_rows", [1, 7, 64, 2048])
+def test_blocks_hold_every_query_once_with_all_of_its_rows(most_rows: int) -> None:
+    lengths = np.random.default_rng(0).integers(0, 33, 700)
+    found = blocks_of(lengths, most_rows)
+    members = [np.arange(700)[block.queries] for block in found]
+    assert sorted(np.concatenate(members).tolist()) == list(range(700))
+    for queries_b, block in zip(members, found, strict=True):
+        assert block.length == max(1, lengths[queries_b].max())
+        assert len(queries_b) == 1 or len(queries_b) * block.length <= most_rows
+    if most_rows == 2048:
+        assert sum(len(m) * b.length for m, b in zip(members, found, strict=True)) < 1.15 * lengths.sum()
+
+
+def test_queries_of_one_length_are_written_as_slices() -> None:
+    assert [block.queries for block in blocks_of(np.full(10, 4), 20)] == [slice(0, 5), slice(5, 10)]
 
 
 @in_8_bits
