@@ -19,6 +19,9 @@ from ckd_ray.streams import is_redirected, may_colour
 
 # The object store holds token ids of a few shards, and never embeddings. A small store leaves memory to the encoders.
 _LOCAL_OBJECT_STORE = 512 * 2**20
+# How long a head may take to answer: a busy machine takes a while, a process that is stopped never answers.
+_ANSWER_S = 60.0
+_TRY_S = 5.0
 
 
 @contextmanager
@@ -140,14 +143,14 @@ def _reach(address: str, where: str) -> None:
     and ray:// addresses are left to Ray.
 
     Raises:
-        UserError: the head refuses our token.
+        UserError: the head refuses our token, or does not answer within a minute.
         OSError: nothing listens there, or no Ray head.
     """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or "://" in address:
         return
     socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    if _refused(address):
+    if _refused(address, where):
         raise UserError(
             "this Ray asks for a token, and refuses ours" if has_token() else "this Ray asks for a token",
             where=where,
@@ -157,7 +160,7 @@ def _reach(address: str, where: str) -> None:
         )
 
 
-def _refused(address: str) -> bool:
+def _refused(address: str, where: str) -> bool:
     """Whether the head refuses our token, in a request like Ray's first one."""
     try:
         import grpc
@@ -166,17 +169,28 @@ def _refused(address: str) -> bool:
         return False
     from ray.exceptions import AuthenticationError
 
-    try:
-        channel = init_grpc_channel(address)
-        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=5)
-    except AuthenticationError:
-        return True
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAVAILABLE:  # a head that is merely slow runs into the timeout
-            raise ConnectionError("what listens there does not answer as the head of a Ray does") from None
-        return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
-    channel.close()
-    return False
+    tries = max(1, round(_ANSWER_S / _TRY_S))
+    for number in range(tries):
+        try:
+            with init_grpc_channel(address) as channel:
+                channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=_TRY_S)
+            return False
+        except AuthenticationError:
+            return True
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise ConnectionError("what listens there does not answer as the head of a Ray does") from None
+            if error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:
+                return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+        if number == 0:
+            say(f"the Ray at {address} does not answer; waiting for {_ANSWER_S:.0f} s")
+    raise UserError(
+        "this Ray does not answer",
+        where=where,
+        expected=f"an answer of its head within {_ANSWER_S:.0f} s",
+        found=address,
+        fix="see whether its head is stopped or its machine overloaded; --cluster local starts a Ray of your own",
+    )
 
 
 def _size() -> str:
