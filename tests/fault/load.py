@@ -1,11 +1,12 @@
 """How the product bears many small things: files of a store, and queries to label. Prints JSON, with peak memory.
 
-    python -m tests.fault.load --files 10000 --shards 10000 --queries 5000000
+    python -m tests.fault.load --files 10000 --shards 10000 --queries 5000000 --export 500000
 
 `--files`: a corpus of so many Parquet files of ten passages is looked at, and built by four processes at once.
 `--shards`: a store of so many shards of ten passages is written, closed, and read at random by eight processes at once,
 each of which may have 256 files open. `--queries`: a split of so many generated queries is labelled, all of it, by the
-stage as it is on two CPUs; meanwhile the memory of all processes is looked at, and then every part is read. `--tasks`:
+stage as it is on two CPUs; meanwhile the memory of all processes is looked at, and then every part is read. `--export`:
+so many queries are labelled and exported with 64 candidates each, as `ckd-ray export --what labels` does. `--tasks`:
 so many parts of no work go through Ray Data, to see the driver's memory.
 """
 
@@ -187,15 +188,15 @@ def _held(pid: int) -> float:
     return 0.0
 
 
-def rank_by_chance(batch: dict[str, Any], rankings: str) -> Any:
-    """A part of rankings: five passages of sixty for each query, drawn from the part's number."""
+def rank_by_chance(batch: dict[str, Any], rankings: str, passages: int, depth: int) -> Any:
+    """A part of rankings: `depth` of the `passages` for each query, drawn from the part's number."""
     import pyarrow as pa
 
     from ckd_ray.ray_util.parts import part_file
     from ckd_ray.retrieve.rankings import write_ranking_part
 
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
-    top = np.random.default_rng(part).random((stop - first, 60)).argsort(axis=1)[:, :5]
+    top = np.random.default_rng(part).random((stop - first, passages)).argsort(axis=1)[:, :depth]
     write_ranking_part(
         f"{rankings}/{part_file('train', part)}", first_query=first, query_ids=[f"q{i}" for i in range(first, stop)],
         scores_BK=np.zeros(top.shape, np.float32), passages_BK=top, passage_ids=[f"p{p}" for p in top.ravel()],
@@ -203,20 +204,23 @@ def rank_by_chance(batch: dict[str, Any], rankings: str) -> Any:
     return pa.table({"part": [part], "queries": [stop - first]})
 
 
-def many_queries(folder: Path, queries: int) -> dict[str, Any]:
-    """Label a split of so many queries by the stage itself, and look at every part that it has written."""
+def labelled(folder: Path, queries: int, passages: int = 60, depth: int = 5) -> tuple[Path, dict[str, Any]]:
+    """A run whose training split has so many queries, labelled by the stage itself, and the figures of that."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import ray
 
     from ckd_ray.config import LabelConfig
     from ckd_ray.labels.stage import CELLS, EstimatedVotes, LabelJob, find_special_cells, label
-    from ckd_ray.ray_util.parts import part_file, query_spans, run_parts
+    from ckd_ray.ray_util.parts import query_spans, run_parts
     from ckd_ray.ray_util.session import _quiet_data
+    from ckd_ray.retrieve.rankings import write_ranking_matrix
     from tests.evidence import hand_made_run
     from tests.support import tiny_bert, write_collection
 
-    run = hand_made_run(folder / "runs", tiny_bert(folder / "encoder"), write_collection(folder / "collection"))
+    run = hand_made_run(
+        folder / "runs", tiny_bert(folder / "encoder"), write_collection(folder / "collection", passages=passages)
+    )
     path, block = run / "queries" / "train.parquet", 1 << 18
     schema = pa.schema([("query_id", pa.string()), ("text", pa.large_string())])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -229,10 +233,10 @@ def many_queries(folder: Path, queries: int) -> dict[str, Any]:
     labels.mkdir()
     ray.init(address="local", num_cpus=2, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
     _quiet_data()
-    ranked = sum(
-        int(r["queries"]) for r in run_parts([*range(len(spans))], spans, rank_by_chance, {"rankings": str(rankings)})
-    )
+    drawn = {"rankings": str(rankings), "passages": passages, "depth": depth}
+    ranked = sum(int(r["queries"]) for r in run_parts([*range(len(spans))], spans, rank_by_chance, drawn))
     assert ranked == queries
+    write_ranking_matrix(str(rankings), "train", spans, depth)
     job = LabelJob(
         str(run), "train", str(run / "teacher"), str(run / "embeddings" / "passages"), str(rankings), str(labels),
         LabelConfig(clusters=8, neighbours="estimate"),
@@ -240,22 +244,76 @@ def many_queries(folder: Path, queries: int) -> dict[str, Any]:
     cells = find_special_cells(str(labels / CELLS), job, 17)
     started = time.monotonic()
     with Watch() as watch:
-        label(job, EstimatedVotes(cells), queries)
+        per_part = label(job, EstimatedVotes(cells), queries)
     seconds = time.monotonic() - started
     ray.shutdown()
-    expansions = 0
-    for part, (first, stop) in enumerate(spans):
-        table = pq.read_table(labels / part_file("train", part), columns=["query_id", "feedback_ids", "idf"])
-        assert table["query_id"].to_pylist() == [f"q{i}" for i in range(first, stop)]
-        assert all(len(ids) == 3 for ids in table["feedback_ids"].to_pylist())
-        expansions += sum(map(len, table["idf"].to_pylist()))
-    return {
+    (labels / "_manifest.json").write_text(json.dumps({"made_of": "hand", "queries_per_part": per_part}))
+    return run, {
         "queries": queries,
         "parts": len(spans),
-        "expansion_embeddings": expansions,
         "label_gib": round(sum(file.stat().st_size for file in labels.rglob("*.*")) / 2**30, 2),
         "seconds": round(seconds, 1),
         "queries_per_second": round(queries / seconds, 1),
+        **watch.figures(),
+    }
+
+
+def many_queries(folder: Path, queries: int) -> dict[str, Any]:
+    """Label a split of so many queries by the stage itself, and look at every part that it has written."""
+    import pyarrow.parquet as pq
+
+    from ckd_ray.ray_util.parts import part_file, query_spans
+
+    run, figures = labelled(folder, queries)
+    expansions = 0
+    for part, (first, stop) in enumerate(query_spans(queries)):
+        table = pq.read_table(run / "labels" / part_file("train", part), columns=["query_id", "feedback_ids", "idf"])
+        assert table["query_id"].to_pylist() == [f"q{i}" for i in range(first, stop)]
+        assert all(len(ids) == 3 for ids in table["feedback_ids"].to_pylist())
+        expansions += sum(map(len, table["idf"].to_pylist()))
+    return {**figures, "expansion_embeddings": expansions}
+
+
+def many_exports(folder: Path, queries: int, width: int = 64) -> dict[str, Any]:
+    """Export the labels of so many queries, and read the result as its users do."""
+    import pyarrow.parquet as pq
+    import ray
+    import torch
+
+    from ckd_ray.inspection.export_labels import export_labels
+    from ckd_ray.store import shard_name, write_manifest, write_shard
+    from ckd_ray.store.codec import Float16
+
+    run, _ = labelled(folder, queries, passages=2000, depth=width)
+    store, rows, shard = run / "embeddings" / "queries.train", 12, 8192
+    store.mkdir(parents=True)
+    for index, first in enumerate(range(0, queries, shard)):
+        count = min(shard, queries - first)
+        generator = torch.Generator().manual_seed(index)
+        drawn = torch.nn.functional.normalize(torch.randn(count * rows, DIM, generator=generator), dim=1)
+        write_shard(
+            str(store / shard_name(index)), fingerprint="hand", index=index, first=first,
+            lengths=np.full(count, rows, np.int32), token_ids=np.zeros(count * rows, np.int32), embeddings_TD=drawn,
+            codec=Float16(DIM),
+        )  # fmt: skip
+    write_manifest(str(store), "hand", -(-queries // shard))
+    ray.init(address="local", num_cpus=2, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+    started, before = time.monotonic(), memory()[0]
+    with Watch() as watch:
+        told = export_labels(str(run), "sentence-transformers", width=width)
+    seconds = time.monotonic() - started
+    ray.shutdown()
+    table = pq.ParquetFile(Path(told["out"]) / "train.parquet")
+    assert told["queries"] == table.metadata.num_rows == queries
+    for group in (0, table.num_row_groups - 1):
+        assert all(len(scores) == width for scores in table.read_row_group(group)["scores"].to_pylist())
+    return {
+        "queries": queries,
+        "candidates": width,
+        "seconds": round(seconds, 1),
+        "queries_per_second": round(queries / seconds, 1),
+        "export_gib": round(sum(file.stat().st_size for file in Path(told["out"]).rglob("*.*")) / 2**30, 2),
+        "driver_mib_before": before,
         **watch.figures(),
     }
 
@@ -291,6 +349,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=0)
     parser.add_argument("--shards", type=int, default=0)
     parser.add_argument("--queries", type=int, default=0)
+    parser.add_argument("--export", type=int, default=0)
     parser.add_argument("--tasks", type=int, default=0)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
@@ -302,6 +361,8 @@ def main() -> None:
             found["many_shards"] = many_shards(Path(scratch) / "store", arguments.shards)
         if arguments.queries:
             found["many_queries"] = many_queries(Path(scratch), arguments.queries)
+        if arguments.export:
+            found["many_exports"] = many_exports(Path(scratch), arguments.export)
         if arguments.tasks:
             found["many_tasks"] = many_tasks(arguments.tasks)
     print(json.dumps(found, indent=1))

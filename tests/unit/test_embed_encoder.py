@@ -216,24 +216,6 @@ def test_a_large_gpu_gets_large_batches() -> None:
     assert list(found.values()) == [8192, 8192, 16384, 32768, 65536, 131072, 131072]
 
 
-def test_the_gpu_benchmark_measures_a_tiny_model(model: ColBERT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import gpu_encode
-
-    # Two layers of 4 * 32^2 and 2 * 32 * 64 weights, and the projection; twice that, and attention, for 10 tokens.
-    assert gpu_encode.operations(model, 10) == 10 * 2 * (2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 16) + 2 * 4 * 100 * 32
-    found, figures = gpu_encode.measure(model, "cpu", 20, [64, 1024], matrix=64)
-    assert found["tokens"] == sum(len(ids) for ids in gpu_encode.random_passages(20, 48, 100))
-    rates = {name: value["value"] for name, value in figures.items()}
-    assert rates["gpu_tokens_per_second"] / rates["gpu_passages_per_second"] == pytest.approx(
-        found["tokens"] / 20, rel=1e-3
-    )
-    assert rates["gpu_share_of_matmul"] > 0
-    rows = gpu_encode.measure_rows("cpu", 3000, 64, dim=16)
-    assert rows["gpu_code_agreement"]["value"] == rows["gpu_nearest_agreement"]["value"] == 1.0
-    assert rows["gpu_coded_rows_per_second"]["value"] > 0 and rows["gpu_nearest_products_per_second"]["value"] > 0
-
-
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_pooling_is_that_of_a_literal_loop(tiny_backbone: str, pooling: str) -> None:
     """One text at a time, without padding: [CLS] text [SEP], its token outputs pooled, a vector of length 1."""
