@@ -206,6 +206,8 @@ class TrainingConfig(Section):
             one).
         share_negatives: Whether a query meets the passages of all workers; without it the loss depends on their number.
         ema: Decay of a moving average of the weights, which is then the result; 0 keeps the weights themselves.
+        untrained_share: The share of the encoder of `model.backbone`, as it was before any training, in the weights of
+            the result; 0.3 ranks unlabelled relevant passages better, and labelled ones a little worse (evidence.md).
         evaluate_every: Steps between measurements of MRR@10 on dev, after which the best checkpoint is the result; 0:
             never.
         patience: Measurements without a better one after which training stops; 0: never.
@@ -233,6 +235,7 @@ class TrainingConfig(Section):
     workers: Annotated[Auto | Positive | Elastic, OPERATIONAL] = "auto"
     share_negatives: bool = True
     ema: Share = 0.0
+    untrained_share: Share = 0.0
     evaluate_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
     patience: Annotated[int, Field(ge=0, lt=2**31)] = 0
     dev_queries: Positive = 100

@@ -1,4 +1,9 @@
-"""An exponential moving average of the weights, with which the model is measured and saved."""
+"""Averages of weights, with which a model is measured and saved: a moving one over the steps (`ema`), and one with the
+encoder as it was before any training (`untrained_share`).
+
+The second is WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903). A model that is fine-tuned on one kind of query loses on
+others. On the straight line back to the weights that it began with it keeps most of the gain and regains the rest.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +40,42 @@ class MovingAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """A context in which the model has the averages as its weights."""
-        kept = [p.detach().clone() for p in self.parameters]
-        self._fill(self.averages)
-        try:
+        with filled(self.parameters, self.averages):
             yield
-        finally:
-            self._fill(kept)
 
-    @torch.no_grad()
-    def _fill(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+
+class UntrainedAverage:
+    """The weights of training averaged with those before it: (1 - share) * weights + share * untrained.
+
+    Args:
+        parameters: the weights that training changes.
+        untrained: the weights before it, in the same order.
+    """
+
+    def __init__(self, parameters: list[Tensor], untrained: list[Tensor], share: float) -> None:
+        self.parameters, self.share = parameters, share
+        self.untrained = [u.detach().to(p.device, p.dtype) for u, p in zip(untrained, parameters, strict=True)]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A context in which the model has the averages as its weights."""
+        now = [p.detach() for p in self.parameters]
+        with filled(self.parameters, list(torch._foreach_lerp(now, self.untrained, self.share))):
+            yield
+
+
+@contextmanager
+def filled(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """A context in which the parameters have other values."""
+    kept = [p.detach().clone() for p in parameters]
+    _fill(parameters, values)
+    try:
+        yield
+    finally:
+        _fill(parameters, kept)
+
+
+@torch.no_grad()
+def _fill(parameters: list[Tensor], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -25,6 +25,7 @@ class TrainingTask:
         positive_grade: the qrels grade from which a passage is a positive.
         labels: the folder of the labels, below the run.
         teacher: the checkpoint whose encoder is run again when `teacher_embeddings` is `recompute`.
+        untrained: a checkpoint with the encoder as it was before any training, for `untrained_share`.
     """
 
     stage: str
@@ -38,6 +39,7 @@ class TrainingTask:
     positive_grade: float = 1
     labels: str = LABELS
     teacher: str | None = None
+    untrained: str | None = None
 
     @property
     def paths(self) -> RunDir:

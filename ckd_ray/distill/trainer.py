@@ -258,7 +258,7 @@ def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOu
     `metrics.jsonl` and `tensorboard/`, and the last weights in `last/` when they are not the result."""
     from ckd_ray.distill.worker import KEEP
 
-    name = "average" if task.settings.ema else "model"
+    name = "result" if task.settings.untrained_share else "average" if task.settings.ema else "model"
     with new_folder(out) as target:
         with result.checkpoint.as_directory() as folder:
             position = json.loads((Path(folder) / "state.json").read_text())

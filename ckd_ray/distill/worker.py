@@ -1,8 +1,9 @@
 """The training loop of one Ray Train worker.
 
-A checkpoint is a folder: `model/` (a ColBERT checkpoint), `average/` (the same with averaged weights, when `ema` is
-on), `optimizer.pt` (read with weights_only) and `state.json` (a `Position`). Batches, dropout, warm-up and decay depend
-on the step number alone, so a resumed training needs nothing else.
+A checkpoint is a folder: `model/` (a ColBERT checkpoint), `average/` (the same with the moving average of the weights,
+when `ema` is on), `result/` (averaged with the untrained encoder, where that has a share), `optimizer.pt` (read with
+weights_only) and `state.json` (a `Position`). Batches, dropout, warm-up and decay depend on the step number alone, so a
+resumed training needs nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import os
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,8 @@ import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
 
+from ckd_ray.distill.averages import MovingAverage, UntrainedAverage
 from ckd_ray.distill.dev import DevMeasure
-from ckd_ray.distill.ema import MovingAverage
 from ckd_ray.distill.inputs import InputReader, StepInputs
 from ckd_ray.distill.metrics import Record, write_part
 from ckd_ray.distill.progress_actor import ProgressReporter
@@ -96,10 +98,24 @@ class WorkerState:
         if optimizer_state is not None:
             self.optimizer.load_state_dict(optimizer_state)
         self.average = MovingAverage(_weights(self.model), task.settings.ema, averages) if task.settings.ema else None
+        self.with_untrained: UntrainedAverage | None = None
+        if task.settings.untrained_share:
+            assert task.untrained is not None, "untrained_share needs the untrained encoder"
+            with local_copy(task.untrained) as folder:
+                untrained = ColBERT.from_pretrained(folder).backbone
+            self.with_untrained = UntrainedAverage(
+                list(self.model.backbone.parameters()), list(untrained.parameters()), task.settings.untrained_share
+            )
 
-    def averaged(self) -> Any:
-        """A context in which the model has the weights of the result: the averaged ones where `ema` is on."""
-        return nullcontext() if self.average is None else self.average.in_place()
+    @contextmanager
+    def as_result(self) -> Iterator[None]:
+        """A context in which the model has the weights of the result: averaged over the steps where `ema` is on, then
+        with the untrained encoder where it has a share."""
+        with ExitStack() as stack:
+            for average in (self.average, self.with_untrained):
+                if average is not None:
+                    stack.enter_context(average.in_place())
+            yield
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint (rank 0 only)."""
@@ -107,6 +123,9 @@ class WorkerState:
         if self.average is not None:
             with self.average.in_place():
                 self.model.save(folder / "average")
+        if self.with_untrained is not None:
+            with self.as_result():
+                self.model.save(folder / "result")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps(asdict(self.position)))
 
@@ -267,7 +286,7 @@ class _Loop:
         position, every = self.position, self.task.settings.evaluate_every
         if self.dev is None or (position.next_step % every and position.next_step != self.task.settings.steps):
             return False
-        with self.state.averaged():
+        with self.state.as_result():
             found = record["mrr@10"] = self.dev()
         if position.best is not None and found <= position.best:
             position.worse += 1

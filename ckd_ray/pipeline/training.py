@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.distill.callbacks import load_callbacks
 from ckd_ray.distill.metrics import SCALARS, Record
@@ -11,9 +12,10 @@ from ckd_ray.distill.targets import degenerate, targets_of
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.trainer import TrainingOutcome, fit
 from ckd_ray.errors import UserError
-from ckd_ray.files import local_copy
+from ckd_ray.files import exists, join, local_copy, new_folder
 from ckd_ray.model import ColBERT
 from ckd_ray.model.recompute import recompute_activations
+from ckd_ray.pipeline.loading import load_backbone
 from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
 from ckd_ray.pipeline.stages.distill import distill_seed
 from ckd_ray.progress import say
@@ -40,6 +42,9 @@ def training_task(
         recompute_activations(model, f"{stage}.gradient_checkpointing")  # refused here, before workers start
     if section.evaluate_every and "dev" not in Collection.open(run.root).splits:
         raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
+    untrained = None
+    if section.untrained_share:
+        untrained = _untrained(config, model, join(home, "untrained"), f"{stage}.untrained_share")
     return TrainingTask(
         stage=stage,
         run=run.root,
@@ -52,7 +57,26 @@ def training_task(
         positive_grade=config.collection.positive_grade,
         labels=run.labels_name,
         teacher=None if stage == "teacher" else run.teacher,
+        untrained=untrained,
     )
+
+
+def _untrained(config: Config, model: ColBERT, folder: str, key: str) -> str:
+    """Write the backbone as it is into `folder`, unless it is there. UserError when it does not fit `model`."""
+    backbone = load_backbone(config)
+    shapes = ([p.shape for p in encoder.parameters()] for encoder in (model.backbone, backbone.backbone))
+    if next(shapes) != next(shapes):
+        raise UserError(
+            "the encoder is of another architecture or size than model.backbone",
+            where=key,
+            expected="the model that the teacher was trained from, as model.backbone",
+            found=config.model.backbone,
+            fix=f"set model.backbone, or {key}=0",
+        )
+    if not exists(folder):
+        with new_folder(folder) as out:
+            backbone.save(out)
+    return folder
 
 
 def distill_task(context: RunContext, fingerprint: str, *, keep: str | None = None) -> TrainingTask:

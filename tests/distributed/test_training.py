@@ -93,6 +93,20 @@ def test_two_workers_with_cached_gradients_have_the_losses_of_one(
     assert b"teacher/loss" in next((out / "tensorboard").iterdir()).read_bytes()
 
 
+def test_a_share_of_the_untrained_encoder_is_in_the_result_alone(
+    ray_session: None, task: TrainingTask, straight: list[float], tmp_path: Path
+) -> None:
+    shared = changed(task, fingerprint="shared", untrained=task.start, untrained_share=0.25)
+    outcome = fit(shared, out=str(tmp_path / "model"), workers=1)
+    assert [r["loss"] for r in outcome.metrics] == straight
+    trained = next(Path(shared.checkpoints).glob("step-00000008")) / "model"
+    models = [ColBERT.from_pretrained(folder) for folder in (tmp_path / "model", trained, Path(task.start))]
+    for mixed, after, before in zip(*(model.backbone.parameters() for model in models), strict=True):
+        assert torch.allclose(mixed, 0.75 * after + 0.25 * before, atol=1e-6)
+    assert torch.equal(models[0].projection.weight, models[1].projection.weight)
+    assert not torch.allclose(models[1].projection.weight, models[2].projection.weight, atol=1e-6)
+
+
 def test_training_stops_when_dev_stands_still_and_callbacks_see_every_report(
     ray_session: None, task: TrainingTask, tmp_path: Path
 ) -> None:

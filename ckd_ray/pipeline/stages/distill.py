@@ -6,6 +6,7 @@ from typing import Any
 
 from ckd_ray.config import Config
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS, objective_of
+from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.pipeline.stages.teacher import unmeasured_keys
 from ckd_ray.runs.directory import RunContext
@@ -25,7 +26,10 @@ def fingerprint_settings(config: Config) -> dict[str, Any]:
     """The keys of the section that the objective and its loss read, and what training takes from other sections."""
     d = config.distill
     unread = CONDITIONAL_KEYS - objective_of(config).keys(d)
+    # A teacher that this run trains stands for its backbone already.
+    untrained = d.untrained_share > 0 and config.teacher.checkpoint is not None
     return {
+        **({"backbone": signature(config.model.backbone) or config.model.backbone} if untrained else {}),
         "distill": d.for_fingerprint({"seed", *unread, *unmeasured_keys(d)}),
         "dropout": config.model.dropout,
         "seed": distill_seed(config),
