@@ -46,7 +46,7 @@ def test_both_averages_together_take_the_moving_one_towards_the_untrained_weight
 
 
 def test_an_encoder_that_is_not_made_like_the_backbone_is_refused(tmp_path: Path, tiny_backbone: str) -> None:
-    config = Config.model_validate({"model": {"backbone": tiny_backbone, "dim": 16}})
+    config = Config.model_validate({"model": {"backbone": tiny_backbone, "dim": 16, "doc_maxlen": 48}})
     like, unlike = load_backbone(config), load_backbone(config)
     folder = _untrained(config, like, str(tmp_path / "untrained"), "distill.untrained_share")
     kept = ColBERT.from_pretrained(folder)
