@@ -161,7 +161,7 @@ class Run:
         what: str = "model",
         model: str = "student",
         width: int = 32,
-        scores: str = "minmax",
+        scores: str = "auto",
         bits: int = 4,
         push: str | None = None,
     ) -> dict[str, Any]:
@@ -174,7 +174,8 @@ class Run:
                 `triples`; of vectors `parquet`; of an index `fast-plaid`.
             what: `model`, `labels`, `vectors` or `index`.
             model: `student` or `teacher`; of vectors and an index, whose they are.
-            width, scores: of labels: candidates a query, and `minmax` (0 to 1 a query) or `raw`.
+            width, scores: of labels: candidates a query, and `minmax` (0 to 1 a query), `raw`, or `auto`, which is what
+                the format wants.
             bits: of an index from an fp16 store: 1, 2 or 4 a dimension.
             push: OWNER/NAME of a repository of the hub that the folder is uploaded to. A new one is private.
 

@@ -33,7 +33,7 @@ def export(
         ),
     ] = "model",
     width: Annotated[int, typer.Option("--width", help="Of labels: candidates a query.")] = 32,
-    scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query) or raw.")] = "minmax",
+    scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query), raw, or auto.")] = "auto",
     bits: Annotated[int, typer.Option("--bits", help="Of an index from an fp16 store: 1, 2 or 4 a dimension.")] = 4,
     push: Annotated[
         str | None,

@@ -4,7 +4,8 @@ other libraries.
 A query's candidates are its labelled passages and the top of its ranking. Labelled passages come first, then the others
 by falling score. A query without a label has the teacher's scores alone; where a format asks for a positive, it is the
 passage that the teacher scores highest. Every query has the same number of candidates, which readers of list columns
-want; queries with fewer are left out and counted.
+want; queries with fewer are left out and counted, and so are, in formats with positives and negatives, queries whose
+candidates are all labelled: the libraries draw a negative for every query, and fail without one.
 
 Blocks of queries are scored one after another in this process, or by tasks of Ray where there are many; one block is in
 memory at a time. Shapes: B queries of a block, W candidates a query.
@@ -31,7 +32,9 @@ from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_tables, query_spans
 
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
-SCALINGS = ("minmax", "raw")
+SCALINGS = ("auto", "minmax", "raw")
+# Their trainers take the softmax of the scores as they are; of scores of 0 to 1 it would be nearly flat.
+_RAW = ("flagembedding", "colbert")
 _WITH_POSITIVES = ("flagembedding", "tevatron", "triples")
 QUERIES_A_BLOCK = 256
 # Above so many queries, tasks of Ray score them: below, to start Ray takes longer than it saves.
@@ -83,7 +86,7 @@ class _Row:
 
 
 def export_labels(
-    run: str, fmt: str, *, out: str | None = None, width: int = 32, scaling: str = "minmax"
+    run: str, fmt: str, *, out: str | None = None, width: int = 32, scaling: str = "auto"
 ) -> dict[str, Any]:
     """Write the labels of a run as a training set.
 
@@ -92,11 +95,12 @@ def export_labels(
         fmt: of `FORMATS`. `sentence-transformers` and `pylate` share one layout.
         out: the folder to write; `exports/labels-FORMAT` inside the run when None.
         width: candidates a query, the labelled ones included.
-        scaling: `minmax` brings the scores of a query to 0 .. 1, as PyLate's loss expects them; `raw` keeps them.
+        scaling: `minmax` brings the scores of a query to 0 .. 1, as PyLate's loss expects them; `raw` keeps them;
+            `auto` is `raw` for flagembedding and colbert, else `minmax`.
 
     Returns:
-        `out`, `format`, `queries`, `unlabelled` (of them), `left_out` (queries with fewer candidates), `width`,
-        `scaling`.
+        `out`, `format`, `queries`, `unlabelled` (of them), `left_out` (queries with fewer candidates, or with
+        none to serve as a negative), `width`, `scaling`.
 
     Raises:
         UserError: no labels there, or an option is wrong.
@@ -104,15 +108,19 @@ def export_labels(
     if fmt not in FORMATS:
         raise UserError("unknown format of labels", where="--format", expected=", ".join(FORMATS), found=fmt)
     if scaling not in SCALINGS:
-        raise UserError("unknown scaling", where="--scores", expected=" or ".join(SCALINGS), found=scaling)
+        raise UserError("unknown scaling", where="--scores", expected=", ".join(SCALINGS), found=scaling)
     if width < 2:
         raise UserError("too few candidates", where="--width", expected="2 or more", found=str(width))
+    if scaling == "auto":
+        scaling = "raw" if fmt in _RAW else "minmax"
     opened = LabelledRun.open(run)
     target = out or join(opened.paths.exports, f"labels-{fmt}")
     writer = {"sentence-transformers": _lists, "pylate": _lists}.get(fmt) or _LINES[fmt]
     total, counts = len(opened.queries.ids), {"queries": 0, "unlabelled": 0}
     with new_folder(target) as folder, Progress("export", total, "queries") as progress:
-        writer(Path(folder), opened, _counted(_blocks(opened, run, width, scaling), counts, progress))
+        blocks = _blocks(opened, run, width, scaling)
+        blocks = _with_negatives(blocks) if fmt in _WITH_POSITIVES else blocks
+        writer(Path(folder), opened, _counted(blocks, counts, progress))
         counts["left_out"] = total - counts["queries"]
         (Path(folder) / "README.md").write_text(_card(opened, fmt, width, scaling, counts), encoding="utf-8")
     return {"out": target, "format": fmt, **counts, "width": width, "scaling": scaling}
@@ -159,6 +167,13 @@ def _blocks(opened: LabelledRun, run: str, width: int, scaling: str) -> Iterator
 def _part(batch: dict[str, Any], run: str, width: int, scaling: str) -> pa.Table:
     first, stop = int(batch["first"][0]), int(batch["stop"][0])
     return score_block(labelled_run_once(run), first, stop, width, scaling).to_table()
+
+
+def _with_negatives(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Without the queries whose candidates are all labelled."""
+    for block in blocks:
+        kept = block.positives_B < block.passages_BW.shape[1]
+        yield Block(block.queries_B[kept], block.positives_B[kept], block.passages_BW[kept], block.scores_BW[kept])
 
 
 def _counted(blocks: Iterator[Block], counts: dict[str, int], progress: Progress) -> Iterator[Block]:
@@ -257,23 +272,26 @@ def _flagembedding(row: _Row) -> Iterator[dict[str, Any]]:
 
 
 def _tevatron(row: _Row) -> Iterator[dict[str, Any]]:
+    """Passages with text and score: the form with ids alone needs a corpus, and its scores are not a query's."""
+    pairs = zip(row.ids, row.texts, row.scores, strict=True)
+    passages = [{"docid": name, "text": text, "score": score} for name, text, score in pairs]
     yield {
         "query_id": row.query_id,
-        "query_text": row.query,
-        "positive_document_ids": row.ids[: row.positives],
-        "negative_document_ids": row.ids[row.positives :],
+        "query": row.query,
+        "positive_passages": passages[: row.positives],
+        "negative_passages": passages[row.positives :],
     }
 
 
 def _triples(row: _Row) -> Iterator[dict[str, Any]]:
-    """One for each pair of a positive and another passage; `margin` is the difference of their scores."""
+    """One for each pair of a positive and another passage; `label` is the difference of their scores."""
     for a in range(row.positives):
         for b in range(row.positives, len(row.ids)):
             yield {
                 "query": row.query,
                 "positive": row.texts[a],
                 "negative": row.texts[b],
-                "margin": row.scores[a] - row.scores[b],
+                "label": row.scores[a] - row.scores[b],
             }
 
 
@@ -298,7 +316,7 @@ def _card(opened: LabelledRun, fmt: str, width: int, scaling: str, counts: dict[
     settings = json.dumps(
         {key: opened.config[key] for key in ("label", "distill") if key in opened.config}, indent=2, ensure_ascii=False
     )
-    unlabelled = ""
+    unlabelled, no_negative = "", ", or labelled ones only," if fmt in _WITH_POSITIVES else ""
     if counts["unlabelled"]:
         best = ", and the passage that it scores highest is their positive" if fmt in _WITH_POSITIVES else ""
         unlabelled = f"\n{counts['unlabelled']:,} of the queries have no label: their order is the teacher's{best}."
@@ -306,7 +324,7 @@ def _card(opened: LabelledRun, fmt: str, width: int, scaling: str, counts: dict[
 
 Written by ckd-ray in the form of {fmt}: {counts["queries"]:,} queries with {width} candidates each, the labelled
 passages first and the others by falling score.{unlabelled}
-{counts["left_out"]:,} queries have fewer candidates and are left out.
+{counts["left_out"]:,} queries have fewer candidates{no_negative} and are left out.
 A score is the teacher's, with the expansion of its feedback passages and the ensemble; {scaled}. A labelled passage
 keeps its own score: losses that want it highest have to raise it.
 

@@ -40,7 +40,7 @@ def export(
     out: str | None = None,
     model: str = "student",
     width: int = 32,
-    scores: str = "minmax",
+    scores: str = "auto",
     bits: int = 4,
 ) -> dict[str, Any]:
     """Write the `model` of a run, its `labels`, or the `vectors` of its passages or an `index` of them.

@@ -49,7 +49,10 @@ def test_their_exported_labels_are_the_teacher_s(run: Path, tmp_path: Path) -> N
     lists = {row["query_id"]: row for row in pq.read_table(tmp_path / "lists" / "train.parquet").to_pylist()}
     export_labels(str(run), "tevatron", out=str(tmp_path / "tevatron"), width=6)
     lines = [json.loads(line) for line in (tmp_path / "tevatron" / "train.jsonl").read_text().splitlines()]
-    sides = {line["query_id"]: (line["positive_document_ids"], line["negative_document_ids"]) for line in lines}
+    sides = {
+        line["query_id"]: tuple([p["docid"] for p in line[f"{side}_passages"]] for side in ("positive", "negative"))
+        for line in lines
+    }
     assert list(lists) == list(sides) == ALL
     for query in UNLABELLED:
         number = opened.queries.ids.index(query)

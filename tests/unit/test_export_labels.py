@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,12 @@ def test_raw_scores_of_the_other_formats(run: str, tmp_path: Path) -> None:
     assert (flag["query"], flag["pos"], flag["neg"]) == (opened.queries.texts[5], texts[:1], texts[1:])
     assert flag["pos_scores"] + flag["neg_scores"] == pytest.approx(scores)
     tevatron = lines("tevatron")[5]
-    assert tevatron["positive_document_ids"] + tevatron["negative_document_ids"] == [p for p, _, _ in expected]
+    assert (tevatron["query"], len(tevatron["positive_passages"])) == (opened.queries.texts[5], 1)
+    passages = tevatron["positive_passages"] + tevatron["negative_passages"]
+    assert [(p["docid"], p["text"]) for p in passages] == list(zip([p for p, _, _ in expected], texts, strict=True))
+    assert [p["score"] for p in passages] == pytest.approx(scores)
     triples = [row for row in lines("triples") if row["query"] == opened.queries.texts[5]]
-    assert [row["margin"] for row in triples] == pytest.approx([scores[0] - s for s in scores[1:]])
+    assert [row["label"] for row in triples] == pytest.approx([scores[0] - s for s in scores[1:]])
     assert [row["negative"] for row in triples] == texts[1:]
 
 
@@ -99,6 +103,24 @@ def test_a_block_is_the_same_after_a_task(run: str) -> None:
         assert len(block.queries_B) == queries
         for name in ("queries_B", "positives_B", "passages_BW", "scores_BW"):
             np.testing.assert_array_equal(getattr(back, name), getattr(block, name))
+
+
+def test_queries_without_a_negative_are_left_out_where_a_format_asks_for_one(
+    tmp_path: Path, tiny_backbone: str, tiny_collection: str
+) -> None:
+    """Two of two candidates labelled, for queries 0 to 5."""
+    shutil.copytree(tiny_collection, tmp_path / "collection")
+    with open(tmp_path / "collection" / "qrels.train.tsv", "a") as file:
+        file.writelines(f"q{q}\t0\tp{q + 1}\t1\n" for q in range(6))
+    run = labelled_run(tmp_path, tiny_backbone, str(tmp_path / "collection"))
+    for fmt, queries in (("flagembedding", 18), ("tevatron", 18), ("triples", 18), ("pylate", 24), ("colbert", 24)):
+        written = export_labels(run, fmt, out=str(tmp_path / fmt), width=2)
+        assert (written["queries"], written["left_out"]) == (queries, 24 - queries)
+        card = (tmp_path / fmt / "README.md").read_text()
+        assert ("or labelled ones only, and are left out" in card) == (queries == 18)
+        if queries == 18:
+            lines = [json.loads(line) for line in (tmp_path / fmt / "train.jsonl").read_text().splitlines()]
+            assert len(lines) == 18 and all(row.get("neg", row.get("negative_passages", True)) for row in lines)
 
 
 def test_queries_with_too_few_candidates_are_counted_and_wrong_options_are_named(run: str, tmp_path: Path) -> None:
