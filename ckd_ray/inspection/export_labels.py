@@ -272,11 +272,15 @@ def _flagembedding(row: _Row) -> Iterator[dict[str, Any]]:
 
 
 def _tevatron(row: _Row) -> Iterator[dict[str, Any]]:
-    """Passages with text and score: the form with ids alone needs a corpus, and its scores are not a query's."""
+    """Ids, as its documentation has them, and passages with text and score, which its readers take where both are
+    there: ids alone need a corpus beside them, and hold no scores."""
     pairs = zip(row.ids, row.texts, row.scores, strict=True)
     passages = [{"docid": name, "text": text, "score": score} for name, text, score in pairs]
     yield {
         "query_id": row.query_id,
+        "query_text": row.query,
+        "positive_document_ids": row.ids[: row.positives],
+        "negative_document_ids": row.ids[row.positives :],
         "query": row.query,
         "positive_passages": passages[: row.positives],
         "negative_passages": passages[row.positives :],
@@ -284,14 +288,14 @@ def _tevatron(row: _Row) -> Iterator[dict[str, Any]]:
 
 
 def _triples(row: _Row) -> Iterator[dict[str, Any]]:
-    """One for each pair of a positive and another passage; `label` is the difference of their scores."""
+    """One for each pair of a positive and another passage; `margin` is the difference of their scores."""
     for a in range(row.positives):
         for b in range(row.positives, len(row.ids)):
             yield {
                 "query": row.query,
                 "positive": row.texts[a],
                 "negative": row.texts[b],
-                "label": row.scores[a] - row.scores[b],
+                "margin": row.scores[a] - row.scores[b],
             }
 
 

@@ -82,7 +82,7 @@ def test_raw_scores_of_the_other_formats(run: str, tmp_path: Path) -> None:
     assert [(p["docid"], p["text"]) for p in passages] == list(zip([p for p, _, _ in expected], texts, strict=True))
     assert [p["score"] for p in passages] == pytest.approx(scores)
     triples = [row for row in lines("triples") if row["query"] == opened.queries.texts[5]]
-    assert [row["label"] for row in triples] == pytest.approx([scores[0] - s for s in scores[1:]])
+    assert [row["margin"] for row in triples] == pytest.approx([scores[0] - s for s in scores[1:]])
     assert [row["negative"] for row in triples] == texts[1:]
 
 
