@@ -59,8 +59,8 @@ class UntrainedAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """A context in which the model has the averages as its weights."""
-        now = [p.detach() for p in self.parameters]
-        with filled(self.parameters, list(torch._foreach_lerp(now, self.untrained, self.share))):
+        pairs = zip(self.parameters, self.untrained, strict=True)
+        with filled(self.parameters, [torch.lerp(p.detach(), u, self.share) for p, u in pairs]):
             yield
 
 
