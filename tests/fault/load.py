@@ -189,14 +189,14 @@ def _held(pid: int) -> float:
 
 
 def rank_by_chance(batch: dict[str, Any], rankings: str, passages: int, depth: int) -> Any:
-    """A part of rankings: `depth` of the `passages` for each query, drawn from the part's number."""
+    """A part of rankings: for each query `depth` passages, every seventh from one drawn by the part's number."""
     import pyarrow as pa
 
     from ckd_ray.ray_util.parts import part_file
     from ckd_ray.retrieve.rankings import write_ranking_part
 
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
-    top = np.random.default_rng(part).random((stop - first, passages)).argsort(axis=1)[:, :depth]
+    top = (np.random.default_rng(part).integers(0, passages, (stop - first, 1)) + 7 * np.arange(depth)) % passages
     write_ranking_part(
         f"{rankings}/{part_file('train', part)}", first_query=first, query_ids=[f"q{i}" for i in range(first, stop)],
         scores_BK=np.zeros(top.shape, np.float32), passages_BK=top, passage_ids=[f"p{p}" for p in top.ravel()],
@@ -285,6 +285,9 @@ def many_exports(folder: Path, queries: int, width: int = 64) -> dict[str, Any]:
     from ckd_ray.store.codec import Float16
 
     run, _ = labelled(folder, queries, passages=2000, depth=width)
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["retrieve"]["depth"] = record["config"]["distill"]["negatives_depth"] = width
+    (run / "run.json").write_text(json.dumps(record))
     store, rows, shard = run / "embeddings" / "queries.train", 12, 8192
     store.mkdir(parents=True)
     for index, first in enumerate(range(0, queries, shard)):
@@ -304,7 +307,7 @@ def many_exports(folder: Path, queries: int, width: int = 64) -> dict[str, Any]:
     seconds = time.monotonic() - started
     ray.shutdown()
     table = pq.ParquetFile(Path(told["out"]) / "train.parquet")
-    assert told["queries"] == table.metadata.num_rows == queries
+    assert told["queries"] == table.metadata.num_rows == queries, told
     for group in (0, table.num_row_groups - 1):
         assert all(len(scores) == width for scores in table.read_row_group(group)["scores"].to_pylist())
     return {
