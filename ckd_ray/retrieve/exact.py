@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,15 @@ from torch import Tensor
 from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.model.length_buckets import ranges
 from ckd_ray.retrieve.groups import Group, groups_of
-from ckd_ray.retrieve.int8 import FirstPass, bounds_of, choose_first_pass, estimates_of, round_queries
-from ckd_ray.retrieve.query_blocks import blocks_of, rows_until_last
+from ckd_ray.retrieve.int8 import (
+    FirstPass,
+    RoundedQueries,
+    bounds_of,
+    choose_first_pass,
+    estimates_of,
+    round_queries,
+)
+from ckd_ray.retrieve.query_blocks import QueryBlock, blocks_of, rows_until_last
 from ckd_ray.retrieve.rows import RangeRows
 
 # A query row's score with a passage without rows: the least score of unit rows.
@@ -91,9 +99,7 @@ class Scorer:
     def dense(self, passages: Int64Array) -> Tensor:
         """(B, N) float32 scores of all queries with all of `passages` (positions in the range)."""
         out_NB = self._empty_scores().repeat(len(passages), 1)
-        blocks = blocks_of(self.lengths_B, self._columns)
-        columns = [block.rows_of(self.queries_BQD).float().T.contiguous() for block in blocks]
-        most = max((rows.shape[1] for rows in columns), default=1)
+        most = max((asked_DR.shape[1] for _, asked_DR in self._columns_of_blocks), default=1)
 
         def score(part: Int64Array) -> None:
             for group in groups_of(self.source, passages[part], self.device):
@@ -102,7 +108,7 @@ class Scorer:
                 for start in range(0, len(members), step):
                     rows = group.rows_TD[start * group.length : (start + step) * group.length].float()
                     scores_nB = torch.empty(len(rows) // group.length, self.num_queries, device=self.device)
-                    for block, asked_DR in zip(blocks, columns, strict=True):
+                    for block, asked_DR in self._columns_of_blocks:
                         best_nR = torch.mm(rows, asked_DR).view(-1, group.length, asked_DR.shape[1]).amax(1)
                         scores_nB[:, block.queries] = best_nR.view(len(best_nR), -1, block.length).sum(-1)
                     out_NB[members[start : start + step]] = scores_nB
@@ -115,7 +121,7 @@ class Scorer:
 
         On a CPU only. See `int8.py`; a passage without rows has its exact score and the bound 0.
         """
-        rounded, count = round_queries(self.queries_BQD, self.lengths_B), len(passages)
+        rounded, count = self._rounded, len(passages)
         out_NB = self._empty_scores().repeat(count, 1)
         longest_N, most_lost_N = torch.zeros(count), torch.zeros(count)
 
@@ -128,6 +134,16 @@ class Scorer:
 
         self._spread(score, count)
         return out_NB.T.contiguous(), bounds_of(rounded, longest_N, most_lost_N)
+
+    # Both are made once for all passages, which are scored part by part.
+    @cached_property
+    def _columns_of_blocks(self) -> list[tuple[QueryBlock, Tensor]]:
+        blocks = blocks_of(self.lengths_B, self._columns)
+        return [(block, block.rows_of(self.queries_BQD).float().T.contiguous()) for block in blocks]
+
+    @cached_property
+    def _rounded(self) -> RoundedQueries:
+        return round_queries(self.queries_BQD, self.lengths_B)
 
     def _empty_scores(self) -> Tensor:
         """(B,) scores of the queries with a passage without rows."""
@@ -247,9 +263,7 @@ def search_all(scorer: Scorer, depth: int, first_pass: FirstPass | None = None) 
         first_pass: `int8` (on a CPU only) or `float32`, which give the same answer; None: the faster one here.
     """
     count = scorer.source.num_passages
-    if scorer.dim == 1:
-        first_pass = "float32"  # PyTorch's products in 8 bits are wrong for rows of one number
-    elif first_pass is None:
+    if first_pass is None:
         few = count < _LEAST_PASSAGES * depth or scorer.lengths_B.sum() < _LEAST_ROWS
         first_pass = "float32" if few or scorer.device.type != "cpu" else choose_first_pass()[0]
     best_BK = torch.full((scorer.num_queries, depth), -torch.inf, device=scorer.device)

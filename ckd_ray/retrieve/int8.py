@@ -25,6 +25,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ckd_ray.arrays import Int64Array
@@ -55,7 +56,7 @@ class RoundedQueries:
         query_rows, dim: Q and D.
         lost_B: sum over a query's rows of |r|, the length of the rounding error.
         kept_B: sum over its rows of |q'|, the length of the rounded row.
-        lengths_B: sum over its rows of |q|.
+        whole_B: sum over its rows of |q|.
     """
 
     blocks: list[tuple[QueryBlock, Tensor, Tensor]]
@@ -63,7 +64,7 @@ class RoundedQueries:
     dim: int
     lost_B: Tensor
     kept_B: Tensor
-    lengths_B: Tensor
+    whole_B: Tensor
 
 
 def round_queries(queries_BQD: Tensor, lengths_B: Int64Array) -> RoundedQueries:
@@ -81,7 +82,7 @@ def round_queries(queries_BQD: Tensor, lengths_B: Int64Array) -> RoundedQueries:
         held_RD = codes_RD.double() * scales_R[:, None].double()
         for out_B, x in ((lost_B, rows_RD.double() - held_RD), (kept_B, held_RD), (whole_B, rows_RD.double())):
             out_B[block.queries] = x.norm(dim=1).view(-1, block.length).sum(1).float()
-        blocks.append((block, codes_RD.to(torch.int8), scales_R))
+        blocks.append((block, _as_int8(codes_RD), scales_R))
     return RoundedQueries(blocks, query_rows, dim, lost_B, kept_B, whole_B)
 
 
@@ -90,6 +91,13 @@ def _rounded(rows_RK: Tensor) -> tuple[Tensor, Tensor]:
     # A norm of order infinity takes twenty times as long.
     scales_R = (torch.maximum(rows_RK.amax(1), -rows_RK.amin(1)) / _LARGEST).clamp_(min=_LEAST_SCALE)
     return (rows_RK * scales_R.reciprocal()[:, None]).round_(), scales_R
+
+
+def _as_int8(codes_RD: Tensor) -> Tensor:
+    """Codes for a product. A lone column gets one of zeros beside it: PyTorch's product is wrong for rows of one
+    number, whose strides do not tell rows from columns."""
+    codes_RD = codes_RD.to(torch.int8)
+    return codes_RD if codes_RD.shape[1] > 1 else F.pad(codes_RD, (0, 1))
 
 
 def estimates_of(
@@ -114,7 +122,7 @@ def estimates_of(
         n = len(rows_nLD)
         codes_nLD, scales_n = _rounded(rows_nLD.view(n, -1))
         codes_nLD = codes_nLD.view(n, length, dim)
-        codes_TD = codes_nLD.to(torch.int8).view(-1, dim)
+        codes_TD = _as_int8(codes_nLD.view(-1, dim))
         longest_n = torch.linalg.vector_norm(rows_nLD, dim=2).amax(1)
         lost_nLD = rows_nLD.addcmul_(codes_nLD, scales_n[:, None, None], value=-1.0)
         most_lost_n = torch.linalg.vector_norm(lost_nLD, dim=2).amax(1)
@@ -143,7 +151,7 @@ def bound_factors(queries: RoundedQueries) -> tuple[Tensor, Tensor]:
     # Estimates and lengths are themselves computed in float32, with u = 2^-24. Their error for a query row is at most
     # (1.5 D + 4 Q + 48) u |q| |d|; the slack is (8 D + 8 Q + 64) u |q| |d|.
     slack = (queries.dim + queries.query_rows + 8) * 2.0**-21
-    return queries.lost_B + slack * queries.lengths_B, queries.kept_B
+    return queries.lost_B + slack * queries.whole_B, queries.kept_B
 
 
 @lru_cache(maxsize=1)

@@ -12,8 +12,8 @@ import pyarrow as pa
 from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.data.collection import collection_once
 from ckd_ray.files import join, list_files, make_folder
-from ckd_ray.model.maxsim import counted_rows
 from ckd_ray.ray_util.parts import finish_parts, part_file
+from ckd_ray.retrieve.query_blocks import rows_until_last
 from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
@@ -68,7 +68,7 @@ def _queries(job: RetrieveJob, queries_B: Int64Array) -> Float32Array:
     """Rows (B, Q, D), where Q is the longest of these queries: behind a query's text, rows may be zero."""
     store = open_once(job.queries)
     rows_BQD = store.gather(queries_B).embeddings_TD.float().reshape(len(queries_B), -1, store.dim)
-    return rows_BQD[:, : max(1, int(counted_rows(rows_BQD).max()))].numpy()
+    return rows_BQD[:, : max(1, int(rows_until_last(rows_BQD).max()))].numpy()
 
 
 def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup) -> pa.Table:
