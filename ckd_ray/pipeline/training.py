@@ -43,7 +43,9 @@ def training_task(
     if section.evaluate_every and "dev" not in Collection.open(run.root).splits:
         raise UserError("the collection has no dev split to measure on", where=f"{stage}.evaluate_every")
     untrained = None
-    if section.untrained_share:
+    if section.untrained_share and stage == "teacher":
+        untrained = start
+    elif section.untrained_share:
         untrained = _untrained(config, model, join(home, "untrained"), f"{stage}.untrained_share")
     return TrainingTask(
         stage=stage,
