@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -142,6 +143,9 @@ def place_pool(
         if not told and waited > 2:
             told = True
             say(f"{key}: waiting for {wanted}; free now: {describe(free)}")
+        # The actors of a pool that failed in this process live as long as a handle to them. Such handles lie in cycles
+        # of tracebacks, and a process that only waits collects no garbage.
+        gc.collect()
         time.sleep(0.2)
 
 
