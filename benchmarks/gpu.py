@@ -348,8 +348,6 @@ def compare_rankings(bench: Bench, report: Report) -> None:
     distances, positions = nearest_rows(vectors_MD, source, 10, device=device)
     nearest = literal_lists(-away_MT.float().numpy(), 10, 0)
     report.same_lists("nearest_rows", (-distances.numpy(), positions.numpy()), nearest)
-    near, wanted = ((d.numpy(), p.numpy()) for d, p in (index.nearest(vectors_MD, 10) for index in indexes))
-    report.same_lists("nearest_rows_by_centroid", near, wanted)
 
 
 def literal_scores(queries_BQD: Tensor, source: RangeRows) -> Float32Array:

@@ -2,12 +2,11 @@
 
 The idea is PLAID's (Santhanam et al., CIKM 2022): a row is close to its centroid, so a passage's score can be estimated
 from centroids alone. A query row probes its nearest centroids. A passage that has none of them gets the similarity of
-the first centroid that was not probed, which is its upper bound. Memory: 8 bytes a stored row (its place and its
-passage in the inverted lists).
+the first centroid that was not probed, which is its upper bound. Memory: 4 bytes a stored row (its passage in the
+inverted lists).
 
 An estimate depends on the query, the passage and the codec only, so the best of all ranges together are the same
-however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids probed by a row, M vectors, k neighbours,
-T rows of the range, D dimensions.
+however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids probed by a row, M vectors, D dimensions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError
-from ckd_ray.retrieve.nearest import sharpen
 from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store.codec import Residual
 
@@ -47,7 +45,7 @@ def probe(
 
 
 class CentroidIndex:
-    """Inverted lists of a range of shards: centroid -> rows and their passages.
+    """Inverted lists of a range of shards: centroid -> the passage of each of its rows.
 
     Args:
         rows: of shards whose codec is residual.
@@ -69,25 +67,24 @@ class CentroidIndex:
         for ids in rows.centroid_ids():
             counts += np.bincount(ids, minlength=codec.num_centroids)
         self.bounds = np.concatenate([[0], np.cumsum(counts)])
-        self.order, self.passages = self._lists()
+        self.passages = self._lists()
         self._total = np.zeros(rows.num_passages, np.float32)
         self._stamp = np.zeros(rows.num_passages, np.int32)
 
-    def _lists(self) -> tuple[Int32Array, Int32Array]:
-        """Rows by centroid, in their order within each, and the passage of each. Sorted shard by shard, which needs no
-        memory but that of the lists."""
-        order, passages = np.empty(self.rows.num_rows, np.int32), np.empty(self.rows.num_rows, np.int32)
+    def _lists(self) -> Int32Array:
+        """The passage of each row, by centroid, and by row within each. Sorted shard by shard, which needs no memory
+        but that of the lists."""
+        passages = np.empty(self.rows.num_rows, np.int32)
         free, first = self.bounds[:-1].copy(), 0  # the next place in every list; the shard's first row
         for ids in self.rows.centroid_ids():
             by = np.argsort(ids, kind="stable")
             counts = np.bincount(ids, minlength=len(free))
             starts = np.cumsum(counts) - counts
             places = (free - starts)[ids[by]] + np.arange(len(by))
-            order[places] = by + first
             passages[places] = np.searchsorted(self.rows.offsets, by + first, side="right") - 1
             free += counts
             first += len(ids)
-        return order, passages
+        return passages
 
     def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
         """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe + 1 (or K)."""
@@ -137,34 +134,3 @@ class CentroidIndex:
             total[listed[last]] += np.repeat(gains, highs - lows)[last]
         found = np.flatnonzero(total)
         return found, total[found]
-
-    def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest rows among those of a few centroids: (squared distances, positions in the range) (M, k).
-
-        A vector probes a quarter of `nprobe` lists; each list is decoded once for all vectors that probe it.
-        """
-        lists = max(1, self.nprobe // 4)
-        ids_MC, _ = probe(vectors_MD, self.codec.centroids_KD, lists, self.device)
-        lists = ids_MC.shape[1]
-        where = torch.full((len(vectors_MD), lists, k + 4), -1, dtype=torch.int64)
-        near = torch.full((len(vectors_MD), lists, k + 4), torch.inf)
-        order = np.argsort(ids_MC.ravel(), kind="stable")
-        chosen, starts = np.unique(ids_MC.ravel()[order], return_index=True)
-        vectors = vectors_MD.float()
-        for centroid, asked in zip(chosen.tolist(), np.split(order, starts[1:]), strict=True):
-            positions = self.order[self.bounds[centroid] : self.bounds[centroid + 1]].astype(np.int64)
-            if not len(positions):
-                continue
-            rows = self.rows.take(positions).float()
-            row, column = torch.from_numpy(asked // lists), torch.from_numpy(asked % lists)
-            distance = torch.addmm(rows.square().sum(1)[None], vectors[row], rows.T, alpha=-2.0)
-            kept = min(k + 4, len(positions))
-            best, at = distance.topk(kept, dim=1, largest=False)
-            near[row, column, :kept] = best
-            where[row, column, :kept] = torch.from_numpy(positions)[at]
-        wide = min(2 * k + 8, lists * (k + 4))
-        at = near.flatten(1).topk(wide, dim=1, largest=False).indices
-        found = where.flatten(1).gather(1, at)
-        if wide < k:
-            found = torch.nn.functional.pad(found, (0, k - wide), value=-1)
-        return sharpen(vectors_MD, self.rows, found, k)

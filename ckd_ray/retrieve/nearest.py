@@ -69,7 +69,7 @@ def nearest_rows(
         none = torch.empty(0, wide, dtype=torch.int64)
         parts = vectors_MD.split(_VECTORS_INT8)
         where_MC = torch.cat([none, *(_nearest_by_bounds(part, source, k, wide, block or _ROWS) for part in parts)])
-    return sharpen(vectors_MD, source, where_MC, k)
+    return _sharpen(vectors_MD, source, where_MC, k)
 
 
 def _nearest_of_all(
@@ -195,7 +195,7 @@ def _padded(values_P: Tensor, vector_P: Tensor, count: int) -> Tensor:
     return padded
 
 
-def sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _sharpen(vectors_MD: Tensor, source: RangeRows, where_MC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of some rows each: (squared distances (M, k) float32, positions (M, k)), computed in float64.
 
     Args:

@@ -155,15 +155,11 @@ class ShardRange:
 
     def nearest_token_ids(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array, Int64Array]:
         """The k nearest token embeddings: squared distances, vocabulary ids, and positions in the whole store. Lists
-        end with +inf, -1 and the largest number."""
+        end with +inf, -1 and the largest number. Those of faiss' index where there is one; else the exact ones."""
         if self._faiss is not None:
             distances, positions = self._faiss.nearest(vectors_MD, k)
         else:
-            found, at = (
-                self._centroids.nearest(vectors_MD, k)
-                if self._centroids
-                else nearest_rows(vectors_MD, self.rows, k, device=self.device)
-            )
+            found, at = nearest_rows(vectors_MD, self.rows, k, device=self.device)
             distances, positions = found.cpu().numpy(), at.cpu().numpy()
         present = positions >= 0
         token_ids = self._token_ids(np.where(present, positions, 0))

@@ -158,12 +158,12 @@ def test_placement_is_refused_with_numbers(ray_session: None) -> None:
         plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=16 * 2**30, **sizes)
     assert "at most 16.0 GiB" in str(error.value) and "27.0 GiB" in str(error.value)
     with pytest.raises(UserError, match="does not fit the memory of one node"):
-        plan_servers(SearchSettings("centroids"), 1, resources=large, node_memory=4 * 2**30, **sizes)
-    assert plan_servers(SearchSettings("centroids"), 4, resources=large, node_memory=4 * 2**30, **sizes).gpus == 1.0
+        plan_servers(SearchSettings("centroids"), 1, resources=large, node_memory=2 * 2**30, **sizes)
+    assert plan_servers(SearchSettings("centroids"), 4, resources=large, node_memory=2 * 2**30, **sizes).gpus == 1.0
     alone = plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=32 * 2**30, **sizes)
     assert (alone.servers, alone.gpus) == (1, 0.0), "faiss-cpu has no use for a GPU"
     plan = plan_servers(SearchSettings("centroids"), "auto", resources={"CPU": 16, "GPU": 4}, **sizes)
-    assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (8 * 10**9 + 8 * 10**7) // 4)
+    assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (4 * 10**9 + 8 * 10**7) // 4)
     assert plan_servers(SearchSettings("exact"), 8, resources={"CPU": 16, "GPU": 4}, **sizes).gpus == 0.5
     for servers, gpus in ((3, 2), (5, 4), (6, 4)):
         share = plan_servers(SearchSettings("exact"), servers, resources={"CPU": 16, "GPU": gpus}, **sizes).gpus
