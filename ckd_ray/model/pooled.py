@@ -126,19 +126,10 @@ def _pooling(values: dict[str, Any]) -> Pooling:
     return "cls" if values.get("pooling_mode_cls_token") is True or values.get("pooling_mode") == "cls" else "mean"
 
 
-def _object(source: str, name: str) -> dict[str, Any]:
-    """The JSON object `name` of a local folder or a hub id; empty where there is none, or it is no object."""
-    path = Path(source) / name
-    if not Path(source).exists():
-        from transformers.utils import cached_file
-
-        try:
-            found = cached_file(source, name)
-        except OSError:  # the hub has no such file, or cannot be reached
-            return {}
-        path = Path(found or "")
+def _object(folder: str, name: str) -> dict[str, Any]:
+    """The JSON object `name` of a local folder; empty where there is none, or it is no object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
