@@ -16,7 +16,7 @@ from ckd_ray.inspection.inspect import find_query, inspect_at
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
 from ckd_ray.pipeline.export import export
-from ckd_ray.pipeline.push import push_folder
+from ckd_ray.pipeline.push import check_repository, push_folder
 from ckd_ray.report.page import write_report
 from ckd_ray.runs.artifact import is_of, manifest_of
 from ckd_ray.runs.directory import check_role
@@ -183,8 +183,11 @@ class Run:
             What was written: `out`, its folder, and figures; `pushed`, the address of the repository.
 
         Raises:
-            UserError: the run has no such thing, the folder is in use, or the hub does not take it.
+            UserError: the run has no such thing, the folder is in use, or the hub does not take it. A name that is no
+                OWNER/NAME and a missing token are told before anything is written.
         """
+        if push is not None:
+            check_repository(push)
         out = None if folder is None else os.fspath(folder)
         written = export(self.folder, what, format, out=out, model=model, width=width, scores=scores, bits=bits)
         if push is not None:

@@ -43,7 +43,10 @@ def export(
     """Write a run's model for sentence-transformers, PyLate, colbert-ai or ONNX, its labels as a training set, or the
     token embeddings of its passages for another search engine."""
     from ckd_ray.pipeline.export import export as write
+    from ckd_ray.pipeline.push import check_repository, push_folder
 
+    if push is not None:
+        check_repository(push)
     written = write(run, what, fmt, out=out, model=model, width=width, scores=scores, bits=bits)
     if what == "model":
         source = written["model"]
@@ -56,8 +59,6 @@ def export(
         say(f"export: {difference}")
     say(f"export: {source} -> {written['out']}")
     if push is not None:
-        from ckd_ray.pipeline.push import push_folder
-
         written["pushed"] = push_folder(written["out"], push, what)
         say(f"export: {written['out']} -> {written['pushed']}")
     if json_:

@@ -157,10 +157,12 @@ def test_vectors_and_an_index_are_exported_and_pushed(
     table = pads.dataset(examples["folder"] / "mine-vectors").to_table()
     assert table.column_names == ["id", "text", "vectors"] and table.num_rows == 60
     pushed = list[tuple[str, str, str]]()
+    monkeypatch.setattr("ckd_ray.api.run.check_repository", lambda repo: pushed.append((repo, "", "")))
     monkeypatch.setattr("ckd_ray.api.run.push_folder", lambda *given: pushed.append(given) or "where it is")
     options = {"format": "fast-plaid", "what": "index", "model": "teacher", "bits": 2, "push": "me/index"}
     written = examples["run"].export(tmp_path / "index", **options)
-    assert written["pushed"] == "where it is" and pushed == [(str(tmp_path / "index"), "me/index", "index")]
+    assert written["pushed"] == "where it is"
+    assert pushed == [("me/index", "", ""), (str(tmp_path / "index"), "me/index", "index")]
     assert written["model"] == "teacher" and written["bits"] == 2 and (tmp_path / "index" / "ivf.npy").exists()
 
 

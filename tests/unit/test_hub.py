@@ -20,7 +20,7 @@ from ckd_ray.model.exchange import FORMATS, load_any, write_export
 from ckd_ray.model.pooled import PooledModel
 from ckd_ray.model.sources import _snapshot, is_hub_id, resolve_backbone
 from ckd_ray.pipeline.card import Facts, model_card
-from ckd_ray.pipeline.push import push_folder
+from ckd_ray.pipeline.push import check_repository, push_folder
 from tests.support import tiny_bert
 
 SETTINGS = ColBERTSettings(dim=16, query_maxlen=8, doc_maxlen=12)
@@ -156,11 +156,17 @@ def test_a_dense_layer_of_pooled_vectors_is_named(model: ColBERT, tmp_path: Path
 
 
 class FakeApi:
-    """What `push_folder` uses of huggingface_hub.HfApi; keeps what it is given."""
+    """What `push.py` uses of huggingface_hub.HfApi; keeps what it is given, as the hub does."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = "of the test") -> None:
+        self.token = token
         self.made: dict[str, Any] = {}
         self.files: dict[str, str] = {}
+
+    def whoami(self) -> dict[str, Any]:
+        if not self.token:
+            raise OSError("Invalid user token.")
+        return {"name": "me"}
 
     def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> RepoUrl:
         if "/" not in repo_id:
@@ -169,10 +175,24 @@ class FakeApi:
         kind = "datasets/" if repo_type == "dataset" else ""
         return RepoUrl(f"https://huggingface.co/{kind}{repo_id}")
 
-    def upload_folder(self, *, repo_id: str, repo_type: str, folder_path: str, commit_message: str) -> None:
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        repo_type: str,
+        folder_path: str,
+        commit_message: str,
+        ignore_patterns: str,
+        delete_patterns: str | None,
+    ) -> None:
+        from huggingface_hub.utils import filter_repo_objects
+
         assert (repo_id, repo_type) == (self.made["repo_id"], self.made["repo_type"]) and commit_message
-        found = [p for p in Path(folder_path).rglob("*") if p.is_file()]
-        self.files = {p.relative_to(folder_path).as_posix(): str(p) for p in found}
+        deleted = set(filter_repo_objects(self.files, allow_patterns=delete_patterns)) if delete_patterns else set()
+        kept = {name: path for name, path in self.files.items() if name not in deleted}
+        found = {p.relative_to(folder_path).as_posix(): str(p) for p in Path(folder_path).rglob("*") if p.is_file()}
+        uploaded = filter_repo_objects(found, ignore_patterns=ignore_patterns)
+        self.files = kept | {name: found[name] for name in uploaded}
 
 
 def test_push(model: ColBERT, tmp_path: Path) -> None:
@@ -189,6 +209,47 @@ def test_push(model: ColBERT, tmp_path: Path) -> None:
         push_folder(str(folder), "model", api=api)
     with pytest.raises(UserError, match="--push me/model: the hub did not take the export"):  # the real one, offline
         push_folder(str(folder), "me/model")
+
+
+def test_a_data_set_is_replaced_and_a_model_is_added_to(tmp_path: Path) -> None:
+    """A part of an earlier push would be read with those of this one; a licence beside a model is its owner's."""
+    for name in ("part-000000.parquet", "part-000001.parquet", "_manifest.json"):
+        (tmp_path / name).write_text("{}")
+    api = FakeApi()
+    push_folder(str(tmp_path), "me/vectors", "vectors", api=api)
+    assert api.files.keys() == {"part-000000.parquet", "part-000001.parquet"}
+    (tmp_path / "part-000001.parquet").unlink()
+    push_folder(str(tmp_path), "me/vectors", "vectors", api=api)
+    assert api.files.keys() == {"part-000000.parquet"}
+    api.files = {"LICENSE": "theirs"}
+    push_folder(str(tmp_path), "me/model", "model", api=api)
+    assert api.files.keys() == {"LICENSE", "part-000000.parquet"}
+
+
+@pytest.mark.parametrize("repo", ["model", "me/my model", "datasets/me/model", "me/--", ""])
+def test_a_wrong_name_is_told_before_the_hub_is_asked(repo: str) -> None:
+    api = FakeApi(token="")
+    with pytest.raises(UserError, match=r"no name of a repository(.|\n)*expected: OWNER/NAME(.|\n)*nothing is written"):
+        check_repository(repo, api=api)
+
+
+def test_a_missing_token_is_told_before_the_export_is_made(
+    model: ColBERT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ckd_ray.cli import main
+
+    check_repository("me/model", api=FakeApi())
+    with pytest.raises(UserError, match="--push me/model: the hub does not accept your token"):  # the real one, offline
+        check_repository("me/model")
+    model.save(tmp_path / "checkpoint")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeApi(token=""))
+    arguments = ["export", str(tmp_path / "checkpoint"), "--format", "pylate", "--push", "me/model"]
+    monkeypatch.setattr("sys.argv", ["ckd-ray", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "found: Invalid user token" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_the_command_uploads_what_it_wrote(
