@@ -26,10 +26,11 @@ import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.errors import UserError
-from ckd_ray.files import join, new_folder
+from ckd_ray.files import join, new_folder, write_json_atomic
 from ckd_ray.inspection.labelled_run import LabelledRun, labelled_run_once
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_tables, query_spans
+from ckd_ray.runs.exports import EXPORT_FILE, check_place
 
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
 SCALINGS = ("auto", "minmax", "raw")
@@ -103,7 +104,8 @@ def export_labels(
         none to serve as a negative), `width`, `scaling`.
 
     Raises:
-        UserError: no labels there, or an option is wrong.
+        UserError: no labels there, an option is wrong, `out` holds something else, or no query has `width`
+            candidates.
     """
     if fmt not in FORMATS:
         raise UserError("unknown format of labels", where="--format", expected=", ".join(FORMATS), found=fmt)
@@ -115,14 +117,25 @@ def export_labels(
         scaling = "raw" if fmt in _RAW else "minmax"
     opened = LabelledRun.open(run)
     target = out or join(opened.paths.exports, f"labels-{fmt}")
+    if out is not None:
+        check_place(target)
     writer = {"sentence-transformers": _lists, "pylate": _lists}.get(fmt) or _LINES[fmt]
     total, counts = len(opened.queries.ids), {"queries": 0, "unlabelled": 0}
     with new_folder(target) as folder, Progress("export", total, "queries") as progress:
-        blocks = _blocks(opened, run, width, scaling)
+        blocks = _blocks(opened, width, scaling)
         blocks = _with_negatives(blocks) if fmt in _WITH_POSITIVES else blocks
         writer(Path(folder), opened, _counted(blocks, counts, progress))
+        if not counts["queries"]:
+            raise UserError(
+                "every query would be left out: none has so many candidates, one of them unlabelled",
+                where="--width",
+                expected=f"about {opened.rankings.shape[1]} at most here",
+                found=str(width),
+                fix="lower --width, or retrieve deeper (retrieve.depth)",
+            )
         counts["left_out"] = total - counts["queries"]
         (Path(folder) / "README.md").write_text(_card(opened, fmt, width, scaling, counts), encoding="utf-8")
+        write_json_atomic(join(folder, EXPORT_FILE), {"what": "labels", "format": fmt, "width": width, **counts})
     return {"out": target, "format": fmt, **counts, "width": width, "scaling": scaling}
 
 
@@ -149,7 +162,7 @@ def score_block(opened: LabelledRun, first: int, stop: int, width: int, scaling:
     )
 
 
-def _blocks(opened: LabelledRun, run: str, width: int, scaling: str) -> Iterator[Block]:
+def _blocks(opened: LabelledRun, width: int, scaling: str) -> Iterator[Block]:
     spans = query_spans(len(opened.queries.ids), QUERIES_A_BLOCK)
     if len(opened.queries.ids) <= _QUERIES_IN_PROCESS:
         for first, stop in spans:
@@ -158,7 +171,7 @@ def _blocks(opened: LabelledRun, run: str, width: int, scaling: str) -> Iterator
     from ckd_ray.ray_util.session import connected
 
     with connected(None):
-        arguments = {"run": run, "width": width, "scaling": scaling}
+        arguments = {"run": opened.paths.folder, "width": width, "scaling": scaling}
         for table in part_tables(spans, _part, arguments):
             if len(table):  # a block may have no query with so many candidates
                 yield Block.from_table(table, width)

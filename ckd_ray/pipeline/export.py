@@ -12,8 +12,6 @@ from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
 from ckd_ray.files import (
     exists,
-    filesystem_of,
-    is_local,
     join,
     last_part,
     local_copy,
@@ -24,10 +22,11 @@ from ckd_ray.files import (
 )
 from ckd_ray.inspection.export_labels import export_labels
 from ckd_ray.model import ColBERT, ColBERTSettings
-from ckd_ray.model.exchange import EXPORT_FILE, FORMATS, write_export
+from ckd_ray.model.exchange import FORMATS, write_export
 from ckd_ray.pipeline.card import Facts, model_card
 from ckd_ray.runs.artifact import is_finished, is_of
 from ckd_ray.runs.directory import RunDir, check_role
+from ckd_ray.runs.exports import check_place
 from ckd_ray.runs.record import read_record
 from ckd_ray.search.export import export_stored
 
@@ -83,7 +82,7 @@ def export_run(run: str, fmt: str, *, out: str | None = None, role: str = "stude
         _check_finished(run, checkpoint, role)
         facts = run_facts(paths, role)
     target = out or own
-    _check_target(target)
+    check_place(target)
     with local_copy(checkpoint) as folder:
         model = ColBERT.from_pretrained(folder)
     with new_folder(target) as folder:
@@ -102,19 +101,6 @@ def _check_finished(run: str, checkpoint: str, role: str) -> None:
             expected="a run directory whose training has ended",
             fix="ckd-ray train finishes it",
         )
-
-
-def _check_target(target: str) -> None:
-    """Only what is empty or an earlier export is replaced."""
-    if not exists(target) or exists(join(target, EXPORT_FILE)):
-        return
-    if is_local(target):
-        path = Path(filesystem_of(target)[1])
-        if path.is_dir() and not any(path.iterdir()):
-            return
-    raise UserError(
-        "this place is in use", where=f"--out {target}", expected="a new or empty folder, or an earlier export"
-    )
 
 
 def _section(role: str) -> str:

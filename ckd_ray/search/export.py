@@ -12,16 +12,14 @@ from typing import Any
 
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
-from ckd_ray.files import exists, join, list_files, list_folders, read_json
+from ckd_ray.files import join, read_json
 from ckd_ray.runs.artifact import content_fingerprint, identity_of, make, making_of, manifest_of
 from ckd_ray.runs.directory import check_role
+from ckd_ray.runs.exports import EXPORT_KEY, check_place
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.runs.finished import open_finished, reading
 from ckd_ray.search import fast_plaid, vectors
 from ckd_ray.search.stored import stored_passages
-
-# In the manifest of an export; what else a folder may be is not replaced.
-_EXPORT = "export"
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ def export_stored(
     )
     name = f"{what}-{fmt}" if system == "student" else f"{system}-{what}-{fmt}"
     target = out or join(paths.exports, name)
-    if out is not None:
-        _check_free(target, made_of)
+    if out is not None and making_of(target) != made_of:  # the half of this export goes on
+        check_place(target)
     about = {
         "passages": store.num_passages,
         "tokens": store.num_tokens,
@@ -87,17 +85,8 @@ def export_stored(
 
     def work() -> dict[str, Any]:
         added = chosen.write(target, store, collection, **settings)
-        return {_EXPORT: what, "format": fmt, **about, **added}
+        return {EXPORT_KEY: what, "format": fmt, **about, **added}
 
     make(target, made_of, work, digests=False)  # an export may be as large as the store
-    kept = ("schema_version", "fingerprint", "made_of", "files", _EXPORT)
+    kept = ("schema_version", "fingerprint", "made_of", "files", EXPORT_KEY)
     return {"out": target, "what": what, **{k: v for k, v in (manifest_of(target) or {}).items() if k not in kept}}
-
-
-def _check_free(target: str, made_of: str) -> None:
-    """Only what is empty, an earlier export, or the half of this one is written to."""
-    free = not exists(target) or making_of(target) == made_of or _EXPORT in (manifest_of(target) or {})
-    if not free and (list_files(target) or list_folders(target)):
-        raise UserError(
-            "this place is in use", where=f"--out {target}", expected="a new or empty folder, or an earlier export"
-        )

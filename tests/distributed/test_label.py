@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ckd_ray.checks import load_config
+from ckd_ray.errors import UserError
 from ckd_ray.inspection import export_labels
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.inspection.suggest import SuggestSettings, merge, suggest, suggestions_of_part, write_suggestions
@@ -103,8 +104,8 @@ def test_the_stage_labels_by_the_estimate_suggests_and_exports(
         patch.setattr(export_labels, "_QUERIES_IN_PROCESS", 3)
         patch.setattr(export_labels, "QUERIES_A_BLOCK", 5)
         tasks = export_labels.export_labels(str(run), "pylate", out=str(tmp_path / "tasks"), width=6)
-        empty = export_labels.export_labels(str(run), "triples", out=str(tmp_path / "none"), width=60)
+        with pytest.raises(UserError, match="every query would be left out"):
+            export_labels.export_labels(str(run), "triples", out=str(tmp_path / "none"), width=60)
     assert {**tasks, "out": ""} == {**alone, "out": ""} and alone["queries"] == 24
     for name in ("train.parquet", "queries.parquet", "documents.parquet"):
         assert pq.read_table(tmp_path / "tasks" / name).equals(pq.read_table(tmp_path / "alone" / name))
-    assert (empty["queries"], empty["left_out"]) == (0, 24)

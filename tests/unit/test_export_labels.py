@@ -95,6 +95,24 @@ def test_scores_are_those_of_the_distributions(run: str) -> None:
         torch.testing.assert_close(opened.collective_scores(query, passages), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_only_an_earlier_export_is_replaced(run: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="this place is in use"):
+        export_labels(run, "colbert", out=str(tmp_path / "mine"), width=WIDTH)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    for fmt in ("colbert", "triples"):
+        export_labels(run, fmt, out=str(tmp_path / "empty"), width=WIDTH)
+    assert not (tmp_path / "empty" / "collection.tsv").exists()
+
+
+def test_a_set_without_a_query_is_not_written(run: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"every query would be left out(.|\n)*found: 40"):
+        export_labels(run, "colbert", out=str(tmp_path / "labels"), width=40)
+    assert not (tmp_path / "labels").exists()
+
+
 def test_a_block_is_the_same_after_a_task(run: str) -> None:
     opened = LabelledRun.open(run)
     for width, queries in ((WIDTH, 5), (40, 0)):
@@ -123,9 +141,7 @@ def test_queries_without_a_negative_are_left_out_where_a_format_asks_for_one(
             assert len(lines) == 18 and all(row.get("neg", row.get("negative_passages", True)) for row in lines)
 
 
-def test_queries_with_too_few_candidates_are_counted_and_wrong_options_are_named(run: str, tmp_path: Path) -> None:
-    written = export_labels(run, "pylate", out=str(tmp_path / "wide"), width=40)
-    assert (written["queries"], written["left_out"]) == (0, 24)
+def test_wrong_options_are_named(run: str, tmp_path: Path) -> None:
     for options, where in (({"fmt": "onnx"}, "--format"), ({"scaling": "log"}, "--scores"), ({"width": 1}, "--width")):
         with pytest.raises(UserError) as caught:
             export_labels(run, **{"fmt": "pylate", "out": str(tmp_path / "no"), **options})

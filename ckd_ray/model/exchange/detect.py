@@ -8,15 +8,13 @@ from typing import Any, Literal
 
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import is_checkpoint
+from ckd_ray.runs.exports import EXPORT_FILE
 
 Kind = Literal["ckd-ray", "sentence-transformers", "pylate", "colbert-ai", "published", "encoder"]
 
 MODULES = "modules.json"
 LIBRARY = "config_sentence_transformers.json"
 METADATA = "artifact.metadata"
-# Written by ckd-ray into an export: it says that the folder may be replaced, and holds what the other library has no
-# name for.
-EXPORT_FILE = "ckd_ray_export.json"
 # Keys that PyLate writes into `LIBRARY`; `model_type` is not always among them.
 _PYLATE_KEYS = {"query_prefix", "document_prefix", "do_query_expansion", "attend_to_expansion_tokens"}
 ACCEPTED = (
