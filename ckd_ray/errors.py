@@ -3,6 +3,11 @@ the one-line message of another library's error."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(ValueError):
     """Input or configuration that the user can correct; shown without a traceback, exit status 2.
@@ -43,6 +48,15 @@ class LostRayError(JobError):
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of an error's message, cut to `most` characters; the name of its type when it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first value that pydantic refuses, and what it expects: `lanes.cores is -1, expected ...`."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"no {where}"
+    return f"{where} is {first['input']!r:.60}, {first['msg'].replace('Input should be', 'expected')}"
 
 
 def last_line(error: BaseException) -> str:

@@ -8,43 +8,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ckd_ray import __version__
-from ckd_ray.errors import UserError
+from ckd_ray.errors import UserError, first_mistake
 from ckd_ray.plan.hardware import Shape
 
 FORMAT = 2
 _MAKE = "ckd-ray plan --save-rates FILE, on the machine to be measured"
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A number that a calibration cannot give, with its unit and source."""
-
-    value: float
-    what: str
-
-
+# Numbers that a calibration cannot give.
 ASSUMPTIONS = {
-    "gpu_share": Assumption(
-        0.25,
-        "share of its peak rate that a GPU reaches where none was measured (a guess that no measurement of ours backs; "
-        "--rates of one such machine is better)",
-    ),
-    "gpu_step_s": Assumption(
-        0.06, "seconds that a training step takes on such a GPU at least, starting its kernels (a guess, likewise)"
-    ),
-    "gpu_link_gbit": Assumption(
-        50, "Gbit/s between the GPUs of one machine without NVLink (a fifth of PCIe 4.0 x16: through the host's memory)"
-    ),
-    "gpu_nvlink_gbit": Assumption(
-        800, "Gbit/s between GPUs with NVLink (two thirds of the V100's 1,200 in one direction; an A100 has twice that)"
-    ),
-    "bm25_token_s": Assumption(1e-6, "seconds a token of the corpus in BM25 (one core of a Xeon, Sapphire Rapids)"),
-    "bm25_score_s": Assumption(1.5e-8, "seconds a passage and query in BM25 (the same core, 200,000 passages)"),
+    # Share of its peak rate that a GPU reaches where none was measured, and seconds that a training step takes on it at
+    # least, starting its kernels: guesses that no measurement of ours backs. --rates of one such machine is better.
+    "gpu_share": 0.25,
+    "gpu_step_s": 0.06,
+    # Gbit/s between the GPUs of one machine without NVLink: a fifth of PCIe 4.0 x16, through the host's memory.
+    "gpu_link_gbit": 50,
+    # Gbit/s between GPUs with NVLink: two thirds of the V100's 1,200 in one direction. An A100 has twice that.
+    "gpu_nvlink_gbit": 800,
+    # Seconds a token of the corpus, and a passage and query, in BM25: one core of a Xeon (Sapphire Rapids), 200,000
+    # passages.
+    "bm25_token_s": 1e-6,
+    "bm25_score_s": 1.5e-8,
 }
+# Seconds or bytes a unit, or a number of devices.
+_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def parse_assumptions(values: Sequence[str]) -> dict[str, float]:
@@ -53,7 +45,7 @@ def parse_assumptions(values: Sequence[str]) -> dict[str, float]:
     Raises:
         UserError: a value has another form.
     """
-    found = {name: assumption.value for name, assumption in ASSUMPTIONS.items()}
+    found = dict(ASSUMPTIONS)
     for value in values:
         name, _, text = value.partition("=")
         try:
@@ -90,9 +82,9 @@ class Rates:
     shape: Shape
     dim: int
     tokens: float
-    costs: dict[str, float]
-    lanes: dict[str, float]
-    storage: dict[str, tuple[float, float]]
+    costs: dict[str, _Rate]
+    lanes: dict[str, _Rate]
+    storage: dict[str, tuple[_Rate, _Rate]]
     version: str = __version__
     seconds: float = 0.0
     load: float = 0.0
@@ -141,29 +133,15 @@ def load_rates(path: str) -> Rates:
         UserError: it cannot be read, is of another format, or lacks a rate.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError("the rates cannot be read", where=path, found=str(reason), fix=_MAKE) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise UserError("not a rates file", where=path, expected=f"format {FORMAT}", found=str(found), fix=_MAKE)
-    values = {name: value for name, value in values.items() if name in {f.name for f in fields(Rates)}}
     try:
-        values["shape"] = Shape(**values["shape"])
-        for name in ("costs", "lanes"):
-            values[name] = {key: _not_negative(value) for key, value in values[name].items()}
-        pairs = values["storage"].items()
-        values["storage"] = {key: (_not_negative(fixed), _not_negative(each)) for key, (fixed, each) in pairs}
-        for name in ("assumptions", "observations"):
-            values[name] = tuple(values.get(name, ()))
-        return Rates(**values)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError("rates are missing or broken", where=path, found=str(error), fix=_MAKE) from None
-
-
-def _not_negative(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"{value!r} is not a rate")
-    return float(value)
+        return TypeAdapter(Rates).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError("rates are missing or broken", where=path, found=first_mistake(error), fix=_MAKE) from None
