@@ -16,6 +16,7 @@ from ckd_ray.inspection.inspect import find_query, inspect_at
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.model import ColBERT
 from ckd_ray.pipeline.export import export
+from ckd_ray.pipeline.export_options import export_options
 from ckd_ray.pipeline.push import check_repository, push_folder
 from ckd_ray.report.page import write_report
 from ckd_ray.runs.artifact import is_of, manifest_of
@@ -159,37 +160,39 @@ class Run:
         *,
         format: str,
         what: str = "model",
-        model: str = "student",
-        width: int = 32,
-        scores: str = "auto",
-        bits: int = 4,
+        model: str | None = None,
+        width: int | None = None,
+        scores: str | None = None,
+        bits: int | None = None,
         push: str | None = None,
     ) -> dict[str, Any]:
         """Write the model for another library, the labels as a training set, or the token embeddings of all passages
-        for another search engine (see `ckd-ray export --help`).
+        for another search engine (see `ckd-ray export --help`). An option that would be ignored is an error.
 
         Args:
             folder: where to; None takes a folder below `exports/` inside the run.
-            format: `sentence-transformers`, `pylate` or `colbert`; of labels also `flagembedding`, `tevatron` and
-                `triples`; of vectors `parquet`; of an index `fast-plaid`.
+            format: of a model `sentence-transformers`, `pylate`, `colbert` or `onnx`; of labels
+                `sentence-transformers`, `pylate`, `colbert`, `flagembedding`, `tevatron` or `triples`; of vectors
+                `parquet`; of an index `fast-plaid`.
             what: `model`, `labels`, `vectors` or `index`.
-            model: `student` or `teacher`; of vectors and an index, whose they are.
-            width, scores: of labels: candidates a query, and `minmax` (0 to 1 a query), `raw`, or `auto`, which is what
-                the format wants.
-            bits: of an index from an fp16 store: 1, 2 or 4 a dimension.
+            model: `student` (the default) or `teacher`; of vectors and an index, whose they are. Not of labels.
+            width, scores: of labels: candidates a query (32), and `minmax` (0 to 1 a query), `raw`, or `auto` (the
+                default), which is what the format wants.
+            bits: of an index from an fp16 store: 1, 2 or 4 a dimension (4).
             push: OWNER/NAME of a repository of the hub that the folder is uploaded to. A new one is private.
 
         Returns:
             What was written: `out`, its folder, and figures; `pushed`, the address of the repository.
 
         Raises:
-            UserError: the run has no such thing, the folder is in use, or the hub does not take it. A name that is no
-                OWNER/NAME and a missing token are told before anything is written.
+            UserError: the run has no such thing, an option says nothing about it, the folder is in use, or the hub does
+                not take it. A name that is no OWNER/NAME and a missing token are told before anything is written.
         """
+        options = export_options(what, model=model, width=width, scores=scores, bits=bits)
         if push is not None:
             check_repository(push)
         out = None if folder is None else os.fspath(folder)
-        written = export(self.folder, what, format, out=out, model=model, width=width, scores=scores, bits=bits)
+        written = export(self.folder, what, format, out=out, **options)
         if push is not None:
             written["pushed"] = push_folder(written["out"], push, what)
         return written

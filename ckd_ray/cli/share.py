@@ -23,7 +23,9 @@ def export(
     ],
     json_: bool,
     out: Annotated[str | None, typer.Option("--out", help="The folder to write. Default: RUN/exports/FORMAT.")] = None,
-    model: Annotated[str, typer.Option("--model", help="student or teacher.")] = "student",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Not of labels: student or teacher. Default: student.")
+    ] = None,
     what: Annotated[
         str,
         typer.Option(
@@ -32,9 +34,15 @@ def export(
             " index of them.",
         ),
     ] = "model",
-    width: Annotated[int, typer.Option("--width", help="Of labels: candidates a query.")] = 32,
-    scores: Annotated[str, typer.Option("--scores", help="Of labels: minmax (0 to 1 a query), raw, or auto.")] = "auto",
-    bits: Annotated[int, typer.Option("--bits", help="Of an index from an fp16 store: 1, 2 or 4 a dimension.")] = 4,
+    width: Annotated[int | None, typer.Option("--width", help="Of labels: candidates a query. Default: 32.")] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option("--scores", help="Of labels: minmax (0 to 1 a query), raw, or auto. Default: auto."),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option("--bits", help="Of an index from an fp16 store: 1, 2 or 4 a dimension. Default: 4."),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option("--push", help="Upload the folder to the hub as OWNER/NAME, which is private if it is new."),
@@ -43,11 +51,13 @@ def export(
     """Write a run's model for sentence-transformers, PyLate, colbert-ai or ONNX, its labels as a training set, or the
     token embeddings of its passages for another search engine."""
     from ckd_ray.pipeline.export import export as write
+    from ckd_ray.pipeline.export_options import export_options
     from ckd_ray.pipeline.push import check_repository, push_folder
 
+    options = export_options(what, model=model, width=width, scores=scores, bits=bits)
     if push is not None:
         check_repository(push)
-    written = write(run, what, fmt, out=out, model=model, width=width, scores=scores, bits=bits)
+    written = write(run, what, fmt, out=out, **options)
     if what == "model":
         source = written["model"]
     elif what == "labels":
