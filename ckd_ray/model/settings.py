@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ckd_ray.errors import first_mistake
 
 Similarity = Literal["l2", "cosine"]
-_KINDS: dict[str, type] = {
-    "dim": int,
-    "query_maxlen": int,
-    "doc_maxlen": int,
-    "mask_punctuation": bool,
-    "attend_to_mask": bool,
-    "query_expansion": bool,
-    "training_expansion": bool,
-}
+# A text has [CLS], a marker and [SEP] at least.
+_Length = Annotated[int, Field(ge=3)]
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class ColBERTSettings:
             It changes no score and no ranking.
     """
 
-    dim: int = 128
-    query_maxlen: int = 32
-    doc_maxlen: int = 180
+    dim: Annotated[int, Field(ge=1)] = 128
+    query_maxlen: _Length = 32
+    doc_maxlen: _Length = 180
     mask_punctuation: bool = True
     similarity: Similarity = "l2"
     query_marker: str = "[unused0]"
@@ -49,7 +47,7 @@ class ColBERTSettings:
     query_expansion: bool = True
     training_expansion: bool = False
     skip_tokens: tuple[str, ...] | None = None
-    score_scale: float | None = None
+    score_scale: Annotated[float, Field(gt=0)] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -57,24 +55,9 @@ class ColBERTSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ColBERTSettings:
-        """Reads `to_dict`'s form; keys of later versions are ignored. Raises ValueError for a value of another type."""
-        known = {f.name for f in fields(cls)}
-        chosen = {key: value for key, value in values.items() if key in known}
-        for key, value in chosen.items():
-            kind = _KINDS.get(key, str)
-            if key in ("skip_tokens", "score_scale"):
-                continue
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise ValueError(f"{key} is {value!r:.60}, expected {kind.__name__}")
-        if chosen.get("similarity", "l2") not in get_args(Similarity):
-            raise ValueError(f"similarity is {chosen['similarity']!r:.60}, expected l2 or cosine")
-        if chosen.get("dim", 1) < 1 or min(chosen.get("query_maxlen", 3), chosen.get("doc_maxlen", 3)) < 3:
-            raise ValueError(
-                "dim is 1 or more; query_maxlen and doc_maxlen are 3 or more, for [CLS], a marker and [SEP]"
-            )
-        scale = chosen.get("score_scale")
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0):
-            raise ValueError(f"score_scale is {scale!r:.60}, expected a number above 0")
-        if chosen.get("skip_tokens") is not None:
-            chosen["skip_tokens"] = tuple(str(token) for token in chosen["skip_tokens"])
-        return cls(**chosen)
+        """Reads `to_dict`'s form; keys of later versions are ignored. Raises ValueError for a value of another type or
+        out of its range."""
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            raise ValueError(first_mistake(error)) from None
