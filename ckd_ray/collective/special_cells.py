@@ -51,14 +51,12 @@ class SpecialCells:
     other_YD: Tensor
 
     @classmethod
-    def of_store(
-        cls, store: EmbeddingStore, special_token_ids: IntArray, *, seed: int, sample: int = SAMPLE
-    ) -> SpecialCells:
-        """Learn the cells from about `sample` token embeddings of the store.
+    def of_store(cls, store: EmbeddingStore, special_token_ids: IntArray, *, seed: int) -> SpecialCells:
+        """Learn the cells from about `SAMPLE` token embeddings of the store.
 
         The sample depends on the passages and the seed, not on the shards.
         """
-        read = store.gather(sample_passages(store.num_passages, store.num_tokens, sample, seed))
+        read = store.gather(sample_passages(store.num_passages, store.num_tokens, SAMPLE, seed))
         return cls.learn(read.embeddings_TD, np.isin(read.token_ids, special_token_ids), seed=seed)
 
     @classmethod

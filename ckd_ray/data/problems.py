@@ -37,7 +37,6 @@ class Problems:
             raise InputError(self.lines, more=False, of=self._of)
 
 
-def shorten(value: str, most: int = 60) -> str:
+def shorten(value: str) -> str:
     """A value fit for a message: one line, printable, not long."""
-    text = value if len(value) <= most else value[: most - 3] + "..."
-    return repr(text)
+    return repr(value if len(value) <= 60 else value[:57] + "...")

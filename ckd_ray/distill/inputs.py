@@ -183,9 +183,9 @@ class InputReader:
     def _pad(self, tokens: list[Int32Array], group: Int64Array) -> Rows:
         return self.tokenizer.pad([tokens[i] for i in group.tolist()], 8 if self.on_gpu else 1)
 
-    def stream(self, start: int, ahead: int = 2) -> Iterator[StepInputs]:
-        """Inputs of the steps from `start` to the last; a thread reads up to `ahead` steps in advance."""
-        ready: queue.Queue[StepInputs | BaseException] = queue.Queue(maxsize=ahead)
+    def stream(self, start: int) -> Iterator[StepInputs]:
+        """Inputs of the steps from `start` to the last; a thread reads up to two steps in advance."""
+        ready: queue.Queue[StepInputs | BaseException] = queue.Queue(maxsize=2)
         stop = threading.Event()
 
         def put(item: StepInputs | BaseException) -> None:

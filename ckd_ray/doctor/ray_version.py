@@ -26,7 +26,7 @@ nodes = sum(node["Alive"] for node in ray.nodes())
 print(json.dumps({"nodes": nodes, "have": ray.cluster_resources(), "free": ray.available_resources()}), flush=True)
 ray.shutdown()
 """
-_LISTENS = "0A"
+_TABLES, _LISTENS = ("/proc/net/tcp", "/proc/net/tcp6"), "0A"
 _ANY = ("00000000", "0" * 32)
 
 
@@ -139,18 +139,18 @@ def dashboard(number: int) -> str | None:
         return None
 
 
-def world(number: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/proc/net/tcp6")) -> Check:
+def world(number: int) -> Check:
     """Whether the port of the dashboard, which runs every job that it is sent, is open to other machines."""
     name = f"port {number} from outside"
-    if any(address in _ANY for address, at in listening(tables) if at == number):
+    if any(address in _ANY for address, at in listening() if at == number):
         fix = "start Ray with --dashboard-host=127.0.0.1, and reach it through SSH"
         return Check(name, "fail", f"a program listens on 0.0.0.0:{number}", fix)
     return Check(name, "ok", "closed")
 
 
-def listening(tables: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def listening() -> Iterator[tuple[str, int]]:
     """(address in the hexadecimal form of the kernel, port) of every socket that listens."""
-    for table in tables:
+    for table in _TABLES:
         try:
             lines = Path(table).read_text().splitlines()[1:]
         except OSError:

@@ -7,14 +7,13 @@ here too; the sample is removed once the codec is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 import ray
 import torch
 
 from ckd_ray.config import EmbedConfig
-from ckd_ray.embed.stream import EmbedJob, Encoder, embed_texts
+from ckd_ray.embed.stream import EmbedJob, embed_texts
 from ckd_ray.files import delete, exists, has_digest, join, read_json, write_json_atomic
 from ckd_ray.progress import say
 from ckd_ray.ray_util.actor_pool import cluster_nodes
@@ -22,10 +21,7 @@ from ckd_ray.ray_util.gpus import share_of_gpu
 from ckd_ray.ray_util.waiting import answer
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, CODEC_RECORD, RESIDUAL_BITS, save_codec
-from ckd_ray.store.codec_training import (
-    learn_codec,
-    sample_spans,
-)
+from ckd_ray.store.codec_training import learn_codec, sample_spans
 from ckd_ray.store.spherical import has_gpus
 
 _SAMPLE = "sample"
@@ -38,7 +34,6 @@ def with_codec(
     *,
     seed: int,
     stage: str = "embed",
-    make_encoder: Callable[[EmbedJob, int], Encoder] | None = None,
 ) -> EmbedJob:
     """`job` with the digest of its codec, which is learned first unless an earlier run has done that.
 
@@ -62,7 +57,7 @@ def with_codec(
             say(f"{stage}: {learned}: missing, or not what the shards were written with; it is learned again")
     spans = sample_spans(num_passages, seed)
     sample = replace(job, out=join(job.out, _SAMPLE), codec="fp16", fingerprint=f"{job.fingerprint}/sample")
-    store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample", make_encoder=make_encoder)[0]
+    store = embed_texts([(sample, spans)], settings, stage=f"{stage} sample")[0]
     gpus = 1 if has_gpus() and share_of_gpu(settings.gpus_per_actor, cluster_nodes()[0]) else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_learn)
     digest, centroids = answer("learning the codec", task.remote(job, store.uri, num_passages, seed))

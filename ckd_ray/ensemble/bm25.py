@@ -47,12 +47,12 @@ class Statistics:
         return found
 
 
-def collection_statistics(run: str, folder: str, split: str = "train") -> Statistics:
-    """Count the words of the queries of `split` in the corpus of `run`, in Ray tasks, unless `folder` has them."""
+def collection_statistics(run: str, folder: str) -> Statistics:
+    """Count the words of the training queries in the corpus of `run`, in Ray tasks, unless `folder` has them."""
     path = join(folder, STATISTICS)
     if not exists(path):
         collection = Collection.open(run)
-        vocabulary = frozenset(word for text in collection.queries(split).texts for word in words(text))
+        vocabulary = frozenset(word for text in collection.queries("train").texts for word in words(text))
         spans = query_spans(collection.num_passages, _PASSAGES_A_TASK)
         total, length = Counter[str](), 0
         for row in run_parts(list(range(len(spans))), spans, _count, {"run": run, "vocabulary": vocabulary}):

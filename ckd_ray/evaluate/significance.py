@@ -13,6 +13,7 @@ import numpy as np
 from ckd_ray.arrays import Float64Array
 
 _NUMBERS = 1 << 22  # drawn at a time
+_SEED, _ROUNDS = 17, 10_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def aligned(systems: Mapping[str, Mapping[str, float]]) -> dict[str, Float64Arra
     return {name: np.array([values[q] for q in queries], np.float64) for name, values in systems.items()}
 
 
-def paired_difference(a: Float64Array, b: Float64Array, *, seed: int = 17, rounds: int = 10_000) -> Difference:
+def paired_difference(a: Float64Array, b: Float64Array) -> Difference:
     """Compare two systems on the same queries.
 
     The randomisation test (Fisher's paired test) flips the sign of every query's difference at random. p is the share
@@ -58,13 +59,13 @@ def paired_difference(a: Float64Array, b: Float64Array, *, seed: int = 17, round
     if not len(difference):
         return Difference(0.0, 1.0, 0.0, 0.0)
     observed = float(difference.mean())
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     extreme = 0
-    for count in _rounds(rounds, len(difference)):
+    for count in _portions(len(difference)):
         signs = rng.integers(0, 2, (count, len(difference)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ difference) / len(difference) >= abs(observed) - 1e-12).sum())
-    low, high = bootstrap_interval(difference_SN, seed=seed, rounds=rounds)
-    return Difference(observed, (extreme + 1) / (rounds + 1), low, high)
+    low, high = bootstrap_interval(difference_SN)
+    return Difference(observed, (extreme + 1) / (_ROUNDS + 1), low, high)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -81,7 +82,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def bootstrap_interval(values_SN: Float64Array, *, seed: int = 17, rounds: int = 10_000) -> tuple[float, float]:
+def bootstrap_interval(values_SN: Float64Array) -> tuple[float, float]:
     """95 % percentile interval of the mean under resampling of both the seeds and the queries, with replacement.
 
     With one seed it is the plain bootstrap over queries. With few seeds their part is rough, but without it a lucky
@@ -90,9 +91,9 @@ def bootstrap_interval(values_SN: Float64Array, *, seed: int = 17, rounds: int =
     seeds, queries = values_SN.shape
     if not queries:
         return 0.0, 0.0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     means = []
-    for count in _rounds(rounds, queries):
+    for count in _portions(queries):
         weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), count) / seeds
         drawn_RN = rng.integers(0, queries, (count, queries))
         means.append(sum(weights_RS[:, s] * values_SN[s][drawn_RN].mean(1) for s in range(seeds)))
@@ -100,7 +101,7 @@ def bootstrap_interval(values_SN: Float64Array, *, seed: int = 17, rounds: int =
     return float(low), float(high)
 
 
-def _rounds(rounds: int, queries: int) -> list[int]:
+def _portions(queries: int) -> list[int]:
     """The rounds in portions, so that the random numbers of a portion take a few megabytes."""
     step = max(1, _NUMBERS // queries)
-    return [min(step, rounds - start) for start in range(0, rounds, step)]
+    return [min(step, _ROUNDS - start) for start in range(0, _ROUNDS, step)]

@@ -18,6 +18,9 @@ from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.runs.finished import reading
 
+# Ids that are compared with one that is not there.
+_COMPARED = 2000
+
 
 def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
     """The facts that `inspect` shows of a training query; `render` makes them text.
@@ -115,16 +118,16 @@ def find_query(opened: LabelledRun, query_id: str) -> int:
     )
 
 
-def nearest_ids(wanted: str, ids: list[str], count: int = 3, pool: int = 2000) -> list[str]:
-    """The `count` ids most similar to `wanted`, among the `pool` ids that share the longest prefix with it: half a
-    million comparisons would take seconds."""
-    if len(ids) > pool:
+def nearest_ids(wanted: str, ids: list[str]) -> list[str]:
+    """The three ids most similar to `wanted`, among the 2,000 that share the longest prefix with it: half a million
+    comparisons would take seconds."""
+    if len(ids) > _COMPARED:
 
         def common(other: str) -> int:
             return next((i for i, (a, b) in enumerate(zip(wanted, other, strict=False)) if a != b), len(other))
 
-        ids = sorted(ids, key=common, reverse=True)[:pool]
-    return difflib.get_close_matches(wanted, ids, count, 0.0)
+        ids = sorted(ids, key=common, reverse=True)[:_COMPARED]
+    return difflib.get_close_matches(wanted, ids, 3, 0.0)
 
 
 def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:

@@ -23,13 +23,12 @@ class Tunnel:
 
     Args:
         ssh: the ssh command with its options and the host, as the launcher calls it.
-        port: of the dashboard on the loopback of the head.
     """
 
-    def __init__(self, ssh: Sequence[str], port: int = DASHBOARD_PORT) -> None:
+    def __init__(self, ssh: Sequence[str]) -> None:
         self._local = _free_port()  # a new connection keeps the address
         self.address = f"http://127.0.0.1:{self._local}"
-        forward = f"127.0.0.1:{self._local}:127.0.0.1:{port}"
+        forward = f"127.0.0.1:{self._local}:127.0.0.1:{DASHBOARD_PORT}"
         self._command = [ssh[0], "-N", "-T", "-o", "BatchMode=yes", "-L", forward, *ssh[1:]]
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)

@@ -90,10 +90,10 @@ def run_parts(
     return _waiting(dataset.iter_rows())
 
 
-def part_tables(spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any], cpus: float = 1) -> Iterator[Any]:
+def part_tables(spans: list[tuple[int, int]], work: Any, arguments: dict[str, Any]) -> Iterator[Any]:
     """What `work` returns as Arrow tables, in the order of the spans; a table may hold the rows of several spans, or
-    none."""
-    dataset = _dataset(list(range(len(spans))), spans, work, arguments, cpus)
+    none. A task takes a core."""
+    dataset = _dataset(list(range(len(spans))), spans, work, arguments, 1.0)
     dataset.context.execution_options.preserve_order = True
     return _waiting(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
