@@ -35,8 +35,10 @@ def gather_scores(scores_KBn: Tensor, counts: Sequence[int]) -> Tensor:
     Args:
         counts: n of every worker.
     """
-    gathered: Tensor = _GatherColumns.apply(scores_KBn, list(counts))
-    return gathered
+    padded = F.pad(scores_KBn.detach(), (0, max(counts) - scores_KBn.shape[2]))
+    parts = [part[..., :count] for part, count in zip(_all(padded), counts, strict=True)]
+    parts[dist.get_rank()] = scores_KBn
+    return torch.cat(parts, 2)
 
 
 def _all(mine: Tensor) -> list[Tensor]:
@@ -59,17 +61,3 @@ class _GatherQueries(torch.autograd.Function):
         rank, counts = dist.get_rank(), ctx.counts
         first = sum(counts[:rank])
         return total[first : first + counts[rank]], None
-
-
-class _GatherColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores_KBn: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        padded = F.pad(scores_KBn, (0, max(counts) - scores_KBn.shape[2]))
-        return torch.cat([part[..., :count] for part, count in zip(_all(padded), counts, strict=True)], 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad_KBN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        rank, counts = dist.get_rank(), ctx.counts
-        first = sum(counts[:rank])
-        return grad_KBN[..., first : first + counts[rank]], None
