@@ -28,6 +28,7 @@ from ckd_ray.arrays import Float64Array, Int64Array
 from ckd_ray.errors import UserError
 from ckd_ray.files import join, new_folder, write_json_atomic
 from ckd_ray.inspection.labelled_run import LabelledRun, labelled_run_once
+from ckd_ray.inspection.labels_card import labels_card
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_tables, query_spans
 from ckd_ray.runs.exports import EXPORT_FILE, check_place
@@ -134,7 +135,8 @@ def export_labels(
                 fix="lower --width, or retrieve deeper (retrieve.depth)",
             )
         counts["left_out"] = total - counts["queries"]
-        (Path(folder) / "README.md").write_text(_card(opened, fmt, width, scaling, counts), encoding="utf-8")
+        card = labels_card(opened.config, fmt, width, scaling, counts, positives=fmt in _WITH_POSITIVES)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
         write_json_atomic(join(folder, EXPORT_FILE), {"what": "labels", "format": fmt, "width": width, **counts})
     return {"out": target, "format": fmt, **counts, "width": width, "scaling": scaling}
 
@@ -326,26 +328,3 @@ def _open(path: Path) -> IO[str]:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _card(opened: LabelledRun, fmt: str, width: int, scaling: str, counts: dict[str, int]) -> str:
-    scaled = "each query's scores are brought to 0 .. 1" if scaling == "minmax" else "scores are the teacher's own"
-    settings = json.dumps(
-        {key: opened.config[key] for key in ("label", "distill") if key in opened.config}, indent=2, ensure_ascii=False
-    )
-    unlabelled, no_negative = "", ", or labelled ones only," if fmt in _WITH_POSITIVES else ""
-    if counts["unlabelled"]:
-        best = ", and the passage that it scores highest is their positive" if fmt in _WITH_POSITIVES else ""
-        unlabelled = f"\n{counts['unlabelled']:,} of the queries have no label: their order is the teacher's{best}."
-    return f"""# Collective relevance labels
-
-Written by ckd-ray in the form of {fmt}: {counts["queries"]:,} queries with {width} candidates each, the labelled
-passages first and the others by falling score.{unlabelled}
-{counts["left_out"]:,} queries have fewer candidates{no_negative} and are left out.
-A score is the teacher's, with the expansion of its feedback passages and the ensemble; {scaled}. A labelled passage
-keeps its own score: losses that want it highest have to raise it.
-
-```json
-{settings}
-```
-"""

@@ -12,28 +12,43 @@ from typing import Any
 
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
-from ckd_ray.files import join, read_json
+from ckd_ray.files import join, read_json, write_atomic
 from ckd_ray.runs.artifact import content_fingerprint, identity_of, make, making_of, manifest_of
 from ckd_ray.runs.directory import check_role
 from ckd_ray.runs.exports import EXPORT_KEY, check_place
 from ckd_ray.runs.fingerprint import fingerprint
 from ckd_ray.runs.finished import open_finished, reading
 from ckd_ray.search import fast_plaid, vectors
+from ckd_ray.search.cards import index_card, vectors_card
 from ckd_ray.search.stored import stored_passages
+from ckd_ray.store import EmbeddingStore
 
 
 @dataclass(frozen=True)
 class _Format:
-    """Writes `target` from a store and its collection; `settings` are the options that change the result."""
+    """Writes `target` from a store and its collection.
+
+    Attributes:
+        card: the text of README.md, of the run's name and what the manifest says.
+        settings: the options that change the result.
+    """
 
     write: Callable[..., dict[str, Any]]
+    card: Callable[[str, dict[str, Any]], str]
     settings: tuple[str, ...] = ()
 
 
+def _write_vectors(target: str, store: EmbeddingStore, collection: Collection) -> dict[str, Any]:
+    """In a folder of their own: who reads a folder of Parquet would take the card beside them for a part."""
+    return vectors.write_vectors(join(target, "data"), store, collection)
+
+
 _FORMATS = {
-    "vectors": {"parquet": _Format(vectors.write_vectors)},
-    "index": {"fast-plaid": _Format(fast_plaid.write_index, ("bits",))},
+    "vectors": {"parquet": _Format(_write_vectors, vectors_card)},
+    "index": {"fast-plaid": _Format(fast_plaid.write_index, index_card, ("bits",))},
 }
+# Part of an export's fingerprint: 2 has a card, and vectors in a folder of their own.
+_LAYOUT = 2
 
 
 def export_stored(
@@ -70,6 +85,7 @@ def export_stored(
         store=store.manifest["fingerprint"],
         corpus=content_fingerprint(paths.corpus),
         settings=settings,
+        layout=_LAYOUT,
     )
     name = f"{what}-{fmt}" if system == "student" else f"{system}-{what}-{fmt}"
     target = out or join(paths.exports, name)
@@ -85,6 +101,8 @@ def export_stored(
 
     def work() -> dict[str, Any]:
         added = chosen.write(target, store, collection, **settings)
+        card = chosen.card(opened.name, {**about, **added}).encode()
+        write_atomic(join(target, "README.md"), lambda stream: stream.write(card))
         return {EXPORT_KEY: what, "format": fmt, **about, **added}
 
     make(target, made_of, work, digests=False)  # an export may be as large as the store

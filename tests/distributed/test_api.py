@@ -154,7 +154,7 @@ def test_search_models_exports_and_the_report(examples: dict[str, Any]) -> None:
 def test_vectors_and_an_index_are_exported_and_pushed(
     examples: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = pads.dataset(examples["folder"] / "mine-vectors").to_table()
+    table = pads.dataset(examples["folder"] / "mine-vectors" / "data").to_table()
     assert table.column_names == ["id", "text", "vectors"] and table.num_rows == 60
     pushed = list[tuple[str, str, str]]()
     monkeypatch.setattr("ckd_ray.api.run.check_repository", lambda repo: pushed.append((repo, "", "")))

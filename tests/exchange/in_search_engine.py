@@ -29,7 +29,9 @@ def lancedb(export, queries, top):
     import pyarrow.dataset as pads
 
     with tempfile.TemporaryDirectory() as folder:
-        table = lancedb.connect(folder).create_table("passages", data=pads.dataset(export).scanner().to_reader())
+        table = lancedb.connect(folder).create_table(
+            "passages", data=pads.dataset(f"{export}/data").scanner().to_reader()
+        )
         found = []
         for rows in queries:
             hits = table.search(rows).distance_type("cosine").limit(top).to_list()
@@ -42,14 +44,14 @@ def qdrant(export, queries, top):
     from qdrant_client import QdrantClient, models
 
     client = QdrantClient(":memory:")
-    size = pads.dataset(export).schema.field("vectors").type.value_type.list_size
+    size = pads.dataset(f"{export}/data").schema.field("vectors").type.value_type.list_size
     maxsim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
     client.create_collection(
         "passages",
         vectors_config=models.VectorParams(size=size, distance=models.Distance.DOT, multivector_config=maxsim),
     )
     number = 0
-    for batch in pads.dataset(export).to_batches():
+    for batch in pads.dataset(f"{export}/data").to_batches():
         points = []
         for row in batch.to_pylist():
             if row["vectors"]:  # a passage that could not be embedded has none

@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from ckd_ray.errors import UserError
-from ckd_ray.inspection.export_labels import Block, export_labels, score_block
+from ckd_ray.inspection.export_labels import FORMATS, Block, export_labels, score_block
 from ckd_ray.inspection.labelled_run import LabelledRun
+from ckd_ray.runs.exports import EXPORT_FILE
 from tests.labelled import labelled_run
 
 WIDTH = 6
@@ -93,6 +95,26 @@ def test_scores_are_those_of_the_distributions(run: str) -> None:
         passages = opened.with_labelled(query, opened.rankings[query][:15])
         expected = opened.distributions(query, passages).collective_scores
         torch.testing.assert_close(opened.collective_scores(query, passages), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_card_says_how_the_set_is_loaded(run: str, tmp_path: Path, fmt: str) -> None:
+    """What `datasets.load_dataset(folder, name)` reads by the head; the columns are those of the text."""
+    export_labels(run, fmt, out=str(tmp_path), width=WIDTH)
+    start, head, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    configs = yaml.safe_load(head)["configs"]
+    assert not start and [c.get("default", False) for c in configs] == [len(configs) > 1] + [False] * (len(configs) - 1)
+    assert f'load_dataset("FOLDER", "{configs[0]["config_name"]}"' in text
+    for config in configs:
+        path = tmp_path / config["data_files"]
+        if path.suffix == ".tsv":
+            lines = [line.split(config["sep"]) for line in path.read_text().splitlines()]
+            assert {len(line) for line in lines} == {len(config["names"])} and lines[0][0] == "0"
+            continue
+        columns = pq.read_schema(path).names if path.suffix == ".parquet" else json.loads(path.open().readline())
+        assert all(f"`{name}`" in text for name in columns)
+    left_out = {"README.md", EXPORT_FILE} | ({"train.jsonl"} if fmt == "colbert" else set())
+    assert {path.name for path in tmp_path.iterdir()} == left_out | {config["data_files"] for config in configs}
 
 
 def test_only_an_earlier_export_is_replaced(run: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
@@ -45,7 +46,7 @@ def test_parquet_holds_every_passage(run: Path, tmp_path: Path, place: str, monk
     written = export(run, "vectors", "parquet", place.format(tmp_path / "out"))
     store, collection = passages(run), Collection.open(str(run))
     assert written["passages"] == 60 and written["tokens"] == store.num_tokens and written["model"] == "teacher"
-    table = pads.dataset(tmp_path / "out").to_table()
+    table = pads.dataset(tmp_path / "out" / "data").to_table()
     assert table.schema.field("vectors").type == pa.list_(pa.list_(pa.float16(), 16))
     assert table["id"].to_pylist() == collection.passage_ids(range(60))
     assert table["text"].to_pylist() == collection.texts(range(60))
@@ -55,7 +56,7 @@ def test_parquet_holds_every_passage(run: Path, tmp_path: Path, place: str, monk
     flat = rows.flatten().flatten().to_numpy().reshape(-1, 16)
     assert np.array_equal(flat.view(np.uint16), read.embeddings_TD.numpy().view(np.uint16))
     # Blocks are bounded: a row group ends with the passage that crosses the bound.
-    group = pq.ParquetFile(tmp_path / "out" / "part-000000.parquet").metadata
+    group = pq.ParquetFile(tmp_path / "out" / "data" / "part-000000.parquet").metadata
     longest = int(read.lengths.max())
     assert group.num_row_groups > 2
     assert all(group.row_group(i).column(2).num_values <= 16 * (64 + longest) for i in range(group.num_row_groups))
@@ -79,14 +80,14 @@ def test_a_stopped_export_goes_on(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr({"vectors": vectors, "index": fast_plaid}[what], "write_atomic", stop_late)
         export(run, what, fmt, half)
-    first = half / ("part-000000.parquet" if what == "vectors" else "0.codes.npy")
+    first = half / ("data/part-000000.parquet" if what == "vectors" else "0.codes.npy")
     kept = first.stat().st_mtime_ns
-    assert not (half / "_manifest.json").exists() and not list(half.glob("*2*"))
+    assert not (half / "_manifest.json").exists() and not list(half.rglob("*2*"))
     assert export(run, what, fmt, half) == {**written, "out": str(half)}
     assert first.stat().st_mtime_ns == kept
-    for path in whole.iterdir():
-        if path.name != "_manifest.json":
-            assert (half / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in whole.rglob("*"):
+        if path.is_file() and path.name != "_manifest.json":
+            assert (half / path.relative_to(whole)).read_bytes() == path.read_bytes(), path.name
 
 
 def test_an_index_is_made_whole_again_after_fast_plaid_has_opened_it(run: Path, tmp_path: Path) -> None:
@@ -162,4 +163,23 @@ def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path) -> None:
     inside = export(run, "vectors", "parquet", None)
     assert inside["out"] == str(run / "exports" / "teacher-vectors-parquet")
     assert export(run, "index", "fast-plaid", inside["out"], bits=2)["bits"] == 2  # an earlier export is replaced
-    assert not list(Path(inside["out"]).glob("part-*"))
+    assert not list(Path(inside["out"]).rglob("part-*"))
+
+
+@pytest.mark.parametrize(
+    ("what", "fmt", "name"), [("vectors", "parquet", "vectors"), ("index", "fast-plaid", "passage_ids")]
+)
+def test_the_card_says_how_an_export_is_loaded(run: Path, tmp_path: Path, what: str, fmt: str, name: str) -> None:
+    """What `datasets.load_dataset(folder, name)` reads by the head."""
+    written = export(run, what, fmt, tmp_path)
+    start, head, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    (config,) = yaml.safe_load(head)["configs"]
+    assert not start and config["config_name"] == name
+    files = sorted(tmp_path.glob(config["data_files"]))
+    assert sum(pq.read_metadata(path).num_rows for path in files) == 60
+    assert set(files) == set(tmp_path.rglob("*.parquet"))
+    assert f"{written['tokens']:,} token embeddings of 16 dimensions, by the teacher of the run tiny" in text
+    if what == "vectors":
+        assert all(f"| `{column}` |" in text for column in pq.read_schema(files[0]).names)
+    else:
+        assert 'search.FastPlaid(index="FOLDER"' in text and "4 bits a dimension" in text
