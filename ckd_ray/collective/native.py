@@ -6,38 +6,24 @@ k-means takes a quarter of torch's time, labels half (docs/log.md). Without the 
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+from ckd_ray.native import LONG, POINTER, in_threads, load_library
+
+_ARGUMENTS = {
+    "ckd_ray_kmeans": [POINTER] * 4 + [LONG] * 5 + [POINTER] * 4,
+    "ckd_ray_nearest": [POINTER] * 3 + [LONG] * 5 + [POINTER],
+}
 
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
     """The built library, or None."""
-    if os.environ.get("CKD_RAY_NATIVE") == "0":
-        return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))
-                library.ckd_ray_kmeans.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_POINTER] * 4
-                library.ckd_ray_nearest.argtypes = [_POINTER] * 3 + [_LONG] * 5 + [_POINTER]
-            except (OSError, AttributeError):  # built for another machine, or by another version
-                continue
-            return library
-    return None
+    return load_library(__file__, _ARGUMENTS)
 
 
 def available(points_BTD: Tensor) -> bool:
@@ -71,7 +57,7 @@ def kmeans(
         outputs = (centroids_BKD, labels_BT, sizes_BK, iterations_B)
         return int(_library().ckd_ray_kmeans(*_at(inputs, first), count, T, K, D, max_iterations, *_at(outputs, first)))
 
-    _in_threads(part, B)
+    in_threads(part, B, "k-means")
 
 
 def nearest(points_BTD: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, voters: int) -> Tensor:
@@ -84,24 +70,10 @@ def nearest(points_BTD: Tensor, mask_BT: Tensor, centroids_BKD: Tensor, voters: 
         inputs = (points_BTD, mask_BT, centroids_BKD)
         return int(_library().ckd_ray_nearest(*_at(inputs, first), count, T, K, D, voters, *_at((rows_BKV,), first)))
 
-    _in_threads(part, B)
+    in_threads(part, B, "k-means")
     return rows_BKV
 
 
 def _at(arrays: tuple[Tensor, ...], first: int) -> list[int]:
     """Addresses of row `first`."""
     return [array.data_ptr() + first * array.stride(0) * array.element_size() for array in arrays]
-
-
-def _in_threads(part: Callable[[int, int], int], count: int) -> None:
-    """Split the queries over torch's number of threads. The split does not change a result."""
-    threads = max(1, min(torch.get_num_threads(), count // 8))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    cuts = [(low, high - low) for low, high in pairwise(bounds)]
-    if threads == 1:
-        codes = [part(*cuts[0])]
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            codes = list(pool.map(lambda cut: part(*cut), cuts))
-    if any(codes):
-        raise MemoryError("no memory for k-means")

@@ -2,8 +2,8 @@
 
 The idea is PLAID's (Santhanam et al., CIKM 2022): a row is close to its centroid, so a passage's score can be estimated
 from centroids alone. A query row probes its nearest centroids. A passage that has none of them gets the similarity of
-the first centroid that was not probed, which is its upper bound. Memory: 4 bytes a stored row (its passage in the
-inverted lists).
+the first centroid that was not probed, which is its upper bound. Memory: up to 4 bytes a stored row (its passage in the
+inverted lists). `_native.c` computes the same as the code here, 30 times as fast.
 
 An estimate depends on the query, the passage and the codec only, so the best of all ranges together are the same
 however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids probed by a row, M vectors, D dimensions.
@@ -11,18 +11,23 @@ however the store is cut. Shapes: B queries, Q rows, K centroids, C centroids pr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError
+from ckd_ray.native import LONG, POINTER, in_threads, load_library
 from ckd_ray.retrieve.rows import ShardRows
 from ckd_ray.store.codec import Residual
 
 # Numbers of a block of similarities to all centroids: 128 MiB of float64.
 _BLOCK = 1 << 24
-_MOST_ROWS = 2**31 - 1
+_MOST_PASSAGES = 2**31 - 1
 
 
 def probe(
@@ -44,8 +49,117 @@ def probe(
     return ids, similarity
 
 
+def probes(
+    queries_BQD: Tensor, centroids_KD: Tensor, nprobe: int, device: torch.device | str = "cpu"
+) -> tuple[Int32Array, Float32Array]:
+    """Centroids of every query row and the similarity to each: (B, Q, C), C = nprobe + 1 (or K). The last one is not
+    probed; it bounds what a passage without the others can have."""
+    flat = queries_BQD.half().reshape(-1, queries_BQD.shape[2])
+    ids, similarity = probe(flat, centroids_KD, nprobe + 1, device)
+    shape = (*queries_BQD.shape[:2], ids.shape[1])
+    return ids.reshape(shape), similarity.reshape(shape)
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """The built library, or None."""
+    return load_library(__file__, {"ckd_ray_candidates": [POINTER] * 4 + [LONG] * 6 + [POINTER] * 2})
+
+
+class CentroidLists:
+    """Inverted lists: centroid -> the passages that have it, ascending, each once.
+
+    Attributes:
+        bounds: (K + 1,) int64, where each list begins; passages: int32, the lists one after another.
+        num_passages: what the numbers in the lists are below.
+    """
+
+    def __init__(self, bounds: Int64Array, passages: Int32Array, num_passages: int) -> None:
+        self.bounds, self.passages, self.num_passages = bounds, passages, num_passages
+
+    @classmethod
+    def build(
+        cls, shards: Callable[[], Iterable[Int32Array]], offsets: Int64Array, num_centroids: int
+    ) -> CentroidLists:
+        """From the centroid of every row, shard after shard, which are read twice. Memory holds those of a shard and the lists.
+
+        Args:
+            offsets: (N + 1,) the first row of each passage. A passage lies in one shard.
+        """
+        counts = np.zeros(num_centroids, np.int64)
+        for centroids, _ in _occurrences(shards(), offsets):
+            counts += np.bincount(centroids, minlength=num_centroids)
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        passages, free = np.empty(bounds[-1], np.int32), bounds[:-1].copy()  # the next place in every list
+        for centroids, found in _occurrences(shards(), offsets):
+            counts = np.bincount(centroids, minlength=num_centroids)
+            starts = np.cumsum(counts) - counts
+            passages[(free - starts)[centroids] + np.arange(len(centroids))] = found
+            free += counts
+        return cls(bounds, passages, len(offsets) - 1)
+
+    def candidates(
+        self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int
+    ) -> tuple[Float32Array, Int64Array]:
+        """The `limit` passages with the highest estimates: (estimates, passages) (B, limit), best first.
+
+        Ties go by number; lists end with -inf and -1. An estimate is what a passage has above one without any probed
+        centroid.
+        """
+        estimates = np.full((len(ids_BQC), limit), -np.inf, np.float32)
+        passages = np.full((len(ids_BQC), limit), -1, np.int64)
+        library = _library()
+        if library is None:
+            for i, (ids_QC, similarity_QC) in enumerate(zip(ids_BQC, similarity_BQC, strict=True)):
+                self._candidates(ids_QC, similarity_QC, estimates[i], passages[i])
+            return estimates, passages
+        (_, Q, C), every = ids_BQC.shape, ids_BQC.shape[2] == len(self.bounds) - 1
+        inputs: list[Any] = [np.ascontiguousarray(a) for a in (ids_BQC, similarity_BQC)]
+
+        def part(first: int, count: int) -> int:
+            ids, similarity, *outputs = (a[first:].ctypes.data for a in (*inputs, estimates, passages))
+            lists = (self.bounds.ctypes.data, self.passages.ctypes.data)
+            sizes = (count, Q, C, every, limit, self.num_passages)
+            return int(library.ckd_ray_candidates(*lists, ids, similarity, *sizes, *outputs))
+
+        in_threads(part, len(ids_BQC), "candidates")
+        return estimates, passages
+
+    def _candidates(
+        self, ids_QC: Int32Array, similarity_QC: Float32Array, estimates: Float32Array, passages: Int64Array
+    ) -> None:
+        """`candidates` of one query, without C; writes to the last two arguments."""
+        total = np.zeros(self.num_passages, np.float32)
+        every = ids_QC.shape[1] == len(self.bounds) - 1
+        for ids_C, similarity_C in zip(ids_QC, similarity_QC, strict=True):
+            if not similarity_C.any():
+                continue  # a zero row, after the text of a query without augmentation
+            # When all centroids are probed, a passage without any of them is empty.
+            floor = np.float32(-1.0) if every else similarity_C[-1]
+            best = np.zeros(self.num_passages, np.float32)
+            for centroid, gain in zip(ids_C.tolist(), similarity_C - floor, strict=True):
+                listed = self.passages[self.bounds[centroid] : self.bounds[centroid + 1]]
+                best[listed] = np.maximum(best[listed], gain)
+            total += best
+        found = np.flatnonzero(total)
+        order = np.lexsort((found, -total[found]))[: len(estimates)]
+        estimates[: len(order)], passages[: len(order)] = total[found[order]], found[order]
+
+
+def _occurrences(shards: Iterable[Int32Array], offsets: Int64Array) -> Iterator[tuple[Int32Array, Int64Array]]:
+    """(centroids, passages) of every shard: each centroid of a passage once, by centroid and then by passage."""
+    first = 0
+    for ids in shards:
+        by = np.argsort(ids, kind="stable")
+        centroids, passages = ids[by], np.searchsorted(offsets, by + first, side="right") - 1
+        again = (centroids[1:] == centroids[:-1]) & (passages[1:] == passages[:-1])
+        new = np.concatenate([np.ones(min(1, len(ids)), bool), ~again])
+        yield centroids[new], passages[new]
+        first += len(ids)
+
+
 class CentroidIndex:
-    """Inverted lists of a range of shards: centroid -> the passage of each of its rows.
+    """The lists of a range of shards, and what a query probes.
 
     Args:
         rows: of shards whose codec is residual.
@@ -53,84 +167,25 @@ class CentroidIndex:
         device: where products with all centroids are computed.
 
     Raises:
-        JobError: the range has more rows than 32-bit numbers can count.
+        JobError: the range has more passages than 32-bit numbers can count.
     """
 
     def __init__(self, rows: ShardRows, codec: Residual, nprobe: int, device: torch.device | str = "cpu") -> None:
-        if rows.num_rows > _MOST_ROWS:
+        if rows.num_passages > _MOST_PASSAGES:
             raise JobError(
-                f"a range of {rows.num_rows:,} token embeddings is more than one server can list "
-                f"({_MOST_ROWS:,}); raise retrieve.actors"
+                f"a range of {rows.num_passages:,} passages is more than one server can list "
+                f"({_MOST_PASSAGES:,}); raise retrieve.actors"
             )
         self.rows, self.codec, self.nprobe, self.device = rows, codec, nprobe, device
-        counts = np.zeros(codec.num_centroids, np.int64)
-        for ids in rows.centroid_ids():
-            counts += np.bincount(ids, minlength=codec.num_centroids)
-        self.bounds = np.concatenate([[0], np.cumsum(counts)])
-        self.passages = self._lists()
-        self._total = np.zeros(rows.num_passages, np.float32)
-        self._stamp = np.zeros(rows.num_passages, np.int32)
-
-    def _lists(self) -> Int32Array:
-        """The passage of each row, by centroid, and by row within each. Sorted shard by shard, which needs no memory
-        but that of the lists."""
-        passages = np.empty(self.rows.num_rows, np.int32)
-        free, first = self.bounds[:-1].copy(), 0  # the next place in every list; the shard's first row
-        for ids in self.rows.centroid_ids():
-            by = np.argsort(ids, kind="stable")
-            counts = np.bincount(ids, minlength=len(free))
-            starts = np.cumsum(counts) - counts
-            places = (free - starts)[ids[by]] + np.arange(len(by))
-            passages[places] = np.searchsorted(self.rows.offsets, by + first, side="right") - 1
-            free += counts
-            first += len(ids)
-        return passages
+        self.lists = CentroidLists.build(rows.centroid_ids, rows.offsets, codec.num_centroids)
 
     def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
         """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe + 1 (or K)."""
-        flat = queries_BQD.half().reshape(-1, queries_BQD.shape[2])
-        ids, similarity = probe(flat, self.codec.centroids_KD, self.nprobe + 1, self.device)
-        shape = (*queries_BQD.shape[:2], ids.shape[1])
-        return ids.reshape(shape), similarity.reshape(shape)
+        return probes(queries_BQD, self.codec.centroids_KD, self.nprobe, self.device)
 
     def candidates(
         self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int
     ) -> tuple[Float32Array, Int64Array]:
-        """The `limit` passages of this range with the highest estimates: (estimates, passages) (B, limit), best first.
-
-        Passages are indices in the whole store; ties go by index; lists end with -inf and -1.
-        """
-        estimates = np.full((len(ids_BQC), limit), -np.inf, np.float32)
-        passages = np.full((len(ids_BQC), limit), -1, np.int64)
-        for i, (ids_QC, similarity_QC) in enumerate(zip(ids_BQC, similarity_BQC, strict=True)):
-            found, gain = self._gains(ids_QC, similarity_QC)
-            if len(found) > limit:
-                edge = np.partition(gain, len(gain) - limit)[len(gain) - limit]
-                kept = gain >= edge
-                found, gain = found[kept], gain[kept]
-            best = np.lexsort((found, -gain))[:limit]
-            estimates[i, : len(best)] = gain[best]
-            passages[i, : len(best)] = found[best] + self.rows.first
-        return estimates, passages
-
-    def _gains(self, ids_QC: Int32Array, similarity_QC: Float32Array) -> tuple[Int64Array, Float32Array]:
-        """Passages that have a probed centroid, and by how much their estimate exceeds that of all others."""
-        total, stamp = self._total, self._stamp
-        total[:] = 0
-        every = ids_QC.shape[1] == self.codec.num_centroids
-        for ids_C, similarity_C in zip(ids_QC, similarity_QC, strict=True):
-            if not similarity_C.any():
-                continue  # a zero row, after the text of a query without augmentation
-            # When all centroids are probed, a passage without any of them is empty.
-            floor = np.float32(-1.0) if every else similarity_C[-1]
-            # In ascending order the last entry of a passage is its best one, and that one is kept.
-            ids = ids_C[::-1] if every else ids_C[-2::-1]
-            gains = (similarity_C[::-1] if every else similarity_C[-2::-1]) - floor
-            lows, highs = self.bounds[ids], self.bounds[ids + 1]
-            listed = np.concatenate([self.passages[a:b] for a, b in zip(lows.tolist(), highs.tolist(), strict=True)])
-            number = np.arange(len(listed), dtype=np.int32)
-            stamp[listed] = number
-            last = np.flatnonzero(stamp[listed] == number)
-            total[listed[last]] += np.repeat(gains, highs - lows)[last]
-        found = np.flatnonzero(total)
-        return found, total[found]
+        """`CentroidLists.candidates`, with passages as indices in the whole store."""
+        estimates, passages = self.lists.candidates(ids_BQC, similarity_BQC, limit)
+        return estimates, np.where(passages >= 0, passages + self.rows.first, -1)

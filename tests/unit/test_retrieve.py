@@ -19,7 +19,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.files.cache import ShardCache
 from ckd_ray.ray_util.parts import part_file, parts_present
 from ckd_ray.retrieve import centroids, exact, groups, int8, nearest, rankings
-from ckd_ray.retrieve.centroids import CentroidIndex
+from ckd_ray.retrieve.centroids import CentroidIndex, CentroidLists
 from ckd_ray.retrieve.exact import Scorer, search_among
 from ckd_ray.retrieve.faiss_index import TokenIndex, candidate_passages, choose_cells, choose_subquantizers
 from ckd_ray.retrieve.int8 import FirstPass
@@ -282,7 +282,7 @@ def test_a_part_is_there_with_its_array(tmp_path: Path) -> None:
     assert parts_present(str(tmp_path / "missing")) == set()
 
 
-def test_inverted_lists_are_those_of_one_sort(tmp_path: Path) -> None:
+def test_inverted_lists_hold_each_passage_of_a_centroid_once(tmp_path: Path) -> None:
     """Made shard by shard; with empty passages, empty shards and centroids that no row has."""
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -292,10 +292,32 @@ def test_inverted_lists_are_those_of_one_sort(tmp_path: Path) -> None:
         cuts = [0, *sorted(offsets[rng.integers(0, len(offsets), 3)].tolist()), len(ids)]
         rows, codec = FlatRows(torch.zeros(len(ids), 1), lengths), SimpleNamespace(num_centroids=9)
         rows.centroid_ids = lambda cuts=cuts, ids=ids: (ids[a:b] for a, b in pairwise(cuts))  # type: ignore[attr-defined]
-        index = CentroidIndex(rows, codec, 4)  # type: ignore[arg-type]
-        order = np.argsort(ids, kind="stable")
-        assert np.array_equal(index.passages, np.repeat(np.arange(len(lengths)), lengths)[order])
-        assert index.bounds.tolist() == [int((ids < c).sum()) for c in range(10)]
+        lists = CentroidIndex(rows, codec, 4).lists  # type: ignore[arg-type]
+        passages = np.repeat(np.arange(len(lengths)), lengths)
+        expected = [sorted({int(p) for p, i in zip(passages, ids, strict=True) if i == c}) for c in range(9)]
+        assert lists.passages.tolist() == [p for of_centroid in expected for p in of_centroid]
+        assert lists.bounds.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+
+
+def test_candidates_in_c_are_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random lists: equal estimates, zero rows, fewer passages than asked for, and all centroids probed."""
+    if centroids._library() is None:
+        pytest.skip("the package was installed without a compiler")
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        count, many = int(rng.integers(1, 60)), int(rng.integers(1, 12))
+        of_passages = rng.integers(0, many, (count, 4)).astype(np.int32)
+        lists = CentroidLists.build(lambda of=of_passages: iter([of.reshape(-1)]), np.arange(count + 1) * 4, many)  # type: ignore[misc]
+        batch, probed = int(rng.integers(1, 40)), int(rng.integers(1, many + 1))
+        ids = rng.permuted(np.tile(np.arange(many, dtype=np.int32), (batch, 3, 1)), axis=2)[:, :, :probed]
+        similarity = -np.sort(-rng.integers(-2, 3, ids.shape).astype(np.float32) / 4, axis=2)
+        similarity[rng.random((batch, 3)) < 0.2] = 0
+        found = lists.candidates(ids, similarity, limit := int(rng.integers(1, 70)))
+        with monkeypatch.context() as patch:
+            patch.setattr(centroids, "_library", lambda: None)
+            expected = lists.candidates(ids, similarity, limit)
+        for one, other in zip(found, expected, strict=True):
+            assert np.array_equal(one, other)
 
 
 def recall(truth: np.ndarray, found: np.ndarray) -> float:
