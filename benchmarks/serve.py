@@ -26,6 +26,8 @@ from ckd_ray.serve.job import ServeOptions, check_can_serve, serving
 
 CLIENTS = (1, 8, 64)
 TOKEN = "of the benchmark"
+# After a request that was not answered: a service that is gone would be asked thousands of times a second.
+PAUSE_S = 0.1
 
 
 def main() -> None:
@@ -63,30 +65,35 @@ def main() -> None:
         figures = {}
         for clients, (times, failed) in measured.items():
             for name, share in (("p50", 50), ("p99", 99)):
-                figures[f"serve_{name}_ms_{clients}"] = figure(1000 * float(np.percentile(times, share)), None, "lower")
+                value = 1000 * float(np.percentile(times, share)) if times else None
+                figures[f"serve_{name}_ms_{clients}"] = figure(value, None, "lower")
             figures[f"serve_queries_per_second_{clients}"] = figure(len(times) / seconds, None, "higher")
             figures[f"serve_failed_{clients}"] = figure(failed, 0, "lower")
         emit(settings, figures, before)
 
 
 def under_load(options: ServeOptions, queries: list[str], clients: int, seconds: float) -> tuple[list[float], int]:
-    """(seconds of every answered request, number of the others) over `seconds`, after one request of each client."""
+    """(seconds of every answered request, number of the others) over `seconds`, after one request of each client.
+
+    A refusal, a connection that breaks off and an answer that does not come count among the others; the client goes on.
+    """
     times: list[list[float]] = [[] for _ in range(clients)]
     failed = [0] * clients
     start = threading.Barrier(clients)
 
     def client(mine: int) -> None:
         connection = http.client.HTTPConnection(options.host, options.port, timeout=120)
-        request(connection, queries[mine % len(queries)])
+        failed[mine] += not answered(connection, queries[mine % len(queries)])
         start.wait(300)
         deadline, number = time.monotonic() + seconds, mine
         while time.monotonic() < deadline:
             number += clients
             began = time.monotonic()
-            if request(connection, queries[number % len(queries)]) == 200:
+            if answered(connection, queries[number % len(queries)]):
                 times[mine].append(time.monotonic() - began)
             else:
                 failed[mine] += 1
+                time.sleep(PAUSE_S)
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
     for thread in threads:
@@ -94,6 +101,15 @@ def under_load(options: ServeOptions, queries: list[str], clients: int, seconds:
     for thread in threads:
         thread.join(seconds + 600)
     return [one for mine in times for one in mine], sum(failed)
+
+
+def answered(connection: http.client.HTTPConnection, query: str) -> bool:
+    """Whether the service answers with 200."""
+    try:
+        return request(connection, query) == 200
+    except (OSError, http.client.HTTPException):  # refused, broken off, or nothing within the limit
+        connection.close()  # the next request opens it again
+        return False
 
 
 def request(connection: http.client.HTTPConnection, query: str) -> int:

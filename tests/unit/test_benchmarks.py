@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,46 @@ def test_the_paired_difference_to_peers_is_over_the_queries_of_all_seeds() -> No
     assert rows["dev"]["MRR@10"]["mean"] == 0.25  # b: 0.5 and 0, a: 0.25 and 0.25
     assert set(rows["dev"]["MRR@10"]) == {"mean", "p", "low", "high"}
     assert differences({}, found) == {}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_request_that_is_not_answered_is_counted_and_its_client_goes_on(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that breaks off every third connection and refuses every fifth request; and none at all."""
+    import serve
+
+    asked = list[int]()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(len(asked))
+            if len(asked) % 3 == 0:
+                self.close_connection = True  # without a word
+                return
+            self.send_response(503 if len(asked) % 5 == 0 else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(serve, "PAUSE_S", 0.01)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        options = serve.ServeOptions(port=server.server_address[1])
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        if gone:
+            server.shutdown()
+            server.server_close()
+        times, failed = serve.under_load(options, ["a", "b"], 1, 0.5)
+        server.shutdown()
+    if gone:
+        assert times == [] and failed > 2 and asked == []
+        return
+    bad = sum(1 for i in range(1, len(asked) + 1) if i % 3 == 0 or i % 5 == 0)
+    # The first request of a client has no time of its own.
+    assert len(asked) > 15 and failed == bad and len(times) == len(asked) - bad - 1
