@@ -20,16 +20,13 @@ from ckd_ray.cross_encoder.candidates import CandidateReader
 from ckd_ray.cross_encoder.classifier import PairClassifier, Pairs, PairTokenizer, absolute_folder
 from ckd_ray.cross_encoder.scores import write_scores
 from ckd_ray.data.collection import collection_once
-from ckd_ray.files import exists, join, make_folder, read_json, write_json_atomic
-from ckd_ray.model.encoder import Precision, configured_precision, precision_of_gpus
-from ckd_ray.progress import Progress, say
-from ckd_ray.ray_util.actor_pool import cluster_nodes, place_pool
-from ckd_ray.ray_util.gpus import kinds_of_gpus, share_of_gpu
+from ckd_ray.files import exists, join, make_folder
+from ckd_ray.model.encoder import Precision
+from ckd_ray.progress import Progress
+from ckd_ray.ray_util.actor_pool import place_pool
 from ckd_ray.ray_util.parts import array_file, part_file, part_name, parts_present, query_spans
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
 from ckd_ray.ray_util.through_pool import through_pool
-
-PLAN = "_plan.json"
 
 
 @dataclass(frozen=True)
@@ -91,27 +88,6 @@ def queries_a_part(num_queries: int) -> int:
     while size < 256 and size * 256 < num_queries:
         size *= 2
     return size
-
-
-def agreed_precision(out: str, settings: CrossEncoderConfig) -> tuple[Precision, str]:
-    """(precision, reason), chosen once for all parts and kept in `out`; `auto` is bf16 where the actors have GPUs that
-    compute it, and fp32 elsewhere."""
-    path = join(out, PLAN)
-    if exists(path):
-        kept = read_json(path)
-        return kept["precision"], kept["reason"]
-    share = share_of_gpu(settings.gpus_per_actor, cluster_nodes()[0])
-    precision = configured_precision(settings.precision, "cuda" if share else "cpu", "cross_encoder.precision")
-    if precision is not None:
-        reason = "as configured"
-    elif share:
-        precision, reason = precision_of_gpus(kinds_of_gpus(share))
-    else:
-        precision, reason = "fp32", "on CPUs"
-    make_folder(out)
-    write_json_atomic(path, {"precision": precision, "reason": reason})
-    say(f"cross_encoder: {precision} ({reason})")
-    return precision, reason
 
 
 @lru_cache(maxsize=2)

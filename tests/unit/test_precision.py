@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from ckd_ray.config import CrossEncoderConfig
-from ckd_ray.cross_encoder import stream
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.encoder import TextEncoder, choose_precision, precision_of_gpus
@@ -47,27 +45,26 @@ def cluster(monkeypatch: pytest.MonkeyPatch, nodes: list[Node], kinds: Kinds | N
         assert kinds is not None
         return kinds
 
-    for module in (precision, stream):
-        monkeypatch.setattr(module, "cluster_nodes", lambda: (nodes, nodes))
-        monkeypatch.setattr(module, "kinds_of_gpus", answer)
+    monkeypatch.setattr(precision, "cluster_nodes", lambda: (nodes, nodes))
+    monkeypatch.setattr(precision, "kinds_of_gpus", answer)
     return asked
 
 
-def test_the_processes_that_compute_are_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_processes_that_compute_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def unread() -> ColBERT:
         raise AssertionError("weights that nobody measures were loaded")
 
     asked = cluster(monkeypatch, [Node(8), Node(8, 1)], T4)
     assert precision.precision_on_cluster(unread, "auto", "auto", "embed.precision")[0] == "fp32"
     assert precision.precision_on_cluster(unread, "auto", 0.5, "embed.precision")[0] == "fp32"
-    assert stream.agreed_precision(str(tmp_path / "a"), CrossEncoderConfig(gpus_per_actor=0.25))[0] == "fp32"
+    assert precision.precision_on_cluster(None, "auto", 0.25, "cross_encoder.precision")[0] == "fp32"
     assert asked == [1.0, 0.5, 0.25]
     assert precision.precision_on_cluster(unread, "fp16", "auto", "embed.precision") == ("fp16", "as configured")
     with pytest.raises(UserError, match=r"embed\.precision: int8 is for CPUs"):
         precision.precision_on_cluster(unread, "int8", "auto", "embed.precision")
 
 
-def test_actors_on_cpus_are_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_backbone: str) -> None:
+def test_actors_on_cpus_are_no_gpus(monkeypatch: pytest.MonkeyPatch, tiny_backbone: str) -> None:
     """`gpus_per_actor: 0` on a cluster whose GPUs compute bfloat16."""
     asked = cluster(monkeypatch, [Node(8, 4)], None)
     model = ColBERT.from_backbone(tiny_backbone, ColBERTSettings(dim=16, query_maxlen=12, doc_maxlen=48))
@@ -76,9 +73,15 @@ def test_actors_on_cpus_are_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(UserError, match=r"embed\.precision: fp16 is for GPUs"):
         precision.precision_on_cluster(lambda: model, "fp16", 0, "embed.precision")
     with pytest.raises(UserError, match=r"cross_encoder\.precision: fp16 is for GPUs"):
-        stream.agreed_precision(str(tmp_path), CrossEncoderConfig(gpus_per_actor=0, precision="fp16"))
-    assert stream.agreed_precision(str(tmp_path), CrossEncoderConfig(gpus_per_actor=0)) == ("fp32", "on CPUs")
+        precision.precision_on_cluster(None, "fp16", 0, "cross_encoder.precision")
+    assert precision.precision_on_cluster(None, "auto", 0, "cross_encoder.precision") == ("fp32", "on CPUs")
     assert not asked
+
+
+def test_a_precision_is_chosen_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for choose in (lambda: ("fp32", "on CPUs"), lambda: ("bf16", "as configured")):
+        assert precision.agreed_precision(str(tmp_path), "cross_encoder", choose, "kept.json") == "fp32"
+    assert (tmp_path / "kept.json").is_file() and "cross_encoder: fp32 (on CPUs)" in capsys.readouterr().err
 
 
 def test_each_kind_of_gpu_is_asked_once() -> None:

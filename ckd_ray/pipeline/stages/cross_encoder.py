@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ckd_ray.config import Config
@@ -11,6 +12,9 @@ from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.runs.directory import RunContext
+
+# In the folder of the scores.
+_PRECISION = "_plan.json"
 
 
 def scored_depth(config: Config) -> int:
@@ -33,7 +37,8 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     """Write the scores."""
     from ckd_ray.cross_encoder.candidates import CandidateReader
     from ckd_ray.cross_encoder.score_file import import_scores
-    from ckd_ray.cross_encoder.stream import CrossEncoderJob, agreed_precision, score_candidates
+    from ckd_ray.cross_encoder.stream import CrossEncoderJob, score_candidates
+    from ckd_ray.pipeline.precision import agreed_precision, precision_on_cluster
 
     config, run, out = context.config, context.paths.root, context.paths.cross_scores
     c, depth, grade = config.cross_encoder, scored_depth(config), config.collection.positive_grade
@@ -42,7 +47,8 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         queries_per_part, coverage = import_scores(c.scores, out, candidates, run)
         figures: dict[str, Any] = coverage.figures()
     elif c.model is not None:
-        precision = agreed_precision(out, c)[0]
+        choose = partial(precision_on_cluster, None, c.precision, c.gpus_per_actor, "cross_encoder.precision")
+        precision = agreed_precision(out, "cross_encoder", choose, _PRECISION)
         job = CrossEncoderJob(run, out, c.model, grade, depth, c.maxlen, c.token_budget, precision)
         queries_per_part, pairs = score_candidates(job, c, candidates.num_queries)
         figures = {"pairs": pairs, "precision": precision}
