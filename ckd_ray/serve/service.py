@@ -13,6 +13,8 @@ from ckd_ray.serve.requests import MOST_BYTES, BadRequestError, SearchRequest, c
 
 # Requests that wait for a replica; further ones are answered with 503 at once.
 MOST_WAITING = 1024
+# Less than a request may take (`serve/job.py`), so that the answer names the cause.
+_RELOAD_S = 110.0
 _ROUTES = {"/search": "POST", "/reload": "POST", "/health": "GET"}
 
 
@@ -57,10 +59,37 @@ class SearchService:
         if path == "/health":
             return self._live.state()
         if path == "/reload":
-            replaced = await asyncio.to_thread(self._live.look)
-            return {"replaced": replaced, **self._live.state()}
+            replicas = await self._reload_all()
+            replaced = any(one.get("replaced") for one in replicas)
+            return {"replaced": replaced, **self._live.state(), "replicas": replicas}
         asked = SearchRequest.parse(await _body(request))
         return await asyncio.get_running_loop().run_in_executor(self._one, self._search, asked)
+
+    async def reload(self) -> dict[str, Any]:
+        """Look for another student, in this replica. `waits_for` says why there is none."""
+        replaced = await asyncio.to_thread(self._live.look)
+        state = self._live.state()
+        return {"replaced": replaced, "model": state["model"], "waits_for": state["waits_for"]}
+
+    async def _reload_all(self) -> list[dict[str, Any]]:
+        """`reload` in all replicas; an entry with `error` for each that did not answer.
+
+        Ray Serve 2.55 reaches no replica but the one that it picks, so there the list has this one alone.
+
+        Raises:
+            TimeoutError: a replica takes longer than `_RELOAD_S`.
+        """
+        from ray import serve
+
+        mine = serve.get_replica_context()
+        handle = serve.get_deployment_handle(mine.deployment, mine.app_name)
+        if not hasattr(type(handle), "broadcast"):
+            return [await self.reload()]
+        found = await handle.broadcast("reload").results_async(timeout_s=_RELOAD_S, return_exceptions=True)
+        return [
+            {"error": f"{type(one).__name__}: {first_line(one)}"} if isinstance(one, BaseException) else one
+            for one in found
+        ]
 
     def _search(self, asked: SearchRequest) -> dict[str, Any]:
         identity, searcher = self._live.answering

@@ -38,7 +38,8 @@ def address(run: Path, ray_session: None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with serving(open_finished(str(run)), "student", ServeOptions(port=port), TOKEN) as found:
+    options = ServeOptions(port=port, replicas=2)
+    with serving(open_finished(str(run)), "student", options, TOKEN) as found:
         yield found
 
 
@@ -52,10 +53,10 @@ def ask(url: str, body: bytes | None = None, token: str = TOKEN, method: str | N
         return error.code, json.loads(error.read())
 
 
-def put_teacher_in_place_of_the_student(run: Path) -> None:
+def replace_student(run: Path, store: Path, model: Path) -> None:
     """As a training ends: the new student with its embeddings appears under the names of the former one."""
-    for new, name in (("embeddings", "student_embeddings"), ("teacher", "student")):
-        shutil.copytree(run / new, run / f"{name}.new")
+    for new, name in ((store, "student_embeddings"), (model, "student")):
+        shutil.copytree(new, run / f"{name}.new")
         os.rename(run / name, run / f"{name}.old")
         os.rename(run / f"{name}.new", run / name)
         shutil.rmtree(run / f"{name}.old")
@@ -64,6 +65,7 @@ def put_teacher_in_place_of_the_student(run: Path) -> None:
 def test_answers_refusals_and_another_student(run: Path, address: str) -> None:
     query = (run.parent / "collection" / "queries.test.tsv").read_text().splitlines()[0].split("\t")[1]
     asked = json.dumps({"query": query, "k": 4}).encode()
+    former = [shutil.copytree(run / name, run.parent / name) for name in ("student_embeddings", "student")]
     expected = {
         s: [h.to_dict() for h in Searcher(open_finished(str(run)), s).search(query, 4)] for s in ("student", "teacher")
     }
@@ -88,12 +90,17 @@ def test_answers_refusals_and_another_student(run: Path, address: str) -> None:
     for thread in clients:
         thread.start()
     try:
-        put_teacher_in_place_of_the_student(run)
-        deadline = time.monotonic() + 60
-        while ask(f"{address}/health")[1]["model"] == found["model"] and time.monotonic() < deadline:
-            time.sleep(0.2)
+        replace_student(run, run / "embeddings", run / "teacher")
         status, reloaded = ask(f"{address}/reload", b"")
         assert status == 200 and reloaded["model"] != found["model"] and reloaded["waits_for"] is None
+        both = [(one["model"], one["waits_for"]) for one in reloaded["replicas"]]
+        assert both == [(reloaded["model"], None)] * 2, "one request reloads both replicas"
+        assert {ask(f"{address}/health")[1]["model"] for _ in range(8)} == {reloaded["model"]}
+        replace_student(run, *former)  # and without a request: every replica looks by itself
+        deadline = time.monotonic() + 60
+        while ask(f"{address}/health")[1]["model"] != found["model"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert ask(f"{address}/health")[1]["model"] == found["model"], "the student that came without a request"
         time.sleep(1)
     finally:
         ended.set()
