@@ -118,6 +118,15 @@ _WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartPara
 _CONTAINER = {"name", "image", "env", "envFrom", "resources", "volumeMounts"}
 
 
+def test_the_page_on_security_names_every_file_that_opens_the_dashboard() -> None:
+    hosts = {p.name: re.findall(r"dashboard-host[=:]\s*([0-9.]+)", p.read_text()) for p in FOLDER.glob("*.yaml")}
+    assert all(hosts.values()), "a file that leaves it to Ray's default"
+    opened = {name for name, found in hosts.items() if set(found) != {"127.0.0.1"}}
+    page = (ROOT / "docs" / "explanation" / "security.md").read_text()
+    told = page.split("no dashboard to other addresses than loopback")[1].split("\n\n")[0]
+    assert opened == set(re.findall(r"`cluster/([a-z-]+\.yaml)`", told)) == {"kubernetes-rayjob.yaml"}
+
+
 def test_kuberay_has_fields_of_the_crd_a_token_and_no_open_service() -> None:
     documents = list(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))
     assert [(d["apiVersion"], d["kind"]) for d in documents] == [
