@@ -71,10 +71,6 @@ class CrossScores:
         manifest: dict[str, Any] = read_json(manifest_file(folder))
         return cls(folder, split, manifest["queries_per_part"], stage)
 
-    def of_query(self, query: int) -> tuple[Int64Array, Float32Array]:
-        """The scored passages of a query, ascending, and their scores."""
-        return _scored(self._parts.read(np.array([query]))[0])
-
     def scores_and_mask(self, queries_b: Int64Array, passages_N: Int64Array) -> tuple[Tensor, Tensor]:
         """scores_bN, float32, and scored_bN, bool: False (and 0.0) where the pair has no score."""
         scores_bN = np.zeros((len(queries_b), len(passages_N)), np.float32)

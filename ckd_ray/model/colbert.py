@@ -184,13 +184,6 @@ class ColBERT(nn.Module):
         """Bool (N, L): tokens that are neither padding nor in `skip_ids`."""
         return mask_NL.bool() & ~torch.isin(ids_NL, self.skip_ids)
 
-    def forward(
-        self, query_ids_BQ: Tensor, query_mask_BQ: Tensor, passage_ids_NL: Tensor, passage_mask_NL: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and passages in one call, as DDP requires: (queries_BQD, passages_NLD, keep_NL)."""
-        queries_BQD = self.encode_queries(query_ids_BQ, query_mask_BQ)
-        return queries_BQD, *self.encode_passages(passage_ids_NL, passage_mask_NL)
-
 
 def is_checkpoint(folder: str | Path) -> bool:
     """True when `folder` holds a checkpoint of ckd-ray."""

@@ -133,7 +133,8 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     scores = [np.array([2.0, 1.0], np.float32), np.empty(0, np.float32)]
     passages = [np.array([7, 3]), np.empty(0, np.int64)]
     write_scores(folder, "dev", 0, query_ids=ids, passages=passages, scores=scores, passage_ids=["x", "y"])
-    assert [v.tolist() for v in CrossScores(folder, "dev", 2).of_query(0)] == [[3, 7], [1.0, 2.0]]
+    found, _ = CrossScores(folder, "dev", 2).scores_and_mask(np.array([0]), np.array([3, 7]))
+    assert found.tolist() == [[1.0, 2.0]]
     stems = ("dev-000000", "train-000000")
     assert set(names(folder)) == {f"{s}.parquet" for s in stems} | {f"_rows/{s}.npy" for s in stems}
 

@@ -131,10 +131,8 @@ def test_bfloat16_is_near_or_refused(family: str, model: ColBERT) -> None:
 def loss(model: ColBERT) -> torch.Tensor:
     """Of queries that are the first words of their passages."""
     queries = [" ".join(text.split()[:3]) for text in TEXTS]
-    queries_BQD, rows_NLD, keep_NL = model(
-        *model.tokenizer.queries(queries), *model.tokenizer.pad(model.tokenizer.passages(TEXTS))
-    )
-    scores_BN = maxsim(queries_BQD, rows_NLD, keep_NL)
+    queries_BQD = model.encode_queries(*model.tokenizer.queries(queries))
+    scores_BN = maxsim(queries_BQD, *model.encode_passages(*model.tokenizer.pad(model.tokenizer.passages(TEXTS))))
     valid_BN = torch.ones_like(scores_BN, dtype=torch.bool)
     scores = BatchScores(scores_BN, torch.arange(len(TEXTS)), valid_BN, list_size=1)
     return contrastive(scores, scale=1.0).loss_B.mean()

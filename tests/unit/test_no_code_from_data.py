@@ -127,7 +127,7 @@ def test_arrays_of_objects(mark: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(buffer.getvalue())
     for read in (
         lambda: read_ranking_matrix(str(tmp_path), "train"),
-        lambda: CrossScores(str(tmp_path), "train", 1).of_query(0),
+        lambda: CrossScores(str(tmp_path), "train", 1).scores_and_mask(np.array([0]), np.array([0])),
     ):
         with pytest.raises(ValueError, match=r"[Oo]bject|pickle"):
             read()
