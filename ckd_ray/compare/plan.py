@@ -93,12 +93,6 @@ def compare_problems(config: Config) -> list[tuple[str, str]]:
         if settings.expansion_size > config.label.clusters:
             found.append((f"{path}.expansion_size", f"must be at most label.clusters ({config.label.clusters})"))
     chosen = config.compare.objectives or []
-    for key, values in (("objectives", chosen), ("seeds", config.compare.seeds)):
-        found += [
-            (f"compare.{key}[{i}]", f"{value!r} is listed twice")
-            for i, value in enumerate(values)
-            if value in values[:i]
-        ]
     for name in dict.fromkeys([*chosen, *config.compare.settings]):
         for path, message in _mistakes(config, name):
             key = path.removeprefix("distill.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ckd_ray.config.measures import cannot_compute, computed, parse_measure
 from ckd_ray.config.schema import Config
@@ -39,6 +40,7 @@ def schema_problems(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.dim * bits % 8:
         yield "model.dim", f"must be a multiple of {8 // bits} for embed.codec {config.embed.codec}"
     yield from _measures(config)
+    yield from _listed_twice(config)
 
 
 def _collection(config: Config) -> Iterator[tuple[str, str]]:
@@ -103,6 +105,17 @@ def _measures(config: Config) -> Iterator[tuple[str, str]]:
         elif reason := cannot_compute(measure):
             yield path, f"{name!r} cannot be computed: {reason}; what can be: {', '.join(computed())}"
         seen.add(str(measure))
-    for i, split in enumerate(evaluate.splits):
-        if split in evaluate.splits[:i]:
-            yield f"evaluate.splits[{i}]", f"{split!r} is listed twice"
+
+
+def _listed_twice(config: Config) -> Iterator[tuple[str, str]]:
+    lists: dict[str, list[Any]] = {
+        "evaluate.splits": config.evaluate.splits,
+        "evaluate.baselines": config.evaluate.baselines,
+        "compare.objectives": config.compare.objectives or [],
+        "compare.seeds": config.compare.seeds,
+        "tracking.to": config.tracking.to,
+    }
+    for key, values in lists.items():
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                yield f"{key}[{i}]", f"{value!r} is listed twice"

@@ -442,13 +442,6 @@ class EvaluateConfig(Section):
     baselines: list[Literal["encoder", "bm25"]] = Field(default=["encoder", "bm25"])
     bm25_passages: Positive = 10_000_000
 
-    @field_validator("baselines", mode="after")
-    @classmethod
-    def _each_baseline_once(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise PydanticCustomError("twice", "a baseline is listed twice")
-        return value
-
 
 class CompareConfig(Section):
     """`ckd-ray compare`: one student for each objective and seed, under the budget of section `distill`.
@@ -531,13 +524,6 @@ class TrackingConfig(Section):
     @classmethod
     def _a_list_is_to(cls, value: Any) -> Any:
         return {"to": value} if isinstance(value, list) else value
-
-    @field_validator("to", mode="after")
-    @classmethod
-    def _each_tracker_once(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise PydanticCustomError("twice", "a tracker is listed twice")
-        return value
 
 
 class Config(Section):
