@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_ray.doctor.check import Check
+from ckd_ray.ray_util.sockets import answers, knock
 from ckd_ray.ray_util.target import Target
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
@@ -56,7 +56,7 @@ def running_ray(target: Target | None = None) -> Joined:
         return Joined(None, 0, Check("running ray", "ok", "none; ckd-ray starts Ray in place"))
     fix = f"start it (ray start --head), leave {source} out, or give both sides the same token (~/.ray/auth_token)"
     try:
-        _knock(address)
+        knock(address)
     except OSError as error:
         if given:
             return Joined(address, 0, Check("running ray", "fail", f"{source}={address}: {error}", fix))
@@ -70,12 +70,6 @@ def running_ray(target: Target | None = None) -> Joined:
     if not have.get("CPU"):
         return Joined(address, nodes, Check("running ray", "fail", found, "start it with CPUs, or add machines"))
     return Joined(address, nodes, Check("running ray", "ok", found))
-
-
-def _knock(address: str) -> None:
-    host, colon, number = address.rpartition(":")
-    if colon and number.isdecimal() and "://" not in address:
-        socket.create_connection((host.strip("[]"), int(number)), timeout=5).close()
 
 
 def _seen_from_a_child(address: str) -> dict[str, Any]:
@@ -115,15 +109,6 @@ def port(number: int, holder: str | None, command: str) -> Check:
         return Check(name, "ok", f"held by {holder}")
     fix = f"end the program that listens there (ss -ltnp 'sport = :{number}'), or {command}ANOTHER"
     return Check(name, "fail", "taken by another program", fix)
-
-
-def answers(number: int) -> bool:
-    """Whether a program listens on that port of this machine."""
-    try:
-        socket.create_connection(("127.0.0.1", number), timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def dashboard(number: int) -> str | None:

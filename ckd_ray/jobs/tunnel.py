@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from ckd_ray.errors import JobError
+from ckd_ray.ray_util.sockets import answers
 
 DASHBOARD_PORT = 8265
 _OPEN_WITHIN_S = 30.0
@@ -62,7 +63,7 @@ class Tunnel:
         except FileNotFoundError as error:
             raise JobError("ssh, which connects to clusters, is not installed on this machine") from error
         deadline = time.monotonic() + _OPEN_WITHIN_S
-        while not self._answers():
+        while not answers(self._local):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 raise ConnectionError(f"ssh: {self._last_error()}")
@@ -80,11 +81,6 @@ class Tunnel:
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(3)
             self._process = None
-
-    def _answers(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self._local), timeout=2):
-            return True
-        return False
 
     def _last_error(self) -> str:
         self._errors.seek(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from typing import Any
 
 from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.progress import say
+from ckd_ray.ray_util.sockets import knock
 from ckd_ray.ray_util.token import has_token, keep_private, use_token
 from ckd_ray.ray_util.watch import watched
 from ckd_ray.streams import is_redirected, may_colour
@@ -146,11 +146,7 @@ def _reach(address: str, where: str) -> None:
         UserError: the head refuses our token, or does not answer within a minute.
         OSError: nothing listens there, or no Ray head.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or "://" in address:
-        return
-    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    if _refused(address, where):
+    if knock(address) and _refused(address, where):
         raise UserError(
             "this Ray asks for a token, and refuses ours" if has_token() else "this Ray asks for a token",
             where=where,
