@@ -12,12 +12,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ckd_ray.arrays import BoolArray, Int64Array
 from ckd_ray.data.positives import Positives
 from ckd_ray.errors import UserError
 from ckd_ray.model.length_buckets import ranges
-
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from ckd_ray.arrays import BoolArray, Float64Array, Int64Array
 from ckd_ray.files import join, read_json
-
-Float64Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 # The file of the weights, and the split whose queries they are fitted to.
 WEIGHTS, SPLIT = "weights.json", "train"
@@ -36,7 +33,7 @@ class ScorerWeight:
     spread: float
 
 
-def fit_weights(features_BKF: Float64Array, label_B: npt.NDArray[np.int64], valid_BK: BoolArray) -> Float64Array:
+def fit_weights(features_BKF: Float64Array, label_B: Int64Array, valid_BK: BoolArray) -> Float64Array:
     """The weights w_F >= 0 of the highest likelihood, by Newton's method. A scorer whose weight would be negative is
     taken out, and the others are fitted again.
 
@@ -70,7 +67,7 @@ def spreads(features_BKF: Float64Array, valid_BK: BoolArray) -> Float64Array:
     return found
 
 
-def _newton(features_BKF: Float64Array, label_B: npt.NDArray[np.int64], valid_BK: BoolArray) -> Float64Array:
+def _newton(features_BKF: Float64Array, label_B: Int64Array, valid_BK: BoolArray) -> Float64Array:
     scale_F = spreads(features_BKF, valid_BK)
     x_BKF = np.where(valid_BK[:, :, None], features_BKF / scale_F, 0.0)
     own_BF = x_BKF[np.arange(len(label_B)), label_B]

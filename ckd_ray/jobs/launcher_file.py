@@ -16,8 +16,8 @@ import yaml
 
 from ckd_ray.errors import UserError
 from ckd_ray.jobs.prices import PRICES_VARIABLE, hourly
+from ckd_ray.ray_util.sockets import LOOPBACK
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DASHBOARD = re.compile(r"--dashboard-host(?:=|\s+)[\"']?([^\s\"';]+)")
 _WORLD = ("0.0.0.0/0", "::/0")
 _TOKEN_NAME = "auth_token"
@@ -180,7 +180,7 @@ def _unsafe(prepared: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     }
     for key, commands in starts.items():
         for host in (host for command in commands for host in _DASHBOARD.findall(command)):
-            if host not in _LOOPBACK:
+            if host not in LOOPBACK:
                 yield (
                     key,
                     f"--dashboard-host {host} opens the dashboard, which runs every job sent to it, to the network",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 
 def knock(address: str) -> bool:
     """Connect to `HOST:PORT` and leave. False for other addresses (`auto`, ray://...), which are left to Ray.

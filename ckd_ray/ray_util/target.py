@@ -9,9 +9,9 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from ckd_ray.errors import UserError
+from ckd_ray.ray_util.sockets import LOOPBACK
 
 Kind = Literal["local", "address", "dashboard", "launcher"]
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EXPECTED = "local, a Ray address (HOST:PORT), a dashboard (http://HOST:8265) or a cluster launcher's YAML file"
 
 
@@ -31,7 +31,7 @@ class Target:
     def in_clear(self) -> bool:
         """The token would travel unencrypted over a network."""
         parts = urlsplit(self.text)
-        return self.kind == "dashboard" and parts.scheme == "http" and parts.hostname not in _LOOPBACK
+        return self.kind == "dashboard" and parts.scheme == "http" and parts.hostname not in LOOPBACK
 
 
 def parse_target(text: str | None, where: str = "--cluster") -> Target | None:
