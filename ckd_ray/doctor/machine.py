@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from ckd_ray.config import Config
 from ckd_ray.doctor.check import GIB, Check, State
 
@@ -41,18 +44,12 @@ def declared() -> dict[str, str]:
         lines = requires("ckd-ray") or []
     except PackageNotFoundError:
         return {}
-    found = {}
-    for line in lines:
-        match = re.match(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?([^;]*)(;.*extra.*)?$", line)
-        if match and not match[3]:
-            found[match[1].lower()] = match[2].strip()
-    return found
+    found = [Requirement(line) for line in lines]
+    return {r.name.lower(): str(r.specifier) for r in found if r.marker is None}
 
 
 def library(name: str, accepted: str | None) -> Check:
     """One library against the accepted versions, such as `>=2.50`; None accepts every version."""
-    from packaging.specifiers import SpecifierSet
-
     try:
         have = version(name)
     except PackageNotFoundError:
