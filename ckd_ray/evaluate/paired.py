@@ -7,15 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ckd_ray.errors import UserError
-from ckd_ray.evaluate.measures import Measures
 from ckd_ray.evaluate.significance import aligned, paired_difference
 
 PerQuery = Mapping[str, Mapping[str, float]]  # measure -> query id -> value
-
-
-def compare(teacher: Measures, student: Measures) -> dict[str, Any]:
-    """`compare_values` of teacher and student."""
-    return compare_values(teacher.per_query, student.per_query, ("teacher", "student"))
 
 
 def compare_values(first: PerQuery, second: PerQuery, names: tuple[str, str]) -> dict[str, Any]:

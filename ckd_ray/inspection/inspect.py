@@ -33,16 +33,16 @@ def inspect_query(run: str, query_id: str, top: int = 10) -> dict[str, Any]:
         UserError: no run, no labels, or no such query (names the nearest ids).
     """
     with reading(run):
-        return inspect_labelled(LabelledRun.open(run), query_id, top)
-
-
-def inspect_labelled(opened: LabelledRun, query_id: str, top: int, words: int = 14) -> dict[str, Any]:
-    """`inspect_query` for a run that is open; `words` is the length at which texts of passages are cut."""
-    return inspect_at(opened, find_query(opened, query_id), top, words)
+        opened = LabelledRun.open(run)
+        return inspect_at(opened, find_query(opened, query_id), top, words=14)
 
 
 def inspect_at(opened: LabelledRun, query: int, top: int, words: int | None) -> dict[str, Any]:
-    """`inspect_query` for the training query at a dense index; `words` None keeps texts whole."""
+    """`inspect_query` for the training query at a dense index, in a run that is open.
+
+    Args:
+        words: the length at which texts of passages are cut; None keeps them whole.
+    """
     ranking = opened.rankings[query].astype(np.int64)
     ranking = ranking[ranking >= 0]
     labelled = opened.positives.of(query)

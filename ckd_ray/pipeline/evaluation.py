@@ -15,7 +15,7 @@ import pandas as pd
 from ckd_ray.config import Config
 from ckd_ray.data import Collection
 from ckd_ray.evaluate.measures import Measures, measure_parts
-from ckd_ray.evaluate.paired import compare
+from ckd_ray.evaluate.paired import compare_values
 from ckd_ray.evaluate.runs import falling_scores, without_own_passage, write_trec_run
 from ckd_ray.files import join, write_json_atomic
 from ckd_ray.pipeline.search_engine import search_settings
@@ -140,7 +140,7 @@ def write_measures(folder: str, found: Found, config: Config, collection: Collec
         for name, measures in systems.items():
             write_json_atomic(join(folder, f"{name}.{split}.per_query.json"), measures.per_query)
     comparison = {
-        split: compare(systems["teacher"], systems["student"])
+        split: compare_values(systems["teacher"].per_query, systems["student"].per_query, ("teacher", "student"))
         for split, systems in found.items()
         if {"teacher", "student"} <= set(systems)
     }

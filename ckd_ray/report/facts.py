@@ -11,7 +11,7 @@ import numpy as np
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.table import TABLE
 from ckd_ray.files import exists, filesystem_of, join, last_part, list_files, read_json
-from ckd_ray.inspection.inspect import inspect_labelled
+from ckd_ray.inspection.inspect import find_query, inspect_at
 from ckd_ray.inspection.labelled_run import LabelledRun
 from ckd_ray.inspection.summary import summarize_labels
 from ckd_ray.pipeline.graph import STAGES
@@ -119,7 +119,8 @@ def _labels(run: FinishedRun) -> dict[str, Any] | None:
     summary = summarize_labels(opened)
     first = summary["raising"]
     chosen = [*_spaced(first), *_spaced([q for q in summary["queries"] if q not in first])][:_LABELS]
-    return {**summary, "examples": [inspect_labelled(opened, query, _PASSAGES, _WORDS) for query in chosen]}
+    examples = [inspect_at(opened, find_query(opened, query), _PASSAGES, _WORDS) for query in chosen]
+    return {**summary, "examples": examples}
 
 
 def _spaced(ids: list[str]) -> list[str]:

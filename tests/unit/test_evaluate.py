@@ -12,7 +12,7 @@ import pytest
 
 from ckd_ray.errors import UserError
 from ckd_ray.evaluate.measures import Measures, measure_parts, measure_run
-from ckd_ray.evaluate.paired import compare, render, same_queries
+from ckd_ray.evaluate.paired import compare_values, render, same_queries
 from ckd_ray.evaluate.runs import falling_scores, read_trec_run, without_own_passage, write_trec_run
 from ckd_ray.evaluate.significance import bootstrap_interval, holm, paired_difference
 from ckd_ray.evaluate.table import build_table, render_table
@@ -120,7 +120,7 @@ def test_equal_systems_do_not_differ() -> None:
 def test_the_table() -> None:
     teacher = measure_run(run(a=["p3", "p1"]), QRELS, ["MRR@10"])
     student = measure_run(run(a=["p1"], b=["p4"]), QRELS, ["MRR@10"])
-    table = compare(teacher, student)
+    table = compare_values(teacher.per_query, student.per_query, ("teacher", "student"))
     assert (table["MRR@10"]["teacher"], table["MRR@10"]["student"]) == (0.125, 0.5)
     assert table["MRR@10"]["difference_mean"] == 0.375
     text = render({"dev": table}, ("teacher", "student"))
