@@ -410,7 +410,7 @@ def test_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest
     broken = rates().to_dict()
     del broken["lanes"]
     file.write_text(json.dumps(broken))
-    with pytest.raises(UserError, match="(?s)rates are missing.*found: no lanes"):
+    with pytest.raises(UserError, match=r"(?s)rates are missing.*found: no lanes"):
         load_rates(str(file))
     monkeypatch.setattr("ckd_ray.plan.job.count_collection", lambda *a, **k: pytest.fail("counted before"))
     save_rates(replace(rates(), device="cuda", accelerator="T4"), str(file))
