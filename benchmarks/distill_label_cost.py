@@ -104,7 +104,7 @@ class _Labels:
             self.settings,
             neighbours=(lambda v: self.range.nearest_token_ids(v, self.settings.voters)[1]) if searched else None,
             special_token_ids=self.silent,
-            crowded=self.cells.crowded if self.cells else None,
+            in_special_cell=self.cells.in_special_cell if self.cells else None,
         )
 
 

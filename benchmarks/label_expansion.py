@@ -87,7 +87,7 @@ class Bench:
             self.settings,
             neighbours=None,
             special_token_ids=self.silent,
-            crowded=cells.crowded,
+            in_special_cell=cells.in_special_cell,
         )
 
 

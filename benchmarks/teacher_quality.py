@@ -116,7 +116,7 @@ class Bench:
             self.settings,
             neighbours=votes,
             special_token_ids=self.silent,
-            crowded=cells.crowded if cells else None,
+            in_special_cell=cells.in_special_cell if cells else None,
         )
 
     def similarities(self, split: Split, centroids_BKD: torch.Tensor) -> tuple[Array, Array]:

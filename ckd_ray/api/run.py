@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, finished: FinishedRun) -> None:
         self._finished = finished
-        self._searchers: dict[str, Searcher] = {}
+        self._searchers: dict[tuple[str, bool], Searcher] = {}
 
     def __repr__(self) -> str:
         return f"ckd_ray.open({self.folder!r})"
@@ -139,20 +139,21 @@ class Run:
     def _labelled(self) -> LabelledRun:
         return LabelledRun.of(self._finished)
 
-    def search(self, query: str, k: int = 10, *, system: str = "student") -> list[Hit]:
-        """The best `k` passages for a query, by an exact search over the whole store.
+    def search(self, query: str, k: int = 10, *, system: str = "student", exact: bool = False) -> list[Hit]:
+        """The best `k` passages for a query, with exact scores. The first search in a large store makes an index.
 
         Args:
             system: `student` or `teacher`, which is loaded at the first search.
+            exact: read the whole store, however large, instead of the best candidates of the index.
         """
         check_role(system, "system")
         if not query.strip():
             raise UserError("the query is empty", where="query", expected="some words")
         if k < 1:
             raise UserError("too few passages", where="k", expected="1 or more", found=str(k))
-        if system not in self._searchers:
-            self._searchers[system] = Searcher(self._finished, system)
-        return self._searchers[system].search(query, k)
+        if (system, exact) not in self._searchers:
+            self._searchers[system, exact] = Searcher(self._finished, system, exact=exact)
+        return self._searchers[system, exact].search(query, k)
 
     def export(
         self,

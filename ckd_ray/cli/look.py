@@ -53,6 +53,9 @@ def search(
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="The query. Default: a prompt.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many passages.")] = 10,
     system: SystemOption = "student",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Read the whole store, instead of the index of a large one.")
+    ] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Answer POST /search over HTTP until Ctrl-C.")] = False,
     host: Annotated[str, typer.Option("--host", help="Of --serve: the address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of --serve: the port.")] = 8000,
@@ -64,6 +67,8 @@ def search(
 
     check_role(system, "--system")
     if serve:
+        if exact:
+            raise UserError("the service takes an index where the store is large", where="--exact with --serve")
         _serve(open_finished(run), system, host, port, replicas, asked=query is not None or json_)
         return
     if json_ and query is None:
@@ -75,10 +80,11 @@ def search(
     from ckd_ray.search.searcher import Searcher
     from ckd_ray.search.show import effort
 
-    searcher = Searcher(finished, system)
-    note = effort(searcher.store.num_tokens, searcher.store.manifest["bytes"])
-    if note:
-        say(note)
+    searcher = Searcher(finished, system, exact=exact)
+    if searcher.index is None:
+        note = effort(searcher.store.num_tokens, searcher.store.manifest["bytes"])
+        if note:
+            say(note)
     if query is None:
         _prompt(searcher, top)
     elif json_:
@@ -96,7 +102,7 @@ def _serve(run: Any, system: str, host: str, port: int, replicas: int, *, asked:
         raise UserError("--serve takes queries over HTTP", where="--serve", fix="leave QUERY and --json out")
     options = ServeOptions(host, port, replicas)
     check_can_serve(options)
-    Searcher(run, system)  # refuses what cannot be searched, before Ray starts
+    Searcher(run, system)  # refuses what cannot be searched, and makes a large store's index, before Ray starts
     with only_ours():
         serve_until_told(run, system, options, terminate)
 

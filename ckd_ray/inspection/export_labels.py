@@ -31,7 +31,7 @@ from ckd_ray.inspection.labelled_run import LabelledRun, labelled_run_once
 from ckd_ray.inspection.labels_card import labels_card
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.parts import part_tables, query_spans
-from ckd_ray.runs.exports import EXPORT_FILE, check_place
+from ckd_ray.runs.exports import LABELS_FILE, check_place
 
 FORMATS = ("sentence-transformers", "pylate", "colbert", "flagembedding", "tevatron", "triples")
 SCALINGS = ("auto", "minmax", "raw")
@@ -137,7 +137,7 @@ def export_labels(
         counts["left_out"] = total - counts["queries"]
         card = labels_card(opened.config, fmt, width, scaling, counts, positives=fmt in _WITH_POSITIVES)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-        write_json_atomic(join(folder, EXPORT_FILE), {"what": "labels", "format": fmt, "width": width, **counts})
+        write_json_atomic(join(folder, LABELS_FILE), {"what": "labels", "format": fmt, "width": width, **counts})
     return {"out": target, "format": fmt, **counts, "width": width, "scaling": scaling}
 
 

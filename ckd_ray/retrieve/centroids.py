@@ -81,7 +81,7 @@ class CentroidLists:
     def build(
         cls, shards: Callable[[], Iterable[Int32Array]], offsets: Int64Array, num_centroids: int
     ) -> CentroidLists:
-        """From the centroid of every row, shard after shard, which are read twice. Memory holds those of a shard and the lists.
+        """From the centroid of every row, shard after shard, read twice. Memory: a shard's and the lists.
 
         Args:
             offsets: (N + 1,) the first row of each passage. A passage lies in one shard.

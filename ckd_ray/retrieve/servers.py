@@ -168,11 +168,11 @@ class Placement:
 def index_bytes(settings: SearchSettings, tokens: int, passages: int, dim: int) -> int:
     """Memory of the indexes of a whole store, all servers together.
 
-    exact: nothing that grows (rows stay mapped). centroids: a 32-bit number a row, and two a passage. faiss: 16
+    exact: nothing that grows (rows stay mapped). centroids: a 32-bit number a row, and three a passage. faiss: 16
     bytes of code, 8 of id and 4 of passage a row, and up to two million float32 rows while it is trained.
     """
     if settings.engine == "centroids":
-        return 4 * tokens + 8 * passages
+        return 4 * tokens + 12 * passages
     if settings.engine == "faiss":
         return 28 * tokens + 4 * dim * min(tokens, 2_000_000)
     return 0

@@ -74,6 +74,7 @@ class RunDir:
     record = _Own("run.json")
     report = _Own("report.html")
     tracking = _Own("tracking")
+    search = _Own("search_index")
 
     @property
     def folder(self) -> str:
@@ -102,6 +103,10 @@ class RunDir:
         """The folder with the stores that were made with the `student` or `teacher`."""
         return {"student": self.student_embeddings, "teacher": self.embeddings}[role]
 
+    def search_index(self, role: str) -> str:
+        """The index by which `ckd-ray search` finds candidates in a large store."""
+        return join(self.search, role)
+
     def baseline(self, name: str) -> str:
         """Where the measures of a baseline are."""
         return join(self.baselines, name)
@@ -115,7 +120,7 @@ class RunDir:
         """Folders that belong to the run without being the output of a stage."""
         return (
             self.queries, self.student_embeddings, self.checkpoints, self.index, self.exports, self.compare, self.tune,
-            self.baselines, self.tracking,
+            self.baselines, self.tracking, self.search,
         )  # fmt: skip
 
     def variant(self, name: str) -> RunDir:

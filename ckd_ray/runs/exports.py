@@ -6,9 +6,12 @@ from ckd_ray.errors import UserError
 from ckd_ray.files import exists, is_folder, list_files, list_folders
 from ckd_ray.runs.artifact import manifest_of
 
-# Lies in every exported model, where it also holds what the other library has no name for, and in every set of labels.
-# Exported vectors and indexes have `EXPORT_KEY` in their manifest.
-EXPORT_FILE, EXPORT_KEY = "ckd_ray_export.json", "export"
+# In every exported model, where it also holds what the other library has no name for.
+EXPORT_FILE = "ckd_ray_export.json"
+# In every set of labels. FlagEmbedding reads all files of a folder that end in .json or .jsonl as training data.
+LABELS_FILE = "ckd_ray_export.txt"
+# In the manifest of exported vectors and indexes.
+EXPORT_KEY = "export"
 
 
 def check_place(target: str) -> None:
@@ -22,7 +25,7 @@ def check_place(target: str) -> None:
     if is_folder(target):
         files = list_files(target)
         held = files or list_folders(target)
-        if not held or EXPORT_FILE in files or EXPORT_KEY in (manifest_of(target) or {}):
+        if not held or {EXPORT_FILE, LABELS_FILE} & set(files) or EXPORT_KEY in (manifest_of(target) or {}):
             return
     raise UserError(
         "this place is in use",

@@ -1,4 +1,4 @@
-"""Exact search by one pass over a store: shards are memory-mapped and scored block by block.
+"""Exact scores of one query: of a whole store, whose shards are mapped and scored in blocks, or of chosen passages.
 
 Shapes: Q query rows, T rows of a block, P passages of a block, D dimensions, K results.
 """
@@ -15,7 +15,9 @@ from ckd_ray.retrieve.merge import merge_top
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.shard import Shard
 
-_BLOCK_ROWS = 1 << 15  # 16 MiB of rows in float32 at 128 dimensions, 4 MiB of similarities
+_BLOCK_ROWS = 1 << 15  # 8 MiB of rows at 128 dimensions, 4 MiB of similarities of 32 query rows
+# Rows that are float32 at a time: 4 MiB, which a core's cache holds.
+_CACHED_ROWS = 1 << 13
 
 
 def scan(store: EmbeddingStore, queries_QD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
@@ -36,15 +38,33 @@ def scan(store: EmbeddingStore, queries_QD: Tensor, depth: int) -> tuple[Float32
     return scores[found], passages[found]
 
 
+def score_chosen(
+    store: EmbeddingStore, passages_N: Int64Array, queries_QD: Tensor, depth: int
+) -> tuple[Float32Array, Int64Array]:
+    """`scan` of the passages `passages_N`, ascending, alone. Memory holds their rows."""
+    found = store.gather(passages_N)
+    offsets = np.concatenate([[0], np.cumsum(found.lengths, dtype=np.int64)])
+    scores_N = _scores(found.embeddings_TD, offsets, queries_QD.float())
+    order = np.lexsort((passages_N, -scores_N))[:depth]
+    return scores_N[order], passages_N[order]
+
+
 def block_scores(shard: Shard, start: int, stop: int, queries_QD: Tensor) -> Float32Array:
     """Scores (P,) of a shard's passages [start, stop): sum_i max_j <q_i, d_j>, as `retrieve` computes them."""
     offsets = shard.offsets[start : stop + 1]
-    scores = np.full(stop - start, EMPTY_ROW_SCORE * len(queries_QD), np.float32)
+    return _scores(shard.embeddings(start, stop), offsets - offsets[0], queries_QD)
+
+
+def _scores(rows_TD: Tensor, offsets: Int64Array, queries_QD: Tensor) -> Float32Array:
+    """(P,) scores of passages that begin at `offsets` (P + 1,) of `rows_TD`."""
+    scores = np.full(len(offsets) - 1, EMPTY_ROW_SCORE * len(queries_QD), np.float32)
     filled = np.flatnonzero(np.diff(offsets))
     if len(filled):
-        similarity_QT = (queries_QD @ shard.embeddings(start, stop).float().T).numpy()
-        starts = offsets[:-1][filled] - offsets[0]
-        scores[filled] = np.maximum.reduceat(similarity_QT, starts, axis=1).sum(0)
+        similarity_QT = torch.empty(len(queries_QD), len(rows_TD))
+        for start in range(0, len(rows_TD), _CACHED_ROWS):
+            part = slice(start, start + _CACHED_ROWS)
+            similarity_QT[:, part] = queries_QD @ rows_TD[part].float().T
+        scores[filled] = np.maximum.reduceat(similarity_QT.numpy(), offsets[:-1][filled], axis=1).sum(0)
     return scores
 
 

@@ -1,4 +1,5 @@
-"""Search of a finished run: encode the query, scan the store, and match the query's tokens with those of a passage.
+"""Search of a finished run: encode the query, score the store or an index's candidates, and match the query's tokens
+with those of a passage.
 
 Shapes: Q query rows, L passage rows, D dimensions.
 """
@@ -12,13 +13,19 @@ import numpy as np
 
 from ckd_ray.arrays import IntArray
 from ckd_ray.data import Collection
+from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.model.tokenizer import ColBERTTokenizer
+from ckd_ray.progress import say
 from ckd_ray.runs.finished import FinishedRun, reading
-from ckd_ray.search.scan import scan, winners
+from ckd_ray.search.index import LEAST_TOKENS, SearchIndex
+from ckd_ray.search.scan import scan, score_chosen, winners
 from ckd_ray.search.stored import stored_passages
+
+# Passages of an index's estimates that are scored exactly.
+_LEAST_CANDIDATES, _CANDIDATES_A_RESULT = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,23 @@ class Hit:
 
 
 class Searcher:
-    """Answers queries with a run's student (or teacher) and its store. Every query reads the whole store (`scan`)."""
+    """Answers queries with a run's student (or teacher) and its store.
 
-    def __init__(self, run: FinishedRun, system: str = "student") -> None:
+    A query reads the whole store. A large one (`index.LEAST_TOKENS`) has an index, which the first search makes: its
+    best candidates are scored exactly.
+
+    Args:
+        exact: read the whole store, however large.
+    """
+
+    def __init__(self, run: FinishedRun, system: str = "student", *, exact: bool = False) -> None:
         self.store = stored_passages(run, system)
+        self.index: SearchIndex | None = None
+        if not exact and self.store.num_tokens > LEAST_TOKENS:
+            try:
+                self.index = SearchIndex.of(run.paths.search_index(system), self.store)
+            except (OSError, UserError) as error:
+                say(f"search: without an index, as none can be made: {first_line(error)}")
         with reading(run.paths.folder):
             self.collection = Collection.open(run.paths.root)
         with local_copy(run.paths.checkpoint(system)) as local:
@@ -65,7 +85,12 @@ class Searcher:
     def search(self, query: str, top: int = 10) -> list[Hit]:
         """The best `top` passages."""
         encoded = self.encoder.queries([query])
-        scores, passages = scan(self.store, encoded.embeddings_TD, top)
+        rows_QD = encoded.embeddings_TD
+        if self.index is None:
+            scores, passages = scan(self.store, rows_QD, top)
+        else:
+            candidates = self.index.candidates(rows_QD, max(_LEAST_CANDIDATES, _CANDIDATES_A_RESULT * top))
+            scores, passages = score_chosen(self.store, candidates, rows_QD, top)
         tokenizer = self.encoder.model.tokenizer
         real, query_tokens = _real_tokens(tokenizer, query)
         found = self.store.gather(passages)

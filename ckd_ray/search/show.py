@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
+from ckd_ray.search.index import LEAST_TOKENS
 from ckd_ray.search.searcher import Hit
 
 Span = tuple[int, int]
@@ -63,7 +64,7 @@ def render_hit(hit: Hit, *, colour: bool, columns: int = 100, width: int = 400) 
 
 def effort(tokens: int, size: int) -> str | None:
     """The cost of a query on a large store; None for a store that is fast to read."""
-    if tokens < 20_000_000:
+    if tokens <= LEAST_TOKENS:
         return None
     return (
         f"every query reads the whole store: {tokens:,} token embeddings, {size / 2**30:,.1f} GiB "

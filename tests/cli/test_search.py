@@ -15,7 +15,8 @@ import torch
 from ckd_ray.errors import UserError
 from ckd_ray.model.tokenizer import ColBERTTokenizer
 from ckd_ray.runs.finished import open_finished
-from ckd_ray.search import scan as scanning
+from ckd_ray.search import scan as scanning, searcher as searching
+from ckd_ray.search.index import SearchIndex
 from ckd_ray.search.scan import scan, winners
 from ckd_ray.search.searcher import Hit, Match, Searcher, token_spans
 from ckd_ray.search.show import effort, marked_spans, render_hit, window
@@ -48,6 +49,42 @@ def test_the_scan_is_the_literal_maximum_over_all_passages(searcher: Searcher, m
     assert passages.tolist() == np.lexsort((np.arange(60), -scores[np.argsort(passages)])).tolist()
     assert np.allclose(scores, np.sort(literal)[::-1], atol=1e-4)
     assert np.allclose(scan(searcher.store, rows_QD, 3)[0], scores[:3])
+
+
+def test_an_index_finds_the_candidates_of_a_large_store(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With candidates enough, its results are those of the scan. A store that is made anew gets a new index."""
+    exact = Searcher(open_finished(str(run)))
+    monkeypatch.setattr(searching, "LEAST_TOKENS", 100)
+    searcher = Searcher(open_finished(str(run)))
+    assert searcher.index is not None and exact.index is None
+    assert Searcher(open_finished(str(run)), exact=True).index is None
+    made = (run / "search_index" / "student" / "passages.npy").stat().st_mtime_ns
+    again = Searcher(open_finished(str(run)))
+    assert (run / "search_index" / "student" / "passages.npy").stat().st_mtime_ns == made
+    for query in ("banel cim kost", "no word of it", "<script>"):
+        expected = exact.search(query, 60)
+        for one in (searcher, again):
+            found = one.search(query, 60)
+            assert [hit.passage_id for hit in found] == [hit.passage_id for hit in expected]
+            assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-5)
+    monkeypatch.setattr(searching, "_LEAST_CANDIDATES", 0)
+    few = searcher.search("banel cim kost", 1)
+    assert len(few) == 1 and few[0].score <= exact.search("banel cim kost", 1)[0].score + 1e-5
+    monkeypatch.setitem(exact.store.manifest, "fingerprint", "another store")
+    SearchIndex.of(str(run / "search_index" / "student"), exact.store)
+    assert (run / "search_index" / "student" / "passages.npy").stat().st_mtime_ns != made
+
+
+def test_where_no_index_can_be_made_the_store_is_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> SearchIndex:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(searching, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(SearchIndex, "of", refuse)
+    assert len(Searcher(open_finished(str(run))).search("banel", 3)) == 3
+    assert "without an index, as none can be made: " in capsys.readouterr().err
 
 
 def test_the_winning_tokens_are_those_of_the_text(searcher: Searcher) -> None:

@@ -15,7 +15,7 @@ import yaml
 from ckd_ray.errors import UserError
 from ckd_ray.inspection.export_labels import FORMATS, Block, export_labels, score_block
 from ckd_ray.inspection.labelled_run import LabelledRun
-from ckd_ray.runs.exports import EXPORT_FILE
+from ckd_ray.runs.exports import LABELS_FILE
 from tests.labelled import labelled_run
 
 WIDTH = 6
@@ -113,7 +113,7 @@ def test_the_card_says_how_the_set_is_loaded(run: str, tmp_path: Path, fmt: str)
             continue
         columns = pq.read_schema(path).names if path.suffix == ".parquet" else json.loads(path.open().readline())
         assert all(f"`{name}`" in text for name in columns)
-    left_out = {"README.md", EXPORT_FILE} | ({"train.jsonl"} if fmt == "colbert" else set())
+    left_out = {"README.md", LABELS_FILE} | ({"train.jsonl"} if fmt == "colbert" else set())
     assert {path.name for path in tmp_path.iterdir()} == left_out | {config["data_files"] for config in configs}
 
 

@@ -28,6 +28,8 @@ from ckd_ray.retrieve.nearest import nearest_rows
 from ckd_ray.retrieve.query_blocks import blocks_of
 from ckd_ray.retrieve.rows import FlatRows
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange, choose_engine
+from ckd_ray.search.index import SearchIndex
+from ckd_ray.search.scan import scan, score_chosen
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16, load_codec, save_codec
 from ckd_ray.store.codec_training import train_codec
@@ -333,6 +335,26 @@ def test_centroids_find_nearly_all_of_the_exact_top(tmp_path: Path) -> None:
     assert recall(truth[1], found) > 0.97
     both = truth[1] == found
     assert np.array_equal(scores[both], truth[0][both])  # scores are exact, whoever found the candidates
+
+
+@pytest.mark.parametrize("codec", ["fp16", "residual4"])
+def test_the_search_index_finds_nearly_all_of_the_exact_top(codec: str, tmp_path: Path) -> None:
+    documents, asked = clustered(1200, 20)
+    documents[7], documents[1199] = torch.empty(0, DIM).half(), torch.empty(0, DIM).half()
+    store = write(tmp_path, documents, 3, codec=codec)
+    index = SearchIndex.of(str(tmp_path / "index"), store)
+    assert len(index.lists.passages) and isinstance(index.lists.passages, np.memmap)
+    truth, found = [], []
+    for query in asked:
+        candidates = index.candidates(query, 300)
+        assert len(candidates) == 300 and (np.diff(candidates) > 0).all()
+        scores, passages = score_chosen(store, candidates, query, 20)
+        expected = scan(store, query, 20)
+        both = passages == expected[1]
+        assert np.allclose(scores[both], expected[0][both], atol=1e-5)
+        truth.append(expected[1])
+        found.append(passages)
+    assert recall(np.array(truth), np.array(found)) > 0.95
 
 
 def test_centroid_estimates_are_the_literal_ones(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""An index for searches of a large store: the passages that each of some thousand centroids has.
+
+A row of a query probes its nearest centroids, and the passages of the highest estimates (retrieve/centroids.py) are
+scored exactly. The index is made once for a model's store, shard by shard. A store with a residual codec has the
+centroids already; those of an fp16 store are learned from a sample. Memory: 4 bytes for each different centroid of a
+passage.
+Shapes: Q query rows, K centroids, D dimensions, N candidates, T rows of a shard.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ckd_ray.arrays import Int32Array, Int64Array
+from ckd_ray.files import filesystem_of, is_local, join, write_atomic
+from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.centroids import CentroidLists, probes
+from ckd_ray.runs.artifact import make
+from ckd_ray.store import EmbeddingStore
+from ckd_ray.store.codec import Residual
+from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, sample_spans, train_codec
+
+# A store of more token embeddings is searched through an index: two cores read them in about ten seconds a query.
+LEAST_TOKENS = 20_000_000
+_NPROBE, _SEED = 32, 17
+_MOST_CENTROIDS = 1 << 15
+_FILES = ("centroids", "bounds", "passages")
+
+
+class SearchIndex:
+    """Opened, and made if it is not there, by `SearchIndex.of`.
+
+    Attributes:
+        centroids_KD: float16; lists: their passages, by dense index.
+    """
+
+    def __init__(self, centroids_KD: Tensor, lists: CentroidLists) -> None:
+        self.centroids_KD, self.lists = centroids_KD, lists
+
+    @classmethod
+    def of(cls, folder: str, store: EmbeddingStore) -> SearchIndex:
+        """The index of a store that is kept in `folder`, which is made where it is not there or of another store.
+
+        Raises:
+            OSError: it cannot be written. UserError: the dimensions of the rows do not fill whole bytes.
+        """
+        make(folder, f"{store.manifest['fingerprint']}/search/1", partial(_write, folder, store), digests=False)
+        centroids_KD, bounds, passages = (_load(join(folder, f"{name}.npy")) for name in _FILES)
+        lists = CentroidLists(bounds, passages, store.num_passages)
+        return cls(torch.from_numpy(np.array(centroids_KD)), lists)
+
+    def candidates(self, queries_QD: Tensor, count: int) -> Int64Array:
+        """The `count` passages (N,) with the highest estimates, ascending; fewer where fewer have a probed centroid."""
+        _, passages_1N = self.lists.candidates(*probes(queries_QD[None], self.centroids_KD, _NPROBE), count)
+        return np.sort(passages_1N[passages_1N >= 0])
+
+
+def _write(folder: str, store: EmbeddingStore) -> None:
+    say(f"search: an index of {store.num_tokens:,} token embeddings is made, once; --exact does without it")
+    codec = store.codec if isinstance(store.codec, Residual) else _learned(store)
+    offsets = np.concatenate([[0], np.cumsum(store.lengths(), dtype=np.int64)])
+    with tempfile.TemporaryFile() as file, Progress("index", store.num_passages, "passages") as progress:
+        ids_T = np.memmap(file, np.int32, "w+", shape=(max(1, store.num_tokens),))[: store.num_tokens]
+        for first, ids in _centroids(store, codec):
+            ids_T[first : first + len(ids)] = ids
+            progress.reach(int(np.searchsorted(offsets, first + len(ids), side="left")))
+        parts = offsets[[first for first, _ in store.spans()][1:]]
+        lists = CentroidLists.build(lambda: np.split(ids_T, parts), offsets, codec.num_centroids)
+    arrays: list[npt.NDArray[Any]] = [codec.centroids_KD.numpy(), lists.bounds, lists.passages]
+    for name, array in zip(_FILES, arrays, strict=True):
+        write_atomic(join(folder, f"{name}.npy"), partial(_save, array))
+
+
+def _learned(store: EmbeddingStore) -> Residual:
+    """Centroids of an fp16 store: a power of two of about 4 sqrt(tokens), learned from a sample."""
+    wanted = min(4 * store.num_tokens**0.5, store.num_tokens / SAMPLE_A_CENTROID, _MOST_CENTROIDS)
+    count = 2 ** int(np.log2(max(1.0, wanted)))
+    rng, rows = np.random.default_rng(_SEED), list[Tensor]()
+    spans = sample_spans(store.num_passages, _SEED)
+    for first, stop in (spans[i] for i in rng.permutation(len(spans))):
+        rows.append(store.gather(np.arange(first, stop)).embeddings_TD)
+        if sum(map(len, rows)) >= count * SAMPLE_A_CENTROID:
+            break
+    return train_codec("residual4", torch.cat(rows), count, _SEED)
+
+
+def _centroids(store: EmbeddingStore, codec: Residual) -> Iterator[tuple[int, Int32Array]]:
+    """(first row, centroids of its rows) of every shard, one after another."""
+    first = 0
+    for i in range(store.num_shards):
+        shard = store.shard(i)
+        shard.verify()
+        if isinstance(store.codec, Residual):
+            yield first, codec.centroid_ids(shard.codes)
+        else:
+            yield first, codec.nearest_centroids(shard.embeddings()).int().numpy()
+        first += len(shard.codes)
+
+
+def _save(array: npt.NDArray[Any], stream: Any) -> None:
+    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+    stream.write(np.ascontiguousarray(array).data)
+
+
+def _load(uri: str) -> npt.NDArray[Any]:
+    """A map of a local file, or the bytes of a remote one."""
+    fs, path = filesystem_of(uri)
+    if is_local(uri):
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+    with fs.open_input_stream(path) as stream:
+        return np.load(io.BytesIO(stream.read()), allow_pickle=False)  # type: ignore[no-any-return]
