@@ -1,4 +1,4 @@
-"""Rows of a file of scores, in blocks: Parquet, TSV, or JSON lines of (query, [passage, score], ...).
+"""Rows of a file of scores, in blocks: Parquet, TSV, or JSON lines of (query, [passage, score], ...) or of Tevatron.
 
 Parquet has a row a pair, or a row a query with a list of passages and a list of scores: the layout in which
 sentence-transformers and PyLate keep sets for distillation. Some of those hold their lists as text.
@@ -195,10 +195,13 @@ def _tsv_line(where: str, text: str, problems: Problems) -> list[tuple[str, str,
 
 
 def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str, float]]:
-    """[query, [passage, score], [passage, score], ...], the form of ColBERT's published distillation sets, or an object
-    with the columns of lists."""
+    """[query, [passage, score], [passage, score], ...], the form of ColBERT's published distillation sets; or an object
+    with the columns of lists, or with the passages of Tevatron, each with its score."""
     try:
         row = json.loads(text)
+        if isinstance(row, dict) and "positive_passages" in row:
+            passages = [*row["positive_passages"], *row["negative_passages"]]
+            return [(_id(row["query_id"]), _id(p["docid"]), _number(p["score"])) for p in passages]
         if isinstance(row, dict):
             found = [name for names in _LISTS for name in names if name in row]
             if len(found) != len(_LISTS):
@@ -208,7 +211,7 @@ def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str
             raise TypeError("a row is a list or an object")
         query, *pairs = row
         return [(_id(query), _id(passage), _number(score)) for passage, score in pairs]
-    except (ValueError, TypeError, RecursionError, OverflowError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         expected = "[query id, [passage id, score], ...], or an object with query_id, document_ids and scores"
         problems.add(where, "not a row of scores", expected=expected, found=shorten(text))
         return []

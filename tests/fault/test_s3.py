@@ -38,6 +38,7 @@ from ckd_ray.files import (
     write_json_atomic,
 )
 from ckd_ray.files.cache import FOLDER_VARIABLE, LIMIT_VARIABLE
+from ckd_ray.inspection.export_labels import export_labels
 from ckd_ray.labels.files import ExpansionReader, write_labels
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.pipeline.runner import run_stages
@@ -47,7 +48,7 @@ from ckd_ray.runs.lock import run_lock
 from ckd_ray.search.export import export_stored
 from ckd_ray.store import BrokenShardError, EmbeddingStore, shard_name, write_manifest, write_shard
 from ckd_ray.store.codec import Float16
-from tests.labelled import ranked_run
+from tests.labelled import labelled_run
 from tests.support import overrides
 
 moto_server = pytest.importorskip("moto.server")
@@ -274,21 +275,32 @@ def test_a_remote_collection(
         Collection.open(run).passage_ids([0])
 
 
-def test_embeddings_are_exported_from_and_to_an_object_store(
+def test_embeddings_and_labels_are_exported_from_and_to_an_object_store(
     bucket: str, cache: Path, tmp_path: Path, tiny_backbone: str, tiny_collection: str
 ) -> None:
     """A run that was copied there gives the same files inside itself as at home."""
-    ranked_run(tmp_path, tiny_backbone, tiny_collection)
+
+    def files(folder: str) -> dict[str, bytes]:
+        found = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != "_manifest.json")
+        return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+    labelled_run(tmp_path, tiny_backbone, tiny_collection)
     home, remote = str(tmp_path / "tiny"), join(bucket, "exported")
     copy_folder(home, remote)
     for what, fmt in (("vectors", "parquet"), ("index", "fast-plaid")):
         here = export_stored(home, what, fmt, system="teacher")
         there = export_stored(remote, what, fmt, system="teacher")
         assert there == {**here, "out": join(remote, "exports", f"teacher-{what}-{fmt}")}
-        files = {p.name: p.read_bytes() for p in Path(here["out"]).iterdir() if p.name != "_manifest.json"}
         with local_copy(there["out"]) as copied:
-            assert {p.name: p.read_bytes() for p in Path(copied).iterdir() if p.name != "_manifest.json"} == files
+            assert files(str(copied)) == files(here["out"])
         assert export_stored(remote, what, fmt, system="teacher") == there
+    for fmt in ("pylate", "tevatron"):
+        here, there = (export_labels(run, fmt, width=6) for run in (home, remote))
+        assert there == {**here, "out": join(remote, "exports", f"labels-{fmt}")} and here["queries"] == 24
+        with local_copy(there["out"]) as copied:
+            assert files(str(copied)) == files(here["out"])
+    with pytest.raises(UserError, match="this place is in use"):
+        export_labels(remote, "pylate", out=join(remote, "corpus"), width=6)
 
 
 @pytest.mark.slow

@@ -113,10 +113,23 @@ def as_objects(path: Path, rows: list[tuple[str, str, float]]) -> Path:
     return path
 
 
+def as_tevatron(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    path = path.with_suffix(".jsonl")
+    lines = []
+    for query, passages, scores in zip(*by_query(rows).values(), strict=True):
+        listed = [{"docid": p, "text": "", "score": s} for p, s in zip(passages, scores, strict=True)]
+        row = {"query_id": query, "positive_passages": listed[:1], "negative_passages": listed[1:]}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
 ROWS = [("q3", "p3", 2.5), ("q3", "p5", -1.25), ("q0", "p2", 0.5), ("q3", "p40", 9.0), ("q23", "p24", 1e-3)]
 
 
-@pytest.mark.parametrize("write", [as_parquet, as_tsv, as_json_lines, as_lists, as_lists_in_text, as_objects])
+@pytest.mark.parametrize(
+    "write", [as_parquet, as_tsv, as_json_lines, as_lists, as_lists_in_text, as_objects, as_tevatron]
+)
 @pytest.mark.parametrize("spills", [1, 256])
 def test_a_file_in_every_form_reads_alike(
     ranked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path], spills: int
@@ -168,6 +181,7 @@ def test_everything_wrong_with_a_file_is_named_with_its_line(ranked: str, tmp_pa
         ("scores.jsonl", '["q1", ["p1"]]\n', "scores.jsonl:1"),
         ("scores.jsonl", '["q1", ["p1", true]]\n', "scores.jsonl:1"),
         ("scores.jsonl", '{"q1": 1}\n', "scores.jsonl:1"),
+        ("scores.jsonl", '{"query_id": "q1", "positive_passages": [{"docid": "p1"}]}\n', "scores.jsonl:1"),
     ],
 )
 def test_files_that_are_no_scores(ranked: str, tmp_path: Path, name: str, content: str | None, wanted: str) -> None:
