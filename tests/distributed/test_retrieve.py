@@ -163,10 +163,13 @@ def test_placement_is_refused_with_numbers(ray_session: None) -> None:
     alone = plan_servers(SearchSettings("faiss"), "auto", resources=large, node_memory=32 * 2**30, **sizes)
     assert (alone.servers, alone.gpus) == (1, 0.0), "faiss-cpu has no use for a GPU"
     plan = plan_servers(SearchSettings("centroids"), "auto", resources={"CPU": 16, "GPU": 4}, **sizes)
-    assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (4 * 10**9 + 8 * 10**7) // 4)
+    assert (plan.servers, plan.gpus, plan.threads, plan.memory) == (4, 1.0, 4, (4 * 10**9 + 12 * 10**7) // 4)
     assert plan_servers(SearchSettings("exact"), 8, resources={"CPU": 16, "GPU": 4}, **sizes).gpus == 0.5
     for servers, gpus in ((3, 2), (5, 4), (6, 4)):
         share = plan_servers(SearchSettings("exact"), servers, resources={"CPU": 16, "GPU": gpus}, **sizes).gpus
         assert gpus * int(1 / share) >= servers, "each finds a GPU that has so much left"
     assert plan_servers(SearchSettings("faiss"), 2, resources={"CPU": 2}, **sizes).servers == 1
     assert plan_servers(SearchSettings("exact"), "auto", resources={"CPU": 2}, **{**sizes, "shards": 1}).servers == 1
+    for tokens, servers, threads in ((500_000, 1, 16), (500_001, 2, 8), (10**9, 8, 2)):
+        small = plan_servers(SearchSettings("exact"), "auto", resources={"CPU": 16}, **{**sizes, "tokens": tokens})
+        assert (small.servers, small.threads) == (servers, threads)

@@ -26,7 +26,7 @@ def test_no_file_reads_the_embedded_quick_start() -> None:
 
 def test_another_collection_on_the_embedded_default_is_not_cut_to_its_size() -> None:
     mine = ["collection.format=msmarco", "collection.path=/data"]
-    assert load_config(None).collection.limit == 2500 and load_config(None).retrieve.engine == "exact"
+    assert load_config(None).collection.limit == 1600 and load_config(None).retrieve.engine == "exact"
     assert load_config(None, mine).collection.limit is None and load_config(None, mine).retrieve.engine == "auto"
     assert load_config(None, mine).distill == Config().distill and load_config(None, mine).teacher == Config().teacher
     assert load_config(None, [*mine, "collection.limit=7"]).collection.limit == 7
