@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ckd_ray.api.run import Run as Run, open as open
     from ckd_ray.api.train import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Run", "__version__", "train"]  # `open` stands in for Python's own, so `import *` leaves it out
 
 # Imported when they are asked for: they bring torch and Ray along, whose import takes seconds.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+import ckd_ray
 from ckd_ray.checks import load_config
 from ckd_ray.errors import UserError
 from ckd_ray.jobs.nodes import RESOURCES_VARIABLE, parse_resources
@@ -323,3 +324,12 @@ def test_the_collection_of_the_recipe_has_the_labelled_queries() -> None:
     }
     assert counts == {"train": 502_939, "dev": 6_980, "test": 43}
     assert ir_datasets.load(c.path).metadata()["docs"]["count"] == 8_841_823
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """The newest release of the changelog, and the tag of the image in manifests and pages."""
+    released = re.findall(r"^## \[([0-9.]+)\] - \d{4}-\d{2}-\d{2}$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == ckd_ray.__version__
+    pages = [*FOLDER.glob("*.yaml"), FOLDER / "Dockerfile", ROOT / "docs/how-to/kubernetes.md"]
+    tags = [tag for page in pages for tag in re.findall(r"/ckd-ray:([0-9.]+[0-9])", page.read_text())]
+    assert len(tags) >= 8 and set(tags) == {ckd_ray.__version__}
