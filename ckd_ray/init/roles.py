@@ -191,7 +191,9 @@ def _find_qrels(tables: Sequence[Table], given: Given, notes: list[str]) -> dict
     found = [labels for table in tables if (labels := labels_of(table))]
     named = [labels for labels in found if role_of(labels.table.name) == "qrels"]
     unnamed = [labels for labels in found if role_of(labels.table.name) is None]
-    chosen = named or [labels for labels in unnamed if labels.sure] or unnamed
+    # A file of ids alone holds labels, also when it is called answers.
+    bare = [labels for labels in found if texts_of(labels.table, "corpus") is None]
+    chosen = named or [labels for labels in unnamed if labels.sure] or unnamed or bare
     if not chosen:
         raise _nothing(
             "no labels (qrels)",

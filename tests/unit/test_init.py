@@ -374,6 +374,19 @@ def test_of_two_corpora_the_ids_decide(folder: Path) -> None:
     assert _draft(folder, force=True, corpus="passages.tsv").layout.corpus.table.name == "passages.tsv"
 
 
+def test_answers_without_texts_are_labels(folder: Path) -> None:
+    """Their name is one of a corpus, and none of their columns is known."""
+    _jsonl(folder / "pages.jsonl", [{"page": p, "body": text} for p, text in PASSAGES.items()])
+    _csv(folder / "questions.csv", ["question_id", "question"], QUERIES.items())
+    _csv(folder / "answers.csv", ["question_id", "page", "useful"], LABELS)
+    layout = _draft(folder).layout
+    labels = layout.qrels[None]
+    assert (layout.corpus.table.name, layout.queries[None].table.name) == ("pages.jsonl", "questions.csv")
+    assert (labels.table.name, labels.query, labels.passage, labels.grade) == (
+        "answers.csv", "question_id", "page", "useful"
+    )  # fmt: skip
+
+
 def test_the_plain_name_is_taken_of_several(folder: Path) -> None:
     """The folder of MS MARCO, where queries.dev.small.tsv lies beside queries.dev.tsv."""
     _with_splits(folder)
