@@ -33,7 +33,8 @@ Lists = tuple[Float32Array, Int64Array]
 T = TypeVar("T")
 
 _CPUS_A_SERVER = 0.5
-# A server of CPUs takes seconds to start, in which another one searches so many token embeddings for some thousand queries.
+# A server of CPUs takes seconds to start. In that time another one searches so many token embeddings for some thousand
+# queries.
 LEAST_TOKENS_A_SERVER = 500_000
 # The least CPU of the tasks that feed the servers.
 _FEEDER_CPUS = 0.25

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ckd_ray.runs.artifact import fingerprint_of, is_made, make, manifest_of, re
 from ckd_ray.runs.directory import RunDir
 from tests.labelled import labelled_run
 
+PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 TABLES = {
     "corpus": (60, ["passage_id", "text"]),
     "queries": (36, ["query_id", "text", "split"]),
@@ -57,6 +60,17 @@ READERS: dict[str, Callable[[str], pd.DataFrame]] = {
     "polars": _polars,
     "ray": _ray,
 }
+
+
+@pytest.fixture
+def mine(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place where the pages' `runs/mine` is `run`, with the teacher as its student."""
+    place = tmp_path / "runs" / "mine"
+    place.mkdir(parents=True)
+    for entry in run.iterdir():
+        (place / entry.name).symlink_to(entry)
+    (place / "student").symlink_to(run / "teacher")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("program", READERS)
@@ -134,3 +148,35 @@ def test_a_run_with_the_former_names_is_read_and_gone_on_with(run: Path, tmp_pat
 def test_the_vectors_have_a_fixed_size(run: Path) -> None:
     kind = pads.dataset(str(run / "labels")).schema.field("expansion").type
     assert kind == pa.list_(pa.list_(pa.float32(), 16))
+
+
+def test_the_programs_on_the_page_run(mine: None, ray_session: None) -> None:
+    """Lines with a program that is not installed, and that with Spark, are left out."""
+    reading, spark = _python(PAGES / "read-a-run.md")
+    assert "spark.read.parquet" in spark
+    # The tasks of this Ray work in another folder.
+    first, *lines = reading.replace("runs/mine", str(Path("runs/mine").absolute())).splitlines()
+    imports = [f"import {module}" for module in first.removeprefix("import ").split(", ")]
+    missing = [line.split()[-1] for line in imports if find_spec(line.split()[1].split(".")[0]) is None]
+    assert set(missing) <= {"duckdb", "pl"}
+    names: dict[str, Any] = {}
+    for line in [*imports, *lines]:
+        if not any(re.search(rf"\b{name}\b", line) for name in missing):
+            exec(line, names)
+    assert (len(names["labels"]), names["corpus"].count_rows(), names["queries"].count()) == (24, 60, 36)
+    assert all(len(names[name]) == rows for name, rows in (("best", 24), ("rankings", 480)) if name in names)
+
+
+def test_the_student_on_the_pages_answers(mine: None) -> None:
+    names: dict[str, Any] = {}
+    (scoring,) = _python(PAGES / "search-and-serve.md")
+    exec(scoring, names)
+    assert names["scores"].shape == (1, 2) and bool(names["scores"].isfinite().all())
+    encoding = _python(PAGES / "search-engines.md")[0]
+    exec(encoding.replace("-1, 128)", "-1, 16)"), names)
+    (rows,) = names["rows"]
+    assert rows.shape[1] == 16 and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3)
+
+
+def _python(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
