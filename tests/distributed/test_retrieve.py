@@ -95,6 +95,7 @@ def test_a_server_without_a_machine_is_waited_for_with_a_limit(
     monkeypatch.setattr(waiting, "_PLACE_S", 60.0)
     assert list(arrived({server.busy.remote(0): server}, "")) == ["done"], "it found a place after all"
     ray.kill(server)
+    monkeypatch.setattr(waiting, "_PLACE_S", 1.5)
     # GPUs that are declared and not there.
     absent = Server.options(num_gpus=1).remote()
     with pytest.raises(JobError, match="each needs 1 GPU"):
