@@ -283,7 +283,8 @@ class serving:
             self._wait_until_placed()
             task = {"faiss": "an IVF-PQ index over", "centroids": "inverted lists of"}.get(self._settings.engine, "")
             what = f"building {task}" if task else "loading"
-            say(f"  {what} {self._store.num_tokens:,} token embeddings ({plan.servers} servers)")
+            servers = "1 server" if plan.servers == 1 else f"{plan.servers} servers"
+            say(f"  {what} {self._store.num_tokens:,} token embeddings ({servers})")
             list(arrived({actor.ready.remote(): actor for actor in self._actors}, plan.needs))
             if self._settings.engine == "exact":
                 first, reason = answer("the servers of the store", self._actors[0].first_pass.remote(), LOOK_S)
