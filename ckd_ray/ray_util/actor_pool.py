@@ -43,7 +43,8 @@ class Pool:
     feeder_cpus: float
 
     def __str__(self) -> str:
-        return f"{self.actors} actor{'' if self.actors == 1 else 's'} of {_needs(self.cpus_per_actor, self.gpus_per_actor)}"
+        actors = "1 actor" if self.actors == 1 else f"{self.actors} actors"
+        return f"{actors} of {_needs(self.cpus_per_actor, self.gpus_per_actor)}"
 
 
 def plan_pool(
