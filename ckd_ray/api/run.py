@@ -22,7 +22,7 @@ from ckd_ray.report.page import write_report
 from ckd_ray.runs.artifact import is_of, manifest_of
 from ckd_ray.runs.directory import check_role
 from ckd_ray.runs.finished import FinishedRun, open_finished, reading
-from ckd_ray.search.searcher import Hit, Searcher
+from ckd_ray.search.searcher import Hit, IndexUse, Searcher
 
 _COLUMNS = ["mean", "low", "high", "queries", "student_minus", "p"]
 
@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, finished: FinishedRun) -> None:
         self._finished = finished
-        self._searchers: dict[tuple[str, bool], Searcher] = {}
+        self._searchers: dict[tuple[str, str], Searcher] = {}
 
     def __repr__(self) -> str:
         return f"ckd_ray.open({self.folder!r})"
@@ -139,21 +139,22 @@ class Run:
     def _labelled(self) -> LabelledRun:
         return LabelledRun.of(self._finished)
 
-    def search(self, query: str, k: int = 10, *, system: str = "student", exact: bool = False) -> list[Hit]:
-        """The best `k` passages for a query, with exact scores. The first search in a large store makes an index.
+    def search(self, query: str, k: int = 10, *, system: str = "student", index: IndexUse = "use") -> list[Hit]:
+        """The best `k` passages for a query, with exact scores.
 
         Args:
             system: `student` or `teacher`, which is loaded at the first search.
-            exact: read the whole store, however large, instead of the best candidates of the index.
+            index: by which the candidates are found. `use` the one that there is; `make` one, once, for a large store;
+                `none` reads the whole store, as `use` does where there is no index.
         """
         check_role(system, "system")
         if not query.strip():
             raise UserError("the query is empty", where="query", expected="some words")
         if k < 1:
             raise UserError("too few passages", where="k", expected="1 or more", found=str(k))
-        if (system, exact) not in self._searchers:
-            self._searchers[system, exact] = Searcher(self._finished, system, exact=exact)
-        return self._searchers[system, exact].search(query, k)
+        if (system, index) not in self._searchers:
+            self._searchers[system, index] = Searcher(self._finished, system, index=index)
+        return self._searchers[system, index].search(query, k)
 
     def export(
         self,

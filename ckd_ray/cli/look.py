@@ -53,9 +53,10 @@ def search(
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="The query. Default: a prompt.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many passages.")] = 10,
     system: SystemOption = "student",
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Read the whole store, instead of the index of a large one.")
+    index: Annotated[
+        bool, typer.Option("--index", help="Make an index of a large store, once; later searches use it.")
     ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Read the whole store, although there is an index.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Answer POST /search over HTTP until Ctrl-C.")] = False,
     host: Annotated[str, typer.Option("--host", help="Of --serve: the address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of --serve: the port.")] = 8000,
@@ -66,10 +67,13 @@ def search(
     from ckd_ray.runs.finished import open_finished
 
     check_role(system, "--system")
+    if index and exact:
+        raise UserError("an index is made, and not used", where="--index with --exact", fix="leave one of them out")
     if serve:
         if exact:
-            raise UserError("the service takes an index where the store is large", where="--exact with --serve")
-        _serve(open_finished(run), system, host, port, replicas, asked=query is not None or json_)
+            raise UserError("the service uses the index where there is one", where="--exact with --serve")
+        asked = query is not None or json_
+        _serve(open_finished(run), system, host, port, replicas, "make" if index else "use", asked=asked)
         return
     if json_ and query is None:
         raise UserError("--json needs a query", where="QUERY", fix='ckd-ray search RUN "what causes hives?" --json')
@@ -80,7 +84,7 @@ def search(
     from ckd_ray.search.searcher import Searcher
     from ckd_ray.search.show import effort
 
-    searcher = Searcher(finished, system, exact=exact)
+    searcher = Searcher(finished, system, index="make" if index else "none" if exact else "use")
     if searcher.index is None:
         note = effort(searcher.store.num_tokens, searcher.store.manifest["bytes"])
         if note:
@@ -94,7 +98,7 @@ def search(
         _show(searcher, query, top)
 
 
-def _serve(run: Any, system: str, host: str, port: int, replicas: int, *, asked: bool) -> None:
+def _serve(run: Any, system: str, host: str, port: int, replicas: int, index: Any, *, asked: bool) -> None:
     from ckd_ray.search.searcher import Searcher
     from ckd_ray.serve.job import ServeOptions, check_can_serve, serve_until_told
 
@@ -102,7 +106,7 @@ def _serve(run: Any, system: str, host: str, port: int, replicas: int, *, asked:
         raise UserError("--serve takes queries over HTTP", where="--serve", fix="leave QUERY and --json out")
     options = ServeOptions(host, port, replicas)
     check_can_serve(options)
-    Searcher(run, system)  # refuses what cannot be searched, and makes a large store's index, before Ray starts
+    Searcher(run, system, index=index)  # refuses what cannot be searched, and makes the index, before Ray starts
     with only_ours():
         serve_until_told(run, system, options, terminate)
 

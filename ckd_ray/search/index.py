@@ -2,8 +2,8 @@
 
 A row of a query probes its nearest centroids, and the passages of the highest estimates (retrieve/centroids.py) are
 scored exactly. The index is made once for a model's store, shard by shard. A store with a residual codec has the
-centroids already; those of an fp16 store are learned from a sample. Memory: 4 bytes for each different centroid of a
-passage.
+centroids already; those of an fp16 store are learned from a sample, roughly, since they only choose candidates. Memory:
+4 bytes for each different centroid of a passage.
 Shapes: Q query rows, K centroids, D dimensions, N candidates, T rows of a shard.
 """
 
@@ -24,20 +24,20 @@ from ckd_ray.arrays import Int32Array, Int64Array
 from ckd_ray.files import filesystem_of, is_local, join, write_atomic
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.centroids import CentroidLists, probes
-from ckd_ray.runs.artifact import make
+from ckd_ray.runs.artifact import is_made, make
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import Residual
-from ckd_ray.store.codec_training import SAMPLE_A_CENTROID, sample_spans, train_codec
+from ckd_ray.store.codec_training import group_centroids, sample_spans
+from ckd_ray.store.spherical import spherical_kmeans
 
-# A store of more token embeddings is searched through an index: two cores read them in about ten seconds a query.
-LEAST_TOKENS = 20_000_000
 _NPROBE, _SEED = 32, 17
 _MOST_CENTROIDS = 1 << 15
+_SAMPLE_A_CENTROID, _ITERATIONS = 16, 3
 _FILES = ("centroids", "bounds", "passages")
 
 
 class SearchIndex:
-    """Opened, and made if it is not there, by `SearchIndex.of`.
+    """Opened by `SearchIndex.open`, and made by `SearchIndex.make`.
 
     Attributes:
         centroids_KD: float16; lists: their passages, by dense index.
@@ -47,13 +47,22 @@ class SearchIndex:
         self.centroids_KD, self.lists = centroids_KD, lists
 
     @classmethod
-    def of(cls, folder: str, store: EmbeddingStore) -> SearchIndex:
-        """The index of a store that is kept in `folder`, which is made where it is not there or of another store.
+    def make(cls, folder: str, store: EmbeddingStore) -> SearchIndex:
+        """The index of `store` in `folder`, which is written where it is not there or of another store.
 
         Raises:
             OSError: it cannot be written. UserError: the dimensions of the rows do not fill whole bytes.
         """
-        make(folder, f"{store.manifest['fingerprint']}/search/1", partial(_write, folder, store), digests=False)
+        make(folder, _made_of(store), partial(_write, folder, store), digests=False)
+        found = cls.open(folder, store)
+        assert found is not None
+        return found
+
+    @classmethod
+    def open(cls, folder: str, store: EmbeddingStore) -> SearchIndex | None:
+        """The index in `folder`; None when there is none of this store."""
+        if not is_made(folder, _made_of(store)):
+            return None
         centroids_KD, bounds, passages = (_load(join(folder, f"{name}.npy")) for name in _FILES)
         lists = CentroidLists(bounds, passages, store.num_passages)
         return cls(torch.from_numpy(np.array(centroids_KD)), lists)
@@ -64,8 +73,12 @@ class SearchIndex:
         return np.sort(passages_1N[passages_1N >= 0])
 
 
+def _made_of(store: EmbeddingStore) -> str:
+    return f"{store.manifest['fingerprint']}/search/1"
+
+
 def _write(folder: str, store: EmbeddingStore) -> None:
-    say(f"search: an index of {store.num_tokens:,} token embeddings is made, once; --exact does without it")
+    say(f"search: making an index of {store.num_tokens:,} token embeddings, once")
     codec = store.codec if isinstance(store.codec, Residual) else _learned(store)
     offsets = np.concatenate([[0], np.cumsum(store.lengths(), dtype=np.int64)])
     with tempfile.TemporaryFile() as file, Progress("index", store.num_passages, "passages") as progress:
@@ -82,15 +95,22 @@ def _write(folder: str, store: EmbeddingStore) -> None:
 
 def _learned(store: EmbeddingStore) -> Residual:
     """Centroids of an fp16 store: a power of two of about 4 sqrt(tokens), learned from a sample."""
-    wanted = min(4 * store.num_tokens**0.5, store.num_tokens / SAMPLE_A_CENTROID, _MOST_CENTROIDS)
+    wanted = min(4 * store.num_tokens**0.5, store.num_tokens / _SAMPLE_A_CENTROID, _MOST_CENTROIDS)
     count = 2 ** int(np.log2(max(1.0, wanted)))
     rng, rows = np.random.default_rng(_SEED), list[Tensor]()
     spans = sample_spans(store.num_passages, _SEED)
     for first, stop in (spans[i] for i in rng.permutation(len(spans))):
         rows.append(store.gather(np.arange(first, stop)).embeddings_TD)
-        if sum(map(len, rows)) >= count * SAMPLE_A_CENTROID:
+        if sum(map(len, rows)) >= count * _SAMPLE_A_CENTROID:
             break
-    return train_codec("residual4", torch.cat(rows), count, _SEED)
+    centroids_KD, groups = group_centroids(
+        spherical_kmeans(
+            torch.cat(rows), count, iterations=_ITERATIONS, points_a_centroid=2 * _SAMPLE_A_CENTROID, seed=_SEED
+        ),
+        _SEED,
+    )
+    # Nothing is encoded with it, so its buckets do not matter.
+    return Residual("residual4", centroids_KD, torch.arange(15), torch.arange(16), groups=groups)
 
 
 def _centroids(store: EmbeddingStore, codec: Residual) -> Iterator[tuple[int, Int32Array]]:

@@ -7,7 +7,7 @@ Shapes: Q query rows, L passage rows, D dimensions.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import TextEncoder
 from ckd_ray.model.tokenizer import ColBERTTokenizer
-from ckd_ray.progress import say
 from ckd_ray.runs.finished import FinishedRun, reading
-from ckd_ray.search.index import LEAST_TOKENS, SearchIndex
+from ckd_ray.search.index import SearchIndex
 from ckd_ray.search.scan import scan, score_chosen, winners
 from ckd_ray.search.stored import stored_passages
 
+IndexUse = Literal["make", "use", "none"]
 # Passages of an index's estimates that are scored exactly.
 _LEAST_CANDIDATES, _CANDIDATES_A_RESULT = 1024, 16
 
@@ -62,25 +62,30 @@ class Hit:
 class Searcher:
     """Answers queries with a run's student (or teacher) and its store.
 
-    A query reads the whole store. A large one (`index.LEAST_TOKENS`) has an index, which the first search makes: its
-    best candidates are scored exactly.
+    A query reads the whole store, or scores the best candidates of an index exactly.
 
     Args:
-        exact: read the whole store, however large.
+        index: `make` one where there is none, `use` one where there is one, or `none`.
+
+    Raises:
+        UserError: the run cannot be searched, or the index cannot be made.
     """
 
-    def __init__(self, run: FinishedRun, system: str = "student", *, exact: bool = False) -> None:
+    def __init__(self, run: FinishedRun, system: str = "student", *, index: IndexUse = "use") -> None:
         self.store = stored_passages(run, system)
-        self.index: SearchIndex | None = None
-        if not exact and self.store.num_tokens > LEAST_TOKENS:
-            try:
-                self.index = SearchIndex.of(run.paths.search_index(system), self.store)
-            except (OSError, UserError) as error:
-                say(f"search: without an index, as none can be made: {first_line(error)}")
+        self.index = None if index == "none" else self._index(run.paths.search_index(system), index)
         with reading(run.paths.folder):
             self.collection = Collection.open(run.paths.root)
         with local_copy(run.paths.checkpoint(system)) as local:
             self.encoder = TextEncoder(ColBERT.from_pretrained(local))
+
+    def _index(self, folder: str, use: IndexUse) -> SearchIndex | None:
+        if use == "use":
+            return SearchIndex.open(folder, self.store)
+        try:
+            return SearchIndex.make(folder, self.store)
+        except OSError as error:
+            raise UserError("the index cannot be written", where=folder, found=first_line(error)) from error
 
     def search(self, query: str, top: int = 10) -> list[Hit]:
         """The best `top` passages."""

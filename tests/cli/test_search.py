@@ -54,12 +54,13 @@ def test_the_scan_is_the_literal_maximum_over_all_passages(searcher: Searcher, m
 def test_an_index_finds_the_candidates_of_a_large_store(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With candidates enough, its results are those of the scan. A store that is made anew gets a new index."""
     exact = Searcher(open_finished(str(run)))
-    monkeypatch.setattr(searching, "LEAST_TOKENS", 100)
-    searcher = Searcher(open_finished(str(run)))
-    assert searcher.index is not None and exact.index is None
-    assert Searcher(open_finished(str(run)), exact=True).index is None
+    assert exact.index is None, "none is made unasked"
+    searcher = Searcher(open_finished(str(run)), index="make")
+    assert searcher.index is not None
+    assert Searcher(open_finished(str(run)), index="none").index is None
     made = (run / "search_index" / "student" / "passages.npy").stat().st_mtime_ns
-    again = Searcher(open_finished(str(run)))
+    again = Searcher(open_finished(str(run)), index="make")
+    assert Searcher(open_finished(str(run))).index is not None
     assert (run / "search_index" / "student" / "passages.npy").stat().st_mtime_ns == made
     for query in ("banel cim kost", "no word of it", "<script>"):
         expected = exact.search(query, 60)
@@ -71,20 +72,18 @@ def test_an_index_finds_the_candidates_of_a_large_store(run: Path, monkeypatch: 
     few = searcher.search("banel cim kost", 1)
     assert len(few) == 1 and few[0].score <= exact.search("banel cim kost", 1)[0].score + 1e-5
     monkeypatch.setitem(exact.store.manifest, "fingerprint", "another store")
-    SearchIndex.of(str(run / "search_index" / "student"), exact.store)
+    assert SearchIndex.open(str(run / "search_index" / "student"), exact.store) is None
+    SearchIndex.make(str(run / "search_index" / "student"), exact.store)
     assert (run / "search_index" / "student" / "passages.npy").stat().st_mtime_ns != made
 
 
-def test_where_no_index_can_be_made_the_store_is_read(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_index_that_cannot_be_written_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> SearchIndex:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(searching, "LEAST_TOKENS", 100)
-    monkeypatch.setattr(SearchIndex, "of", refuse)
-    assert len(Searcher(open_finished(str(run))).search("banel", 3)) == 3
-    assert "without an index, as none can be made: " in capsys.readouterr().err
+    monkeypatch.setattr(SearchIndex, "make", refuse)
+    with pytest.raises(UserError, match=r"the index cannot be written(.|\n)*Permission denied"):
+        Searcher(open_finished(str(run)), index="make")
 
 
 def test_the_winning_tokens_are_those_of_the_text(searcher: Searcher) -> None:

@@ -342,7 +342,7 @@ def test_the_search_index_finds_nearly_all_of_the_exact_top(codec: str, tmp_path
     documents, asked = clustered(1200, 20)
     documents[7], documents[1199] = torch.empty(0, DIM).half(), torch.empty(0, DIM).half()
     store = write(tmp_path, documents, 3, codec=codec)
-    index = SearchIndex.of(str(tmp_path / "index"), store)
+    index = SearchIndex.make(str(tmp_path / "index"), store)
     assert len(index.lists.passages) and isinstance(index.lists.passages, np.memmap)
     truth, found = [], []
     for query in asked:
