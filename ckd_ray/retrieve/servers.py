@@ -33,9 +33,6 @@ Lists = tuple[Float32Array, Int64Array]
 T = TypeVar("T")
 
 _CPUS_A_SERVER = 0.5
-# A server of CPUs takes seconds to start. In that time another one searches so many token embeddings for some thousand
-# queries.
-LEAST_TOKENS_A_SERVER = 500_000
 # The least CPU of the tasks that feed the servers.
 _FEEDER_CPUS = 0.25
 # A killed server starts again; one that dies every time (out of memory) fails the job in the end.
@@ -192,8 +189,7 @@ def plan_servers(
     resources: dict[str, float],
     node_memory: float | None = None,
 ) -> Placement:
-    """How many servers of what size: one a GPU, or one a core, at most one a shard; one in all for faiss. A small store
-    has fewer, whose threads are more.
+    """How many servers of what size: one a GPU, or one a core, at most one a shard; one in all for faiss.
 
     A faiss index of its own for every range would change the candidates with the number of servers. Its server has no
     GPU, which our index does not use.
@@ -219,8 +215,6 @@ def plan_servers(
             found=f"{asked} asked for; the cluster has {cpus:g} CPU",
             fix="set retrieve.actors: auto, or add nodes",
         )
-    if wanted == "auto" and gpus < 1:
-        asked = min(asked, -(-tokens // LEAST_TOKENS_A_SERVER))
     count = 1 if settings.engine == "faiss" else max(1, min(asked, room, shards))
     for space, used, what in (
         (resources.get("memory"), needed, "the cluster's memory"),
