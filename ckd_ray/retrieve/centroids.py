@@ -98,6 +98,16 @@ class CentroidLists:
             free += counts
         return cls(bounds, passages, len(offsets) - 1)
 
+    def check(self, num_centroids: int) -> None:
+        """Raises ValueError for lists that were not made by `build`, such as those of a damaged file."""
+        sound = self.bounds.dtype == np.int64 and self.bounds.shape == (num_centroids + 1,)
+        sound = sound and self.bounds[0] == 0 and bool((np.diff(self.bounds) >= 0).all())
+        sound = sound and self.passages.dtype == np.int32 and self.passages.shape == (self.bounds[-1],)
+        if not sound:
+            raise ValueError("the bounds are not those of the lists")
+        if len(self.passages) and (self.passages.min() < 0 or self.passages.max() >= self.num_passages):
+            raise ValueError(f"a list holds passages outside of 0 to {self.num_passages - 1}")
+
     def candidates(
         self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int
     ) -> tuple[Float32Array, Int64Array]:

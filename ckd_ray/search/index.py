@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ckd_ray.arrays import Int32Array, Int64Array
-from ckd_ray.files import filesystem_of, is_local, join, write_atomic
+from ckd_ray.errors import first_line
+from ckd_ray.files import delete, filesystem_of, is_local, join, write_atomic
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.centroids import CentroidLists, probes
 from ckd_ray.runs.artifact import is_made, make
@@ -53,18 +54,30 @@ class SearchIndex:
         Raises:
             OSError: it cannot be written. UserError: the dimensions of the rows do not fill whole bytes.
         """
-        make(folder, _made_of(store), partial(_write, folder, store), digests=False)
         found = cls.open(folder, store)
+        if found is None:
+            delete(folder)  # what is damaged, or of another store
+            make(folder, _made_of(store), partial(_write, folder, store), digests=False)
+            found = cls.open(folder, store)
         assert found is not None
         return found
 
     @classmethod
     def open(cls, folder: str, store: EmbeddingStore) -> SearchIndex | None:
-        """The index in `folder`; None when there is none of this store."""
+        """The index in `folder`; None when there is none of this store, or a damaged one, which a line names."""
         if not is_made(folder, _made_of(store)):
             return None
-        centroids_KD, bounds, passages = (_load(join(folder, f"{name}.npy")) for name in _FILES)
-        lists = CentroidLists(bounds, passages, store.num_passages)
+        try:
+            centroids_KD, bounds, passages = (_load(join(folder, f"{name}.npy")) for name in _FILES)
+            lists = CentroidLists(bounds, passages, store.num_passages)
+            lists.check(len(centroids_KD))
+            if centroids_KD.shape[1:] != (store.dim,) or centroids_KD.dtype != np.float16:
+                raise ValueError(f"centroids of shape {centroids_KD.shape}")
+        except (OSError, ValueError, EOFError) as error:
+            say(
+                f"search: the index in {folder} is damaged ({first_line(error)}) and is not used; --index makes it again"
+            )
+            return None
         return cls(torch.from_numpy(np.array(centroids_KD)), lists)
 
     def candidates(self, queries_QD: Tensor, count: int) -> Int64Array:

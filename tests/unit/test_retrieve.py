@@ -357,6 +357,26 @@ def test_the_search_index_finds_nearly_all_of_the_exact_top(codec: str, tmp_path
     assert recall(np.array(truth), np.array(found)) > 0.95
 
 
+@pytest.mark.parametrize("name", ["centroids", "bounds", "passages"])
+def test_a_damaged_search_index_is_named_and_not_used(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes are as before, so the manifest does not tell: a bit of every file, and a header."""
+    store, folder = write(tmp_path, clustered(200, 1)[0], 2), tmp_path / "index"
+    sound = SearchIndex.make(str(folder), store)
+    file = folder / f"{name}.npy"
+    data = file.read_bytes()
+    damages = [data[:40] + b"\xff" + data[41:]]
+    if name != "centroids":
+        damages.append(data[:-1] + bytes([data[-1] ^ 64]))  # a number far outside
+    for damaged in damages:
+        file.write_bytes(damaged)
+        assert SearchIndex.open(str(folder), store) is None
+        assert f"the index in {folder} is damaged" in capsys.readouterr().err
+    again = SearchIndex.make(str(folder), store)
+    assert file.read_bytes() == data and np.array_equal(again.lists.passages, sound.lists.passages)
+
+
 def test_centroid_estimates_are_the_literal_ones(tmp_path: Path) -> None:
     """sum over query rows of the best similarity among the centroids looked at, above that of the next centroid."""
     documents, asked = passages(60), queries(3)
