@@ -74,9 +74,8 @@ class SearchIndex:
             if centroids_KD.shape[1:] != (store.dim,) or centroids_KD.dtype != np.float16:
                 raise ValueError(f"centroids of shape {centroids_KD.shape}")
         except (OSError, ValueError, EOFError) as error:
-            say(
-                f"search: the index in {folder} is damaged ({first_line(error)}) and is not used; --index makes it again"
-            )
+            why = first_line(error)
+            say(f"search: the index in {folder} is damaged ({why}) and is not used; --index makes it again")
             return None
         return cls(torch.from_numpy(np.array(centroids_KD)), lists)
 

@@ -363,7 +363,7 @@ def test_a_damaged_search_index_is_named_and_not_used(
 ) -> None:
     """Sizes are as before, so the manifest does not tell: a bit of every file, and a header."""
     store, folder = write(tmp_path, clustered(200, 1)[0], 2), tmp_path / "index"
-    sound = SearchIndex.make(str(folder), store)
+    passages = np.array(SearchIndex.make(str(folder), store).lists.passages)
     file = folder / f"{name}.npy"
     data = file.read_bytes()
     damages = [data[:40] + b"\xff" + data[41:]]
@@ -374,7 +374,7 @@ def test_a_damaged_search_index_is_named_and_not_used(
         assert SearchIndex.open(str(folder), store) is None
         assert f"the index in {folder} is damaged" in capsys.readouterr().err
     again = SearchIndex.make(str(folder), store)
-    assert file.read_bytes() == data and np.array_equal(again.lists.passages, sound.lists.passages)
+    assert file.read_bytes() == data and np.array_equal(again.lists.passages, passages)
 
 
 def test_centroid_estimates_are_the_literal_ones(tmp_path: Path) -> None:
