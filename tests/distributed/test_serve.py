@@ -53,6 +53,11 @@ def ask(url: str, body: bytes | None = None, token: str = TOKEN, method: str | N
         return error.code, json.loads(error.read())
 
 
+def models(address: str) -> set[str]:
+    """Those that the replicas answer with; each of eight questions goes to one of them."""
+    return {ask(f"{address}/health")[1]["model"] for _ in range(8)}
+
+
 def replace_student(run: Path, store: Path, model: Path) -> None:
     """As a training ends: the new student with its embeddings appears under the names of the former one."""
     for new, name in ((store, "student_embeddings"), (model, "student")):
@@ -95,12 +100,12 @@ def test_answers_refusals_and_another_student(run: Path, address: str) -> None:
         assert status == 200 and reloaded["model"] != found["model"] and reloaded["waits_for"] is None
         both = [(one["model"], one["waits_for"]) for one in reloaded["replicas"]]
         assert both == [(reloaded["model"], None)] * 2, "one request reloads both replicas"
-        assert {ask(f"{address}/health")[1]["model"] for _ in range(8)} == {reloaded["model"]}
+        assert models(address) == {reloaded["model"]}
         replace_student(run, *former)  # and without a request: every replica looks by itself
         deadline = time.monotonic() + 60
-        while ask(f"{address}/health")[1]["model"] != found["model"] and time.monotonic() < deadline:
+        while models(address) != {found["model"]} and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert ask(f"{address}/health")[1]["model"] == found["model"], "the student that came without a request"
+        assert models(address) == {found["model"]}, "the student that came without a request"
         time.sleep(1)
     finally:
         ended.set()
