@@ -17,9 +17,8 @@ static uint64_t key_of(float estimate, int32_t passage) {
     return (uint64_t)bits << 32 | (uint32_t)(INT32_MAX - passage);
 }
 
-/* Put `key` in the place of the least of `count` keys, which is at the root of the heap. */
-static void replace_least(uint64_t *heap, long count, uint64_t key) {
-    long i = 0;
+/* Put `key` in place i of a heap of `count` keys whose least is at the root, or below it where lesser ones are. */
+static void put(uint64_t *heap, long count, long i, uint64_t key) {
     for (;;) {
         long child = 2 * i + 1;
         if (child >= count) break;
@@ -82,9 +81,9 @@ int ckd_ray_candidates(const int64_t *bounds, const int32_t *passages, const int
             uint64_t key = key_of(state[touched[i]].total, touched[i]);
             if (kept < limit) {
                 heap[kept++] = key;
-                if (kept == limit) qsort(heap, (size_t)kept, sizeof *heap, rising); /* which is a heap */
+                for (long j = kept == limit ? kept / 2 - 1 : -1; j >= 0; j--) put(heap, kept, j, heap[j]);
             } else if (key > heap[0]) {
-                replace_least(heap, kept, key);
+                put(heap, kept, 0, key);
             }
         }
         qsort(heap, (size_t)kept, sizeof *heap, rising);
