@@ -110,14 +110,13 @@ def kmeans(
             and keeps its start. None: every query has all K.
 
     Raises:
-        ValueError: a point or a start is not finite.
+        ValueError: shapes do not fit, a query has no point or no cluster, or a point or a start is not finite.
     """
     if mask_BK is None:
         mask_BK = torch.ones(start_BKD.shape[:2], dtype=torch.bool, device=start_BKD.device)
-    (B, T, D), K = points_BTD.shape, start_BKD.shape[1]
-    # C reads and writes memory by these shapes and types.
-    assert (start_BKD.shape, mask_BT.shape, mask_BK.shape) == ((B, K, D), (B, T), (B, K))
-    assert points_BTD.dtype == start_BKD.dtype and mask_BT.dtype == mask_BK.dtype == torch.bool
+    _check(points_BTD, mask_BT, start_BKD, mask_BK)
+    B, T, _ = points_BTD.shape
+    K = start_BKD.shape[1]
     out = Clusters(
         start_BKD.clone(memory_format=torch.contiguous_format),  # C fills it row by row
         torch.full((B, T), -1, dtype=torch.int64, device=points_BTD.device),
@@ -310,3 +309,23 @@ def _relocate(
         sums_KD[cluster] = points_TD[row]
         sizes_K[old] -= 1
         sizes_K[cluster] = 1
+
+
+def _check(points_BTD: Tensor, mask_BT: Tensor, start_BKD: Tensor, mask_BK: Tensor) -> None:
+    if points_BTD.ndim != 3 or points_BTD.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "points_BTD: expected float32 or float64 of 3 dimensions, "
+            f"got {points_BTD.dtype} of shape {tuple(points_BTD.shape)}"
+        )
+    B, T, D = points_BTD.shape
+    if start_BKD.ndim != 3 or start_BKD.shape[::2] != (B, D) or start_BKD.dtype != points_BTD.dtype:
+        raise ValueError(
+            f"start_BKD: expected {points_BTD.dtype} of shape ({B}, K, {D}), "
+            f"got {start_BKD.dtype} of shape {tuple(start_BKD.shape)}"
+        )
+    for name, mask, shape in (("mask_BT", mask_BT, (B, T)), ("mask_BK", mask_BK, start_BKD.shape[:2])):
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(f"{name}: expected bool of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}")
+        lacking = (~mask.any(1)).nonzero()[:, 0].tolist()
+        if lacking:
+            raise ValueError(f"{name}: expected a true value in each row, got none in query {lacking[0]}")

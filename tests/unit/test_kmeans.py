@@ -126,11 +126,16 @@ def test_a_start_of_any_layout_and_none_that_is_not_finite() -> None:
         kmeans(points_BTD, mask_BT, start_BKD)
 
 
-def test_no_query_and_shapes_that_do_not_fit() -> None:
+def test_wrong_arguments() -> None:
     points, mask = batch([6, 6], 8, 4, seed=5)
-    for wrong in ((points, mask, points[:1, :2]), (points, mask[:, :7], points[:, :2])):
-        with pytest.raises(AssertionError):
-            kmeans(*wrong)
+    with pytest.raises(ValueError, match="start_BKD"):
+        kmeans(points, mask, points[:1, :2])
+    with pytest.raises(ValueError, match="mask_BT"):
+        kmeans(points, mask[:, :7], points[:, :2])
+    with pytest.raises(ValueError, match=r"mask_BT.*query 1"):
+        kmeans(points, mask & torch.tensor([[True], [False]]), points[:, :2])
+    with pytest.raises(ValueError, match="points_BTD"):
+        kmeans(points.half(), mask, points[:, :2].half())
     assert kmeans(points[:0], mask[:0], points[:0, :2]).labels_BT.shape == (0, 8)
     assert isinstance(kmeans(points, mask, points[:, :2]), Clusters)
 
