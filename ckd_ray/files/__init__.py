@@ -1,5 +1,6 @@
 """Files and folders, local or in object storage: paths, atomic writes, JSON and checksums."""
 
+from ckd_ray.files.arrays import read_array, write_array
 from ckd_ray.files.atomic import (
     copy_folder,
     local_copy,
@@ -38,9 +39,36 @@ from ckd_ray.files.records import (
 )
 
 __all__ = [
-    "check_inside", "copy_folder", "delete", "delete_inside", "exists", "file_signature", "filesystem_of",
-    "first_present", "has_digest", "is_folder", "is_local", "join", "last_part", "list_files", "list_folders",
-    "local_copy", "make_folder", "new_folder", "parent", "read_json", "read_object", "remove_stale",
-    "replace_atomically", "room_for", "sha256_of", "signatures", "upload_file", "with_ending",
-    "write_atomic", "write_json_atomic",
+    "check_inside",
+    "copy_folder",
+    "delete",
+    "delete_inside",
+    "exists",
+    "file_signature",
+    "filesystem_of",
+    "first_present",
+    "has_digest",
+    "is_folder",
+    "is_local",
+    "join",
+    "last_part",
+    "list_files",
+    "list_folders",
+    "local_copy",
+    "make_folder",
+    "new_folder",
+    "parent",
+    "read_array",
+    "read_json",
+    "read_object",
+    "remove_stale",
+    "replace_atomically",
+    "room_for",
+    "sha256_of",
+    "signatures",
+    "upload_file",
+    "with_ending",
+    "write_array",
+    "write_atomic",
+    "write_json_atomic",
 ]  # fmt: skip

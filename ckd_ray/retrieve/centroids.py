@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
+from ckd_ray.arrays import Float32Array, Int32Array, Int64Array, IntArray
 from ckd_ray.errors import JobError
 from ckd_ray.native import LONG, POINTER, in_threads, load_library
 from ckd_ray.retrieve.rows import ShardRows
@@ -79,18 +79,24 @@ class CentroidLists:
 
     @classmethod
     def build(
-        cls, shards: Callable[[], Iterable[Int32Array]], offsets: Int64Array, num_centroids: int
+        cls,
+        shards: Callable[[], Iterable[IntArray]],
+        offsets: Int64Array,
+        num_centroids: int,
+        room: Callable[[int], Any] | None = None,
     ) -> CentroidLists:
         """From the centroid of every row, shard after shard, read twice. Memory: a shard's and the lists.
 
         Args:
             offsets: (N + 1,) the first row of each passage. A passage lies in one shard.
+            room: makes the array of so many entries that the lists go into; one in memory when None.
         """
         counts = np.zeros(num_centroids, np.int64)
         for centroids, _ in _occurrences(shards(), offsets):
             counts += np.bincount(centroids, minlength=num_centroids)
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        passages, free = np.empty(bounds[-1], np.int32), bounds[:-1].copy()  # the next place in every list
+        passages = room(int(bounds[-1])) if room else np.empty(bounds[-1], np.int32)
+        free = bounds[:-1].copy()  # the next place in every list
         for centroids, found in _occurrences(shards(), offsets):
             counts = np.bincount(centroids, minlength=num_centroids)
             starts = np.cumsum(counts) - counts
@@ -156,7 +162,7 @@ class CentroidLists:
         estimates[: len(order)], passages[: len(order)] = total[found[order]], found[order]
 
 
-def _occurrences(shards: Iterable[Int32Array], offsets: Int64Array) -> Iterator[tuple[Int32Array, Int64Array]]:
+def _occurrences(shards: Iterable[IntArray], offsets: Int64Array) -> Iterator[tuple[IntArray, Int64Array]]:
     """(centroids, passages) of every shard: each centroid of a passage once, by centroid and then by passage."""
     first = 0
     for ids in shards:

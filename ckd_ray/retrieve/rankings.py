@@ -7,7 +7,6 @@ A part holds the rankings of consecutive queries of a split: `train-000012.parqu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
-from ckd_ray.files import filesystem_of, first_present, is_local, join, write_atomic
+from ckd_ray.files import filesystem_of, first_present, join, read_array, write_atomic
 from ckd_ray.ray_util.parts import array_file, former_array_file, part_file
 
 # Parts that are read together: an object store takes a tenth of a second for each, whatever else it does.
@@ -95,9 +94,4 @@ def write_ranking_matrix(folder: str, split: str, spans: Sequence[tuple[int, int
 
 def read_ranking_matrix(folder: str, split: str) -> npt.NDArray[Any]:
     """`_rows/SPLIT.npy`, memory-mapped when it is local."""
-    uri = first_present(array_file(folder, split), former_array_file(folder, split))
-    fs, path = filesystem_of(uri)
-    if is_local(uri):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    with fs.open_input_stream(path) as stream:
-        return np.load(io.BytesIO(stream.read()), allow_pickle=False)
+    return read_array(first_present(array_file(folder, split), former_array_file(folder, split)))

@@ -13,7 +13,6 @@ Shapes: T rows, D dimensions, C bytes a row, K centroids, P passages of a part.
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,8 +27,18 @@ import torch
 from ckd_ray.arrays import Int64Array
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
-from ckd_ray.files import exists, filesystem_of, join, list_files, sha256_of, write_atomic, write_json_atomic
+from ckd_ray.files import (
+    exists,
+    join,
+    list_files,
+    read_array,
+    sha256_of,
+    write_array,
+    write_atomic,
+    write_json_atomic,
+)
 from ckd_ray.progress import Progress, say
+from ckd_ray.retrieve.centroids import CentroidLists
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.codec import CODEC_FILE, RESIDUAL_BITS, Bytes, Residual, load_codec, save_codec
 from ckd_ray.store.codec_training import learn_codec, sample_spans
@@ -106,15 +114,15 @@ def _write_codec(target: str, store: EmbeddingStore, codec: Residual) -> None:
         "avg_residual": left_TD.abs().mean(0),
         "cluster_threshold": left_TD.norm(dim=1).quantile(0.75),
     }.items():
-        _save(join(target, f"{name}.npy"), values.numpy())
+        write_array(join(target, f"{name}.npy"), values.numpy())
 
 
 def _write_part(target: str, store: EmbeddingStore, i: int, codec: Residual) -> None:
     shard = store.shard(i)
     shard.verify()
     codes_TC = shard.codes if isinstance(store.codec, Residual) else _encoded(codec, shard.codec.decode(shard.codes))
-    _save(join(target, f"{i}.codes.npy"), codec.centroid_ids(codes_TC).astype(np.int64))
-    _save(join(target, f"{i}.residuals.npy"), _REVERSED[codec.packed_buckets(codes_TC)])
+    write_array(join(target, f"{i}.codes.npy"), codec.centroid_ids(codes_TC).astype(np.int64))
+    write_array(join(target, f"{i}.residuals.npy"), _REVERSED[codec.packed_buckets(codes_TC)])
     write_atomic(
         join(target, f"doclens.{i}.json"), lambda stream: stream.write(json.dumps(shard.lengths.tolist()).encode())
     )
@@ -129,31 +137,21 @@ def _encoded(codec: Residual, rows_TD: torch.Tensor) -> Bytes:
 
 def _write_lists(target: str, store: EmbeddingStore, num_centroids: int) -> None:
     """The passages of each centroid, ascending: sorted part by part into a file on this machine, then written."""
-    counts = np.zeros(num_centroids, np.int64)
-    for centroids, _ in _occurrences(target, store):
-        counts += np.bincount(centroids, minlength=num_centroids)
-    free, total = np.cumsum(counts) - counts, int(counts.sum())  # the next place in every list
+    offsets = np.concatenate([[0], np.cumsum(store.lengths(), dtype=np.int64)])
     with tempfile.TemporaryFile() as file:
-        lists = np.memmap(file, np.int64, "w+", shape=(total,))
-        for centroids, passages in _occurrences(target, store):
-            of_part = np.bincount(centroids, minlength=num_centroids)
-            starts = np.cumsum(of_part) - of_part
-            lists[(free - starts)[centroids] + np.arange(len(centroids))] = passages
-            free += of_part
-        _save(join(target, "ivf.npy"), lists)
-    _save(join(target, "ivf_lengths.npy"), counts.astype(np.int32))
+        lists = CentroidLists.build(
+            partial(_codes, target, store),
+            offsets,
+            num_centroids,
+            lambda total: np.memmap(file, np.int64, "w+", shape=(total,)),
+        )
+        write_array(join(target, "ivf.npy"), lists.passages)
+    write_array(join(target, "ivf_lengths.npy"), np.diff(lists.bounds).astype(np.int32))
 
 
-def _occurrences(target: str, store: EmbeddingStore) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """(centroids, passages) of every part: each centroid of a passage once, by centroid and then by passage."""
-    lengths = store.lengths()
-    for i, (first, stop) in enumerate(store.spans()):
-        fs, path = filesystem_of(join(target, f"{i}.codes.npy"))
-        with fs.open_input_stream(path) as stream:
-            codes_T = np.load(io.BytesIO(stream.read()), allow_pickle=False)
-        count = stop - first
-        pairs = np.unique(codes_T * count + np.repeat(np.arange(count), lengths[first:stop]))
-        yield pairs // count, pairs % count + first
+def _codes(target: str, store: EmbeddingStore) -> Iterator[Int64Array]:
+    """The centroid of every row, part after part."""
+    return (read_array(join(target, f"{i}.codes.npy")) for i in range(store.num_shards))
 
 
 def _write_ids(collection: Collection, stream: pa.NativeFile) -> None:
@@ -161,16 +159,3 @@ def _write_ids(collection: Collection, stream: pa.NativeFile) -> None:
         for first in range(0, collection.num_passages, _BLOCK):
             passages = np.arange(first, min(first + _BLOCK, collection.num_passages))
             file.write_table(pa.table({"id": pa.array(collection.passage_ids(passages), pa.string())}))
-
-
-def _save(uri: str, array: npt.NDArray[Any]) -> None:
-    """A .npy file, a block at a time."""
-    header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
-    rows = array.reshape(-1) if array.ndim == 0 else array
-
-    def write(stream: pa.NativeFile) -> None:
-        np.lib.format.write_array_header_1_0(stream, header)
-        for start in range(0, len(rows), _BLOCK):
-            stream.write(np.ascontiguousarray(rows[start : start + _BLOCK]).tobytes())
-
-    write_atomic(uri, write)

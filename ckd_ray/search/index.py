@@ -9,7 +9,6 @@ Shapes: Q query rows, K centroids, D dimensions, N candidates, T rows of a shard
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ckd_ray.arrays import Int32Array, Int64Array
 from ckd_ray.errors import first_line
-from ckd_ray.files import delete, filesystem_of, is_local, join, write_atomic
+from ckd_ray.files import delete, join, read_array, write_array
 from ckd_ray.progress import Progress, say
 from ckd_ray.retrieve.centroids import CentroidLists, probes
 from ckd_ray.runs.artifact import is_made, make
@@ -68,7 +67,7 @@ class SearchIndex:
         if not is_made(folder, _made_of(store)):
             return None
         try:
-            centroids_KD, bounds, passages = (_load(join(folder, f"{name}.npy")) for name in _FILES)
+            centroids_KD, bounds, passages = (read_array(join(folder, f"{name}.npy")) for name in _FILES)
             lists = CentroidLists(bounds, passages, store.num_passages)
             lists.check(len(centroids_KD))
             if centroids_KD.shape[1:] != (store.dim,) or centroids_KD.dtype != np.float16:
@@ -102,7 +101,7 @@ def _write(folder: str, store: EmbeddingStore) -> None:
         lists = CentroidLists.build(lambda: np.split(ids_T, parts), offsets, codec.num_centroids)
     arrays: list[npt.NDArray[Any]] = [codec.centroids_KD.numpy(), lists.bounds, lists.passages]
     for name, array in zip(_FILES, arrays, strict=True):
-        write_atomic(join(folder, f"{name}.npy"), partial(_save, array))
+        write_array(join(folder, f"{name}.npy"), array)
 
 
 def _learned(store: EmbeddingStore) -> Residual:
@@ -136,17 +135,3 @@ def _centroids(store: EmbeddingStore, codec: Residual) -> Iterator[tuple[int, In
         else:
             yield first, codec.nearest_centroids(shard.embeddings()).int().numpy()
         first += len(shard.codes)
-
-
-def _save(array: npt.NDArray[Any], stream: Any) -> None:
-    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-    stream.write(np.ascontiguousarray(array).data)
-
-
-def _load(uri: str) -> npt.NDArray[Any]:
-    """A map of a local file, or the bytes of a remote one."""
-    fs, path = filesystem_of(uri)
-    if is_local(uri):
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    with fs.open_input_stream(path) as stream:
-        return np.load(io.BytesIO(stream.read()), allow_pickle=False)  # type: ignore[no-any-return]

@@ -15,9 +15,9 @@ from ckd_ray.retrieve.merge import merge_top
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.shard import Shard
 
-_BLOCK_ROWS = 1 << 15  # 8 MiB of rows at 128 dimensions, 4 MiB of similarities of 32 query rows
-# Rows that are float32 at a time: 4 MiB, which a core's cache holds.
-_CACHED_ROWS = 1 << 13
+_BLOCK_ROWS = 1 << 15  # 16 MiB of rows in float32 at 128 dimensions, 4 MiB of similarities
+# Of chosen passages, whose rows are in memory: 4 MiB in float32, which a core's cache holds.
+_CHOSEN_ROWS = 1 << 13
 
 
 def scan(store: EmbeddingStore, queries_QD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
@@ -29,7 +29,7 @@ def scan(store: EmbeddingStore, queries_QD: Tensor, depth: int) -> tuple[Float32
     best = (np.empty((1, 0), np.float32), np.empty((1, 0), np.int64))
     for i in range(store.num_shards):
         shard = store.shard(i)
-        for start, stop in _blocks(shard):
+        for start, stop in _blocks(shard.offsets, _BLOCK_ROWS):
             scores = block_scores(shard, start, stop, queries)
             passages = np.arange(shard.first + start, shard.first + stop)
             best = merge_top([best, (scores[None], passages[None])], depth)
@@ -44,7 +44,10 @@ def score_chosen(
     """`scan` of the passages `passages_N`, ascending, alone. Memory holds their rows."""
     found = store.gather(passages_N)
     offsets = np.concatenate([[0], np.cumsum(found.lengths, dtype=np.int64)])
-    scores_N = _scores(found.embeddings_TD, offsets, queries_QD.float())
+    queries, scores_N = queries_QD.float(), np.empty(len(passages_N), np.float32)
+    for start, stop in _blocks(offsets, _CHOSEN_ROWS):
+        first, last = offsets[start], offsets[stop]
+        scores_N[start:stop] = _scores(found.embeddings_TD[first:last], offsets[start : stop + 1] - first, queries)
     order = np.lexsort((passages_N, -scores_N))[:depth]
     return scores_N[order], passages_N[order]
 
@@ -60,19 +63,16 @@ def _scores(rows_TD: Tensor, offsets: Int64Array, queries_QD: Tensor) -> Float32
     scores = np.full(len(offsets) - 1, EMPTY_ROW_SCORE * len(queries_QD), np.float32)
     filled = np.flatnonzero(np.diff(offsets))
     if len(filled):
-        similarity_QT = torch.empty(len(queries_QD), len(rows_TD))
-        for start in range(0, len(rows_TD), _CACHED_ROWS):
-            part = slice(start, start + _CACHED_ROWS)
-            similarity_QT[:, part] = queries_QD @ rows_TD[part].float().T
-        scores[filled] = np.maximum.reduceat(similarity_QT.numpy(), offsets[:-1][filled], axis=1).sum(0)
+        similarity_QT = (queries_QD @ rows_TD.float().T).numpy()
+        scores[filled] = np.maximum.reduceat(similarity_QT, offsets[:-1][filled], axis=1).sum(0)
     return scores
 
 
-def _blocks(shard: Shard) -> list[tuple[int, int]]:
-    """(start, stop) of passages with about `_BLOCK_ROWS` rows together; a longer passage is its own block."""
-    bounds, start, count = [], 0, len(shard.lengths)
+def _blocks(offsets: Int64Array, rows: int) -> list[tuple[int, int]]:
+    """(start, stop) of passages with about `rows` rows together; a longer passage is its own block."""
+    bounds, start, count = [], 0, len(offsets) - 1
     while start < count:
-        stop = int(np.searchsorted(shard.offsets, shard.offsets[start] + _BLOCK_ROWS, side="right")) - 1
+        stop = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
         stop = min(count, max(start + 1, stop))
         bounds.append((start, stop))
         start = stop

@@ -17,7 +17,7 @@ import yaml
 
 from ckd_ray.data import Collection
 from ckd_ray.errors import UserError
-from ckd_ray.files import write_atomic
+from ckd_ray.files import arrays, write_atomic
 from ckd_ray.search import fast_plaid, vectors
 from ckd_ray.search.export import export_stored
 from ckd_ray.store import EmbeddingStore
@@ -78,7 +78,8 @@ def test_a_stopped_export_goes_on(
         return write_atomic(uri, write)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr({"vectors": vectors, "index": fast_plaid}[what], "write_atomic", stop_late)
+        for module in (vectors, fast_plaid, arrays):
+            patched.setattr(module, "write_atomic", stop_late)
         export(run, what, fmt, half)
     first = half / ("data/part-000000.parquet" if what == "vectors" else "0.codes.npy")
     kept = first.stat().st_mtime_ns
