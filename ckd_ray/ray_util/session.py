@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import logging
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -87,9 +90,14 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
     from ray._private.utils import read_ray_address
 
     if target is None and not os.environ.get("RAY_ADDRESS"):
+        # What `ray start` has noted. Not "auto", which takes any Ray among the processes of the machine, one that
+        # another command has started for itself and will end too.
+        noted = read_ray_address()
         try:
-            _reach(read_ray_address() or "", "this machine's Ray")
-            ray.init(address="auto", **options)
+            if not noted:
+                raise ConnectionError("no Ray is noted on this machine")
+            _reach(noted, "this machine's Ray")
+            ray.init(address=noted, **options)
             say(f"joined the running Ray ({_size()})")
             return
         except OSError:  # there is none, or its head has died, for which Ray would wait minutes
@@ -100,12 +108,13 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # Nobody takes this machine back, so a training needs no process that looks for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        running = read_ray_address()
-        try:
-            ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **options)
-        except Exception as error:  # a start that takes too long is a plain Exception
-            raise JobError(f"Ray did not start here: {error}") from error
-        _let_others_find(running)
+        with _one_start_at_a_time():
+            running = read_ray_address()
+            try:
+                ray.init(address="local", object_store_memory=_LOCAL_OBJECT_STORE, include_dashboard=False, **options)
+            except Exception as error:  # a start that takes too long is a plain Exception
+                raise JobError(f"Ray did not start here: {error}") from error
+            _let_others_find(running)
         say(f"started Ray in place ({_size()})")
         return
     address = target or os.environ["RAY_ADDRESS"]
@@ -124,6 +133,22 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
             " --cluster local starts a Ray of your own",
         ) from error
     say(f"joined Ray at {address} ({_size()})")
+
+
+@contextmanager
+def _one_start_at_a_time() -> Iterator[None]:
+    """Keeps the commands of a user apart while they start Ray: one would read another one's note, and put it back after
+    that one has removed it. A command that never gets on, such as a stopped one, is not waited for."""
+    path = os.path.join(tempfile.gettempdir(), f"ckd-ray-start-{os.getuid()}.lock")
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as lock:
+        until = time.monotonic() + _ANSWER_S
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
 
 
 def _let_others_find(running: str | None) -> None:

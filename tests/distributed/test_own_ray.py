@@ -19,6 +19,13 @@ if before:
 with connected("local"):
     print("noted:", read_ray_address({folder!r}), ray.is_initialized())
 """
+TWO = """
+import ray
+from ckd_ray.ray_util.session import connected
+with connected(None):
+    print("own:", ray.get_runtime_context().gcs_address, flush=True)
+    input()
+"""
 
 
 @pytest.mark.parametrize("before", [None, "127.0.0.1:9"])
@@ -30,3 +37,20 @@ def test_a_ray_in_place_is_not_found_by_others(before: str | None) -> None:
         environment = {**os.environ, "RAY_TMPDIR": short}
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert f"noted: {before} True" in done.stdout, done.stderr
+
+
+def test_two_commands_have_a_ray_each() -> None:
+    """Started together, without a Ray on the machine; the second would die with the first one's."""
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        environment = {**os.environ, "RAY_TMPDIR": short}
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+        commands = [subprocess.Popen([sys.executable, "-c", TWO], **pipe) for _ in range(2)]
+        third = None
+        try:
+            found = [next(line for line in command.stdout if line.startswith("own:")) for command in commands]
+            third = subprocess.Popen([sys.executable, "-c", TWO], **pipe)
+            found.append(next(line for line in third.stdout if line.startswith("own:")))
+        finally:
+            for command in [*commands, *([third] if third else [])]:
+                command.communicate("\n", timeout=200)
+    assert len(set(found)) == 3, found
