@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.files import read_json
-from ckd_ray.labels.array_parts import ArrayParts, write_part
+from ckd_ray.labels.array_parts import ArrayParts, parquet_bytes, write_part
 from ckd_ray.runs.artifact import manifest_file
 
 PAIR = np.dtype([("passage", "<i4"), ("score", "<f4")])
@@ -56,7 +56,7 @@ def write_scores(
             "score": pa.array(np.concatenate([*scores, np.empty(0, np.float32)]), pa.float32()),
         }
     )
-    write_part(folder, split, part, table_BK, rows)
+    write_part(folder, split, part, table_BK, parquet_bytes(rows))
 
 
 class CrossScores:

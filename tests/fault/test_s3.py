@@ -130,7 +130,7 @@ def test_names_below_a_uri_that_has_options(bucket: str) -> None:
     ids = ["a", "b"]
     write_labels(folder, "train", 0, query_ids=ids, feedback_ids=[["p"], []], expansions=one, clusters=3)
     embeddings, weights = ExpansionReader(folder, "train", 2).select(np.array([1]), 2, beta=0.5)
-    assert embeddings.shape == (1, 2, 4) and weights.tolist() == [[0.5, 0.5]]
+    assert embeddings.shape == (1, 2, 4) and weights.tolist() == [[0.5, 0.0]]
     scores = [np.array([2.0, 1.0], np.float32), np.empty(0, np.float32)]
     passages = [np.array([7, 3]), np.empty(0, np.int64)]
     write_scores(folder, "dev", 0, query_ids=ids, passages=passages, scores=scores, passage_ids=["x", "y"])

@@ -115,9 +115,11 @@ def test_weights_equal_the_literal_version(beta: float | str, depths: int) -> No
 
 
 def test_each_block_is_the_labels_of_its_depth(run: Path) -> None:
-    both, one, three = (np.load(run / folder / "_rows" / f"{NAME}.npy") for folder in ("labels", "one", "three"))
-    assert one.shape[1] == CLUSTERS and np.array_equal(both, np.concatenate([one, three], axis=1))
-    assert not np.array_equal(one, three)
+    everything = np.arange(QUERIES)
+    parts = zip(*(reader(run, folder).select(everything, CLUSTERS) for folder in ("labels", "one", "three")), strict=True)
+    for both, one, three in parts:
+        assert one.shape[1] == CLUSTERS and torch.equal(both, torch.cat([one, three], dim=1))
+        assert not torch.equal(one, three)
     found, *alone = (pq.read_table(run / f / f"{NAME}.parquet").to_pylist() for f in ("labels", "one", "three"))
     for row, first, second in zip(found, *alone, strict=True):
         for column in ("expansion", "idf", "token_ids"):

@@ -69,7 +69,7 @@ def test_rows_come_back_at_random(folder: tuple[str, list[Expansions]], monkeypa
         assert torch.equal(embeddings[row], part.embeddings_BKD[at, :4])
         assert torch.equal(weights[row], 0.5 * part.idf_BK[at, :4])
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) <= before + 3
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3
     assert reader.select(asked[:0], 4, 1.0)[0].shape[:2] == (0, 4)
     assert reader.select(asked[:2], 99, 1.0)[0].shape == (2, CLUSTERS, DIM)
 
@@ -94,6 +94,40 @@ def test_a_short_file_and_a_wrong_query_are_named(folder: tuple[str, list[Expans
         reader.select(np.array([14]), CLUSTERS, 1.0)
     with pytest.raises(FileNotFoundError):
         reader.select(np.array([100]), 4, 1.0)
+
+
+@pytest.mark.parametrize("file", ["train-000002.parquet", "_rows/train-000002.npy"])
+def test_a_bit_that_turns_in_any_vector_or_weight_is_found(folder: tuple[str, list[Expansions]], file: str) -> None:
+    path = Path(folder[0]) / file
+    written, asked = path.read_bytes(), np.arange(10, 15)
+    wanted = ExpansionReader.open(folder[0], "train").select(asked, CLUSTERS)
+    vectors = folder[1][2].embeddings_BKD[3, :3].numpy().tobytes()
+    at = written.index(vectors) if file.endswith("parquet") else len(written) - 4 * CLUSTERS
+    for byte in (at, at + 5):
+        damaged = bytearray(written)
+        damaged[byte] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(JobError, match=r"train-000002\.parquet: the labels of a query are not what was written"):
+            ExpansionReader.open(folder[0], "train").select(asked, 1)
+    path.write_bytes(written)
+    assert torch.equal(ExpansionReader.open(folder[0], "train").select(asked, CLUSTERS)[0], wanted[0])
+
+
+def test_vectors_are_stored_once(folder: tuple[str, list[Expansions]]) -> None:
+    vectors = folder[1][1].embeddings_BKD[4, :4].numpy().tobytes()
+    files = [path for path in Path(folder[0]).rglob("*") if path.is_file() and vectors in path.read_bytes()]
+    assert [path.name for path in files] == ["train-000001.parquet"]
+
+
+def test_labels_of_former_runs_are_read(folder: tuple[str, list[Expansions]]) -> None:
+    """Schema 1 to 3: the array holds the vectors, with the idf in the last column. Parts of both forms may stand side
+    by side, where a stage was stopped and goes on with this version."""
+    wanted = ExpansionReader.open(folder[0], "train").select(np.arange(20), 4, 0.5)
+    for part, found in enumerate(folder[1][:2]):
+        array = np.concatenate([found.embeddings_BKD.numpy(), found.idf_BK.numpy()[:, :, None]], axis=2)
+        np.save(Path(folder[0]) / "_rows" / f"{part_name('train', part)}.npy", array)
+    for a, b in zip(ExpansionReader.open(folder[0], "train").select(np.arange(20), 4, 0.5), wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_parquet_holds_what_there_is(folder: tuple[str, list[Expansions]]) -> None:
