@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from ckd_ray.arrays import Int64Array
@@ -77,7 +77,7 @@ def import_scores(uri: str, out: str, candidates: CandidateReader, run: str) -> 
     disk = os.path.dirname(filesystem_of(out)[1]) if is_local(out) else None
     with tempfile.TemporaryDirectory(prefix="ckd-ray-scores-", dir=disk) as scratch:
         spills = _Spills(scratch, len(spans), size)
-        _spread(uri, problems, spills, queries, collection, coverage)
+        _spread(uri, problems, spills, collection, coverage)
         problems.check()
         with Progress("cross_encoder", len(queries), "queries") as progress:
             for part, (first, stop) in enumerate(spans):
@@ -133,63 +133,93 @@ class _Spills:
 
 
 class PassageIndex:
-    """The dense indices of passage ids, found by 8-byte hashes and confirmed by the ids themselves."""
+    """The dense indices of passages by their ids or texts, found by 8-byte hashes and confirmed by what they stand for.
+    Of passages with the same text the first one is found.
 
-    def __init__(self, collection: Collection) -> None:
-        self._collection = collection
-        hashes = [np.empty(0, np.uint64)]
-        fs, path = filesystem_of(passage_ids_file(collection.run))
-        with fs.open_input_file(path) as file:
-            reader = ipc.open_file(file)
-            for i in range(reader.num_record_batches):
-                hashes.append(_hashes(reader.get_batch(i)["passage_id"].to_pylist()))
-        flat = np.concatenate(hashes)
+    Args:
+        names: of all passages, in blocks.
+        read: the names of passages by their indices.
+    """
+
+    def __init__(self, names: Iterable[list[str]], read: Callable[[Int64Array], list[str]]) -> None:
+        self._read = read
+        flat = np.concatenate([np.empty(0, np.uint64), *map(_hashes, names)])
         self._order = np.argsort(flat, kind="stable")
         self._hashes = flat[self._order]
 
-    def find(self, ids: list[str]) -> Int64Array:
-        """The index of each id; -1 for an id that is not in the corpus."""
-        wanted = _hashes(ids)
-        found = np.full(len(ids), -1, np.int64)
+    @classmethod
+    def of_ids(cls, collection: Collection) -> PassageIndex:
+        """By the ids of the input."""
+        fs, path = filesystem_of(passage_ids_file(collection.run))
+        with fs.open_input_file(path) as file:
+            reader = ipc.open_file(file)
+            batches = (reader.get_batch(i)["passage_id"].to_pylist() for i in range(reader.num_record_batches))
+            return cls(batches, collection.passage_ids)
+
+    @classmethod
+    def of_texts(cls, collection: Collection) -> PassageIndex:
+        """By their texts."""
+        return cls((texts for _, texts in collection.text_blocks()), collection.texts)
+
+    def find(self, names: list[str]) -> Int64Array:
+        """The index of each name; -1 for one that is not in the corpus."""
+        wanted = _hashes(names)
+        found = np.full(len(names), -1, np.int64)
         at = np.searchsorted(self._hashes, wanted)
-        left = np.arange(len(ids))
-        while len(left):  # a second round only where two ids of the corpus share a hash
+        left = np.arange(len(names))
+        while len(left):  # a second round only where two names of the corpus share a hash
             left = left[at[left] < len(self._hashes)]
             left = left[self._hashes[at[left]] == wanted[left]]
             index = self._order[at[left]]
-            names = self._collection.passage_ids(index)
-            same = np.array([ids[i] == name for i, name in zip(left.tolist(), names, strict=True)], bool)
+            same = np.array([names[i] == name for i, name in zip(left.tolist(), self._read(index), strict=True)], bool)
             found[left[same]] = index[same]
             left = left[~same]
             at[left] += 1
         return found
 
 
-def _hashes(ids: list[str]) -> npt.NDArray[np.uint64]:
-    return np.asarray(pd.util.hash_array(np.array(ids, object), categorize=False), np.uint64)
+def _hashes(names: list[str]) -> npt.NDArray[np.uint64]:
+    return np.asarray(pd.util.hash_array(np.array(names, object), categorize=False), np.uint64)
 
 
-def _spread(
-    uri: str, problems: Problems, spills: _Spills, queries: list[str], collection: Collection, coverage: Coverage
-) -> None:
-    passages = PassageIndex(collection)
-    by_id = pa.array(queries, pa.string())
+@dataclass(frozen=True)
+class _Known:
+    """The passages and the training queries, by ids or by texts."""
+
+    passages: PassageIndex
+    queries: dict[str, list[int]]  # several where they share a text
+
+    @classmethod
+    def of(cls, collection: Collection, by_text: bool) -> _Known:
+        split = collection.queries("train")
+        queries: dict[str, list[int]] = {}
+        for i, name in enumerate(split.texts if by_text else split.ids):
+            queries.setdefault(name, []).append(i)
+        passages = PassageIndex.of_texts(collection) if by_text else PassageIndex.of_ids(collection)
+        return cls(passages, queries)
+
+
+def _spread(uri: str, problems: Problems, spills: _Spills, collection: Collection, coverage: Coverage) -> None:
     limited = collection.manifest.get("limit") is not None
+    known: _Known | None = None
     for block in read_scores(uri, problems):
-        query = pa.compute.index_in(pa.array(block.query_ids, pa.string()), value_set=by_id)
-        query = query.fill_null(-1).to_numpy().astype(np.int64)
-        passage = passages.find(block.passage_ids)
-        checks = [("query", block.query_ids, query, "an id of the training queries")]
-        checks += [] if limited else [("passage", block.passage_ids, passage, "an id of the corpus")]
-        for what, ids, found, expected in checks:
-            for i in np.flatnonzero(found < 0).tolist():
+        known = known or _Known.of(collection, block.by_text)
+        noun = "the text" if block.by_text else "an id"
+        queries = [known.queries.get(name, []) for name in block.query_ids]
+        passages = known.passages.find(block.passage_ids)
+        counts = np.fromiter(map(len, queries), np.int64, len(queries))
+        checks = [("query", block.query_ids, counts == 0, f"{noun} of the training queries")]
+        checks += [] if limited else [("passage", block.passage_ids, passages < 0, f"{noun} of the corpus")]
+        for what, names, wrong, expected in checks:
+            for i in np.flatnonzero(wrong).tolist():
                 where, problem = f"{uri}:{block.lines[i]}", f"a score of an unknown {what}"
-                problems.add(where, problem, expected=expected, found=shorten(ids[i]))
-        known = (query >= 0) & (passage >= 0)
-        coverage.skipped += int((~known).sum())
-        rows = np.empty(int(known.sum()), _ROW)
-        rows["query"], rows["passage"] = query[known], passage[known]
-        rows["score"], rows["line"] = block.scores[known], block.lines[known]
+                problems.add(where, problem, expected=expected, found=shorten(names[i]))
+        counts[passages < 0] = 0
+        coverage.skipped += int((counts == 0).sum())
+        rows = np.empty(int(counts.sum()), _ROW)
+        rows["query"] = [q for of_query, count in zip(queries, counts.tolist(), strict=True) if count for q in of_query]
+        rows["passage"], rows["score"] = np.repeat(passages, counts), np.repeat(block.scores, counts)
+        rows["line"] = np.repeat(block.lines, counts)
         spills.append(rows)
 
 

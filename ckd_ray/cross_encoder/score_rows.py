@@ -1,4 +1,5 @@
-"""Rows of a file of scores, in blocks: Parquet, TSV, or JSON lines of (query, [passage, score], ...) or of Tevatron.
+"""Rows of a file of scores, in blocks: Parquet, TSV, or JSON lines of (query, [passage, score], ...), of Tevatron, of
+FlagEmbedding or of triples; the last two hold texts in the place of ids (`text_rows`).
 
 Parquet has a row a pair, or a row a query with a list of passages and a list of scores: the layout in which
 sentence-transformers and PyLate keep sets for distillation. Some of those hold their lists as text.
@@ -9,13 +10,14 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ckd_ray.arrays import Float64Array, Int64Array
+from ckd_ray.cross_encoder.text_rows import TextLines, has_texts, number
 from ckd_ray.data.lines import read_lines
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.tables import parquet_batches
@@ -33,19 +35,21 @@ _Parser = Callable[[str, str, Problems], list[tuple[str, str, float]]]
 
 @dataclass(frozen=True)
 class ScoreRows:
-    """Rows with ids, scores and, for messages, their lines (in a Parquet file their row numbers from 1)."""
+    """Rows with ids, scores and, for messages, their lines (in a Parquet file their row numbers from 1). With `by_text`
+    the ids are texts."""
 
     query_ids: list[str]
     passage_ids: list[str]
     scores: Float64Array
     lines: Int64Array
+    by_text: bool = False
 
 
 def read_scores(uri: str, problems: Problems) -> Iterator[ScoreRows]:
     """The rows of `uri`, in blocks. A row that cannot be read is added to `problems` with its line, and left out.
 
     Raises:
-        UserError: the file is missing, cannot be read, or has none of the three forms.
+        UserError: the file is missing, cannot be read, or has none of these forms.
     """
     name = uri.removesuffix(".gz")
     if uri.endswith(".parquet"):
@@ -53,7 +57,7 @@ def read_scores(uri: str, problems: Problems) -> Iterator[ScoreRows]:
     elif name.endswith((".tsv", ".txt")):
         yield from _blocks(uri, problems, _tsv_line)
     elif name.endswith((".jsonl", ".json")):
-        yield from _blocks(uri, problems, _json_line)
+        yield from _blocks(uri, problems, None)
     else:
         raise UserError(
             "unknown form of scores",
@@ -118,8 +122,8 @@ def _of_pairs(uri: str, columns: list[pa.Array], row: int, problems: Problems) -
 def _of_lists(uri: str, columns: list[list[Any]], first: int, problems: Problems) -> ScoreRows:
     """The pairs of rows of (query, passages, scores); a row whose lists do not fit one another is noted."""
     rows: list[tuple[str, str, float, int]] = []
-    for number, (query, passages, scores) in enumerate(zip(*columns, strict=True), first):
-        rows += [(*pair, number) for pair in _listed(f"{uri}:{number}", query, passages, scores, problems)]
+    for row, (query, passages, scores) in enumerate(zip(*columns, strict=True), first):
+        rows += [(*pair, row) for pair in _listed(f"{uri}:{row}", query, passages, scores, problems)]
     return _of_rows(uri, rows, problems)
 
 
@@ -132,7 +136,7 @@ def _listed(
             found = f"{len(passages)} and {len(scores)}, of query {shorten(str(query))}"
             problems.add(where, "lists of different lengths", expected="a score for every passage", found=found)
             return []
-        return [(_id(query), _id(passage), _number(score)) for passage, score in zip(passages, scores, strict=True)]
+        return [(_id(query), _id(passage), number(score)) for passage, score in zip(passages, scores, strict=True)]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError):
         expected = "an id, a list of ids and a list of numbers"
         problems.add(where, "not a row of scores", expected=expected, found=shorten(f"{query}, {passages}, {scores}"))
@@ -151,16 +155,21 @@ def _list(value: object) -> list[Any]:
     return list(value)
 
 
-def _blocks(uri: str, problems: Problems, parse: _Parser) -> Iterator[ScoreRows]:
+def _blocks(uri: str, problems: Problems, parse: _Parser | None) -> Iterator[ScoreRows]:
+    """Without a parser, the first line says whether the file holds ids or texts."""
     rows: list[tuple[str, str, float, int]] = []
+    by_text = False
     for first, texts in read_lines(uri, problems):
-        for number, text in enumerate(texts, first):
+        for line, text in enumerate(texts, first):
             if text.strip():
-                rows += [(*row, number) for row in parse(f"{uri}:{number}", text, problems)]
+                if parse is None:
+                    by_text = has_texts(text)
+                    parse = TextLines() if by_text else _json_line
+                rows += [(*row, line) for row in parse(f"{uri}:{line}", text, problems)]
             if len(rows) >= _ROWS_A_BLOCK:
-                yield _of_rows(uri, rows, problems)
+                yield replace(_of_rows(uri, rows, problems), by_text=by_text)
                 rows = []
-    yield _of_rows(uri, rows, problems)
+    yield replace(_of_rows(uri, rows, problems), by_text=by_text)
 
 
 def _of_rows(uri: str, rows: list[tuple[str, str, float, int]], problems: Problems) -> ScoreRows:
@@ -201,7 +210,7 @@ def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str
         row = json.loads(text)
         if isinstance(row, dict) and "positive_passages" in row:
             passages = [*row["positive_passages"], *row["negative_passages"]]
-            return [(_id(row["query_id"]), _id(p["docid"]), _number(p["score"])) for p in passages]
+            return [(_id(row["query_id"]), _id(p["docid"]), number(p["score"])) for p in passages]
         if isinstance(row, dict):
             found = [name for names in _LISTS for name in names if name in row]
             if len(found) != len(_LISTS):
@@ -210,9 +219,12 @@ def _json_line(where: str, text: str, problems: Problems) -> list[tuple[str, str
         if not isinstance(row, list):
             raise TypeError("a row is a list or an object")
         query, *pairs = row
-        return [(_id(query), _id(passage), _number(score)) for passage, score in pairs]
+        return [(_id(query), _id(passage), number(score)) for passage, score in pairs]
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        expected = "[query id, [passage id, score], ...], or an object with query_id, document_ids and scores"
+        expected = (
+            "[query id, [passage id, score], ...], or an object with query_id, document_ids and scores, or with texts:"
+            " query, pos, neg, pos_scores, neg_scores"
+        )
         problems.add(where, "not a row of scores", expected=expected, found=shorten(text))
         return []
 
@@ -222,9 +234,3 @@ def _id(value: object) -> str:
         raise TypeError("an id is a string or a whole number")
     str(value).encode()  # half a surrogate pair has no UTF-8 form: UnicodeEncodeError is a ValueError
     return str(value)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError("a score is a number")
-    return float(value)

@@ -32,7 +32,7 @@ from ckd_ray.files import (
     read_object,
     sha256_of,
 )
-from ckd_ray.files.cache import ShardCache
+from ckd_ray.files.cache import Copies, ShardCache
 from ckd_ray.runs.artifact import manifest_file
 from ckd_ray.runs.directory import PASSAGE_IDS, QRELS, RunDir
 
@@ -63,16 +63,22 @@ class Qrels:
 class Collection:
     """Opened by `Collection.open(run)`, which reads the manifest alone."""
 
-    def __init__(self, run: str, manifest: dict[str, Any]) -> None:
+    def __init__(self, run: str, manifest: dict[str, Any], keep_copies: bool = False) -> None:
         self.run, self.manifest = run, manifest
+        self._copies = Copies(RunDir(run).corpus, manifest.get("files", []) if keep_copies else [])
         self.num_passages: int = manifest["rows"]
         self.splits: list[str] = list(manifest["splits"])
         self._query_files: dict[str, pq.ParquetFile] = {}
         self._groups: OrderedDict[int, list[str]] = OrderedDict()
+        self._copied: set[int] = set()
 
     @classmethod
-    def open(cls, run: str) -> Collection:
+    def open(cls, run: str, keep_copies: bool = False) -> Collection:
         """The collection of a run directory.
+
+        Args:
+            keep_copies: whether `texts` copies files from an object store to this machine's cache, if they fit: for one
+                who will read most passages at random, such as a training. Others read the row groups that they need.
 
         Raises:
             JobError: it has not been built. UserError: its manifest is damaged.
@@ -87,15 +93,19 @@ class Collection:
             found = f"rows {rows!r}, splits {splits!r}"[:200]
             fix = "delete it, and ckd-ray train builds the collection again"
             raise UserError("not a collection's manifest", where=path, found=found, fix=fix)
-        return cls(run, manifest)
+        return cls(run, manifest, keep_copies)
+
+    @cached_property
+    def _uris(self) -> list[str]:
+        folder = RunDir(self.run).corpus
+        return [join(folder, name) for name in list_files(folder, ".parquet")]
 
     @cached_property
     def _files(self) -> list[pq.ParquetFile]:
-        folder = RunDir(self.run).corpus
-        local = is_local(folder)
+        local = is_local(self.run)
         found = []
-        for name in list_files(folder, ".parquet"):
-            fs, path = filesystem_of(join(folder, name))
+        for uri in self._uris:
+            fs, path = filesystem_of(uri)
             # With pre_buffer the requests of one read are sent together.
             found.append(pq.ParquetFile(path, filesystem=fs, memory_map=local, pre_buffer=not local))
         return found
@@ -151,6 +161,9 @@ class Collection:
         """Texts of some row groups of one file: a ParquetFile may serve one thread at a time."""
         file, groups = job
         in_file = [self._bounds[1][g][1] for g in groups]
+        if file not in self._copied and (copy := self._copies.here(uri := self._uris[file])) != uri:
+            self._files[file] = pq.ParquetFile(copy, metadata=self._files[file].metadata, memory_map=True)
+            self._copied.add(file)
         texts = self._files[file].read_row_groups(in_file, columns=["text"], use_threads=False)["text"].to_pylist()
         found, row = {}, 0
         for g, group in zip(groups, in_file, strict=True):

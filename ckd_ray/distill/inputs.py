@@ -112,7 +112,7 @@ class InputReader:
         self.task, self.tokenizer = task, tokenizer
         self.on_gpu = torch.device(device).type == "cuda"
         self.mine = worker_slice(task.settings.batch_size, rank, world)
-        self.collection = Collection.open(task.run)
+        self.collection = Collection.open(task.run, keep_copies=True)
         self.query_texts = self.collection.queries("train").texts
         self.positives = self.collection.positives("train", task.positive_grade)
         student = task.distillation

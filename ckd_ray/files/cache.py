@@ -12,12 +12,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.files import filesystem_of, room_for
+from ckd_ray.files import filesystem_of, is_local, last_part, room_for
 from ckd_ray.files.atomic import TEMPORARY
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "CKD_RAY_CACHE", "CKD_RAY_CACHE_GIB"
@@ -133,6 +134,36 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     os.remove(path)
                 total -= copy_size
+
+
+class Copies:
+    """Which files of a folder are read as copies in this machine's cache: those that `files` names, if the folder is
+    remote and they take no more than half of the cache. Larger ones would push one another out.
+
+    Args:
+        files: name, bytes and sha256 of each, as a manifest has them.
+    """
+
+    def __init__(self, folder: str, files: Sequence[Mapping[str, Any]]) -> None:
+        self._cache: ShardCache | None = None
+        if files and not is_local(folder):
+            cache = ShardCache.of_this_machine()
+            if sum(int(file["bytes"]) for file in files) <= cache.limit // 2:
+                self._cache = cache
+        self._digests = {last_part(file["name"]): str(file.get("sha256", file["bytes"])) for file in files}
+
+    def here(self, uri: str) -> str:
+        """The file to open in place of `uri`."""
+        digest = self._digests.get(last_part(uri))
+        return uri if self._cache is None or digest is None else self._cache.fetch(uri, digest)
+
+    def discard(self, uri: str) -> bool:
+        """Remove the copy of `uri`; False where there is none."""
+        digest = self._digests.get(last_part(uri))
+        if self._cache is None or digest is None:
+            return False
+        self._cache.discard(uri, digest)
+        return True
 
 
 def _check_owner(folder: str) -> None:

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import JobError
-from ckd_ray.files import exists, filesystem_of, is_local, join, last_part, write_atomic
-from ckd_ray.files.cache import ShardCache
+from ckd_ray.files import exists, filesystem_of, is_local, join, write_atomic
+from ckd_ray.files.cache import Copies
 from ckd_ray.ray_util.parts import array_file, former_array_file, part_name
 from ckd_ray.runs.artifact import manifest_of
 
@@ -62,7 +62,7 @@ class ArrayParts:
 
     def __init__(self, folder: str, split: str, queries_per_part: int, stage: str) -> None:
         self.folder, self.split, self.queries_per_part, self.stage = folder, split, queries_per_part, stage
-        self._copies = _Copies(folder)
+        self._copies = Copies(folder, (manifest_of(folder) or {}).get("files", []))
         self._arrays: OrderedDict[int, _Array] = OrderedDict()
         self._tables: OrderedDict[int, pa.NativeFile] = OrderedDict()
         # Requests to an object store wait for the network, so they are sent together.
@@ -137,34 +137,6 @@ def _kept(found: OrderedDict[int, Item], part: int, make: Callable[[], Item]) ->
     if len(found) > _OPEN_PARTS:
         found.popitem(last=False)  # not closed here: a request that still runs holds the file
     return found[part]
-
-
-class _Copies:
-    """Where the files of a folder are read: there, or in this machine's cache."""
-
-    def __init__(self, folder: str) -> None:
-        self._cache: ShardCache | None = None
-        self._digests: dict[str, str] = {}
-        if is_local(folder):
-            return
-        files = (manifest_of(folder) or {}).get("files", [])
-        cache = ShardCache.of_this_machine()
-        if files and sum(int(file["bytes"]) for file in files) <= cache.limit // 2:
-            self._cache = cache
-            self._digests = {last_part(file["name"]): str(file.get("sha256", file["bytes"])) for file in files}
-
-    def here(self, uri: str) -> str:
-        """The file to open in place of `uri`."""
-        digest = self._digests.get(last_part(uri))
-        return uri if self._cache is None or digest is None else self._cache.fetch(uri, digest)
-
-    def discard(self, uri: str) -> bool:
-        """Remove the copy of `uri`; False where there is none."""
-        digest = self._digests.get(last_part(uri))
-        if self._cache is None or digest is None:
-            return False
-        self._cache.discard(uri, digest)
-        return True
 
 
 def _open(uri: str) -> pa.NativeFile:

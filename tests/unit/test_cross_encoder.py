@@ -124,6 +124,23 @@ def as_tevatron(path: Path, rows: list[tuple[str, str, float]]) -> Path:
     return path
 
 
+def texts_of(run: str, rows: list[tuple[str, str, float]]) -> list[tuple[str, str, float]]:
+    """The rows with texts in the place of ids; ids of the tests are their indices."""
+    collection = Collection.open(run)
+    queries, passages = collection.queries("train").texts, collection.iter_passages(0, collection.num_passages)
+    return [(queries[int(q[1:])], passages[int(p[1:])], score) for q, p, score in rows]
+
+
+def as_flagembedding(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    path = path.with_suffix(".jsonl")
+    lines = []
+    for query, passages, scores in zip(*by_query(rows).values(), strict=True):
+        lists = {"pos": passages[:1], "neg": passages[1:], "pos_scores": scores[:1], "neg_scores": scores[1:]}
+        lines.append(json.dumps({"query": query, **lists}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
 ROWS = [("q3", "p3", 2.5), ("q3", "p5", -1.25), ("q0", "p2", 0.5), ("q3", "p40", 9.0), ("q23", "p24", 1e-3)]
 
 
@@ -149,6 +166,76 @@ def test_a_file_in_every_form_reads_alike(
     found = {(row["query_id"], row["passage_id"], round(row["score"], 6)) for row in written.to_pylist()}
     assert found == set(ROWS)
     assert not list(tmp_path.glob("ckd-ray-scores-*"))
+
+
+def test_texts_stand_for_ids(ranked: str, tmp_path: Path) -> None:
+    imported(ranked, as_flagembedding(tmp_path / "scores", texts_of(ranked, ROWS)), tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / part_file("train", 0)).to_pylist()
+    assert {(row["query_id"], row["passage_id"], round(row["score"], 6)) for row in rows} == set(ROWS)
+
+
+def test_margins_become_scores_by_what_their_triples_share(ranked: str, tmp_path: Path) -> None:
+    """By hand: p3 has 0; p4 and p5 are 2 and 3.5 below it; p6 is 1 above p5; p7 is 4 below p6. q5 stands alone."""
+    triples = [("q3", "p3", "p4", 2.0), ("q3", "p3", "p5", 3.5), ("q3", "p6", "p5", 1.0), ("q3", "p6", "p4", 1.0)]
+    triples += [("q3", "p6", "p7", 4.0), ("q5", "p5", "p6", -0.5)]
+    path = tmp_path / "scores.jsonl"
+    lines = []
+    for query, positive, negative, margin in triples:
+        (text, first, _), (_, second, _) = texts_of(ranked, [(query, positive, 0), (query, negative, 0)])
+        lines.append(json.dumps({"query": text, "positive": first, "negative": second, "margin": margin}) + "\n")
+    path.write_text("".join(lines))
+    imported(ranked, path, tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / part_file("train", 0)).to_pylist()
+    found = {(row["query_id"], row["passage_id"]): row["score"] for row in rows}
+    of_q3 = {"p3": 0.0, "p4": -2.0, "p5": -3.5, "p6": -2.5, "p7": -6.5}
+    assert found == {("q3", p): s for p, s in of_q3.items()} | {("q5", "p5"): 0.0, ("q5", "p6"): 0.5}
+
+
+def test_every_query_of_a_text_gets_its_scores(tmp_path: Path, tiny_backbone: str) -> None:
+    source = tmp_path / "c"
+    source.mkdir()
+    (source / "collection.tsv").write_text("a\tone\nb\ttwo\nc\ttwo\n")
+    (source / "queries.train.tsv").write_text("x\tsame\ny\tother\nz\tsame\n")
+    (source / "qrels.train.tsv").write_text("x\t0\ta\t1\ny\t0\ta\t1\nz\t0\ta\t1\n")
+    run = tmp_path / "run"
+    build_collection(load_config(None, overrides(run, tiny_backbone, str(source))).collection, str(run))
+    write_ranking_part(
+        str(run / "rankings" / part_file("train", 0)), first_query=0, query_ids=["x", "y", "z"],
+        scores_BK=np.zeros((3, 2), np.float32), passages_BK=np.array([[1, 2]] * 3), passage_ids=["b", "c"] * 3,
+    )  # fmt: skip
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text('{"query": "same", "pos": ["one"], "neg": ["two"], "pos_scores": [2], "neg_scores": [1]}\n')
+    import_scores(str(scores), str(tmp_path / "out"), CandidateReader(str(run), 1, 2), str(run))
+    rows = pq.read_table(tmp_path / "out" / part_file("train", 0)).to_pylist()
+    assert [(row["query_id"], row["passage_id"], row["score"]) for row in rows] == [
+        ("x", "a", 2.0), ("x", "b", 1.0), ("z", "a", 2.0), ("z", "b", 1.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ({"query": "?", "pos": ["no such text"], "neg": [], "pos_scores": [1], "neg_scores": []}, "unknown query"),
+        ({"query": "?", "pos": ["a", "b"], "neg": [], "pos_scores": [1], "neg_scores": []}, "not a row of scores"),
+        ({"query": "?", "positive": "a", "negative": 3, "margin": 1}, "not a row of scores"),
+        ({"query": "?", "positive": "a", "negative": "b", "margin": "1"}, "not a row of scores"),
+    ],
+)
+def test_texts_that_do_not_fit_are_named(ranked: str, tmp_path: Path, line: dict[str, object], wanted: str) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=rf"(?s)scores\.jsonl:1: .*{wanted}"):
+        imported(ranked, path, tmp_path / "out")
+
+
+def test_triples_that_share_nothing_are_named(ranked: str, tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    pairs = [("a", "b"), ("c", "d")]
+    path.write_text(
+        "".join(json.dumps({"query": "?", "positive": p, "negative": n, "margin": 1}) + "\n" for p, n in pairs)
+    )
+    with pytest.raises(UserError, match=r"scores\.jsonl:2: a triple apart from the others of its query"):
+        imported(ranked, path, tmp_path / "out")
 
 
 def test_everything_wrong_with_a_file_is_named_with_its_line(ranked: str, tmp_path: Path) -> None:
@@ -227,7 +314,7 @@ def test_lists_that_do_not_fit_are_named_with_examples(ranked: str, tmp_path: Pa
 
 def test_passages_that_share_a_hash_are_told_apart(ranked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_file, "_hashes", lambda ids: np.array([len(i) for i in ids], np.uint64))
-    index = PassageIndex(Collection.open(ranked))
+    index = PassageIndex.of_ids(Collection.open(ranked))
     assert index.find(["p7", "p12", "p99", "p", "p59", "x1"]).tolist() == [7, 12, -1, -1, 59, -1]
 
 

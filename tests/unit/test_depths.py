@@ -116,7 +116,9 @@ def test_weights_equal_the_literal_version(beta: float | str, depths: int) -> No
 
 def test_each_block_is_the_labels_of_its_depth(run: Path) -> None:
     everything = np.arange(QUERIES)
-    parts = zip(*(reader(run, folder).select(everything, CLUSTERS) for folder in ("labels", "one", "three")), strict=True)
+    parts = zip(
+        *(reader(run, folder).select(everything, CLUSTERS) for folder in ("labels", "one", "three")), strict=True
+    )
     for both, one, three in parts:
         assert one.shape[1] == CLUSTERS and torch.equal(both, torch.cat([one, three], dim=1))
         assert not torch.equal(one, three)
