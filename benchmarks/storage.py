@@ -29,6 +29,7 @@ from ckd_ray.files import copy_folder, join, make_folder
 from ckd_ray.files.cache import FOLDER_VARIABLE
 from ckd_ray.store import EmbeddingStore
 
+FOLDERS = ("corpus", "queries", "teacher", "embeddings", "rankings", "labels", "ensemble")  # what a training reads
 QUERIES_A_STEP = 9  # of 36 on 4 workers, as in configs/msmarco.yaml
 
 
@@ -42,7 +43,9 @@ def main() -> None:
         os.environ[FOLDER_VARIABLE] = cache
         with Server() as server:
             remote = join(server.uri, "run")
-            copy_folder(str(run.folder), remote)
+            for name in FOLDERS:
+                if (run.folder / name).is_dir():
+                    copy_folder(str(run.folder / name), join(remote, name))
             server.wait(args.latency / 1000)
             figures, settings = measure(run, remote, server, args)
     emit({"latency_ms": args.latency, "queries_a_step": QUERIES_A_STEP, **settings}, figures, before)

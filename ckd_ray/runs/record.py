@@ -3,7 +3,7 @@
 Its `schema` is the version of the run directory. Version 1 (ckd-ray 0.1, which wrote no such key) has the same folders,
 so it is opened as it is; the record of a variant does not say where its labels are. In version 2 it does. In version 3
 names of files that are no part of a table begin with `_`, so that other programs read the folder of a table as it is;
-the former names are read where they are found.
+the former names are read where they are found. In version 4 the vectors of labels are in their Parquet files alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ckd_ray.files import check_inside, exists, read_object, write_json_atomic
 from ckd_ray.progress import without_secrets
 from ckd_ray.runs.directory import LABELS, RunContext, RunDir, labels_folder
 
-SCHEMA = 3
+SCHEMA = 4
 _LIBRARIES = ("ray", "torch", "transformers", "pyarrow", "faiss-cpu", "numpy")
 
 

@@ -53,12 +53,22 @@ def _ray(folder: str) -> pd.DataFrame:
     return ray.data.read_parquet(folder).to_pandas()
 
 
+def _spark(folder: str) -> pd.DataFrame:
+    sql = pytest.importorskip("pyspark.sql")
+    session = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+    try:
+        return pd.DataFrame([row.asDict() for row in session.read.parquet(folder).collect()])
+    finally:
+        session.stop()
+
+
 READERS: dict[str, Callable[[str], pd.DataFrame]] = {
     "pandas": pd.read_parquet,
     "pyarrow": lambda folder: pads.dataset(folder).to_table().to_pandas(),
     "duckdb": _duckdb,
     "polars": _polars,
     "ray": _ray,
+    "spark": _spark,
 }
 
 

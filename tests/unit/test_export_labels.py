@@ -12,6 +12,9 @@ import pytest
 import torch
 import yaml
 
+from ckd_ray.cross_encoder.candidates import CandidateReader
+from ckd_ray.cross_encoder.score_file import PassageIndex, import_scores
+from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.errors import UserError
 from ckd_ray.inspection.export_labels import FORMATS, Block, export_labels, score_block
 from ckd_ray.inspection.labelled_run import LabelledRun
@@ -169,3 +172,20 @@ def test_wrong_options_are_named(run: str, tmp_path: Path) -> None:
             export_labels(run, **{"fmt": "pylate", "out": str(tmp_path / "no"), **options})
         assert caught.value.where == where
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "colbert"])
+def test_exported_labels_come_in_as_scores_of_a_teacher(run: str, tmp_path: Path, fmt: str) -> None:
+    """`cross_encoder.scores` reads what is exported; triples up to a constant of the query."""
+    export_labels(run, fmt, out=str(tmp_path / "labels"), width=WIDTH, scaling="raw")
+    file = next(path for path in (tmp_path / "labels").iterdir() if path.stem == "train")
+    size, coverage = import_scores(str(file), str(tmp_path / "scores"), CandidateReader(run, 1, 5), run)
+    assert (coverage.pairs, coverage.queries, coverage.skipped) == (24 * WIDTH, 24, 0)
+    index = PassageIndex.of_ids(LabelledRun.open(run).collection)
+    scores = CrossScores(str(tmp_path / "scores"), "train", size)
+    for query in (0, 7, 23):
+        expected = wanted(run, query)
+        passages = index.find([passage for passage, _, _ in expected])
+        found, there = scores.scores_and_mask(np.array([query]), passages)
+        shift = expected[0][1] if fmt == "triples" else 0.0
+        assert there.all() and found[0].tolist() == pytest.approx([s - shift for _, s, _ in expected], abs=1e-4)
