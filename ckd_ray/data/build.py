@@ -22,7 +22,15 @@ from ckd_ray.config import CollectionConfig
 from ckd_ray.data.problems import Problems, shorten
 from ckd_ray.data.readers import QrelRow, TextRow
 from ckd_ray.data.sources import Source, open_source
-from ckd_ray.files import new_folder, remove_stale, sha256_of, signatures, write_json_atomic
+from ckd_ray.files import (
+    new_folder,
+    parquet_writer,
+    remove_stale,
+    sha256_of,
+    signatures,
+    write_json_atomic,
+    write_parquet,
+)
 from ckd_ray.progress import say
 from ckd_ray.runs.artifact import MANIFEST
 from ckd_ray.runs.directory import PASSAGE_IDS, QRELS, RunDir
@@ -240,7 +248,7 @@ class _CorpusWriter:
             if self._parquet is not None:
                 self._parquet.close()
             path = os.path.join(self.folder, f"part-{self._files:05d}.parquet")
-            self._parquet = pq.ParquetWriter(path, _PASSAGES, compression="zstd")
+            self._parquet = parquet_writer(path, _PASSAGES)
             self._files, self._rows_in_file = self._files + 1, 0
         self._parquet.write_table(table, row_group_size=ROWS_A_GROUP)
         ids.write_table(pa.table([keys], schema=_IDS))
@@ -340,7 +348,7 @@ def _write_split(
             "split": pa.array([name] * len(texts), pa.string()),  # the folder may be read as one table
         }
     )
-    pq.write_table(queries, os.path.join(folder, f"{name}.parquet"), compression="zstd", row_group_size=_ROWS_A_BLOCK)
+    write_parquet(queries, os.path.join(folder, f"{name}.parquet"), row_group_size=_ROWS_A_BLOCK)
     index = {query: i for i, query in enumerate(split.ids)}
     labels = split.labels
     grades = [row.relevance for row in labels]
@@ -355,7 +363,7 @@ def _write_split(
         }
     )
     os.makedirs(os.path.join(folder, QRELS), exist_ok=True)
-    pq.write_table(table, os.path.join(folder, QRELS, f"{name}.parquet"), compression="zstd")
+    write_parquet(table, os.path.join(folder, QRELS, f"{name}.parquet"))
     digest.update(f"split {name} {len(split.ids)} {len(labels)}:".encode())
     digest.update(_hashable(split.ids, texts))
     for row in labels:

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc as ipc
-import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float64Array, Int64Array, IntArray
 from ckd_ray.data.positives import Positives
 from ckd_ray.data.sources import SPLITS
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import (
+    ParquetFile,
     exists,
     file_signature,
     filesystem_of,
@@ -30,6 +30,7 @@ from ckd_ray.files import (
     last_part,
     list_files,
     read_object,
+    read_parquet,
     sha256_of,
 )
 from ckd_ray.files.cache import Copies, ShardCache
@@ -68,7 +69,7 @@ class Collection:
         self._copies = Copies(RunDir(run).corpus, manifest.get("files", []) if keep_copies else [])
         self.num_passages: int = manifest["rows"]
         self.splits: list[str] = list(manifest["splits"])
-        self._query_files: dict[str, pq.ParquetFile] = {}
+        self._query_files: dict[str, ParquetFile] = {}
         self._groups: OrderedDict[int, list[str]] = OrderedDict()
         self._copied: set[int] = set()
 
@@ -101,14 +102,10 @@ class Collection:
         return [join(folder, name) for name in list_files(folder, ".parquet")]
 
     @cached_property
-    def _files(self) -> list[pq.ParquetFile]:
+    def _files(self) -> list[ParquetFile]:
         local = is_local(self.run)
-        found = []
-        for uri in self._uris:
-            fs, path = filesystem_of(uri)
-            # With pre_buffer the requests of one read are sent together.
-            found.append(pq.ParquetFile(path, filesystem=fs, memory_map=local, pre_buffer=not local))
-        return found
+        # With pre_buffer the requests of one read are sent together.
+        return [ParquetFile(uri, memory_map=local, pre_buffer=not local) for uri in self._uris]
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor | None:
@@ -120,7 +117,7 @@ class Collection:
         """First passage of every row group, and which (file, group) it is."""
         firsts, which, row = [], [], 0
         for i, file in enumerate(self._files):
-            for group in range(file.num_row_groups):
+            for group in range(file.metadata.num_row_groups):
                 firsts.append(row)
                 which.append((i, group))
                 row += file.metadata.row_group(group).num_rows
@@ -162,7 +159,7 @@ class Collection:
         file, groups = job
         in_file = [self._bounds[1][g][1] for g in groups]
         if file not in self._copied and (copy := self._copies.here(uri := self._uris[file])) != uri:
-            self._files[file] = pq.ParquetFile(copy, metadata=self._files[file].metadata, memory_map=True)
+            self._files[file] = ParquetFile(uri, copy, metadata=self._files[file].metadata, memory_map=True)
             self._copied.add(file)
         texts = self._files[file].read_row_groups(in_file, columns=["text"], use_threads=False)["text"].to_pylist()
         found, row = {}, 0
@@ -239,8 +236,7 @@ class Collection:
 
     def queries(self, split: str) -> Queries:
         """All queries of a split; a part of a large split is better read by `queries_between`."""
-        fs, path = filesystem_of(join(RunDir(self.run).queries, f"{split}.parquet"))
-        table = pq.read_table(path, filesystem=fs)
+        table = read_parquet(join(RunDir(self.run).queries, f"{split}.parquet"))
         return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
 
     def num_queries(self, split: str) -> int:
@@ -250,7 +246,7 @@ class Collection:
     def queries_between(self, split: str, first: int, stop: int) -> Queries:
         """The queries [first, stop) of a split; only the row groups that hold them are read."""
         file = self._query_file(split)
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         groups = [i for i in range(len(sizes)) if starts[i] < stop and first < starts[i + 1]]
         if not groups:
@@ -258,18 +254,16 @@ class Collection:
         table = file.read_row_groups(groups, use_threads=False).slice(first - int(starts[groups[0]]), stop - first)
         return Queries(table["query_id"].to_pylist(), table["text"].to_pylist())
 
-    def _query_file(self, split: str) -> pq.ParquetFile:
+    def _query_file(self, split: str) -> ParquetFile:
         if split not in self._query_files:
-            fs, path = filesystem_of(join(RunDir(self.run).queries, f"{split}.parquet"))
-            self._query_files[split] = pq.ParquetFile(path, filesystem=fs)
+            self._query_files[split] = ParquetFile(join(RunDir(self.run).queries, f"{split}.parquet"))
         return self._query_files[split]
 
     def qrels(self, split: str) -> Qrels:
         """The labels of a split, as they stand in the input."""
         folder = RunDir(self.run).queries
         uri = first_present(join(folder, QRELS, f"{split}.parquet"), join(folder, f"{split}.qrels.parquet"))
-        fs, path = filesystem_of(uri)
-        table = pq.read_table(path, filesystem=fs)
+        table = read_parquet(uri)
         relevance = table["relevance"].to_numpy()
         return Qrels(
             table["query_index"].to_numpy().astype(np.int64),

@@ -11,6 +11,7 @@ from ckd_ray.files.atomic import (
     upload_file,
     write_atomic,
 )
+from ckd_ray.files.parquet import ParquetFile, parquet_writer, read_parquet, write_parquet
 from ckd_ray.files.paths import (
     check_inside,
     delete,
@@ -39,6 +40,7 @@ from ckd_ray.files.records import (
 )
 
 __all__ = [
+    "ParquetFile",
     "check_inside",
     "copy_folder",
     "delete",
@@ -58,9 +60,11 @@ __all__ = [
     "make_folder",
     "new_folder",
     "parent",
+    "parquet_writer",
     "read_array",
     "read_json",
     "read_object",
+    "read_parquet",
     "remove_stale",
     "replace_atomically",
     "room_for",
@@ -71,4 +75,5 @@ __all__ = [
     "write_array",
     "write_atomic",
     "write_json_atomic",
-]  # fmt: skip
+    "write_parquet",
+]

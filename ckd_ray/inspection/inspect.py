@@ -9,11 +9,10 @@ import difflib
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import UserError
-from ckd_ray.files import filesystem_of, join
+from ckd_ray.files import join, read_parquet
 from ckd_ray.inspection.labelled_run import SPLIT, LabelledRun
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.runs.finished import reading
@@ -133,9 +132,8 @@ def nearest_ids(wanted: str, ids: list[str]) -> list[str]:
 def _label_row(opened: LabelledRun, query: int) -> dict[str, Any]:
     """The query's row of `labels/*.parquet`, without the vectors."""
     part, row = divmod(query, opened.expansions.queries_per_part)
-    fs, path = filesystem_of(join(opened.paths.labels, part_file(SPLIT, part)))
     columns = ["feedback_ids", "idf", "token_ids", *(["depths"] if opened.expansions.depths else [])]
-    table = pq.read_table(path, filesystem=fs, columns=columns)
+    table = read_parquet(join(opened.paths.labels, part_file(SPLIT, part)), columns)
     found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
     return found
 

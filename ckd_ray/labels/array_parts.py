@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Int64Array
 from ckd_ray.errors import JobError
-from ckd_ray.files import exists, filesystem_of, is_local, join, write_atomic
+from ckd_ray.files import exists, filesystem_of, is_local, join, write_atomic, write_parquet
 from ckd_ray.files.cache import Copies
 from ckd_ray.ray_util.parts import array_file, former_array_file, part_name
 from ckd_ray.runs.artifact import manifest_of
@@ -47,7 +46,7 @@ def write_part(folder: str, split: str, part: int, array: Array, parquet: bytes 
 def parquet_bytes(table: pa.Table, **options: Any) -> memoryview:
     """The table as a Parquet file, compressed unless `options` say otherwise."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, **{"compression": "zstd", **options})
+    write_parquet(table, buffer, **options)
     return buffer.getbuffer()
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ckd_ray.errors import UserError, first_line
+from ckd_ray.files import sha256_of
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import refuse_remote_code, resolve_backbone, silent_transformers
 from ckd_ray.model.tokenizer import ColBERTTokenizer
@@ -26,6 +27,7 @@ from ckd_ray.progress import say
 
 SETTINGS_FILE = "colbert.json"
 PROJECTION_FILE = "projection.safetensors"
+WEIGHTS_DIGESTS = "sha256"  # the key, beside the settings, of the SHA-256 of each file of weights
 # Weights of heads (of masked-language models, classifiers and the like), which an encoder does not need.
 _HEAD = re.compile(
     r"(^|\.)(cls|pooler|(pre_)?classifier|score|qa_outputs|lm_head|head|decoder|predictions|position_ids|seq_relationship|"
@@ -76,7 +78,7 @@ class ColBERT(nn.Module):
         """Load a checkpoint that `save` wrote (local folder).
 
         Raises:
-            UserError: a file is missing or the shapes do not fit.
+            UserError: a file is missing, the shapes do not fit, or the weights are not those that were saved.
         """
         folder = Path(folder)
         if not all((folder / name).is_file() for name in (SETTINGS_FILE, PROJECTION_FILE, "config.json")):
@@ -89,7 +91,9 @@ class ColBERT(nn.Module):
         settings = read_settings(folder)
         backbone, tokenizer = load_transformers(str(folder), str(folder))
         weight = _read_projection(folder / PROJECTION_FILE)
-        return cls.from_parts(backbone, tokenizer, settings, weight, where=str(folder / PROJECTION_FILE))
+        model = cls.from_parts(backbone, tokenizer, settings, weight, where=str(folder / PROJECTION_FILE))
+        _check_weights(folder)
+        return model
 
     @classmethod
     def from_parts(
@@ -121,7 +125,8 @@ class ColBERT(nn.Module):
         self.backbone.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.hf.save_pretrained(folder)
         save_file({"weight": self.projection.weight.detach().float().cpu().contiguous()}, folder / PROJECTION_FILE)
-        (folder / SETTINGS_FILE).write_text(json.dumps(self.settings.to_dict(), indent=2) + "\n")
+        values = self.settings.to_dict() | {WEIGHTS_DIGESTS: _digests(folder)}
+        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
     def set_dropout(self, probability: float) -> None:
         """Set every dropout of the encoder, attention included."""
@@ -204,6 +209,29 @@ def read_settings(folder: str | Path) -> ColBERTSettings:
         return ColBERTSettings.from_dict(values)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError("not the settings of a checkpoint", where=str(path), found=str(error)[:200]) from error
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(str(path)) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _check_weights(folder: Path) -> None:
+    """Compare the files of weights with the digests that `save` has noted; checkpoints of 0.1 have none.
+
+    Raises:
+        UserError: a file has changed since.
+    """
+    saved = json.loads((folder / SETTINGS_FILE).read_text()).get(WEIGHTS_DIGESTS)
+    for name, digest in saved.items() if isinstance(saved, dict) else ():
+        path = folder / name
+        if not path.is_file() or sha256_of(str(path)) != digest:
+            raise UserError(
+                "the weights of the checkpoint are not those that were saved",
+                where=str(path),
+                expected=f"SHA-256 {digest}"[:200],
+                fix="in a run: give the same command again, which makes a damaged checkpoint again; of a checkpoint"
+                f" that you have changed knowingly: delete {WEIGHTS_DIGESTS} from its {SETTINGS_FILE}",
+            )
 
 
 def _read_projection(path: Path) -> Tensor:

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
-from ckd_ray.files import filesystem_of, first_present, join, read_array, write_atomic
+from ckd_ray.files import first_present, join, read_array, read_parquet, write_atomic, write_parquet
 from ckd_ray.ray_util.parts import array_file, former_array_file, part_file
 
 # Parts that are read together: an object store takes a tenth of a second for each, whatever else it does.
@@ -54,13 +53,12 @@ def write_ranking_part(
             "passage_index": pa.array(passages_BK[present_BK], pa.int64()),
         }
     )
-    write_atomic(uri, lambda stream: pq.write_table(table, stream, compression="zstd"))
+    write_atomic(uri, lambda stream: write_parquet(table, stream))
 
 
 def read_ranking_part(uri: str, columns: list[str] | None = None) -> pa.Table:
     """One part as a table."""
-    fs, path = filesystem_of(uri)
-    return pq.read_table(path, filesystem=fs, columns=columns)
+    return read_parquet(uri, columns)
 
 
 def part_matrix(table: pa.Table, first_query: int, num_queries: int, depth: int) -> Int32Array:
