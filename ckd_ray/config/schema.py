@@ -293,6 +293,8 @@ class RetrieveConfig(Section):
         nprobe: Cells (faiss) or centroids that the search visits for a query token.
         candidates: Nearest embeddings of a query token (faiss), or passages of a query that are scored exactly
             (centroids).
+        recall: The recall@100 that an approximate engine is to reach on a sample of the training queries: `nprobe` and
+            `candidates` are doubled until it does, up to 64 times. null takes them as they are.
         depth: Passages of a ranking.
         actors: Servers that share the shards of the store; faiss has one.
     """
@@ -301,6 +303,7 @@ class RetrieveConfig(Section):
     cells: Auto | Positive = "auto"
     nprobe: Positive = 32
     candidates: Positive = 1024
+    recall: Annotated[float, Field(gt=0, le=1)] | None = 0.98
     depth: Positive = 100
     actors: Annotated[Auto | Positive, OPERATIONAL] = "auto"
 

@@ -81,7 +81,7 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     """
     make_folder(job.out)
     arguments = {"job": job, "votes": votes}
-    # k-means takes a core. Beside the servers of a store there may be no whole one, and tasks wait for them.
+    # k-means takes a core. Beside the servers of a store there may be no whole one; then one task a core runs.
     cpus = CPUS_OF_WAITING if isinstance(votes, ServerVotes) else 1.0
     spans = finish_parts("label", job.split, num_queries, parts_present(job.out), _label_part, arguments, cpus)
     return spans[0][1] - spans[0][0] if spans else 1

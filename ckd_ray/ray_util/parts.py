@@ -10,8 +10,13 @@ from ckd_ray.progress import Progress
 from ckd_ray.ray_util.waiting import WORK_S, no_answer
 
 _QUERIES_A_PART = 256
-# What the tasks that feed the servers of a store reserve; the servers leave as much free.
-CPUS_OF_WAITING = 0.25
+# What a task reserves that computes little.
+_CPUS_OF_LITTLE = 0.25
+# What a task reserves that waits for the servers of a store most of the time. Next to nothing: it must find a place where
+# the servers of this job and those of others hold the cluster, or both jobs would wait for ever.
+CPUS_OF_WAITING = 0.001
+# Every server takes part in a query, so a few dozen tasks keep all of them busy.
+_MOST_WAITING = 32
 # Below a folder of Parquet files: arrays for random access. Programs that read the folder pass over such a name.
 _ARRAYS = "_rows"
 # Ray Data keeps a few kilobytes per block and searches all blocks; with more units than this, units share a block.
@@ -57,7 +62,7 @@ def finish_parts(
     present: Collection[str],
     work: Any,
     arguments: dict[str, Any],
-    cpus: float = CPUS_OF_WAITING,
+    cpus: float = _CPUS_OF_LITTLE,
 ) -> list[tuple[int, int]]:
     """Run `work` for the parts of a split that are not finished, and show the progress. Returns the spans of all parts.
 
@@ -65,7 +70,7 @@ def finish_parts(
         stage: the word in front of progress lines.
         present: the Parquet files of the finished parts.
         work: see `run_parts`; its row has the number of `queries`.
-        cpus: that a task computes with, or less where it waits for servers most of the time.
+        cpus: that a task reserves; `CPUS_OF_WAITING` where it asks the servers of a store.
     """
     spans = query_spans(num_queries)
     missing = [i for i in range(len(spans)) if part_file(split, i) not in present]
@@ -81,7 +86,7 @@ def run_parts(
     spans: list[tuple[int, int]],
     work: Any,
     arguments: dict[str, Any],
-    cpus: float = CPUS_OF_WAITING,
+    cpus: float = _CPUS_OF_LITTLE,
 ) -> Any:
     """The rows that `work` returns, one per part, as they are finished; nothing else reaches the driver."""
     if not missing:
@@ -110,9 +115,17 @@ def _dataset(
         batch_size=1,
         batch_format="numpy",
         num_cpus=cpus,
+        compute=ray.data.TaskPoolStrategy(size=_most_waiting()) if cpus == CPUS_OF_WAITING else None,
     )
     dataset.context.execution_no_progress_timeout_s = WORK_S
     return dataset
+
+
+def _most_waiting() -> int:
+    """How many tasks ask servers at a time: one a core, as some of them compute a little."""
+    import ray
+
+    return max(2, min(_MOST_WAITING, int(ray.cluster_resources().get("CPU", 1.0))))
 
 
 def _waiting(found: Iterable[Any]) -> Iterator[Any]:

@@ -195,9 +195,9 @@ class CentroidIndex:
         self.rows, self.codec, self.nprobe, self.device = rows, codec, nprobe, device
         self.lists = CentroidLists.build(rows.centroid_ids, rows.offsets, codec.num_centroids)
 
-    def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
-        """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe + 1 (or K)."""
-        return probes(queries_BQD, self.codec.centroids_KD, self.nprobe, self.device)
+    def probes(self, queries_BQD: Tensor, effort: int = 1) -> tuple[Int32Array, Float32Array]:
+        """Centroids of every query row: ids and similarities (B, Q, C), C = nprobe * effort + 1 (or K)."""
+        return probes(queries_BQD, self.codec.centroids_KD, self.nprobe * effort, self.device)
 
     def candidates(
         self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int

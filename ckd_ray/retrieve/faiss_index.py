@@ -69,7 +69,7 @@ class TokenIndex:
             self._build(rows, cells, seed)
             if kept:
                 self._keep(kept)
-        self.index.nprobe = min(nprobe, self.cells)
+        self.nprobe = nprobe
 
     def _build(self, rows: RangeRows, cells: int | str, seed: int) -> None:
         import faiss
@@ -97,9 +97,10 @@ class TokenIndex:
             digest = sha256_of(temporary).encode()
         write_atomic(kept + DIGEST, lambda stream: stream.write(digest))
 
-    def nearest(self, vectors_MD: Tensor, k: int) -> tuple[Float32Array, Int64Array]:
+    def nearest(self, vectors_MD: Tensor, k: int, effort: int = 1) -> tuple[Float32Array, Int64Array]:
         """Approximate squared distances and positions of the k nearest embeddings, nearest first; +inf and -1 behind
-        the end."""
+        the end. `effort` times as many cells are visited."""
+        self.index.nprobe = min(self.nprobe * effort, self.cells)
         distances, positions = self.index.search(vectors_MD.float().contiguous().numpy(), k)
         return np.where(positions < 0, np.inf, distances), positions
 

@@ -32,9 +32,8 @@ from ckd_ray.store import EmbeddingStore
 Lists = tuple[Float32Array, Int64Array]
 T = TypeVar("T")
 
-_CPUS_A_SERVER = 0.5
-# The least CPU of the tasks that feed the servers.
-_FEEDER_CPUS = 0.25
+# A little less than half, so that the servers of several jobs leave something for the tasks that ask them.
+_CPUS_A_SERVER = 0.49
 # A killed server starts again; one that dies every time (out of memory) fails the job in the end.
 _RESTARTS = 20
 _START_SECONDS = 300.0
@@ -70,17 +69,17 @@ class ShardServer:
             return "float32", "on a GPU"
         return choose_first_pass()
 
-    def search(self, queries_BQD: Float32Array, depth: int) -> Lists:
+    def search(self, queries_BQD: Float32Array, depth: int, effort: int = 1) -> Lists:
         """Top `depth` of this range: scores_BK and dense passage indices passages_BK."""
-        return self._checked(self.range.search(torch.from_numpy(queries_BQD.copy()), depth))
+        return self._checked(self.range.search(torch.from_numpy(queries_BQD.copy()), depth, effort))
 
     def search_exactly(self, queries_BQD: Float32Array, depth: int) -> Lists:
         """The same by exact search, whatever the engine."""
         return self._checked(self.range.search_exactly(torch.from_numpy(queries_BQD.copy()), depth))
 
-    def probes(self, queries_BQD: Float32Array) -> tuple[Int32Array, Float32Array]:
+    def probes(self, queries_BQD: Float32Array, effort: int = 1) -> tuple[Int32Array, Float32Array]:
         """Engine `centroids`: the centroids that each query row probes (B, Q, C)."""
-        return self.range.probes(torch.from_numpy(queries_BQD.copy()))
+        return self.range.probes(torch.from_numpy(queries_BQD.copy()), effort)
 
     def candidates(self, probes: tuple[Int32Array, Float32Array], limit: int) -> Lists:
         """Engine `centroids`: estimates and passages of this range's best candidates (B, N)."""
@@ -102,11 +101,16 @@ class ShardServer:
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """Handles of all servers of a store; small, so tasks receive a copy."""
+    """Handles of all servers of a store; small, so tasks receive a copy.
+
+    Attributes:
+        effort: of approximate search, see `ShardRange.search`.
+    """
 
     actors: tuple[Any, ...]
     settings: SearchSettings
     needs: str = ""
+    effort: int = 1
 
     def _asked(self, method: str, *arguments: Any) -> Iterator[Any]:
         """The answers of all servers, as they arrive."""
@@ -120,11 +124,11 @@ class ServerGroup:
         """
         batch = ray.put(queries_BQD)
         if self.settings.engine != "centroids":
-            return _merged(self._asked("search", batch, depth), depth)
+            return _merged(self._asked("search", batch, depth, self.effort), depth)
         # Every server gives the same answer; the choice spreads the work.
         one = self.actors[zlib.crc32(np.ascontiguousarray(queries_BQD).data) % len(self.actors)]
-        probes = one.probes.remote(batch)
-        limit = max(depth, self.settings.candidates)
+        probes = one.probes.remote(batch, self.effort)
+        limit = max(depth, self.settings.candidates * self.effort)
         _, passages_BN = _merged(self._asked("candidates", probes, limit), limit)
         chosen = ray.put(passages_BN)
         return _merged(self._asked("score", batch, chosen, depth), depth)
@@ -203,7 +207,7 @@ def plan_servers(
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     gpus = 0.0 if settings.engine == "faiss" else gpus
-    room = int((cpus - _FEEDER_CPUS) / _CPUS_A_SERVER + 1e-9)
+    room = int(cpus / _CPUS_A_SERVER) - 1  # the last one leaves room for tokenisers and the like
     natural = int(gpus) if gpus >= 1 else max(1, int(cpus))
     asked = natural if wanted == "auto" else int(wanted)
     needed = index_bytes(settings, tokens, passages, dim)
@@ -211,7 +215,7 @@ def plan_servers(
         raise UserError(
             "the servers of the store do not fit the cluster",
             where="retrieve.actors",
-            expected=f"at most {max(0, room)} servers of {_CPUS_A_SERVER:g} CPU, beside {_FEEDER_CPUS:g} for queries",
+            expected=f"at most {max(0, room)} servers of {_CPUS_A_SERVER:g} CPU",
             found=f"{asked} asked for; the cluster has {cpus:g} CPU",
             fix="set retrieve.actors: auto, or add nodes",
         )

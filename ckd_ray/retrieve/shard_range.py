@@ -109,21 +109,25 @@ class ShardRange:
         """Passages of this range."""
         return self.rows.num_passages
 
-    def search(self, queries_BQD: Tensor, depth: int) -> tuple[Float32Array, Int64Array]:
+    def search(self, queries_BQD: Tensor, depth: int, effort: int = 1) -> tuple[Float32Array, Int64Array]:
         """The best `depth` passages of this range: scores_BK and dense indices, highest first, -inf and -1 at the end.
 
         Engine `centroids` chooses candidates of this range alone; `ServerGroup` chooses those of all ranges together.
+
+        Args:
+            effort: `nprobe` and `candidates` are multiplied by it, and the passages that are scored exactly.
         """
         if self._centroids is not None:
-            _, passages_BN = self.candidates(*self.probes(queries_BQD), max(depth, self.settings.candidates))
+            limit = max(depth, self.settings.candidates * effort)
+            _, passages_BN = self.candidates(*self.probes(queries_BQD, effort), limit)
             return self.score(queries_BQD, passages_BN, depth)
         scorer = Scorer(queries_BQD, self.rows, self.device)
         if self._faiss is None:
             return search_all(scorer, depth)
         flat = scorer.queries_BQD.float().cpu().reshape(-1, scorer.dim)
-        distances, positions = self._faiss.nearest(flat, self.settings.candidates)
+        distances, positions = self._faiss.nearest(flat, self.settings.candidates * effort, effort)
         shape = (len(queries_BQD), queries_BQD.shape[1], -1)
-        limit = max(_LEAST_RERANKED, RERANK_FACTOR * depth)
+        limit = max(_LEAST_RERANKED, RERANK_FACTOR * depth) * effort
         chosen = [
             candidate_passages(d, p, self._passage_of, limit)
             for d, p in zip(distances.reshape(shape), positions.reshape(shape), strict=True)
@@ -134,10 +138,10 @@ class ShardRange:
         """`search` over all passages, whatever the engine."""
         return search_all(Scorer(queries_BQD, self.rows, self.device), depth)
 
-    def probes(self, queries_BQD: Tensor) -> tuple[Int32Array, Float32Array]:
+    def probes(self, queries_BQD: Tensor, effort: int = 1) -> tuple[Int32Array, Float32Array]:
         """Engine `centroids`: the centroids that each query row probes, the same in every range."""
         assert self._centroids is not None
-        return self._centroids.probes(queries_BQD)
+        return self._centroids.probes(queries_BQD, effort)
 
     def candidates(
         self, ids_BQC: Int32Array, similarity_BQC: Float32Array, limit: int

@@ -3,22 +3,24 @@ rankings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.data.collection import collection_once
 from ckd_ray.files import join, list_files, make_folder
-from ckd_ray.ray_util.parts import finish_parts, part_file
+from ckd_ray.ray_util.parts import CPUS_OF_WAITING, finish_parts, part_file
 from ckd_ray.retrieve.query_blocks import rows_until_last
 from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
 from ckd_ray.retrieve.servers import ServerGroup
 from ckd_ray.store.embeddings import open_once
 
 _RECALL_OPERATIONS = 6e11
+MOST_EFFORT = 64
 
 
 @dataclass(frozen=True)
@@ -37,31 +39,53 @@ def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage:
     make_folder(job.out)
     present = set(list_files(job.out, ".parquet"))
     arguments = {"job": job, "servers": servers}
-    spans = finish_parts(stage, job.split, num_queries, present, _retrieve_part, arguments)
+    spans = finish_parts(stage, job.split, num_queries, present, _retrieve_part, arguments, CPUS_OF_WAITING)
     write_ranking_matrix(job.out, job.split, spans, job.depth)
 
 
-def measured_recall(
-    job: RetrieveJob, servers: ServerGroup, num_queries: int, *, operations: float, seed: int
-) -> dict[str, Any]:
-    """Recall of the written rankings against exact search, over a sample of the queries.
+class RecallSample:
+    """A sample of the queries with their exact rankings, to measure approximate search by.
 
-    Recall@k is the share of the exact top k that the ranking's top k holds; k is 100, or the depth below that. The
-    sample is what 6e11 multiplications and additions allow (a few seconds of a core), 8 to 256 queries.
+    Recall@k is the share of the exact top k that the found top k holds; k is 100, or the depth below that. The sample
+    is what 6e11 multiplications and additions allow (a few seconds of a core), 8 to 256 queries.
 
     Args:
+        num_queries: of the split, 1 or more.
         operations: of an exact search for one query.
     """
-    if not num_queries:
-        return {}
-    size = min(num_queries, int(np.clip(_RECALL_OPERATIONS / max(1.0, operations), 8, 256)))
-    sample = np.sort(np.random.default_rng(seed).choice(num_queries, size, replace=False))
-    depth = min(100, job.depth)
-    _, truth_BK = servers.search_exactly(_queries(job, sample), depth)
-    found_BK = np.asarray(read_ranking_matrix(job.out, job.split)[sample, :depth])
-    hits = [len(np.intersect1d(t[t >= 0], f)) for t, f in zip(truth_BK, found_BK, strict=True)]
-    recall = sum(hits) / max(1, int((truth_BK >= 0).sum()))
-    return {f"recall_at_{depth}": round(recall, 4), "recall_queries": size}
+
+    def __init__(
+        self, job: RetrieveJob, servers: ServerGroup, num_queries: int, *, operations: float, seed: int
+    ) -> None:
+        self.job, self.servers, self.depth = job, servers, min(100, job.depth)
+        self.size = min(num_queries, int(np.clip(_RECALL_OPERATIONS / max(1.0, operations), 8, 256)))
+        self.sample = np.sort(np.random.default_rng(seed).choice(num_queries, self.size, replace=False))
+        self._queries = _queries(job, self.sample)
+        _, self._truth_BK = servers.search_exactly(self._queries, self.depth)
+
+    def effort_for(self, wanted: float) -> tuple[int, float]:
+        """The least effort, of 1, 2, 4 up to `MOST_EFFORT`, that reaches the wanted recall, and the recall that it has.
+        Where none does, the least one of the highest recall."""
+        best = (1, -1.0)
+        effort = 1
+        while effort <= MOST_EFFORT:
+            _, found_BK = replace(self.servers, effort=effort).search(self._queries, self.depth)
+            recall = self._recall(found_BK)
+            if recall > best[1]:
+                best = (effort, recall)
+            if recall >= wanted:
+                break
+            effort *= 2
+        return best
+
+    def written(self) -> dict[str, Any]:
+        """The recall of the rankings that were written."""
+        found_BK = np.asarray(read_ranking_matrix(self.job.out, self.job.split)[self.sample, : self.depth])
+        return {f"recall_at_{self.depth}": round(self._recall(found_BK), 4), "recall_queries": self.size}
+
+    def _recall(self, found_BK: npt.NDArray[np.integer]) -> float:
+        hits = [len(np.intersect1d(t[t >= 0], f)) for t, f in zip(self._truth_BK, found_BK, strict=True)]
+        return sum(hits) / max(1, int((self._truth_BK >= 0).sum()))
 
 
 def _queries(job: RetrieveJob, queries_B: Int64Array) -> Float32Array:

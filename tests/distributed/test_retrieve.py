@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
 
 from ckd_ray.errors import JobError, UserError
+from ckd_ray.ray_util.parts import CPUS_OF_WAITING, run_parts
 from ckd_ray.retrieve import answers as waiting
 from ckd_ray.retrieve.answers import arrived
-from ckd_ray.retrieve.servers import SearchSettings, plan_servers, serving
-from ckd_ray.retrieve.stream import RetrieveJob, measured_recall
+from ckd_ray.retrieve.servers import SearchSettings, ServerGroup, plan_servers, serving
+from ckd_ray.retrieve.stream import MOST_EFFORT, RecallSample, RetrieveJob
 from ckd_ray.store import BrokenShardError, shard_name
 from tests.exact_index import ExactIndex
 from tests.unit.test_retrieve import clustered, passages, queries, write
@@ -141,8 +144,52 @@ def test_recall_is_measured_and_not_assumed(ray_session: None, tmp_path: Path) -
     )
     write_ranking_matrix(job.out, "train", [(0, 12)], 20)
     with serving(store, SearchSettings("faiss", candidates=64, nprobe=2)) as group:
-        assert measured_recall(job, group, 12, operations=1.0, seed=3) == {"recall_at_20": 0.75, "recall_queries": 12}
-        assert measured_recall(job, group, 0, operations=1.0, seed=3) == {}
+        sample = RecallSample(job, group, 12, operations=1.0, seed=3)
+        assert sample.written() == {"recall_at_20": 0.75, "recall_queries": 12}
+
+
+@pytest.mark.parametrize("engine", ["faiss", "centroids"])
+def test_effort_is_raised_until_the_recall_is_reached(ray_session: None, tmp_path: Path, engine: str) -> None:
+    documents, asked = clustered(300, 12)
+    store = write(tmp_path / "passages", documents, 2, codec="residual4" if engine == "centroids" else "fp16")
+    write(tmp_path / "queries", list(asked), 1)
+    job = RetrieveJob("run", "train", str(tmp_path / "queries"), str(tmp_path / "out"), 20)
+    with serving(store, SearchSettings(engine, nprobe=1, candidates=20), 1 if engine == "faiss" else 2) as group:
+        truth = group.search_exactly(asked.numpy(), 20)[1]
+
+        def recall(effort: int) -> float:
+            found = replace(group, effort=effort).search(asked.numpy(), 20)[1]
+            return sum(len(np.intersect1d(a, b)) for a, b in zip(truth, found, strict=True)) / truth.size
+
+        first = recall(1)
+        assert first < 0.97
+        sample = RecallSample(job, group, 12, operations=1.0, seed=3)
+        assert sample.effort_for(first) == (1, first)
+        effort, reached = sample.effort_for(0.97)
+        assert reached >= 0.97 > recall(effort // 2) and effort > 1 and reached == recall(effort)
+        # What cannot be reached: the least effort of the highest recall.
+        effort, reached = sample.effort_for(1.1)
+        tried = {2**i: recall(2**i) for i in range(MOST_EFFORT.bit_length())}
+        assert reached == max(tried.values()) and effort == min(e for e, r in tried.items() if r == reached)
+
+
+def _ask(batch: dict[str, np.ndarray], servers: ServerGroup, asked: np.ndarray) -> pa.Table:
+    _, found = servers.search(asked, 5)
+    return pa.table({"part": batch["part"], "best": [int(found[0, 0])]})
+
+
+def test_two_jobs_whose_servers_hold_the_cluster_both_go_on(ray_session: None, tmp_path: Path) -> None:
+    """The tasks of both find a place beside four servers on two cores. They waited for one another for ever."""
+    documents, asked = passages(80), queries(4).numpy()
+    store = write(tmp_path, documents, 4)
+    spans = [(i, i + 1) for i in range(6)]
+    with serving(store, SearchSettings("exact"), 2) as one, serving(store, SearchSettings("exact"), 2) as other:
+        assert ray.available_resources().get("CPU", 0.0) < 0.25
+        best = int(one.search(asked, 5)[1][0, 0])
+        for group in (one, other):
+            arguments = {"servers": group, "asked": asked}
+            rows = list(run_parts(list(range(6)), spans, _ask, arguments, CPUS_OF_WAITING))
+            assert sorted((row["part"], row["best"]) for row in rows) == [(i, best) for i in range(6)]
 
 
 def test_placement_is_refused_with_numbers(ray_session: None) -> None:

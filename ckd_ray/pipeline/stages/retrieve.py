@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ckd_ray.config import Config
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import say
 from ckd_ray.runs.directory import RunContext
 
+if TYPE_CHECKING:
+    from ckd_ray.retrieve.servers import ServerGroup
+    from ckd_ray.retrieve.stream import RecallSample
+
 # Keys that exact search does not read.
-_APPROXIMATE = frozenset({"cells", "nprobe", "candidates"})
+_APPROXIMATE = frozenset({"cells", "nprobe", "candidates", "recall"})
 
 
 def fingerprint_settings(config: Config) -> dict[str, Any]:
@@ -20,11 +25,12 @@ def fingerprint_settings(config: Config) -> dict[str, Any]:
 
 
 def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
-    """Write the rankings; of an approximate engine the recall against exact search is measured."""
+    """Write the rankings. An approximate engine works as hard as a sample says that the wanted recall needs, and its
+    recall is measured."""
     from ckd_ray.data import Collection
     from ckd_ray.pipeline.search_engine import search_settings
     from ckd_ray.retrieve.servers import serving
-    from ckd_ray.retrieve.stream import RetrieveJob, measured_recall, retrieve
+    from ckd_ray.retrieve.stream import RecallSample, RetrieveJob, retrieve
     from ckd_ray.store import EmbeddingStore
 
     config, paths = context.config, context.paths
@@ -42,13 +48,32 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         depth=min(depth, max(1, store.num_passages)),
     )
     with serving(store, settings, config.retrieve.actors) as servers:
-        retrieve(job, servers, count)
-        if settings.engine != "exact":
+        sample = None
+        if settings.engine != "exact" and count:
             operations = 2.0 * config.model.query_maxlen * store.num_tokens * store.dim
-            recall = measured_recall(job, servers, count, operations=operations, seed=config.run.seed)
+            sample = RecallSample(job, servers, count, operations=operations, seed=config.run.seed)
+            servers = _with_recall(servers, sample, config.retrieve.recall)
+            figures["effort"] = servers.effort
+        retrieve(job, servers, count)
+        if sample is not None:
+            recall = sample.written()
             figures |= recall
             say(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in recall.items() if k.startswith("recall")))
     return figures
+
+
+def _with_recall(servers: ServerGroup, sample: RecallSample, wanted: float | None) -> ServerGroup:
+    """The servers with the effort that the wanted recall needs."""
+    if wanted is None:
+        return servers
+    effort, recall = sample.effort_for(wanted)
+    s = servers.settings
+    say(
+        f"retrieve: recall@{sample.depth} {recall:.3f} on {sample.size} queries with nprobe {s.nprobe * effort:,} and"
+        f" candidates {s.candidates * effort:,}"
+        + ("" if recall >= wanted else f"; {wanted:g} is wanted, and more effort finds no more: raise retrieve.nprobe")
+    )
+    return replace(servers, effort=effort)
 
 
 STAGE = Stage(
