@@ -42,6 +42,7 @@ from ckd_ray.ray_util.processes import die_when_aborted
 FINAL_ERRORS = (UserError, JobError, FloatingPointError, torch.OutOfMemoryError)
 # Ray keeps the checkpoint with the highest value of this metric besides the last: the measure of a new best, else -1.
 KEEP, NOT_BEST = "keep", -1.0
+_STORE_WITHIN_S = 1800.0
 
 
 @dataclass
@@ -186,6 +187,7 @@ class _Loop:
             )  # fmt: skip
             self.position.pool = self.dev.pool_P.tolist()
         self.records: list[Record] = []  # since the last checkpoint
+        self._checkpoint: Path | None = None  # where the last one was written before it went to storage
 
     def _scale(self, precision: Precision) -> float:
         """The score scale: as configured, or that of the starting model, or measured. It becomes a setting of the
@@ -295,16 +297,35 @@ class _Loop:
         return True
 
     def _report(self, record: Record, improved: bool) -> None:
-        """Called by every worker; rank 0 adds the checkpoint, and writes the metrics since the last one."""
+        """Called by every worker; rank 0 adds the checkpoint, and writes the metrics since the last one. The checkpoint
+        is written to this machine's disk, and to storage while training goes on."""
         metrics = {name: value for name, value in record.items() if name != "time"}
         metrics["steps"] = self.position.next_step
         metrics[KEEP] = record["mrr@10"] if improved else NOT_BEST
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self.rank == 0:
-                write_part(self.metrics, self.task.stage, self.position.next_step, self.records)
-                self.state.save(Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            name = f"step-{self.position.next_step:08d}"
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        checkpoint = None
+        if self.rank == 0:
+            write_part(self.metrics, self.task.stage, self.position.next_step, self.records)
+            self._wait_until_stored()
+            self._checkpoint = Path(tempfile.mkdtemp(prefix="ckd-ray-checkpoint-"))
+            self.state.save(self._checkpoint)
+            checkpoint = ray.train.Checkpoint.from_directory(self._checkpoint)
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"step-{self.position.next_step:08d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
         self.records = []
+
+    def _wait_until_stored(self) -> None:
+        """Wait for the checkpoint before this one, so that the disk here holds one at a time. Ray removes its folder
+        when it is stored, and ends the attempt when it cannot be."""
+        until = time.monotonic() + _STORE_WITHIN_S
+        while self._checkpoint is not None and self._checkpoint.exists():
+            if time.monotonic() > until:
+                raise JobError(
+                    f"a checkpoint could not be stored within {_STORE_WITHIN_S:.0f} s: the storage of the run does not"
+                    " answer; give the same command again, and training goes on from the one before it"
+                )
+            time.sleep(0.05)

@@ -25,10 +25,10 @@ from ckd_ray.files import exists, file_signature, join, make_folder
 from ckd_ray.labels.feedback import expand_depths, nest
 from ckd_ray.labels.files import write_labels
 from ckd_ray.progress import say
-from ckd_ray.ray_util.parts import CPUS_OF_WAITING, finish_parts, part_file, parts_present
+from ckd_ray.ray_util.parts import finish_parts, part_file, parts_present
 from ckd_ray.ray_util.waiting import answer
 from ckd_ray.retrieve.rankings import part_matrix, read_ranking_part
-from ckd_ray.retrieve.servers import ServerGroup
+from ckd_ray.retrieve.servers import Searcher
 from ckd_ray.store.embeddings import open_once
 
 # The special cells, in the folder of the labels that they helped to make.
@@ -52,7 +52,7 @@ class LabelJob:
 class ServerVotes:
     """The nearest token embeddings of the whole store vote. The servers that hold its shards find them."""
 
-    servers: ServerGroup
+    servers: Searcher
     voters: int
 
     def __call__(self, vectors_MD: Tensor) -> Int64Array:
@@ -82,7 +82,7 @@ def label(job: LabelJob, votes: Votes, num_queries: int) -> int:
     make_folder(job.out)
     arguments = {"job": job, "votes": votes}
     # k-means takes a core. Beside the servers of a store there may be no whole one; then one task a core runs.
-    cpus = CPUS_OF_WAITING if isinstance(votes, ServerVotes) else 1.0
+    cpus = votes.servers.cpus if isinstance(votes, ServerVotes) else 1.0
     spans = finish_parts("label", job.split, num_queries, parts_present(job.out), _label_part, arguments, cpus)
     return spans[0][1] - spans[0][0] if spans else 1
 

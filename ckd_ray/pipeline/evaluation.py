@@ -53,7 +53,8 @@ def measure_system(
     search = SearchSettings("exact")
     if (engine or settings.engine) == "retrieve":
         search = search_settings(config, store, sum(counts.values()))
-    with serving(store, search, config.retrieve.actors) as servers:
+    rows = sum(counts.values()) * config.model.query_maxlen
+    with serving(store, search, config.retrieve.actors, rows) as servers:
         for split in splits:
             queries = query_store(embeddings, split)
             job = RetrieveJob(context.paths.root, split, queries, rankings, depth + skips)

@@ -41,7 +41,8 @@ def label_split(context: RunContext, split: str, rankings: str, out: str) -> dic
         cells = find_special_cells(join(out, CELLS), job, config.run.seed)
         queries_per_part = label(job, EstimatedVotes(cells), count)
     else:
-        with serving(store, settings_of_engine(way, config, store), config.retrieve.actors) as servers:
+        vectors = count * config.label.clusters * len(config.label.depths)
+        with serving(store, settings_of_engine(way, config, store), config.retrieve.actors, vectors) as servers:
             queries_per_part = label(job, ServerVotes(servers, config.label.voters), count)
     manifest = manifest_of_labels(queries_per_part, split, config.label.depths)
     write_json_atomic(join(out, MANIFEST), manifest)

@@ -12,8 +12,8 @@ from ckd_ray.ray_util.waiting import WORK_S, no_answer
 _QUERIES_A_PART = 256
 # What a task reserves that computes little.
 _CPUS_OF_LITTLE = 0.25
-# What a task reserves that waits for the servers of a store most of the time. Next to nothing: it must find a place where
-# the servers of this job and those of others hold the cluster, or both jobs would wait for ever.
+# What a task reserves that waits for the servers of a store most of the time. Next to nothing: it must find a place
+# where the servers of this job and those of others hold the cluster, or both jobs would wait for ever.
 CPUS_OF_WAITING = 0.001
 # Every server takes part in a query, so a few dozen tasks keep all of them busy.
 _MOST_WAITING = 32

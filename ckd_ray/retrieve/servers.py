@@ -21,9 +21,11 @@ import torch
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
+from ckd_ray.ray_util.parts import CPUS_OF_WAITING
 from ckd_ray.ray_util.processes import actor_device, die_when_aborted
 from ckd_ray.ray_util.waiting import LOOK_S, answer
 from ckd_ray.retrieve.answers import arrived
+from ckd_ray.retrieve.in_task import TaskSearch
 from ckd_ray.retrieve.int8 import choose_first_pass
 from ckd_ray.retrieve.merge import merge_neighbours, merge_top
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
@@ -105,12 +107,14 @@ class ServerGroup:
 
     Attributes:
         effort: of approximate search, see `ShardRange.search`.
+        cpus: that a task reserves which asks it.
     """
 
     actors: tuple[Any, ...]
     settings: SearchSettings
     needs: str = ""
     effort: int = 1
+    cpus: float = CPUS_OF_WAITING
 
     def _asked(self, method: str, *arguments: Any) -> Iterator[Any]:
         """The answers of all servers, as they arrive."""
@@ -151,6 +155,9 @@ def _merged(answers: Iterable[Lists], depth: int) -> Lists:
         best = merge_top([found] if best is None else [best, found], depth)
     assert best is not None
     return best
+
+
+Searcher = ServerGroup | TaskSearch
 
 
 @dataclass(frozen=True)
@@ -243,13 +250,22 @@ class serving:
 
     Args:
         servers: how many; `auto` takes one a GPU or core (or as many as there are shards).
+        vectors: about how many query rows will be searched with, when that is known: little work over a small store is
+            done without servers, where `servers` is `auto` and the search exact.
 
     Raises:
         UserError: they do not fit the cluster.
         JobError: other jobs hold the cluster's resources.
     """
 
-    def __init__(self, store: EmbeddingStore, settings: SearchSettings, servers: int | str = "auto") -> None:
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        settings: SearchSettings,
+        servers: int | str = "auto",
+        vectors: float = math.inf,
+    ) -> None:
+        self._in_task = settings.engine == "exact" and servers == "auto" and TaskSearch.suits(store, vectors)
         self._plan = plan_servers(
             settings,
             servers,
@@ -264,8 +280,11 @@ class serving:
         self._store, self._settings = store, settings
         self._actors: list[Any] = []
 
-    def __enter__(self) -> ServerGroup:
+    def __enter__(self) -> Searcher:
         plan = self._plan
+        if self._in_task:
+            say(f"  {self._store.num_tokens:,} token embeddings, few enough to be searched without servers")
+            return TaskSearch(self._store.uri)
         options: dict[str, Any] = {"num_cpus": plan.cpus, "max_restarts": _RESTARTS, "max_task_retries": -1}
         if plan.gpus:
             options["num_gpus"] = plan.gpus

@@ -13,10 +13,10 @@ import pyarrow as pa
 from ckd_ray.arrays import Float32Array, Int64Array
 from ckd_ray.data.collection import collection_once
 from ckd_ray.files import join, list_files, make_folder
-from ckd_ray.ray_util.parts import CPUS_OF_WAITING, finish_parts, part_file
+from ckd_ray.ray_util.parts import finish_parts, part_file
 from ckd_ray.retrieve.query_blocks import rows_until_last
 from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
-from ckd_ray.retrieve.servers import ServerGroup
+from ckd_ray.retrieve.servers import Searcher
 from ckd_ray.store.embeddings import open_once
 
 _RECALL_OPERATIONS = 6e11
@@ -34,12 +34,12 @@ class RetrieveJob:
     depth: int
 
 
-def retrieve(job: RetrieveJob, servers: ServerGroup, num_queries: int, *, stage: str = "retrieve") -> None:
+def retrieve(job: RetrieveJob, servers: Searcher, num_queries: int, *, stage: str = "retrieve") -> None:
     """Write the missing parts of `job`, then the matrix of all parts."""
     make_folder(job.out)
     present = set(list_files(job.out, ".parquet"))
     arguments = {"job": job, "servers": servers}
-    spans = finish_parts(stage, job.split, num_queries, present, _retrieve_part, arguments, CPUS_OF_WAITING)
+    spans = finish_parts(stage, job.split, num_queries, present, _retrieve_part, arguments, servers.cpus)
     write_ranking_matrix(job.out, job.split, spans, job.depth)
 
 
@@ -54,9 +54,7 @@ class RecallSample:
         operations: of an exact search for one query.
     """
 
-    def __init__(
-        self, job: RetrieveJob, servers: ServerGroup, num_queries: int, *, operations: float, seed: int
-    ) -> None:
+    def __init__(self, job: RetrieveJob, servers: Searcher, num_queries: int, *, operations: float, seed: int) -> None:
         self.job, self.servers, self.depth = job, servers, min(100, job.depth)
         self.size = min(num_queries, int(np.clip(_RECALL_OPERATIONS / max(1.0, operations), 8, 256)))
         self.sample = np.sort(np.random.default_rng(seed).choice(num_queries, self.size, replace=False))
@@ -95,7 +93,7 @@ def _queries(job: RetrieveJob, queries_B: Int64Array) -> Float32Array:
     return rows_BQD[:, : max(1, int(rows_until_last(rows_BQD).max()))].numpy()
 
 
-def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: ServerGroup) -> pa.Table:
+def _retrieve_part(batch: dict[str, Any], job: RetrieveJob, servers: Searcher) -> pa.Table:
     part, first, stop = (int(batch[name][0]) for name in ("part", "first", "stop"))
     collection = collection_once(job.run)
     scores_BK, passages_BK = servers.search(_queries(job, np.arange(first, stop)), job.depth)

@@ -93,7 +93,8 @@ def _rank_dev(context: RunContext, out: str) -> str:
 
     def work() -> dict[str, Any]:
         job = RetrieveJob(run=context.paths.root, split=_SPLIT, queries=queries, out=out, depth=config.depth)
-        with serving(store, search_settings(context.config, store, count), config.actors) as servers:
+        rows = count * context.config.model.query_maxlen
+        with serving(store, search_settings(context.config, store, count), config.actors, rows) as servers:
             retrieve(job, servers, count, stage="tune: dev rankings")
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.ray_util.parts import CPUS_OF_WAITING, run_parts
 from ckd_ray.retrieve import answers as waiting
 from ckd_ray.retrieve.answers import arrived
+from ckd_ray.retrieve.in_task import TaskSearch
 from ckd_ray.retrieve.servers import SearchSettings, ServerGroup, plan_servers, serving
 from ckd_ray.retrieve.stream import MOST_EFFORT, RecallSample, RetrieveJob
 from ckd_ray.store import BrokenShardError, shard_name
@@ -43,6 +45,32 @@ def test_shards_and_servers_do_not_change_a_bit(ray_session: None, tmp_path: Pat
         for other in answers[1:]:
             assert all(np.array_equal(a, b) for a, b in zip(answers[0], other, strict=True))
     assert np.array_equal(found["exact"][0][0], truth[0]) and np.array_equal(found["exact"][0][1], truth[1])
+
+
+def test_little_work_is_done_without_servers_to_the_same_bits(ray_session: None, tmp_path: Path) -> None:
+    documents, asked = passages(160), queries(6).numpy()
+    store = write(tmp_path, documents, 4)
+    with (
+        serving(store, SearchSettings("exact"), 2) as group,
+        serving(store, SearchSettings("exact"), "auto", 96) as own,
+    ):
+        assert isinstance(own, TaskSearch) and not isinstance(group, TaskSearch)
+        for a, b in zip(own.search(asked, 20), group.search(asked, 20), strict=True):
+            assert np.array_equal(a, b)
+        assert np.array_equal(own.search_exactly(asked, 20)[1], group.search_exactly(asked, 20)[1])
+        assert np.array_equal(own.nearest_tokens(asked[0], 6), group.nearest_tokens(asked[0], 6))
+    for servers, vectors in ((2, 96), ("auto", 1e13 / (2 * store.num_tokens * store.dim) + 1), ("auto", math.inf)):
+        with serving(store, SearchSettings("exact"), servers, vectors) as group:
+            assert not isinstance(group, TaskSearch)
+    with serving(store, SearchSettings("faiss"), "auto", 96) as group:
+        assert not isinstance(group, TaskSearch)
+    path, codes = tmp_path / shard_name(3), store.shard(3).codes.tobytes()
+    time.sleep(0.05)
+    with open(path, "r+b") as file:
+        file.seek(path.read_bytes().index(codes) + 1)
+        file.write(bytes([codes[1] ^ 0x40]))
+    with pytest.raises(BrokenShardError):
+        own.search(asked, 10)
 
 
 def test_a_killed_server_comes_back_and_answers_the_same(ray_session: None, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from ckd_ray.progress import say
 from ckd_ray.runs.directory import RunContext
 
 if TYPE_CHECKING:
-    from ckd_ray.retrieve.servers import ServerGroup
+    from ckd_ray.retrieve.servers import Searcher
     from ckd_ray.retrieve.stream import RecallSample
 
 # Keys that exact search does not read.
@@ -47,7 +47,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
         out=paths.rankings,
         depth=min(depth, max(1, store.num_passages)),
     )
-    with serving(store, settings, config.retrieve.actors) as servers:
+    with serving(store, settings, config.retrieve.actors, count * config.model.query_maxlen) as servers:
         sample = None
         if settings.engine != "exact" and count:
             operations = 2.0 * config.model.query_maxlen * store.num_tokens * store.dim
@@ -62,7 +62,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     return figures
 
 
-def _with_recall(servers: ServerGroup, sample: RecallSample, wanted: float | None) -> ServerGroup:
+def _with_recall(servers: Searcher, sample: RecallSample, wanted: float | None) -> Searcher:
     """The servers with the effort that the wanted recall needs."""
     if wanted is None:
         return servers
