@@ -39,9 +39,10 @@ def _train(training: Any, task: Any, actor: Any) -> Any:
     """`fit` of Ray Train with one worker and without an interruption."""
     kept: list[tuple[Any, dict[str, Any]]] = []
 
-    def report(metrics: dict[str, Any], *, checkpoint: Any, checkpoint_dir_name: str) -> None:
+    def report(metrics: dict[str, Any], *, checkpoint: Any, checkpoint_dir_name: str, **upload: Any) -> None:
+        assert upload["delete_local_checkpoint_after_upload"]
         folder = Path(task.checkpoints) / checkpoint_dir_name
-        shutil.copytree(checkpoint.path, folder)
+        shutil.move(checkpoint.path, folder)
         kept.append((worker.ray.train.Checkpoint.from_directory(str(folder)), metrics))
 
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1)

@@ -115,17 +115,17 @@ def _dataset(
         batch_size=1,
         batch_format="numpy",
         num_cpus=cpus,
-        compute=ray.data.TaskPoolStrategy(size=_most_waiting()) if cpus == CPUS_OF_WAITING else None,
+        compute=ray.data.TaskPoolStrategy(size=_most_waiting(len(items))) if cpus == CPUS_OF_WAITING else None,
     )
     dataset.context.execution_no_progress_timeout_s = WORK_S
     return dataset
 
 
-def _most_waiting() -> int:
+def _most_waiting(parts: int) -> int:
     """How many tasks ask servers at a time: one a core, as some of them compute a little."""
     import ray
 
-    return max(2, min(_MOST_WAITING, int(ray.cluster_resources().get("CPU", 1.0))))
+    return min(parts, max(2, min(_MOST_WAITING, int(ray.cluster_resources().get("CPU", 1.0)))))
 
 
 def _waiting(found: Iterable[Any]) -> Iterator[Any]:
