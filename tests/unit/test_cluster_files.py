@@ -310,8 +310,10 @@ def test_the_recipe_for_ms_marco_has_the_default_loss_and_the_published_budget()
     d = ours.distill
     assert (d.loss, d.temperature, d.beta, d.score_scale, d.sampling) == ("decoupled", "auto", "auto", "auto", "strata")
     assert isinstance(d.workers, int) and d.batch_size % d.workers == 0 and d.steps * d.batch_size >= 10 * 502_939
-    for section in ("collection", "model", "embed", "retrieve", "label", "evaluate"):
+    for section in ("collection", "model", "embed", "label", "evaluate"):
         assert getattr(ours, section) == getattr(published, section)
+    assert published.retrieve.recall is None  # the published search takes probes and candidates as they are
+    assert ours.retrieve.recall is not None and ours.retrieve.model_copy(update={"recall": None}) == published.retrieve
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ir_datasets is only asked for its registry")

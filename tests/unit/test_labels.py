@@ -21,7 +21,7 @@ from ckd_ray.labels.files import ExpansionReader, write_labels
 from ckd_ray.labels.stage import EstimatedVotes, LabelJob, ServerVotes, label
 from ckd_ray.model.encoder import Encoded
 from ckd_ray.ray_util import parts
-from ckd_ray.ray_util.parts import part_name
+from ckd_ray.ray_util.parts import CPUS_OF_WAITING, part_name
 from ckd_ray.retrieve.servers import SearchSettings, ServerGroup
 from tests.labelled import write_store
 
@@ -201,4 +201,4 @@ def test_a_task_reserves_the_core_that_it_computes_with(monkeypatch: pytest.Monk
     servers = ServerGroup((), SearchSettings("exact"))
     for votes in (None, EstimatedVotes("cells"), ServerVotes(servers, 10)):
         label(job, votes, 300)
-    assert asked == [1.0, 1.0, 0.25], "tasks that ask servers wait for them, beside them on the same cores"
+    assert asked == [1.0, 1.0, CPUS_OF_WAITING], "tasks that ask servers wait for them, beside them on the same cores"
