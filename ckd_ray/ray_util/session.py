@@ -138,9 +138,15 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
 @contextmanager
 def _one_start_at_a_time() -> Iterator[None]:
     """Keeps the commands of a user apart while they start Ray: one would read another one's note, and put it back after
-    that one has removed it. A command that never gets on, such as a stopped one, is not waited for."""
+    that one has removed it. A command that never gets on, such as a stopped one, is not waited for, and a lock that
+    cannot be made is done without."""
     path = os.path.join(tempfile.gettempdir(), f"ckd-ray-start-{os.getuid()}.lock")
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as lock:
+    try:
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        yield
+        return
+    with open(opened, "wb") as lock:
         until = time.monotonic() + _ANSWER_S
         while time.monotonic() < until:
             try:
