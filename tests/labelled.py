@@ -10,7 +10,7 @@ import numpy as np
 
 from ckd_ray.checks import load_config
 from ckd_ray.config import Config, LabelConfig
-from ckd_ray.data import Collection
+from ckd_ray.data import Collection, build_collection
 from ckd_ray.files import write_json_atomic
 from ckd_ray.labels.files import manifest_of_labels
 from ckd_ray.labels.stage import LabelJob, label_part
@@ -99,6 +99,21 @@ def labelled_run(storage: Path, backbone: str, collection: str, *more: str) -> s
     manifest = {**manifest_of_labels(256, "train", settings.depths), "made_of": "m"}
     write_json_atomic(str(made / "labels" / "_manifest.json"), manifest)
     return str(made)
+
+
+def with_rankings(run: Path, backbone: str, collection: str) -> str:
+    """`run` with its collection, and a ranking of query i: passages i, i + 1, ... i + 9 (i is its labelled one)."""
+    build_collection(load_config(None, overrides(run, backbone, collection)).collection, str(run))
+    passages = np.arange(24)[:, None] + np.arange(10)[None]
+    write_ranking_part(
+        str(run / "rankings" / part_file("train", 0)),
+        first_query=0,
+        query_ids=[f"q{i}" for i in range(24)],
+        scores_BK=-np.sort(passages.astype(np.float32)),
+        passages_BK=passages.astype(np.int64),
+        passage_ids=[f"p{i}" for i in passages.reshape(-1)],
+    )
+    return str(run)
 
 
 def write_rankings(run: Path, query_ids: list[str], scores: np.ndarray, found: np.ndarray) -> None:

@@ -61,7 +61,7 @@ class ArrayParts:
 
     def __init__(self, folder: str, split: str, queries_per_part: int, stage: str) -> None:
         self.folder, self.split, self.queries_per_part, self.stage = folder, split, queries_per_part, stage
-        self._copies = Copies(folder, (manifest_of(folder) or {}).get("files", []))
+        self._copies = Copies(folder, [] if is_local(folder) else (manifest_of(folder) or {}).get("files", []))
         self._arrays: OrderedDict[int, _Array] = OrderedDict()
         self._tables: OrderedDict[int, pa.NativeFile] = OrderedDict()
         # Requests to an object store wait for the network, so they are sent together.

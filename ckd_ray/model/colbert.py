@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ckd_ray.errors import UserError, first_line
-from ckd_ray.files import sha256_of
+from ckd_ray.files import has_digest, sha256_of
 from ckd_ray.model.settings import ColBERTSettings
 from ckd_ray.model.sources import refuse_remote_code, resolve_backbone, silent_transformers
 from ckd_ray.model.tokenizer import ColBERTTokenizer
@@ -224,7 +224,7 @@ def _check_weights(folder: Path) -> None:
     saved = json.loads((folder / SETTINGS_FILE).read_text()).get(WEIGHTS_DIGESTS)
     for name, digest in saved.items() if isinstance(saved, dict) else ():
         path = folder / name
-        if not path.is_file() or sha256_of(str(path)) != digest:
+        if not has_digest(str(path), digest):
             raise UserError(
                 "the weights of the checkpoint are not those that were saved",
                 where=str(path),

@@ -5,7 +5,7 @@ Shapes: B queries, Q rows, D dimensions, K results, M vectors, k neighbours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import ray
@@ -32,8 +32,6 @@ class TaskSearch:
     """
 
     store: str
-    settings: SearchSettings = field(default_factory=lambda: SearchSettings("exact"))
-    effort: int = 1
     cpus: float = 1.0
 
     @classmethod

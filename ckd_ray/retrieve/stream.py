@@ -16,7 +16,7 @@ from ckd_ray.files import join, list_files, make_folder
 from ckd_ray.ray_util.parts import finish_parts, part_file
 from ckd_ray.retrieve.query_blocks import rows_until_last
 from ckd_ray.retrieve.rankings import read_ranking_matrix, write_ranking_matrix, write_ranking_part
-from ckd_ray.retrieve.servers import Searcher
+from ckd_ray.retrieve.servers import Searcher, ServerGroup
 from ckd_ray.store.embeddings import open_once
 
 _RECALL_OPERATIONS = 6e11
@@ -54,7 +54,9 @@ class RecallSample:
         operations: of an exact search for one query.
     """
 
-    def __init__(self, job: RetrieveJob, servers: Searcher, num_queries: int, *, operations: float, seed: int) -> None:
+    def __init__(
+        self, job: RetrieveJob, servers: ServerGroup, num_queries: int, *, operations: float, seed: int
+    ) -> None:
         self.job, self.servers, self.depth = job, servers, min(100, job.depth)
         self.size = min(num_queries, int(np.clip(_RECALL_OPERATIONS / max(1.0, operations), 8, 256)))
         self.sample = np.sort(np.random.default_rng(seed).choice(num_queries, self.size, replace=False))

@@ -32,6 +32,7 @@ from ckd_ray.model.encoder import Precision
 from ckd_ray.pipeline.graph import needed, stage_fingerprint
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import write_ranking_part
+from tests.labelled import with_rankings
 from tests.support import WORDS, classifier, overrides
 
 DEPTH = 5
@@ -39,19 +40,8 @@ DEPTH = 5
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> str:
-    """A run with its collection, and a ranking of query i: passages i, i + 1, ... i + 9 (i is its labelled one)."""
-    run = tmp_path_factory.mktemp("ranked")
-    build_collection(load_config(None, overrides(run, tiny_backbone, tiny_collection)).collection, str(run))
-    passages = np.arange(24)[:, None] + np.arange(10)[None]
-    write_ranking_part(
-        str(run / "rankings" / part_file("train", 0)),
-        first_query=0,
-        query_ids=[f"q{i}" for i in range(24)],
-        scores_BK=-np.sort(passages.astype(np.float32)),
-        passages_BK=passages.astype(np.int64),
-        passage_ids=[f"p{i}" for i in passages.reshape(-1)],
-    )
-    return str(run)
+    """See `with_rankings`."""
+    return with_rankings(tmp_path_factory.mktemp("ranked"), tiny_backbone, tiny_collection)
 
 
 def imported(ranked: str, path: Path, out: Path) -> Coverage:

@@ -24,6 +24,7 @@ from ckd_ray.ray_util import parts
 from ckd_ray.ray_util.parts import CPUS_OF_WAITING, part_name
 from ckd_ray.retrieve.servers import SearchSettings, ServerGroup
 from tests.labelled import write_store
+from tests.support import flip_bit
 
 DIM, CLUSTERS, A_PART = 8, 6, 5
 SILENT = np.array([0, 1])
@@ -104,9 +105,8 @@ def test_a_bit_that_turns_in_any_vector_or_weight_is_found(folder: tuple[str, li
     vectors = folder[1][2].embeddings_BKD[3, :3].numpy().tobytes()
     at = written.index(vectors) if file.endswith("parquet") else len(written) - 4 * CLUSTERS
     for byte in (at, at + 5):
-        damaged = bytearray(written)
-        damaged[byte] ^= 1
-        path.write_bytes(damaged)
+        path.write_bytes(written)
+        flip_bit(path, byte)
         with pytest.raises(JobError, match=r"train-000002\.parquet: the labels of a query are not what was written"):
             ExpansionReader.open(folder[0], "train").select(asked, 1)
     path.write_bytes(written)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckd_ray.checks import load_config
-from ckd_ray.data import Collection, build_collection
+from ckd_ray.data import Collection
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.ray_util.parts import part_file
-from ckd_ray.retrieve.rankings import read_ranking_part, write_ranking_part
-from tests.support import overrides
+from ckd_ray.retrieve.rankings import read_ranking_part
+from tests.labelled import with_rankings
+from tests.support import flip_bit
 
 # The header of a page has no checksum either; damage of it is found as a page that does not fit, by other errors.
 ERRORS = (JobError, OSError, ValueError, KeyError)
@@ -25,18 +25,7 @@ ERRORS = (JobError, OSError, ValueError, KeyError)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_collection: str) -> Path:
-    folder = tmp_path_factory.mktemp("turned")
-    build_collection(load_config(None, overrides(folder, tiny_backbone, tiny_collection)).collection, str(folder))
-    passages = np.arange(24)[:, None] + np.arange(10)[None]
-    write_ranking_part(
-        str(folder / "rankings" / part_file("train", 0)),
-        first_query=0,
-        query_ids=[f"q{i}" for i in range(24)],
-        scores_BK=-np.sort(passages.astype(np.float32)),
-        passages_BK=passages.astype(np.int64),
-        passage_ids=[f"p{i}" for i in passages.reshape(-1)],
-    )
-    return folder
+    return Path(with_rankings(tmp_path_factory.mktemp("turned"), tiny_backbone, tiny_collection))
 
 
 def texts(run: Path) -> object:
@@ -72,9 +61,8 @@ def test_a_turned_bit_of_a_table_is_found_or_harmless(run: Path, file: str, read
     places = random.Random(3).sample(range(4, footer), min(300, footer - 4))
     try:
         for at in places:
-            damaged = bytearray(written)
-            damaged[at] ^= 1 << (at % 8)
-            path.write_bytes(damaged)
+            path.write_bytes(written)
+            flip_bit(path, at, at % 8)
             try:
                 assert read(run) == wanted, f"byte {at} of {len(written)}"
             except ERRORS as error:
@@ -91,8 +79,6 @@ def test_a_turned_bit_of_a_checkpoint_is_found(tmp_path: Path, tiny_backbone: st
     folder = tmp_path / "m"
     ColBERT.from_backbone(tiny_backbone, ColBERTSettings(dim=8, query_maxlen=8, doc_maxlen=16), seed=1).save(folder)
     ColBERT.from_pretrained(folder)
-    damaged = bytearray((folder / file).read_bytes())
-    damaged[-5] ^= 1  # of a weight's last digits
-    (folder / file).write_bytes(damaged)
+    flip_bit(folder / file, (folder / file).stat().st_size - 5)  # of a weight's last digits
     with pytest.raises(UserError, match=rf"{file}.*the weights of the checkpoint are not those that were saved"):
         ColBERT.from_pretrained(folder)

@@ -11,7 +11,7 @@ from ckd_ray.progress import say
 from ckd_ray.runs.directory import RunContext
 
 if TYPE_CHECKING:
-    from ckd_ray.retrieve.servers import Searcher
+    from ckd_ray.retrieve.servers import ServerGroup
     from ckd_ray.retrieve.stream import RecallSample
 
 # Keys that exact search does not read.
@@ -29,7 +29,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     recall is measured."""
     from ckd_ray.data import Collection
     from ckd_ray.pipeline.search_engine import search_settings
-    from ckd_ray.retrieve.servers import serving
+    from ckd_ray.retrieve.servers import ServerGroup, serving
     from ckd_ray.retrieve.stream import RecallSample, RetrieveJob, retrieve
     from ckd_ray.store import EmbeddingStore
 
@@ -49,7 +49,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     )
     with serving(store, settings, config.retrieve.actors, count * config.model.query_maxlen) as servers:
         sample = None
-        if settings.engine != "exact" and count:
+        if settings.engine != "exact" and count and isinstance(servers, ServerGroup):
             operations = 2.0 * config.model.query_maxlen * store.num_tokens * store.dim
             sample = RecallSample(job, servers, count, operations=operations, seed=config.run.seed)
             servers = _with_recall(servers, sample, config.retrieve.recall)
@@ -62,7 +62,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     return figures
 
 
-def _with_recall(servers: Searcher, sample: RecallSample, wanted: float | None) -> Searcher:
+def _with_recall(servers: ServerGroup, sample: RecallSample, wanted: float | None) -> ServerGroup:
     """The servers with the effort that the wanted recall needs."""
     if wanted is None:
         return servers
