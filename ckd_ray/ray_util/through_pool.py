@@ -1,17 +1,23 @@
-"""Ray Data streams units of work through tasks that prepare them to a pool of actors that hold a model.
+"""Ray Data streams units of work through tasks that prepare them to a pool of processes that hold a model.
 
-A unit (a shard of texts, a part of queries) is one row and one batch, so a dead actor loses the unit that it works on
+A unit (a shard of texts, a part of queries) is one row and one batch, so a dead process loses the unit that it works on
 and the one that waits. Only rows of figures come back. A pool that does not start and a stream that stops fail with
 numbers.
+
+The processes are actors. For a few units on CPUs they are tasks that keep their model between units: Ray gives the
+processes of finished tasks to the next stage, while an actor is a new process, which imports PyTorch and transformers
+for five seconds.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import ray
+import ray.cloudpickle
 
 from ckd_ray.errors import JobError
 from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
@@ -20,6 +26,8 @@ from ckd_ray.ray_util.waiting import WORK_S
 
 # From the request for actors until one of them has loaded the model.
 _START_TIMEOUT_S = 900
+# Units a process up to which tasks do the work: beyond it the start of an actor is a small part.
+_FEW_UNITS = 8
 
 
 def through_pool(
@@ -52,18 +60,26 @@ def through_pool(
         num_cpus=pool.feeder_cpus,
         compute=ray.data.TaskPoolStrategy(size=pool.feeders),
     )
-    dataset = dataset.map_batches(
-        actor,
-        fn_constructor_kwargs=actor_arguments,
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=pool.cpus_per_actor,
-        num_gpus=pool.gpus_per_actor or None,
-        # All actors start at once; after the loss of a node the pool is smaller for a while.
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=pool.actors, initial_size=pool.actors, max_tasks_in_flight_per_actor=2
-        ),
-    )
+    each: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": pool.cpus_per_actor}
+    if not pool.gpus_per_actor and len(work) <= _FEW_UNITS * pool.actors:
+        dataset = dataset.map_batches(
+            _in_task,
+            fn_kwargs={"pickled": ray.cloudpickle.dumps((actor, actor_arguments))},
+            compute=ray.data.TaskPoolStrategy(size=pool.actors),
+            max_retries=-1,  # as an actor, which is started again however often it dies
+            **each,
+        )
+    else:
+        dataset = dataset.map_batches(
+            actor,
+            fn_constructor_kwargs=actor_arguments,
+            num_gpus=pool.gpus_per_actor or None,
+            # All actors start at once; after the loss of a node the pool is smaller for a while.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=pool.actors, initial_size=pool.actors, max_tasks_in_flight_per_actor=2
+            ),
+            **each,
+        )
     # Keep an actor that waits for its first unit.
     dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
@@ -82,6 +98,28 @@ def through_pool(
             f"nothing was finished for {hours:g} hours by {pool}; the cluster: {describe(cluster_nodes()[0])}. "
             f"{smaller}"
         ) from error
+
+
+def _in_task(table: Any, pickled: bytes) -> Any:
+    """One unit, by the actor's class in a task."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        worker, threads = _kept(pickled)
+        torch.set_num_threads(threads)
+        return worker(table)
+    finally:
+        torch.set_num_threads(before)  # other tasks run in this process later
+
+
+@lru_cache(maxsize=1)
+def _kept(pickled: bytes) -> tuple[Any, int]:
+    """The instance of a stage in this process, and the threads that it asks for."""
+    import torch
+
+    actor, arguments = ray.cloudpickle.loads(pickled)
+    return actor(**arguments), torch.get_num_threads()
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
