@@ -35,7 +35,7 @@ def in_this_process() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _train(training: Any, task: Any, actor: Any) -> Any:
+def _train(training: Any, task: Any, actor: Any) -> tuple[Any, None]:
     """`fit` of Ray Train with one worker and without an interruption."""
     kept: list[tuple[Any, dict[str, Any]]] = []
 
@@ -52,7 +52,7 @@ def _train(training: Any, task: Any, actor: Any) -> Any:
         for name, function in found.items():
             patch.setattr(worker.ray.train, name, function)
         worker.train_worker(training.train_loop_config)
-    return SimpleNamespace(checkpoint=kept[-1][0], best_checkpoints=kept)
+    return SimpleNamespace(checkpoint=kept[-1][0], best_checkpoints=kept), None
 
 
 def _through_pool(

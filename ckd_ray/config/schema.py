@@ -216,7 +216,8 @@ class TrainingConfig(Section):
         callbacks: Installed entry points of the group ckd_ray.callbacks, such as other loggers.
         checkpoint_every: Steps between two checkpoints.
         log_every: Steps between two records of the metrics.
-        max_failures: How often training starts again after a worker is lost.
+        max_failures: How often training starts again after a worker is lost. A passage on which the encoder fails is
+            left out (`embed.max_bad_passages`) and does not count.
     """
 
     steps: Positive = 150
@@ -271,7 +272,8 @@ class EmbedConfig(Section):
         gpus_per_actor: GPUs of each actor; `auto` takes one where the cluster has GPUs.
         precision: Precision of the encoder; `auto` is bf16 on GPUs that compute it (not V100 or T4) and on CPUs that
             are faster with it, else fp32. `fp16` is for GPUs. `int8` is for CPUs, and changes the ranking a little.
-        max_bad_passages: Passages on which the encoder always fails that the stage skips and names before it ends.
+        max_bad_passages: Passages on which the encoder always fails that this stage, or a training, skips and names
+            before it ends.
     """
 
     codec: Literal["fp16", "residual1", "residual2", "residual4"] = "fp16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,11 @@ class Positives:
     def of(self, query: int) -> Int64Array:
         """The labelled passages of one query."""
         return self.passages[self.offsets[query] : self.offsets[query + 1]]
+
+    def queries_of(self, passages: Sequence[int]) -> Int64Array:
+        """The queries that have a label for one of these passages, ascending."""
+        at = np.flatnonzero(np.isin(self.passages, list(passages)))
+        return np.unique(np.searchsorted(self.offsets, at, side="right") - 1)
 
     @property
     def labelled_queries(self) -> Int64Array:

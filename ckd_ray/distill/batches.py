@@ -6,6 +6,7 @@ M = 1 + k passages a query (the positive first), N = B * M passages of the batch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,9 @@ class BatchPlan:
         negatives_depth: the number of unlabelled passages of the top to draw from.
         sampling: `uniform` draws the negatives evenly from the top; `strata` draws one from each of as many strata of
             rank (`rank_strata`), so that every batch has some of the best unlabelled passages and some distant ones.
+        left_out: passages that are in no batch. What is drawn does not depend on them: where one of them is drawn, a
+            positive gives way to the next one of its query, and a negative to a copy of the positive, which counts for
+            nothing (`valid_mask`). A query without any other positive gives way to another query.
     """
 
     def __init__(
@@ -50,10 +54,14 @@ class BatchPlan:
         rankings: npt.NDArray[np.integer] | None = None,
         negatives_depth: int = 100,
         sampling: Literal["uniform", "strata"] = "uniform",
+        left_out: Sequence[int] = (),
     ) -> None:
-        self.positives = positives
+        self.positives, self.left_out = positives, frozenset(left_out)
         self.queries = positives.labelled_queries
-        if not len(self.queries):
+        holders = positives.queries_of(left_out).tolist()
+        lost = [query for query in holders if self.left_out.issuperset(positives.of(query).tolist())]
+        self._kept = np.setdiff1d(self.queries, lost)
+        if not len(self._kept):
             raise UserError(
                 "no training query has a labelled passage",
                 where="collection.qrels",
@@ -73,14 +81,28 @@ class BatchPlan:
         passages_BM = np.empty((self.batch_size, 1 + self.negatives), np.int64)
         passages_BM[:, 0] = self.positives.passages[starts_B + rng.integers(0, counts_B)]
         passages_BM[:, 1:] = self._negatives(rng, queries_B)
+        if self.left_out:
+            self._leave_out(queries_B, passages_BM)
         return Batch(queries_B, passages_BM)
+
+    def _leave_out(self, queries_B: Int64Array, passages_BM: Int64Array) -> None:
+        """Replace the passages that are left out, in place."""
+        out_BM = np.isin(passages_BM, list(self.left_out))
+        for row in np.flatnonzero(out_BM[:, 0]).tolist():
+            known = self.positives.of(int(queries_B[row])).tolist()
+            drawn = known.index(passages_BM[row, 0])
+            passages_BM[row, 0] = next(p for p in known[drawn:] + known if p not in self.left_out)
+        passages_BM[:, 1:] = np.where(out_BM[:, 1:], passages_BM[:, :1], passages_BM[:, 1:])
 
     def _query(self, position: int) -> int:
         epoch, place = divmod(position, len(self.queries))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.queries)
-        return int(self._order[place])
+        query = int(self._order[place])
+        if len(self._kept) < len(self.queries) and query not in self._kept:
+            return int(np.random.default_rng([self.seed, 3, position]).choice(self._kept))
+        return query
 
     def _negatives(self, rng: np.random.Generator, queries_B: Int64Array) -> Int64Array:
         """(B, negatives) unlabelled passages from the top of the ranking; from the corpus where it has too few."""

@@ -8,6 +8,9 @@ pool, S sampled passages, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,6 +25,7 @@ from ckd_ray.files import exists, join
 from ckd_ray.model import ColBERT, maxsim
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import CPU_TOKENS, GPU_TOKENS, token_budget_batches
+from ckd_ray.model.tokenizer import Int32Array
 from ckd_ray.store import EmbeddingStore
 from ckd_ray.store.writing import MANIFEST
 
@@ -34,6 +38,7 @@ class DevMeasure:
 
     Args:
         pool: the pool of an earlier start of the same training; None chooses one.
+        left_out: passages that are not measured.
 
     Attributes:
         pool_P: dense indices, ascending.
@@ -52,6 +57,7 @@ class DevMeasure:
         device: torch.device,
         precision: Precision,
         pool: list[int] | None = None,
+        left_out: Sequence[int] = (),
     ) -> None:
         self.task, self.rank, self.world, self.device, self.precision = task, rank, world, device, precision
         self.model, self.similarity = model, model.settings.similarity
@@ -65,11 +71,16 @@ class DevMeasure:
         self.wanted = [positives.of(query) for query in self.queries_B.tolist()]
         size, total = _SAMPLE * task.settings.dev_passages, collection.num_passages
         sample_S = np.arange(total) if total <= size else np.unique(random.integers(0, total, size))
-        self.pool_P = np.array(pool, np.int64) if pool is not None else self._choose(sample_S, random)
+        chosen_P = np.array(pool, np.int64) if pool is not None else self._choose(sample_S, random)
+        self.pool_P = np.setdiff1d(chosen_P, list(left_out))
         self.mine = self.pool_P[rank::world]
-        tokenizer = model.tokenizer
-        self.query_ids, self.query_mask = tokenizer.queries([queries.texts[i] for i in self.queries_B.tolist()])
-        self.tokens = tokenizer.passages(collection.texts(self.mine))
+        self._query_texts, self._collection = [queries.texts[i] for i in self.queries_B.tolist()], collection
+
+    @cached_property
+    def _tokenised(self) -> tuple[Tensor, Tensor, list[Int32Array]]:
+        """Ids and mask of the queries, and the ids of the worker's passages."""
+        tokenizer = self.model.tokenizer
+        return *tokenizer.queries(self._query_texts), tokenizer.passages(self._collection.texts(self.mine))
 
     def _choose(self, sample_S: Int64Array, random: np.random.Generator) -> Int64Array:
         labelled = np.unique(np.concatenate(self.wanted))
@@ -118,13 +129,14 @@ class DevMeasure:
     @torch.no_grad()
     def _score(self) -> Tensor:
         """(B, P / world), the worker's share of the pool."""
+        query_ids, query_mask, tokens = self._tokenised
         with computing(self.device, self.precision):
-            queries_BQD = self.model.encode_queries(self.query_ids.to(self.device), self.query_mask.to(self.device))
+            queries_BQD = self.model.encode_queries(query_ids.to(self.device), query_mask.to(self.device))
         scores = torch.zeros(len(self.queries_B), len(self.mine), device=self.device)
-        lengths = np.array([len(ids) for ids in self.tokens], np.int32)
+        lengths = np.array([len(ids) for ids in tokens], np.int32)
         budget = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS  # training holds most of the GPU's memory
         for batch in token_budget_batches(lengths, budget):
-            ids, mask = self.model.tokenizer.pad([self.tokens[i] for i in batch])
+            ids, mask = self.model.tokenizer.pad([tokens[i] for i in batch])
             with computing(self.device, self.precision):
                 rows, keep = self.model.encode_passages(ids.to(self.device), mask.to(self.device))
             columns = torch.from_numpy(batch.astype(np.int64)).to(self.device)

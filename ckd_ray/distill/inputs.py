@@ -21,6 +21,7 @@ from ckd_ray.cross_encoder.scores import CrossScores
 from ckd_ray.data import Collection
 from ckd_ray.data.positives import Int64Array
 from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
+from ckd_ray.distill.left_out import left_out
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.teacher import Rows, TeacherInputs, TeacherReader
 from ckd_ray.ensemble.reader import EnsembleReader
@@ -115,6 +116,7 @@ class InputReader:
         self.collection = Collection.open(task.run, keep_copies=True)
         self.query_texts = self.collection.queries("train").texts
         self.positives = self.collection.positives("train", task.positive_grade)
+        self.left_out = [entry["index"] for entry in left_out(task)]
         student = task.distillation
         rankings = read_ranking_matrix(task.paths.rankings, "train") if student else None
         self.plan = BatchPlan(
@@ -126,6 +128,7 @@ class InputReader:
             rankings=rankings,
             negatives_depth=student.negatives_depth if student else 0,
             sampling=student.sampling if student else "uniform",
+            left_out=self.left_out,
         )
         dim = tokenizer.settings.dim
         self.teacher = TeacherReader(task, dim) if task.objective.reads_rows else None

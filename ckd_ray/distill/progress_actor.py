@@ -12,6 +12,9 @@ from ckd_ray.distill.metrics import Record
 from ckd_ray.ray_util.waiting import LOOK_S, answer
 
 _RECORDS = 10_000  # kept for a driver that is slow to ask
+# Steps whose texts the workers may be at, from the last one that they have told of: they are not all at the same line,
+# a message is lost with its process, and two more steps are read ahead.
+NEAR = 4
 
 
 class ProgressActor:
@@ -20,10 +23,14 @@ class ProgressActor:
     Attributes:
         cause: why training failed.
         stop_requested: whether the workers are to end after their present step.
+        failures: attempts that failed: a worker died or raised an error.
+        stuck: two attempts in a row failed within `NEAR` steps. The workers of the next one return at once.
     """
 
     def __init__(self) -> None:
         self.step, self.loss = 0, float("nan")
+        self.failures, self.stuck = 0, False
+        self._failed_at: int | None = None
         self.cause: str | None = None
         self.stop_requested = False
         self._records: deque[Record] = deque(maxlen=_RECORDS)
@@ -37,8 +44,22 @@ class ProgressActor:
         remote: Any = ray.remote(num_cpus=0)(cls)
         return remote.options(name=name, scheduling_strategy=here).remote()
 
+    def begin(self, step: int) -> None:
+        """The first step of an attempt."""
+        self.step = step
+
+    def attempt_failed(self) -> None:
+        """Sets `stuck` when this attempt came no further than the last one."""
+        before, self._failed_at = self._failed_at, self.step
+        self.failures += 1
+        self.stuck = before is not None and abs(self.step - before) < NEAR
+
+    def go_on(self) -> None:
+        """Forget the failures."""
+        self.failures, self.stuck, self._failed_at = 0, False, None
+
     def report(self, step: int, loss: float, record: Record | None = None) -> None:
-        """The last finished step, and its record where it is kept."""
+        """The number of finished steps, and the record of the last one where it is kept."""
         self.step, self.loss = step, loss
         if record is not None:
             self._records.append(record)
@@ -66,6 +87,11 @@ class ProgressReporter:
         with suppress(ValueError):
             self._actor = ray.get_actor(name)
 
+    def begin(self, step: int) -> None:
+        """Does not wait."""
+        if self._actor is not None:
+            self._actor.begin.remote(step)
+
     def report(self, step: int, loss: float, record: Record | None = None) -> None:
         """Does not wait."""
         if self._actor is not None:
@@ -80,9 +106,12 @@ class ProgressReporter:
         """Whether training is to end."""
         return self._actor is not None and bool(self._state()["stop_requested"])
 
-    def has_failed(self) -> bool:
-        """Whether an earlier attempt of this training has failed for good."""
-        return self._actor is not None and self._state()["cause"] is not None
+    def is_over(self) -> bool:
+        """Whether earlier attempts of this training have failed for good, or come no further."""
+        if self._actor is None:
+            return False
+        state = self._state()
+        return state["cause"] is not None or bool(state["stuck"])
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = answer("the driver of the training", self._actor.state.remote(), LOOK_S)

@@ -9,13 +9,15 @@ passages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ckd_ray.data import Collection
 from ckd_ray.data.positives import Positives
-from ckd_ray.distill.batches import BatchPlan, valid_mask
+from ckd_ray.distill.batches import Batch, BatchPlan, valid_mask
 from ckd_ray.model import ColBERT, maxsim
 from ckd_ray.model.encoder import Precision, computing
 
@@ -35,6 +37,7 @@ def measured_scale(
     seed: int,
     precision: Precision,
     doc_maxlen: int | None = None,
+    left_out: Sequence[int] = (),
 ) -> float:
     """The scale for a training that starts from `model`. It follows from the model's scores of 32 training queries and
     64 passages, their labels and as many others, which `seed` determines.
@@ -42,11 +45,9 @@ def measured_scale(
     Args:
         trained: whether the model was trained for MaxSim; False for a new projection.
         doc_maxlen: most tokens of a passage in the training; `model.doc_maxlen` when None.
+        left_out: see `BatchPlan`.
     """
-    plan = BatchPlan(
-        positives, num_passages=collection.num_passages, batch_size=_QUERIES, negatives=_PASSAGES_A_QUERY - 1, seed=seed
-    )
-    batch = plan.batch(0)
+    batch = scale_batch(positives, collection.num_passages, seed, left_out)
     texts = collection.queries("train").texts
     before = model.training
     model.eval()
@@ -65,6 +66,19 @@ def measured_scale(
     others_BN = torch.from_numpy(valid_mask(batch, positives)).to(scores_BN.device)
     others_BN[torch.arange(_QUERIES), torch.arange(_QUERIES) * _PASSAGES_A_QUERY] = False
     return round(max(_SMALLEST, spread(scores_BN, others_BN) * (TRAINED if trained else UNTRAINED)), 4)
+
+
+def scale_batch(positives: Positives, num_passages: int, seed: int, left_out: Sequence[int] = ()) -> Batch:
+    """The queries and passages that the scale is measured on."""
+    plan = BatchPlan(
+        positives,
+        num_passages=num_passages,
+        batch_size=_QUERIES,
+        negatives=_PASSAGES_A_QUERY - 1,
+        seed=seed,
+        left_out=left_out,
+    )
+    return plan.batch(0)
 
 
 def spread(scores_BN: Tensor, counted_BN: Tensor) -> float:

@@ -26,6 +26,7 @@ class TrainingTask:
         labels: the folder of the labels, below the run.
         teacher: the checkpoint whose encoder is run again when `teacher_embeddings` is `recompute`.
         untrained: a checkpoint with the encoder as it was before any training, for `untrained_share`.
+        max_bad: passages that may be left out because the encoder fails on them.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class TrainingTask:
     labels: str = LABELS
     teacher: str | None = None
     untrained: str | None = None
+    max_bad: int = 0
 
     @property
     def paths(self) -> RunDir:

@@ -20,16 +20,18 @@ from typing import Any
 import ray
 
 from ckd_ray import __version__
+from ckd_ray.distill.left_out import leave_out, left_out
 from ckd_ray.distill.metrics import Record, event_bytes, read_parts
 from ckd_ray.distill.objectives import CONDITIONAL_KEYS
 from ckd_ray.distill.placement import Placement, plan_workers
 from ckd_ray.distill.progress_actor import ProgressActor
 from ckd_ray.distill.targets import targets_of
 from ckd_ray.distill.task import TrainingTask
-from ckd_ray.errors import JobError, last_line
+from ckd_ray.embed.bad_texts import Entry, named, too_many
+from ckd_ray.errors import JobError, described, last_line
 from ckd_ray.files import filesystem_of, is_local, join, last_part, new_folder, parent
 from ckd_ray.model.colbert import read_settings
-from ckd_ray.progress import Progress, duration
+from ckd_ray.progress import Progress, duration, say
 from ckd_ray.ray_util.waiting import WORK_S
 
 # `ray.train.report` blocks for one period of the controller's polling; two seconds by default is most of a short run.
@@ -51,6 +53,7 @@ class TrainingOutcome:
         kept_step: the steps taken before that checkpoint.
         best: the best measure on dev; None without measurements.
         score_scale: the divisor of the scores (`ckd_ray.distill.scale`).
+        set_aside: the passages that were left out (`ckd_ray.distill.left_out`).
     """
 
     metrics: list[Record]
@@ -60,6 +63,7 @@ class TrainingOutcome:
     kept_step: int
     best: float | None
     score_scale: float | None
+    set_aside: list[Entry]
 
 
 def fit(
@@ -82,7 +86,8 @@ def fit(
     Args:
         workers: a number, `2-8` for elastic training, or `auto`; see `plan_workers`.
         max_failures: how often workers are started again after one died; a diverged loss or broken input ends training
-            at once.
+            at once. When they fail twice in a row at one step, its texts are tried. With those left out on which the
+            encoder fails, `task.max_bad` of them at most, training goes on as if nothing had failed.
         callbacks: of `ray.train.UserCallback`, such as other loggers.
         placement: instead of `workers`, for one of several trainings that share the cluster.
         threads: CPU threads of a worker; None: the workers of a node share its cores.
@@ -101,12 +106,11 @@ def fit(
     metrics = join(task.checkpoints, "metrics")
     config = {"task": task.to_dict(), "actor": name, "metrics": metrics, "threads": threads}
     config["stoppable"] = actor_name is not None
-    trainer = _trainer(task, placement, config, max_failures, callbacks)
     before = read_parts(metrics, task.settings.steps) if listener else []
     listening = _Listening(listener, before[-1]["step"] if before else -1)
     try:
         with _progress(task, actor, listening):
-            result = _run(trainer, task, actor)
+            result = _train(task, placement, config, max_failures, callbacks, actor)
     finally:
         ray.kill(actor)
     outcome = _take(task, result, metrics, out)
@@ -139,9 +143,10 @@ def _trainer(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ckd_ray.distill.worker import KEEP, train_worker
+    from ckd_ray.distill.worker import KEEP, FailureNotice, train_worker
 
     workers: Any = placement.num_workers  # the stubs know no pairs
+    notice: Any = FailureNotice(config["actor"])  # nor callbacks
     checkpoints = parent(task.checkpoints)
     fs, path = filesystem_of(checkpoints)
     # Ray never removes the latest checkpoint, from which training resumes; it keeps the best one as well.
@@ -161,12 +166,75 @@ def _trainer(
             storage_filesystem=None if is_local(checkpoints) else fs,
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=keep,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, notice],
         ),
     )
 
 
-def _run(trainer: Any, task: TrainingTask, actor: Any) -> Any:
+def _train(
+    task: TrainingTask,
+    placement: Placement,
+    config: dict[str, Any],
+    max_failures: int,
+    callbacks: Sequence[Any],
+    actor: Any,
+) -> Any:
+    """Ray's result of the training, begun again when texts were set aside. Raises JobError."""
+    left = max_failures
+    while True:
+        if bad := left_out(task):
+            say(f"{task.stage}: left out of training, as the encoder fails on them every time: {named(bad)}")
+        result, why = _run(_trainer(task, placement, config, left, callbacks), task, actor)
+        state = _told(actor)
+        if why is None and not state["stuck"]:
+            if result.checkpoint is None:
+                raise JobError(f"{task.stage}: training ended without a checkpoint")
+            return result
+        if _set_aside(task, state["step"], placement):
+            left = max_failures
+        elif why is not None:
+            raise JobError(f"{task.stage}: training failed: {why}")
+        else:
+            left -= state["failures"]
+        ray.get(actor.go_on.remote(), timeout=_TELL_S)
+
+
+def _set_aside(task: TrainingTask, step: int, placement: Placement) -> bool:
+    """Find the texts after `step` finished steps on which the encoder fails, and leave them out from here on. Returns
+    whether there are any.
+
+    Raises:
+        JobError: they are queries, or more passages than may be left out; names them.
+    """
+    from ckd_ray.distill.suspects import PASSAGES, find_bad
+
+    present = ray.cluster_resources()
+    if any(present.get(name, 0.0) < needed for name, needed in placement.resources.items()):
+        return False  # the machines themselves are lost
+    say(f"{task.stage}: the workers fail at step {step}; its texts are tried, to find one on which the encoder fails")
+    try:
+        found = find_bad(task, step, placement)
+    except ray.exceptions.RayError as error:
+        say(f"{task.stage}: they could not be tried: {described(error)}")
+        return False
+    passages = found.pop(PASSAGES, [])
+    for queries, entries in found.items():
+        raise JobError(f"{task.stage}: {too_many(queries, entries, 0)}")
+    if not passages:
+        return False
+    bad = [*left_out(task), *passages]
+    if len(bad) > task.max_bad:
+        raise JobError(f"{task.stage}: {too_many(PASSAGES, bad, task.max_bad)}")
+    leave_out(task, bad)
+    return True
+
+
+def _run(trainer: Any, task: TrainingTask, actor: Any) -> tuple[Any, str | None]:
+    """Ray's result, and None; or why Ray has given up, where it may be a text that workers fail on.
+
+    Raises:
+        JobError: training failed for another reason.
+    """
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     before = signal.getsignal(signal.SIGINT)
@@ -174,7 +242,7 @@ def _run(trainer: Any, task: TrainingTask, actor: Any) -> Any:
         result = trainer.fit()
         error = result.error
     except SystemExit as interrupted:  # how Ray Train's own Ctrl-C handler leaves, after it has stopped the workers
-        cause = _cause(actor, None)
+        cause = _told(actor)["cause"]
         if cause is not None:  # it was not the user (`_give_up`)
             raise JobError(f"{task.stage}: training failed: {cause}") from interrupted
         raise KeyboardInterrupt from interrupted
@@ -183,24 +251,23 @@ def _run(trainer: Any, task: TrainingTask, actor: Any) -> Any:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-    cause = _cause(actor, error)
-    if cause is not None:
-        raise JobError(f"{task.stage}: training failed: {cause}") from error
-    if result.checkpoint is None:
-        raise JobError(f"{task.stage}: training ended without a checkpoint")
-    return result
+    # What the workers have told the actor, else the message of the error, without Ray's frames.
+    cause = _told(actor)["cause"]
+    failures = getattr(error, "worker_failures", None)
+    if cause is None and failures:
+        return None, last_line(next(iter(failures.values())))
+    if cause is not None or error is not None:
+        raise JobError(f"{task.stage}: training failed: {cause or last_line(error)}") from error
+    return result, None
 
 
-def _cause(actor: Any, error: BaseException | None) -> str | None:
-    """Why the workers failed: what they told the actor, else the message of the error, without Ray's frames."""
+def _told(actor: Any) -> dict[str, Any]:
+    """What the workers have told the actor: nothing, where that is lost."""
     try:
-        cause: str | None = ray.get(actor.state.remote(), timeout=_TELL_S)["cause"]
+        state: dict[str, Any] = ray.get(actor.state.remote(), timeout=_TELL_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        cause = None
-    if cause is None and error is not None:
-        failures = getattr(error, "worker_failures", None)
-        cause = last_line(next(iter(failures.values())) if failures else error)
-    return cause
+        state = ProgressActor().state()
+    return state
 
 
 @contextmanager
@@ -285,6 +352,7 @@ def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOu
             kept_step=kept,
             best=position["best"],
             score_scale=settings.score_scale,
+            set_aside=left_out(task),
         )
         (Path(target) / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         events = Path(target) / "tensorboard"
@@ -298,7 +366,7 @@ def _take(task: TrainingTask, result: Any, metrics: str, out: str) -> TrainingOu
 def _description(task: TrainingTask, outcome: TrainingOutcome, similarity: str) -> dict[str, Any]:
     """`training.json`: how the weights were trained, and the loss and its scales in words."""
     unread = CONDITIONAL_KEYS - task.objective.keys(task.distillation) if task.distillation else frozenset()
-    of_task = {k: v for k, v in task.to_dict().items() if k not in ("run", "start", "teacher", "settings")}
+    of_task = {k: v for k, v in task.to_dict().items() if k not in ("run", "start", "teacher", "settings", "max_bad")}
     settings = {**task.settings.model_dump(mode="json", exclude=set(unread)), **of_task}
     loss = f", loss {task.distillation.loss}" if task.distillation and task.objective.has_teacher else ""
     result = {k: v for k, v in asdict(outcome).items() if k != "metrics"}

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """The function that every worker of `ray.train.torch.TorchTrainer` runs.
 
     A worker tells the progress actor of an error that every attempt would meet. The workers of later attempts then
-    return at once; otherwise Ray would start the training `max_failures` times more.
+    return at once; otherwise Ray would start the training `max_failures` times more. So do they when attempts fail at
+    one step again and again, whose texts the driver then tries.
 
     Args:
         config: the `task`, the name of the progress `actor`, the folder of the `metrics`, the CPU `threads`, and
@@ -147,7 +148,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     die_when_aborted()
     reporter = ProgressReporter(config["actor"])
-    if reporter.has_failed():
+    if reporter.is_over():
         return
     try:
         _Loop(TrainingTask.from_dict(config["task"]), reporter, config).run()
@@ -157,6 +158,18 @@ def train_worker(config: dict[str, Any]) -> None:
         reporter.fail((advice if isinstance(error, torch.OutOfMemoryError) else "") + str(error))
         if not isinstance(error, FloatingPointError):
             raise  # the other workers may not have the error, and wait for this one
+
+
+class FailureNotice(ray.train.UserCallback):
+    """Tells the progress actor of this name that an attempt has failed; runs in Ray's controller."""
+
+    def __init__(self, actor: str) -> None:
+        self.actor = actor
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Returns before the workers are started again, and so before they ask the actor."""
+        with suppress(ValueError):
+            ray.get_actor(self.actor).attempt_failed.remote()
 
 
 class _Loop:
@@ -183,7 +196,7 @@ class _Loop:
         if task.settings.evaluate_every and not self.position.finished:
             self.dev = DevMeasure(
                 task, model, rank=self.rank, world=self.world, device=device, precision=precision,
-                pool=self.position.pool,
+                pool=self.position.pool, left_out=self.reader.left_out,
             )  # fmt: skip
             self.position.pool = self.dev.pool_P.tolist()
         self.records: list[Record] = []  # since the last checkpoint
@@ -198,7 +211,7 @@ class _Loop:
             scale = measured_scale(
                 model, self.reader.collection, self.reader.positives,
                 trained=self.task.stage != "teacher", seed=self.task.seed, precision=precision,
-                doc_maxlen=self.task.settings.doc_maxlen,
+                doc_maxlen=self.task.settings.doc_maxlen, left_out=self.reader.left_out,
             )  # fmt: skip
             if self.world > 1:  # workers on different processors may differ in the last digits
                 agreed = torch.tensor(scale, dtype=torch.float64, device=self.state.device)
@@ -212,6 +225,8 @@ class _Loop:
         if self.position.finished:
             return
         settings = self.task.settings
+        if self.rank == 0:
+            self.reporter.begin(self.position.next_step)
         for inputs in self.reader.stream(self.position.next_step):
             record = self._update(inputs)
             improved = self._measure(record)

@@ -1,5 +1,7 @@
 """Finds the texts on which the encoder fails every time, so that the others of a shard are still encoded.
 
+Training finds those of a step in the same way (distill/suspects.py).
+
 When the encoder raises an error, ranges of texts are tried at once. A process that dies (a segmentation fault, the
 out-of-memory killer of the kernel or of Ray) cannot try anything, and Ray starts it again without end. Every try is
 therefore recorded in a file next to the shard before it begins. After `_TRIES` deaths the next process encodes the
@@ -14,9 +16,9 @@ the stage.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,13 +34,15 @@ if TYPE_CHECKING:
 # Deaths before ranges are tried, and deaths of one text alone before it is bad: a lost node counts as a death as well.
 _TRIES, _TRIES_ALONE = 3, 2
 # Deaths before the shard fails: finding one text of 16,384 takes 15, and each further one as many.
-_MOST_TRIES = 200
+MOST_TRIES = 200
 TRIES = ".tries.json"
 # After an out-of-memory, before the only other try: another process may hold the memory for a moment.
 _MEMORY_PAUSE_S = 10.0
 _LESS_MEMORY = "if memory is short, lower embed.token_budget or embed.passages_per_shard"
 
-Encode = Callable[[list[int]], "Encoded"]
+Encode = Callable[[list[int]], Any]
+# A bad passage: index, passage_id, cause.
+Entry = dict[str, Any]
 
 
 @dataclass
@@ -68,15 +72,16 @@ class GuardedEncoder:
         count: N, texts of the shard.
         encode: encodes some of them, by number; raises, or ends the process.
         shard: its name, for messages.
+        together: deaths on all texts together before ranges are tried.
     """
 
-    def __init__(self, uri: str, count: int, encode: Encode, shard: str) -> None:
-        self.uri, self.count, self.encode, self.shard = uri, count, encode, shard
+    def __init__(self, uri: str, count: int, encode: Encode, shard: str, together: int = _TRIES) -> None:
+        self.uri, self.count, self.encode, self.shard, self.together = uri, count, encode, shard, together
         # What a process that died has left.
         self.tries = _Tries(**read_object(uri)) if exists(uri) else _Tries()
 
-    def run(self) -> tuple[Encoded, dict[int, str]]:
-        """The texts that could be encoded, in order, and what happened to the others, by number.
+    def run(self) -> tuple[Any, dict[int, str]]:
+        """What `encode` returns for the texts that it can encode, and what happened to the others, by number.
 
         Raises:
             JobError: the shard fails although none of its texts fails alone.
@@ -98,15 +103,17 @@ class GuardedEncoder:
         tries = self.tries
         if exists(self.uri):
             tries.deaths += 1
-            if tries.deaths >= _MOST_TRIES:
+            if tries.deaths >= MOST_TRIES:
                 delete(self.uri)
                 raise JobError(
                     f"{self.shard}: its encoder has died {tries.deaths} times, and on no text alone; {_LESS_MEMORY}"
                 )
             if tries.looking:
                 self._range_failed("the encoder's process dies on it", most=_TRIES_ALONE)
-            elif tries.deaths >= _TRIES:
+            elif tries.deaths >= self.together:
                 tries.looking, tries.ranges = True, [[0, self.count]]
+                if self.count > 1:
+                    self._range_failed("", most=_TRIES_ALONE)  # the whole shard was tried; this halves it
         self._record()
 
     def _record(self) -> None:
@@ -141,7 +148,7 @@ class GuardedEncoder:
         tries.looking = False
         self._record()
 
-    def _encode(self, some: list[int]) -> Encoded:
+    def _encode(self, some: list[int]) -> Any:
         """`encode`, once more when the GPU's memory did not hold one text alone.
 
         Raises:
@@ -161,7 +168,7 @@ class GuardedEncoder:
             time.sleep(_MEMORY_PAUSE_S)
         raise AssertionError
 
-    def _encode_good(self) -> Encoded:
+    def _encode_good(self) -> Any:
         """All texts but the bad ones; when that fails, ranges are tried, once."""
         for tried in (False, True):
             good = [i for i in range(self.count) if str(i) not in self.tries.bad]
@@ -191,3 +198,19 @@ def with_empty_texts(encoded: Encoded, count: int, bad: dict[int, str]) -> Encod
     lengths = np.zeros(count, np.int32)
     lengths[[i for i in range(count) if i not in bad]] = encoded.lengths
     return Encoded(lengths, encoded.token_ids, encoded.embeddings_TD)
+
+
+def named(entries: Sequence[Entry]) -> str:
+    """The first twenty of them, each with its cause."""
+    return "; ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in entries[:20])
+
+
+def too_many(texts: str, entries: Sequence[Entry], allowed: int) -> str:
+    """The message when more of the `texts` (`passages`, or `queries.SPLIT`) are bad than are `allowed`."""
+    failed = f"the encoder fails every time on {len(entries)}"
+    if texts != "passages":
+        return f"{failed} of {texts}: {named(entries)}; leave it out, or correct its text"
+    return (
+        f"{failed} passages, and {allowed} may be left out (embed.max_bad_passages): {named(entries)};"
+        " correct or leave out these passages, or raise embed.max_bad_passages"
+    )

@@ -26,7 +26,7 @@ import ray
 
 from ckd_ray.config import EmbedConfig
 from ckd_ray.data import Collection
-from ckd_ray.embed.bad_texts import TRIES, GuardedEncoder, with_empty_texts
+from ckd_ray.embed.bad_texts import TRIES, Entry, GuardedEncoder, named, too_many, with_empty_texts
 from ckd_ray.embed.survey import check_shards, close_in_tasks
 from ckd_ray.errors import JobError, UserError, described
 from ckd_ray.files import (
@@ -169,16 +169,16 @@ def embed_texts(
     for (job, _), shards in zip(jobs, spans, strict=True):
         bad = bad_passages(job)
         if len(bad) > job.max_bad:  # several actors may each have accepted one that was still allowed
-            raise JobError(_too_many(job, bad, job.max_bad))
+            raise JobError(too_many(job.texts, bad, job.max_bad))
         if bad:
-            say(f"{stage}: {len(bad)} passages have no embeddings; the encoder fails on them every time: {_shown(bad)}")
+            say(f"{stage}: {len(bad)} passages have no embeddings; the encoder fails on them every time: {named(bad)}")
         extra = {"set_aside": bad} if bad else {}
         close_in_tasks(job.out, job.fingerprint, shards, precision=job.precision, texts=job.texts, **extra)
     return [EmbeddingStore.open(job.out) for job, _ in jobs]
 
 
-def bad_passages(job: EmbedJob) -> list[dict[str, Any]]:
-    """The passages of a store that could not be encoded: index, passage_id, cause."""
+def bad_passages(job: EmbedJob) -> list[Entry]:
+    """The passages of a store that could not be encoded."""
     records = [read_object(join(job.out, name)) for name in list_files(job.out, BAD_PASSAGES)]
     entries = [entry for record in records if record["fingerprint"] == job.fingerprint for entry in record["passages"]]
     return sorted(entries, key=lambda entry: int(entry["index"]))
@@ -372,27 +372,14 @@ def _record_bad(job: EmbedJob, uri: str, first: int, count: int, bad: dict[int, 
     else:
         split = job.texts.removeprefix("queries.")
         ids = [collection.queries_between(split, i, i + 1).ids[0] for i in causes]
-    named = zip(causes.items(), ids, strict=True)
-    entries = [{"index": i, "passage_id": name, "cause": cause} for (i, cause), name in named]
+    entries = [
+        {"index": i, "passage_id": name, "cause": cause} for (i, cause), name in zip(causes.items(), ids, strict=True)
+    ]
     others = [entry for entry in bad_passages(job) if not first <= entry["index"] < first + count]
     allowed = job.max_bad if job.texts == "passages" else 0
     if len(others) + len(entries) > allowed:
-        raise JobError(_too_many(job, others + entries, allowed))
+        raise JobError(too_many(job.texts, others + entries, allowed))
     write_json_atomic(with_ending(uri, BAD_PASSAGES), {"fingerprint": job.fingerprint, "passages": entries})
-
-
-def _shown(entries: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{entry['passage_id']} ({entry['cause']})" for entry in entries[:20])
-
-
-def _too_many(job: EmbedJob, entries: list[dict[str, Any]], allowed: int) -> str:
-    failed = f"the encoder fails every time on {len(entries)}"
-    if job.texts != "passages":
-        return f"{failed} of {job.texts}: {_shown(entries)}; leave it out, or correct its text"
-    return (
-        f"{failed} passages, and {allowed} may be without embeddings (embed.max_bad_passages): {_shown(entries)};"
-        " correct or leave out these passages, or raise embed.max_bad_passages"
-    )
 
 
 def load_encoder(job: EmbedJob, threads: int) -> Encoder:

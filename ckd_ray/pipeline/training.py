@@ -60,6 +60,7 @@ def training_task(
         labels=run.labels_name,
         teacher=None if stage == "teacher" else run.teacher,
         untrained=untrained,
+        max_bad=config.embed.max_bad_passages,
     )
 
 
@@ -107,6 +108,7 @@ def train(task: TrainingTask, out: str, tracking: Tracking) -> dict[str, Any]:
 def _figures(task: TrainingTask, outcome: TrainingOutcome) -> dict[str, Any]:
     losses = [record["loss"] for record in outcome.metrics]
     targets = targets_of(outcome.metrics)
+    left_out = {"set_aside": [entry["passage_id"] for entry in outcome.set_aside]} if outcome.set_aside else {}
     student = task.distillation
     if student and task.objective.has_teacher and (notice := degenerate(targets, student.temperature)):
         say(f"{task.stage}: {notice}")
@@ -125,4 +127,5 @@ def _figures(task: TrainingTask, outcome: TrainingOutcome) -> dict[str, Any]:
         "weights": outcome.weights,
         "kept_step": outcome.kept_step,
         "dev_mrr@10": outcome.best,
+        **left_out,
     }

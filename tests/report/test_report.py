@@ -148,7 +148,7 @@ def test_passages_that_were_set_aside_are_named(run: Path) -> None:
     stages = [{"name": "embed", "folder": "embeddings", "seconds": 1.0, "figures": figures}]
     page = render_page(dataclasses.replace(gather(open_finished(str(run))), stages=stages))
     text = " ".join(page.split())
-    assert "2 passages could not be encoded and were set aside" in text and "&lt;p42&gt;" in text
+    assert "embed: 2 passages could not be encoded and were set aside" in text and "&lt;p42&gt;" in text
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:

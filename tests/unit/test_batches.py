@@ -12,6 +12,7 @@ from ckd_ray.distill.batches import Batch, BatchPlan, rank_strata, valid_mask
 from ckd_ray.distill.dev import mean_reciprocal_rank, top_of_rows
 from ckd_ray.distill.inputs import worker_slice
 from ckd_ray.distill.placement import parse_workers
+from ckd_ray.distill.progress_actor import ProgressActor
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import UserError
 from ckd_ray.model.length_buckets import even_parts, length_groups
@@ -153,6 +154,63 @@ def test_valid_mask_equals_the_literal_version() -> None:
             for i, query in enumerate(queries)
         ]
         assert valid_mask(Batch(queries, np.array(rows)), labels).tolist() == literal
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "strata"])
+@pytest.mark.parametrize("left_out", [[0], [1], [2, 9], [0, 5, 9], [1, 3, 4, 7]])
+def test_what_is_left_out_changes_nothing_else(sampling: str, left_out: list[int]) -> None:
+    """Passage 1 is the one label of query 1; query 0 has the labels 0 and 9."""
+    known, without = plan(batch_size=3, sampling=sampling), plan(batch_size=3, sampling=sampling, left_out=left_out)
+    lost = {q for q in range(3) if not set(known.positives.of(q).tolist()) - set(left_out)}
+    changed = 0
+    for step in range(40):
+        before, after = known.batch(step), without.batch(step)
+        assert not set(after.passages_BM.reshape(-1).tolist()) & set(left_out)
+        if lost & set(before.queries_B.tolist()):
+            assert not lost & set(after.queries_B.tolist())
+            assert all(row[0] in known.positives.of(q) for q, row in zip(*vars(after).values(), strict=True))
+            continue
+        assert after.queries_B.tolist() == before.queries_B.tolist()
+        for query, old, new in zip(before.queries_B, before.passages_BM.tolist(), after.passages_BM, strict=True):
+            others = [p for p in known.positives.of(query).tolist() if p not in left_out]
+            positive = old[0] if old[0] not in left_out else others[0]
+            assert new.tolist() == [positive, *(positive if p in left_out else p for p in old[1:])]
+        again = plan(batch_size=3, sampling=sampling, left_out=left_out).batch(step)
+        assert np.array_equal(again.passages_BM, after.passages_BM)
+        changed += not np.array_equal(after.passages_BM, before.passages_BM)
+        copies = after.passages_BM[:, 1:] == after.passages_BM[:, :1]
+        own = np.stack([row[3 * i + 1 : 3 * i + 3] for i, row in enumerate(valid_mask(after, known.positives))])
+        assert not (own & copies).any(), "a copy of the positive counts for nothing"
+    assert changed or lost
+
+
+def test_where_all_labels_are_left_out_nothing_can_be_trained() -> None:
+    with pytest.raises(UserError, match="no training query has a labelled passage"):
+        plan(left_out=[0, 1, 3, 9])
+
+
+def test_the_queries_of_labelled_passages() -> None:
+    known = positives([0, 9], [], [9], [3])
+    assert [known.queries_of(p).tolist() for p in ([], [9], [3, 0], [5])] == [[], [0, 2], [0, 3], []]
+
+
+@pytest.mark.parametrize(
+    ("steps", "stuck"),
+    [([7, 7], True), ([7, 10], True), ([10, 7], True), ([7, 11], False), ([7], False), ([7, 300, 301], True)],
+)
+def test_attempts_that_come_no_further(steps: list[int], stuck: bool) -> None:
+    actor = ProgressActor()
+    for step in steps:
+        actor.begin(3)
+        actor.report(step, 0.5)
+        actor.attempt_failed()
+    assert actor.state() | {"loss": 0} == {
+        "step": steps[-1], "loss": 0, "cause": None, "stop_requested": False, "failures": len(steps), "stuck": stuck
+    }  # fmt: skip
+    actor.go_on()
+    assert (actor.state()["failures"], actor.state()["stuck"]) == (0, False)
+    actor.attempt_failed()
+    assert not actor.state()["stuck"], "the first failure after that is no second one"
 
 
 def test_length_groups_cover_all_and_save_padding() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ckd_ray.embed import bad_texts
-from ckd_ray.embed.bad_texts import _MOST_TRIES, GuardedEncoder, with_empty_texts
+from ckd_ray.embed.bad_texts import MOST_TRIES, GuardedEncoder, with_empty_texts
 from ckd_ray.errors import JobError
 from ckd_ray.model.encoder import Encoded
 
@@ -37,7 +37,7 @@ class Model:
 
 def until_done(path: Path, model: Model, count: int) -> tuple[Encoded, dict[int, str], int]:
     """Start a process again and again; what comes out, and how many died."""
-    for deaths in range(10 * _MOST_TRIES):
+    for deaths in range(10 * MOST_TRIES):
         encoder = GuardedEncoder(str(path), count, model, "shard 7")
         try:
             encoded, bad = encoder.run()
@@ -59,6 +59,20 @@ def test_texts_that_end_the_process_are_found(tmp_path: Path, bad: list[int]) ->
     good = [i for i in range(1024) if i not in bad]
     assert model.calls[-1] == good and encoded.token_ids.tolist() == good
     assert not list(tmp_path.iterdir())
+
+
+def test_ranges_are_tried_from_the_first_death_on_where_that_is_asked_for(tmp_path: Path) -> None:
+    """A training that asks has failed twice before."""
+    model = Model(die=lambda some: 5 in some)
+    path, deaths = tmp_path / "tries.json", 0
+    while True:
+        encoder = GuardedEncoder(str(path), 64, model, "step 7", together=1)
+        try:
+            bad = encoder.run()[1]
+            break
+        except Died:
+            deaths += 1
+    assert list(bad) == [5] and deaths == 1 + 5 + 2  # all of them, ranges of 32 to 2, the text twice
 
 
 @pytest.mark.parametrize("bad", [[5], [0, 63], []])
@@ -89,7 +103,7 @@ def test_a_shard_on_which_every_process_dies_is_given_up(tmp_path: Path) -> None
     model = Model(die=lambda some: len(some) > 4)  # together only, as for want of memory
     with pytest.raises(JobError, match=r"shard 7: its encoder has died \d+ times.*lower embed.token_budget"):
         until_done(tmp_path / "tries.json", model, 16)
-    assert len(model.calls) <= 4 * _MOST_TRIES and not list(tmp_path.iterdir())
+    assert len(model.calls) <= 4 * MOST_TRIES and not list(tmp_path.iterdir())
 
 
 def test_gaps() -> None:

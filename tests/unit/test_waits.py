@@ -34,6 +34,7 @@ ENDS = {
     ("jobs/confirm.py", "sys.stdin.readline"): (1, "asks a person, at a terminal alone"),
     ("serve/service.py", "handle.broadcast"): (1, "its results are asked for with a limit"),
     ("distill/trainer.py", "trainer.fit"): (1, "`_give_up` ends it when no step is finished for hours"),
+    ("distill/trainer.py", "while True"): (1, "uses up `max_failures` or `max_bad`, or ends"),
     ("tune/search.py", "tuner.fit"): (1, "ends with its trials, which are trainings (distill/trainer.py)"),
     ("ray_util/parts.py", "dataset.iter_rows"): (1, _STREAM),
     ("ray_util/through_pool.py", "dataset.iter_rows"): (1, _STREAM),
