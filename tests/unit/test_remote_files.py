@@ -130,8 +130,8 @@ def test_operations_share_connections(tmp_path: Path) -> None:
 
 
 def test_a_copy_in_another_process_is_as_patient() -> None:
-    """Ray Train sends the file system to the workers, which write checkpoints with it. A plain copy gives up at the third
-    failure, after two seconds."""
+    """Ray Train sends the file system to the workers, which write checkpoints with it. A plain copy gives up at the
+    third failure, after two seconds."""
     asked: list[str] = []
 
     class Busy(BaseHTTPRequestHandler):
