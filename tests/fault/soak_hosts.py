@@ -633,6 +633,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if reason := missing():
         sys.exit(reason)
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that no host is left; a shell's background job ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="ckd-soak-hosts-"))
     folder.chmod(0o755)
