@@ -560,8 +560,9 @@ def _stop(role: str) -> Kind:
             return ""
 
         def go_on() -> None:
-            with suppress(ProcessLookupError):
-                os.kill(target[0], signal.SIGCONT)
+            for pid in (target[0], command.process.pid):  # nsenter stops with the driver, its child
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
         with suppress(ProcessLookupError):
             os.kill(target[0], signal.SIGSTOP)
@@ -627,6 +628,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--each", type=int, default=3, help="faults a stage and run")
     parser.add_argument("--once", action="store_true", help="make one undisturbed run, not two that are compared")
+    parser.add_argument("--undisturbed", help="a file that keeps what the undisturbed run was, for further soaks")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--kinds", help="only these, separated by semicolons")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
@@ -642,7 +644,13 @@ def main() -> None:
     kinds = [k for k in KINDS if not arguments.kinds or k in arguments.kinds.split(";")]
     with Field(folder) as field:
         soak = Soak(field, arguments.seed)
-        soak.undisturbed(1 if arguments.once else 2)
+        kept = Path(arguments.undisturbed) if arguments.undisturbed else None
+        if kept and kept.exists():
+            soak.expected, soak.usual = json.loads(kept.read_text())
+        else:
+            soak.undisturbed(1 if arguments.once else 2)
+            if kept:
+                kept.write_text(json.dumps([soak.expected, soak.usual]))
         number = 0
         while len(soak.faults) < arguments.faults and time.monotonic() - began < 60 * arguments.minutes:
             rules = {"not_in": _NOT_IN, "ending": _ENDING, "seldom": _SELDOM}
