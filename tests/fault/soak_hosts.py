@@ -356,16 +356,21 @@ class Soak:
             if code == 0:
                 break
             print(f"  run {number}: exit status {code}: {_last(command)[:160]}", flush=True)
-            trouble = trouble or judge_stop(code, command.lines, mine, before, self.folder, _KILLING)
+            if wrong := judge_stop(code, command.lines, mine, before, self.folder, _KILLING):
+                print(f"  run {number}: FAILED: {wrong}", flush=True)
+                for fault in mine[before:] or mine[-1:]:  # one of these, or all together
+                    fault.outcome = f"FAILED: {wrong}"
             if "another ckd-ray works in this run" in _last(command) and waited < 20:
                 waited += 1  # of the host that has lost its power: nobody can tell before it was silent for 3 minutes
                 time.sleep(15)
             elif attempt > len(mine) + 2 + waited:
-                trouble = trouble or f"does not complete when run again: {command.lines[-3:]}"
+                trouble = f"does not complete when run again: {command.lines[-3:]}"
                 break
-        if code == 0 and not trouble:
-            wrong = [k for k, v in digests(self.field.run_files(number)).items() if v != self.expected[k]]
-            trouble = f"differs from the undisturbed run: {', '.join(wrong)}" if wrong else ""
+        if code == 0:
+            others = [k for k, v in digests(self.field.run_files(number)).items() if v != self.expected[k]]
+            trouble = f"differs from the undisturbed run: {', '.join(others)}" if others else ""
+        elif not trouble:
+            trouble = "does not complete when run again"
         for fault in mine:
             fault.outcome = f"FAILED: {trouble}" if trouble else fault.outcome or "went on"
             fault.extra = round(max(0.0, spent[fault.stage] - self.usual.get(fault.stage, 0.0)), 1)
@@ -616,7 +621,7 @@ _SELDOM = {
     "network of a host cut for 5 min": 3,
     "storage out of one host's reach for a minute": 6,
     "kill head of Ray": 7,
-    "head's host loses its power": 2,
+    "head's host loses its power": 1,
 }
 
 
