@@ -30,10 +30,11 @@ def test_a_killed_raylet_ends_the_command(tmp_path: Path, tiny_backbone: str, ti
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("role", "says"), [("raylet", "(raylet) has ended"), ("gcs", "Ray's head at 127.0.0.1:")])
+@pytest.mark.parametrize("role", ["raylet", "gcs"])
 def test_so_does_one_of_a_ray_that_was_joined(
-    tmp_path: Path, tiny_backbone: str, tiny_collection: str, role: str, says: str
+    tmp_path: Path, tiny_backbone: str, tiny_collection: str, role: str
 ) -> None:
+    """`ray start --block` ends the raylet when the head's GCS has ended; elsewhere the raylet goes on for a minute."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,7 +43,7 @@ def test_so_does_one_of_a_ray_that_was_joined(
     with started_head(tmp_path / "head", environment, f"--port={port}", "--include-dashboard=false"):
         values = overrides(tmp_path, tiny_backbone, tiny_collection)
         told = kill_meanwhile(values, f"127.0.0.1:{port}", role, lambda command: os.getpid())
-    assert says in told
+    assert "(raylet) has ended" in told or (role == "gcs" and "Ray's head at 127.0.0.1:" in told)
 
 
 def kill_meanwhile(values: list[str], cluster: str, role: str, root: Callable[[int], int]) -> str:
