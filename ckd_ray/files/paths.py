@@ -53,8 +53,20 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
 def _s3_client(bucket: str, process: int) -> pafs.FileSystem:
     """One a bucket and process, whose connections all operations share. A fork cannot use its parent's (`process`)."""
     fs, _ = pafs.FileSystem.from_uri(bucket)
-    (options,) = fs.__reduce__()[1]  # a URI gives a request three attempts, which are over in two seconds
-    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS))
+    (options,) = fs.__reduce__()[1]
+    return _patient(options)
+
+
+class _PatientS3(pafs.S3FileSystem):  # type: ignore[misc]
+    """Sends a failed request again for most of a minute; pyarrow's own gives up after two seconds. A copy in another
+    process, such as a training worker's, is as patient: pyarrow's leaves the retries out of what it pickles."""
+
+    def __reduce__(self) -> Any:
+        return _patient, super().__reduce__()[1]
+
+
+def _patient(options: dict[str, Any]) -> _PatientS3:
+    return _PatientS3(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS))
 
 
 def _hub(uri: str) -> tuple[pafs.FileSystem, str]:

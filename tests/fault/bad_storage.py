@@ -5,11 +5,20 @@ from __future__ import annotations
 import http.client
 import random
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 WAYS = ("error", "broken off", "cut short")
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that have gone."""
 
 
 class BadStorage:
@@ -20,10 +29,14 @@ class BadStorage:
 
     Attributes:
         share: of bad answers, 0 to 1. ways: which of `WAYS`. given: how many bad answers of each way there were.
+        delay: seconds before every answer. target: host and port of the server, which may be another one later.
+
+    Args:
+        bind: the address to listen at.
     """
 
-    def __init__(self, host: str, port: int, seed: int = 0) -> None:
-        self.target, self.share, self.ways = (host, port), 0.0, WAYS
+    def __init__(self, host: str, port: int, seed: int = 0, bind: str = "127.0.0.1") -> None:
+        self.target, self.share, self.ways, self.delay = (host, port), 0.0, WAYS, 0.0
         self.given: Counter[str] = Counter()
         self._rng, self._lock = random.Random(seed), threading.Lock()
         outer = self
@@ -32,14 +45,17 @@ class BadStorage:
             protocol_version = "HTTP/1.1"
 
             def pass_on(self) -> None:
-                outer._answer(self)
+                try:
+                    outer._answer(self)
+                except (OSError, http.client.HTTPException, ValueError):  # one of both sides has gone
+                    self.close_connection = True
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on
 
             def log_message(self, *_: Any) -> None:
                 """Say nothing."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server((bind, 0), Handler)
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -60,6 +76,7 @@ class BadStorage:
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = _body(handler)
+        time.sleep(self.delay)
         way = self._way(handler.command)
         if way == "error":
             handler.send_response(500)

@@ -21,14 +21,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_NETWORK = "10.78.0"
-_BRIDGE = "ckdbr"
+# What a set of hosts is called; two sets with names of their own may be there at the same time.
+_NETWORK, _BRIDGE, _PREFIX = "10.78.0", "ckdbr", "ckdh"
+# Where packets go that nobody gets.
+_NOBODY = "02:00:00:00:00:fe"
 
 # Runs as the first process of a host. $1: name, $2: address, $3: folder with keys, $4: the Python's own folder, which
-# may be below /root.
+# may be below /root, $5: options of the file system of /tmp/ray.
 _FIRST_PROCESS = r"""
 set -eu
-name=$1 address=$2 shared=$3 python=$4
+name=$1 address=$2 shared=$3 python=$4 options=$5
 mount --make-rprivate /
 hostname "$name"
 mkdir -p /run/sshd /tmp/ray
@@ -43,7 +45,7 @@ case $python in
   ;;
 *) mount -t tmpfs -o mode=0700 tmpfs /root ;;
 esac
-mount -t tmpfs -o mode=1777 tmpfs /tmp/ray
+mount -t tmpfs -o "$options" tmpfs /tmp/ray
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=0755 tmpfs /run/sshd
 mount --bind "$shared/hosts" /etc/hosts
@@ -81,11 +83,30 @@ class Hosts:
     Args:
         folder: for keys and logs.
         path: what a login shell finds first on its PATH.
+        on: how many of them are switched on at first; all when None.
+        network, bridge, prefix: the names of this set of hosts.
+        disk: the size of a host's /tmp/ray, such as 256m; all of the memory when empty.
+
+    Attributes:
+        gateway: the address of this machine in the hosts' network.
     """
 
-    def __init__(self, count: int, folder: Path, path: str) -> None:
-        self.folder, self.names = folder, [f"ckdh{i + 1}" for i in range(count)]
-        self.addresses = {name: f"{_NETWORK}.{11 + i}" for i, name in enumerate(self.names)}
+    def __init__(
+        self,
+        count: int,
+        folder: Path,
+        path: str,
+        *,
+        on: int | None = None,
+        network: str = _NETWORK,
+        bridge: str = _BRIDGE,
+        prefix: str = _PREFIX,
+        disk: str = "",
+    ) -> None:
+        self.folder, self.names = folder, [f"{prefix}{i + 1}" for i in range(count)]
+        self.addresses = {name: f"{network}.{11 + i}" for i, name in enumerate(self.names)}
+        self.gateway, self._bridge, self._on = f"{network}.1", bridge, count if on is None else on
+        self._disk = "mode=1777" + (f",size={disk}" if disk else "")
         self.key = folder / "id"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._profile = (
@@ -100,11 +121,11 @@ class Hosts:
         (self.folder / "profile").write_text(self._profile)
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
-        _run("ip", "link", "add", _BRIDGE, "type", "bridge")
-        _run("ip", "addr", "add", f"{_NETWORK}.1/24", "dev", _BRIDGE)
-        _run("ip", "link", "set", _BRIDGE, "up")
+        _run("ip", "link", "add", self._bridge, "type", "bridge")
+        _run("ip", "addr", "add", f"{self.gateway}/24", "dev", self._bridge)
+        _run("ip", "link", "set", self._bridge, "up")
         try:
-            for name in self.names:
+            for name in self.names[: self._on]:
                 self.switch_on(name)
         except BaseException:
             self.__exit__()
@@ -121,7 +142,7 @@ class Hosts:
         _run("ip", "netns", "add", name)
         _run("ip", "link", "add", f"{name}o", "type", "veth", "peer", "name", f"{name}i")
         _run("ip", "link", "set", f"{name}i", "netns", name)
-        _run("ip", "link", "set", f"{name}o", "master", _BRIDGE, "up")
+        _run("ip", "link", "set", f"{name}o", "master", self._bridge, "up")
         _run("ip", "-n", name, "addr", "add", f"{self.addresses[name]}/24", "dev", f"{name}i")
         _run("ip", "-n", name, "link", "set", f"{name}i", "up")
         command = ["ip", "netns", "exec", name, "unshare", "-m", "-p", "-u", "-i", "--fork", "--kill-child"]
@@ -129,7 +150,7 @@ class Hosts:
         base = str(Path(sys.base_prefix).resolve())
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [*command, str(self.folder), base],
+                [*command, str(self.folder), base, self._disk],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -152,6 +173,40 @@ class Hosts:
         process.wait()
         self._remove(name)
 
+    def is_on(self, name: str) -> bool:
+        """Whether the host has power."""
+        return name in self._processes
+
+    def first_process(self, name: str) -> int:
+        """The number, on this machine, of the host's first process."""
+        parent = self._processes[name].pid
+        return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])
+
+    def files(self, name: str) -> Path:
+        """The root of the host's files."""
+        return Path(f"/proc/{self.first_process(name)}/root")
+
+    def inside(self, name: str, *command: str) -> list[str]:
+        """The command line that runs `command` on the host as a child of a process here."""
+        return ["nsenter", "-t", str(self.first_process(name)), "-m", "-n", "-p", "-u", "-i", "--", *command]
+
+    def cut(self, name: str) -> None:
+        """Pull out the host's cable: nothing comes or goes, and nobody is told."""
+        _run("ip", "link", "set", f"{name}o", "down")
+
+    def plug_in(self, name: str) -> None:
+        """Put the cable back."""
+        _run("ip", "link", "set", f"{name}o", "up")
+
+    def cut_gateway(self, name: str) -> None:
+        """What the host sends to this machine is lost from here on; what it sends to other hosts is not."""
+        neighbour = ("replace", self.gateway, "lladdr", _NOBODY, "nud", "permanent", "dev", f"{name}i")
+        _run("ip", "-n", name, "neigh", *neighbour)
+
+    def join_gateway(self, name: str) -> None:
+        """End `cut_gateway`."""
+        _run("ip", "-n", name, "neigh", "del", self.gateway, "dev", f"{name}i")
+
     def ssh(self, name: str, command: str) -> list[str]:
         """The command line that runs `command` on the host."""
         options = ["BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=3"]
@@ -165,7 +220,7 @@ class Hosts:
     def _remove_network(self) -> None:
         for name in self.names:
             self._remove(name)
-        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+        subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
 
 
 def _run(*command: str) -> None:

@@ -59,9 +59,27 @@ def _stat(pid: int) -> tuple[int, int]:
     return int(fields[1]), int(fields[19])
 
 
+def inside(first: int) -> list[Process]:
+    """Every process of the namespace whose first process is `first`, zombies excepted."""
+    found, space = [], os.readlink(f"/proc/{first}/ns/pid")
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError, ValueError, IndexError):
+                if os.readlink(entry / "ns" / "pid") == space:
+                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    if title:
+                        found.append(Process(int(entry.name), _stat(int(entry.name))[1], title))
+    return found
+
+
 def choose(root: int, role: str, rng: random.Random) -> Process | None:
     """One of the processes of that role below `root`, or none."""
-    mine = sorted((p for p in below(root) if p.role == role), key=lambda p: p.pid)
+    return choose_of(below(root), role, rng)
+
+
+def choose_of(processes: list[Process], role: str, rng: random.Random) -> Process | None:
+    """One of the processes of that role, or none."""
+    mine = sorted((p for p in processes if p.role == role), key=lambda p: p.pid)
     return rng.choice(mine) if mine else None
 
 

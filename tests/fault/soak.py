@@ -10,13 +10,10 @@ Linux, and root for the kinds that mount a small tmpfs (they are left out otherw
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
 import random
-import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,70 +24,29 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.fault.processes import below, choose, end_all
 from tests.fault.soak_table import rows
+from tests.fault.soaking import (
+    SETTINGS,
+    SIZE,
+    STAGES,
+    Command,
+    Fault,
+    cut_address_space,
+    digests,
+    inject,
+    judge_stop,
+    plan,
+)
 from tests.support import flip_bit, overrides, tiny_bert, write_collection
 
-STAGES = ("collection", "teacher", "embed", "retrieve", "label", "distill", "evaluate")
 READ_ONLY = "read-only"
 ALTERED = "file of a finished stage: one bit"
 _TIMEOUT_S = 1200.0
 _STOP_S, _LONG_STOP_S = 5.0, 60.0
-
-
-@dataclass
-class Fault:
-    """One fault that was injected, and what became of it.
-
-    Attributes:
-        moment: seconds after the stage began. hit: the process or file.
-        outcome: `went on`, `stopped, completed when run again`, or `FAILED` with what was wrong.
-        extra: seconds that the stage took beyond an undisturbed one, all commands together.
-    """
-
-    kind: str
-    stage: str
-    run: int
-    moment: float
-    hit: str = ""
-    outcome: str = ""
-    cause: str = ""
-    extra: float = 0.0
-
-
-@dataclass
-class Command:
-    """A running `ckd-ray train`, followed line by line."""
-
-    process: subprocess.Popen[str]
-    stage: str = ""
-    began: float = 0.0
-    lines: list[str] = field(default_factory=list)
-    spent: dict[str, float] = field(default_factory=dict)
-    family: dict[int, int] = field(default_factory=dict)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def follow(self) -> None:
-        """Read standard error to its end, and note where the command is."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            now = time.monotonic()
-            with self.changed:
-                self.lines.append(line.rstrip())
-                found = re.match(r"(\w+): (starting|done before|.* -> )", line)
-                if found and found[1] in STAGES:
-                    if self.stage:
-                        self.spent[self.stage] = self.spent.get(self.stage, 0.0) + now - self.began
-                    self.stage, self.began = (found[1], now) if found[2] == "starting" else ("", now)
-                    self.changed.notify_all()
-        with self.changed:
-            if self.stage:
-                self.spent[self.stage] = self.spent.get(self.stage, 0.0) + time.monotonic() - self.began
-            self.stage = "over"
-            self.changed.notify_all()
 
 
 class Soak:
@@ -99,7 +55,7 @@ class Soak:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, random.Random(seed)
         self.backbone = tiny_bert(folder / "encoder")
-        self.collection = str(write_collection(folder / "collection", passages=160, queries=300))
+        self.collection = str(write_collection(folder / "collection", **SIZE))
         self.faults: list[Fault] = []
         self.usual: dict[str, float] = {}
         self.expected: dict[str, str] = {}
@@ -119,11 +75,7 @@ class Soak:
 
     def start(self, storage: Path) -> Command:
         """`ckd-ray train` on its own Ray, in a session of its own."""
-        values = overrides(
-            storage, self.backbone, self.collection,
-            "teacher.steps=30", "teacher.checkpoint_every=10", "distill.steps=30", "distill.checkpoint_every=10",
-            "evaluate.measures=[MRR@10,nDCG@10]", "label.neighbours=exact",
-        )  # fmt: skip
+        values = overrides(storage, self.backbone, self.collection, *SETTINGS)
         sets = [part for value in values for part in ("--set", value)]
         hidden = ("RAY_ADDRESS", "CKD_RAY_TRACEBACK")
         environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"TMPDIR": str(self.folder / "tmp")}
@@ -150,21 +102,6 @@ class Soak:
 
     # -- what is compared ------------------------------------------------------------------------------------------
 
-    def digests(self, run: Path) -> dict[str, str]:
-        """SHA-256 of what a run is for: rankings, labels, both models' weights, values of every query, runs."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        found = {}
-        for name in ("rankings", "labels"):
-            table = pa.concat_tables([pq.read_table(p) for p in sorted((run / name).glob("train-*.parquet"))])
-            found[name] = hashlib.sha256(json.dumps(table.to_pylist()).encode()).hexdigest()
-        files = [run / m / f for m in ("teacher", "student") for f in ("model.safetensors", "projection.safetensors")]
-        files += [*sorted((run / "evaluation").glob("*.per_query.json")), *sorted((run / "evaluation").glob("*.run"))]
-        for path in files:
-            found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
-
     def undisturbed(self, times: int) -> None:
         """The run that all others must be equal to; made twice, to be sure that equality may be asked for."""
         for name in ("undisturbed", "again")[:times]:
@@ -172,7 +109,7 @@ class Soak:
             code = self.wait(command)
             if code != 0:
                 raise SystemExit("the undisturbed run failed:\n" + "\n".join(command.lines[-20:]))
-            found = self.digests(self.folder / name / "tiny")
+            found = digests(self.folder / name / "tiny")
             if self.expected and found != self.expected:
                 raise SystemExit(f"two undisturbed runs differ: {[k for k in found if found[k] != self.expected[k]]}")
             self.expected, self.usual = found, command.spent
@@ -209,14 +146,14 @@ class Soak:
                 unstarted += 1  # on a machine this busy Ray gives itself up while it starts; no fault of ours was met
                 if unstarted <= 8:
                     continue
-            trouble = trouble or self._judge_stop(code, command.lines, mine, before)
+            trouble = trouble or judge_stop(code, command.lines, mine, before, self.folder)
             if attempt > len(mine) + 1 + unstarted:
                 trouble = trouble or f"does not complete when run again: {command.lines[-3:]}"
                 break
             if not any(fault.kind == ALTERED for fault in mine):
                 mine += self._alter(storage, number)
         if code == 0 and not trouble:
-            wrong = [k for k, v in self.digests(storage / "tiny").items() if v != self.expected[k]]
+            wrong = [k for k, v in digests(storage / "tiny").items() if v != self.expected[k]]
             trouble = f"differs from the undisturbed run: {', '.join(wrong)}" if wrong else ""
         for fault in mine:
             fault.outcome = f"FAILED: {trouble}" if trouble else fault.outcome or "went on"
@@ -236,7 +173,7 @@ class Soak:
         code = self.wait(command)
         self._make_good(storage)
         fault = Fault(READ_ONLY, "collection", number, 0.0, "the run's disk")
-        trouble = self._judge_stop(code, command.lines, [fault], 0)
+        trouble = judge_stop(code, command.lines, [fault], 0, self.folder)
         if code != 2 or trouble:
             fault.outcome, fault.cause = "", trouble or f"exit status {code}"
         return fault
@@ -258,25 +195,6 @@ class Soak:
         stage = folders[path.relative_to(storage / "tiny").parts[0]]
         return [Fault(ALTERED, stage, number, 0.0, f"{path.relative_to(storage)} byte {at}")]
 
-    def _judge_stop(self, code: int, lines: list[str], mine: list[Fault], before: int) -> str:
-        """Note with the last fault that the command stopped; what was wrong with how it did. The faults from number
-        `before` on are this command's."""
-        last = next((line for line in reversed(lines) if line.startswith("ckd-ray: ")), "")
-        cause = last or (lines[-1] if lines else "")
-        if mine:
-            mine[-1].outcome = mine[-1].outcome or "stopped, completed when run again"
-            mine[-1].cause = mine[-1].cause or re.sub(re.escape(str(self.folder)), "DIR", cause)[:300]
-        if code == -signal.SIGKILL and any(fault.kind == "kill driver" for fault in mine[before:]):
-            mine[-1].cause = "killed"
-            return ""
-        if code == -999:
-            return f"hung: {lines[-3:]}"
-        if traceback := _traceback_of_ours(lines):
-            return f"a traceback: {traceback[:200]}"
-        if code not in (1, 2) or not last:
-            return f"exit status {code} without a message: {lines[-2:]}"
-        return ""
-
     def _remove(self, storage: Path) -> None:
         if storage in self.mounted:
             subprocess.run(["umount", "-l", str(storage)], check=False)
@@ -288,33 +206,11 @@ class Soak:
     def _inject(
         self, command: Command, storage: Path, left: dict[str, list[str]], mine: list[Fault], number: int
     ) -> None:
-        """Wait for the stages of `left`, and break something at random moments of each."""
-        seen: list[str] = []
-        while True:
-            with command.changed:
-                command.changed.wait_for(lambda: command.stage == "over" or command.stage in {*left} - {*seen})
-                stage, began = command.stage, command.began
-            if stage == "over":
-                return
-            seen.append(stage)
-            moments = sorted(self.rng.uniform(0.0, 0.9) * self.usual.get(stage, 1.0) for _ in left[stage])
-            for moment, kind in zip(moments, list(left[stage]), strict=True):
-                with command.changed:
-                    until = max(0.0, began + moment - time.monotonic())
-                    command.changed.wait_for(lambda: command.stage != seen[-1], timeout=until)
-                    stage_now = command.stage
-                if stage_now == "over" or command.process.poll() is not None:
-                    return
-                command.family |= {p.pid: p.started for p in below(command.process.pid)}
-                fault = Fault(kind, stage_now or stage, number, round(time.monotonic() - began, 2))
-                fault.hit = KINDS[kind](self, command, storage)
-                if fault.hit:
-                    left[stage].remove(kind)
-                    mine.append(fault)
-                    where = f"in {fault.stage} after {fault.moment} s"
-                    print(f"  run {number}: {kind} {where}: {fault.hit[:80]}", flush=True)
-            if not left[stage]:
-                del left[stage]
+        def act(kind: str) -> str:
+            command.family |= {p.pid: p.started for p in below(command.process.pid)}
+            return KINDS[kind](self, command, storage)
+
+        inject(command, left, mine, number, usual=self.usual, rng=self.rng, act=act)
 
     def _make_good(self, storage: Path) -> None:
         """What an operator would do before giving the command again: make room, make it writable."""
@@ -322,21 +218,6 @@ class Soak:
             subprocess.run(["mount", "-o", "remount,rw", str(storage)], check=True)
         for ballast in storage.glob("ballast-*"):
             ballast.unlink()
-
-
-def _traceback_of_ours(lines: list[str]) -> str:
-    """The last line of a traceback with a file of ours in it; Ray shows its own, of a worker without memory."""
-    inside = mine = False
-    for line in lines:
-        if "Traceback (most recent call last)" in line:
-            inside, mine = True, False
-        elif inside and line.startswith(" "):
-            mine = mine or "/ckd_ray/" in line
-        elif inside and line.strip():
-            if mine:
-                return line
-            inside = False
-    return ""
 
 
 def _kill(role: str) -> Callable[[Soak, Command, Path], str]:
@@ -435,12 +316,6 @@ def _clock(soak: Soak, command: Command, storage: Path) -> str:
     return "time.time() of the driver, by a day"
 
 
-def cut_address_space(pid: int) -> None:
-    """Let a process have no more of it than it has now."""
-    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
-
-
 def _no_memory(soak: Soak, command: Command, storage: Path) -> str:
     """No more address space for an actor than it has at this moment: the next large allocation fails."""
     target = choose(command.process.pid, "actor", soak.rng)
@@ -481,27 +356,6 @@ _ENDING = {"kill driver", "kill raylet", "disk full"}
 _SELDOM = {"stop actor for a minute": 3}
 
 
-def plan(soak: Soak, kinds: list[str], each: int) -> dict[str, list[str]]:
-    """So many kinds for every stage, those that were injected least often first; of those that end the command at most
-    one a stage."""
-    counts = Counter((f.kind, f.stage) for f in soak.faults)
-    totals = Counter(f.kind for f in soak.faults)
-    chosen: dict[str, list[str]] = {}
-    for stage in STAGES:
-        chosen[stage] = []
-        for _ in range(each):
-            ending = bool(_ENDING & {*chosen[stage]})
-            able = [k for k in kinds if stage not in _NOT_IN.get(k, ()) and totals[k] < _SELDOM.get(k, 10**9)]
-            able = [k for k in able if k not in chosen[stage] and not (ending and k in _ENDING)]
-            if able:
-                soak.rng.shuffle(able)
-                kind = min(able, key=lambda k: (counts[k, stage], totals[k]))
-                chosen[stage].append(kind)
-                counts[kind, stage] += 1
-                totals[kind] += 1
-    return chosen
-
-
 def main() -> None:
     """Inject `--faults` faults, and write what became of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -524,7 +378,7 @@ def main() -> None:
     soak.undisturbed(1 if arguments.once else 2)
     number = 0
     while len(soak.faults) < arguments.faults and time.monotonic() - began < 60 * arguments.minutes:
-        chosen = plan(soak, kinds, arguments.each)
+        chosen = plan(soak.rng, soak.faults, kinds, arguments.each, not_in=_NOT_IN, ending=_ENDING, seldom=_SELDOM)
         soak.faults += soak.run(number, chosen)
         number += 1
         write(Path(arguments.out), soak, arguments, number, time.monotonic() - began)

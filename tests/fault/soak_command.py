@@ -1,10 +1,12 @@
 """`ckd-ray` in a process whose clock can be set: SIGUSR1 puts time.time() a day forward, the next one a day back.
 
-No machine's clock is touched; what is seen is what this process (the driver) asks time.time() for.
+No machine's clock is touched; what is seen is what this process (the driver) asks time.time() for. With
+CKD_SOAK_SERVERS in the environment, servers start for a store of any size.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from typing import Any
@@ -40,6 +42,10 @@ def main() -> None:
     clock_in_reach()
     from ckd_ray.cli import main as command
 
+    if os.environ.get("CKD_SOAK_SERVERS"):
+        from ckd_ray.retrieve import in_task
+
+        in_task._MOST_BYTES = 0
     try:
         command()
     finally:

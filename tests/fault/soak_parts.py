@@ -52,8 +52,9 @@ from ckd_ray.retrieve import stream as retrieve_stream
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
 from ckd_ray.runs.artifact import make
 from ckd_ray.store import EmbeddingStore
-from tests.fault.soak import Fault, _flip, _foreign, _full, _truncate, cut_address_space
+from tests.fault.soak import _flip, _foreign, _full, _truncate
 from tests.fault.soak_command import clock_in_reach
+from tests.fault.soaking import Fault, cut_address_space
 from tests.support import overrides, tiny_bert, write_collection
 
 STAGES = ("collection", "embed", "retrieve", "label", "evaluate")

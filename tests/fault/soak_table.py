@@ -1,6 +1,7 @@
-"""The records of both soaks as Markdown, and several records of the one with Ray as a single one.
+r"""The records of all soaks as Markdown, and several records of one with Ray as a single one.
 
-python -m tests.fault.soak_table tests/fault/faults.json tests/fault/faults_parts.json docs/explanation/faults.md
+python -m tests.fault.soak_table tests/fault/faults.json tests/fault/faults_hosts.json tests/fault/faults_parts.json \
+    docs/explanation/faults.md
 python -m tests.fault.soak_table --together tests/fault/faults.json MONDAY.json TUESDAY.json
 """
 
@@ -39,8 +40,10 @@ def together(records: list[dict[str, Any]]) -> dict[str, Any]:
         first += record["runs"]
     kinds = list(dict.fromkeys(row["kind"] for record in records for row in record["table"]))
     stages = list(records[-1]["undisturbed_seconds"])
+    bad = sum((Counter(record.get("bad_answers", {})) for record in records), Counter[str]())
     return {
         **records[-1],
+        **({"bad_answers": dict(bad)} if bad else {}),
         "command": "; ".join(record["command"] for record in records),
         "runs": first,
         "seconds": round(sum(record["seconds"] for record in records), 1),
@@ -107,6 +110,41 @@ def table_of_parts(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_hosts(record: dict[str, Any]) -> str:
+    """The record of `soak_hosts` as a section of docs/explanation/faults.md."""
+    usual = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in record["undisturbed_seconds"].items())
+    bad = ", ".join(f"{count} {way}" for way, count in record["bad_answers"].items()) or "none"
+    machine = record["machine"]
+    lines = [
+        "## Two hosts and object storage",
+        "",
+        f"`{record['command']}` on {machine['cpus']} CPU cores ({machine['platform']}), which other work shared:"
+        f" {record['injected']} faults in {record['runs']} runs, {record['failed']} of them failed. Two hosts (Linux"
+        " namespaces on one bridge) have a Ray node each of one CPU; the head and the command are on the first, and a third"
+        " comes and goes. The run lies in a bucket of an S3 server (moto) outside of the hosts. Collection, settings and"
+        " the test of equality, to the bit, are those above; every other run has servers for its stores, which are"
+        " small enough to do without.",
+        "",
+        f"An undisturbed run takes {usual}. A host that loses its power is killed with its cable cut, so nobody is told;"
+        " another one with an empty disk takes its place after 5 to 15 s, and its Ray node joins. A node that does not"
+        " answer Ray's head is dead after half a minute here (by default it takes more than one). *Network*: of the second"
+        " host. *Storage out of reach*: what the hosts send to it is lost. *Slow*: 0.2 s before every answer for 20 s."
+        " *Failing*: 30 % of the answers for 15 s are errors, break off, or are half of the object as if it were all"
+        f" ({bad}). *Killed*: the server dies with what it was doing, and is back after 3 s. *Clock of a host*:"
+        " `time.time()` in all Python processes of one host is a day off for 20 s. *Disk full*: that of one host, with"
+        " Ray's session, temporary files and the cache, for 15 s. *Short of memory*: Ray's monitor ends every"
+        " process on the host that comes. *Head of Ray*: its raylet or its GCS is killed; Ray is started anew, and the"
+        " command is given again.",
+        "",
+        *_counts(record),
+        "",
+        "What the commands that stopped have said:",
+        "",
+        *_causes(record),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _counts(record: dict[str, Any]) -> list[str]:
     lines = [
         "| kind | stage | injected | went on | stopped, then completed | failed | more time, median / most |",
@@ -134,5 +172,5 @@ if __name__ == "__main__":
         record = together([json.loads(Path(name).read_text()) for name in sys.argv[3:]])
         Path(sys.argv[2]).write_text(json.dumps(record, indent=1) + "\n")
         sys.exit()
-    whole, parts = (json.loads(Path(name).read_text()) for name in sys.argv[1:3])
-    Path(sys.argv[3]).write_text(table(whole) + "\n" + table_of_parts(parts))
+    whole, hosts, parts = (json.loads(Path(name).read_text()) for name in sys.argv[1:4])
+    Path(sys.argv[4]).write_text("\n".join([table(whole), table_of_hosts(hosts), table_of_parts(parts)]))

@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from ckd_ray.ray_util import watch
+from ckd_ray.ray_util.sockets import knock
+
 PACKAGE = Path(__file__).parents[2] / "ckd_ray"
 LIBRARIES = ("ray", "torch", "transformers")
 
@@ -141,6 +144,10 @@ def test_ray_s_daemons_are_listed_by_their_names(ray_session: None) -> None:
     processes = worker._global_node.all_processes
     assert {"raylet", "gcs_server"} <= processes.keys()
     assert all(info.process.poll() is None for kind in ("raylet", "gcs_server") for info in processes[kind])
+    (raylet,) = processes["raylet"]  # of a Ray that was joined, it is found by its socket
+    assert watch._is_raylet(raylet.process.pid, worker._global_node.raylet_socket_name)
+    assert not watch._is_raylet(os.getpid(), worker._global_node.raylet_socket_name)
+    assert knock(worker._global_node.gcs_address)
 
 
 def test_what_ray_tells_of_nodes(ray_session: None) -> None:

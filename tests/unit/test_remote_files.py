@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,26 @@ def test_operations_share_connections(tmp_path: Path) -> None:
     finally:
         proxy.stop()
         server.stop()
+
+
+def test_a_copy_in_another_process_is_as_patient() -> None:
+    """Ray Train sends the file system to the workers, which write checkpoints with it. A plain copy gives up at the
+    third failure, after two seconds."""
+    asked: list[str] = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(503 if len(asked) <= 4 else 200)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fs, path = filesystem_of(f"s3://a:b@bucket/file?scheme=http&endpoint_override=127.0.0.1:{server.server_port}")
+        copy = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fs))))
+        assert copy == fs and copy.get_file_info(path).size == 5 and len(asked) == 5
+        server.shutdown()
