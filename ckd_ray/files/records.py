@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ import pyarrow.fs as pafs
 
 from ckd_ray.errors import UserError
 from ckd_ray.files.atomic import write_atomic
-from ckd_ray.files.paths import exists, filesystem_of, last_part, parent
+from ckd_ray.files.paths import exists, filesystem_of, is_local, last_part, parent
 
+# Between attempts to read a remote file that is not valid JSON: a part of it, as far as a client can tell all of it.
+_PAUSES_S = (0.1, 0.5, 2.0)
 # From this many files of one folder on, they are looked up by one listing of the folder.
 _LISTED_FROM = 16
 
@@ -24,14 +27,25 @@ def write_json_atomic(uri: str, value: Any) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """The JSON value in the file `uri`; UserError when the file is not valid JSON."""
+    """The JSON value in the file `uri`. A remote file that is not valid JSON is read again, for the storage may have
+    given a part of it.
+
+    Raises:
+        UserError: the file is not valid JSON.
+    """
     fs, path = filesystem_of(uri)
-    with fs.open_input_stream(path) as stream:
-        data = stream.read()
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError("not valid JSON", where=uri, found=str(error), fix="delete it and run again") from error
+    for pause in (*(() if is_local(uri) else _PAUSES_S), None):
+        with fs.open_input_stream(path) as stream:
+            data = stream.read()
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            if pause is None:
+                fix = "delete it and run again"
+                if not is_local(uri):
+                    fix = "run again, as the storage may have given a part of it; if that does not help, delete it"
+                raise UserError("not valid JSON", where=uri, found=str(error), fix=fix) from error
+            time.sleep(pause)
 
 
 def read_object(uri: str) -> dict[str, Any]:

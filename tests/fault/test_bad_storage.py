@@ -3,6 +3,7 @@ refused, and what is written is whole, or not there."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -91,3 +92,15 @@ def test_a_broken_shard_is_told_from_broken_storage(storage: tuple[BadStorage, s
         assert set(EmbeddingStore.open(join(through, "again")).verify()) <= {shard_name(i) for i in range(4)}
     bad.share = 0.0
     assert EmbeddingStore.open(join(through, "again")).verify() == []
+
+
+def test_half_a_record_is_read_again(storage: tuple[BadStorage, str, str]) -> None:
+    """Half of a manifest is not valid JSON, but the manifest is sound: to delete it would make a whole store again."""
+    bad, through, direct = storage
+    write_json_atomic(join(direct, "record.json"), {"n": 1, "more": "x" * 100})
+    bad.share, bad.ways, bad.given = 1.0, ("cut short",), Counter()
+    with pytest.raises(UserError, match="run again, as the storage may have given a part of it"):
+        read_json(join(through, "record.json"))
+    assert bad.given["cut short"] == 4
+    threading.Timer(0.3, lambda: setattr(bad, "share", 0.0)).start()
+    assert read_json(join(through, "record.json"))["n"] == 1 and bad.given["cut short"] > 4
