@@ -21,10 +21,12 @@ import ray.cloudpickle
 
 from ckd_ray.errors import JobError
 from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
+from ckd_ray.ray_util.again import same_command
 from ckd_ray.ray_util.parts import MOST_BLOCKS
 from ckd_ray.ray_util.waiting import WORK_S
 
-# From the request for actors until one of them has loaded the model.
+# From the request for actors until all of them have loaded the model. Ray Data waits for the initial ones together, and
+# also for one whose machine has left meanwhile.
 _START_TIMEOUT_S = 900
 # Units a process up to which tasks do the work: beyond it the start of an actor is a small part.
 _FEW_UNITS = 8
@@ -90,7 +92,8 @@ def through_pool(
         total, free = cluster_nodes()
         raise JobError(
             f"{pool} did not all start within {_START_TIMEOUT_S} s; the cluster: {describe(total)}; "
-            f"free now: {describe(free)}"
+            f"free now: {describe(free)}; if a machine has left meanwhile, give {same_command()} again: it takes what"
+            " there is"
         ) from error
     except ray.data.exceptions.ExecutionTimeoutError as error:
         hours = WORK_S / 3600

@@ -670,8 +670,9 @@ def main() -> None:
 
 def write(out: Path, soak: Soak, runs: int, seconds: float) -> None:
     """The record so far."""
+    words = [os.path.basename(word) if word.startswith("/") else word for word in sys.argv[1:]]
     record = {
-        "command": f"python -m tests.fault.soak_hosts {' '.join(sys.argv[1:])}",
+        "command": f"python -m tests.fault.soak_hosts {' '.join(words)}",
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]},
         "runs": runs,
         "seconds": round(seconds, 1),

@@ -33,7 +33,8 @@ def rows(faults: list[dict[str, Any]], kinds: list[str], stages: list[str]) -> l
 
 
 def together(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record of several soaks. Seconds of an undisturbed run are those of the last; the machine's, too."""
+    """One record of several soaks. Seconds of an undisturbed run are those of the last; the machine's, too. A `note` that
+    somebody has put into a record, such as what has become of a failure, goes along."""
     faults, first = [], 0
     for record in records:
         faults += [fault | {"run": first + fault["run"]} for fault in record["faults"]]
@@ -44,6 +45,7 @@ def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **records[-1],
         **({"bad_answers": dict(bad)} if bad else {}),
+        **({"note": notes} if (notes := " ".join(record["note"] for record in records if "note" in record)) else {}),
         "command": "; ".join(record["command"] for record in records),
         "runs": first,
         "seconds": round(sum(record["seconds"] for record in records), 1),
@@ -136,6 +138,7 @@ def table_of_hosts(record: dict[str, Any]) -> str:
         " process on the host that comes. *Head of Ray*: its raylet or its GCS is killed; Ray is started anew, and the"
         " command is given again.",
         "",
+        *([record["note"], ""] if "note" in record else []),
         *_counts(record),
         "",
         "What the commands that stopped have said:",
