@@ -12,12 +12,11 @@ for five seconds.
 from __future__ import annotations
 
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import ray
-import ray.cloudpickle
 
 from ckd_ray.errors import JobError
 from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
@@ -66,7 +65,7 @@ def through_pool(
     if not pool.gpus_per_actor and len(work) <= _FEW_UNITS * pool.actors:
         dataset = dataset.map_batches(
             _in_task,
-            fn_kwargs={"pickled": ray.cloudpickle.dumps((actor, actor_arguments))},
+            fn_kwargs={"stage": uuid.uuid4().hex, "actor": actor, "arguments": actor_arguments},
             compute=ray.data.TaskPoolStrategy(size=pool.actors),
             max_retries=-1,  # as an actor, which is started again however often it dies
             **each,
@@ -103,26 +102,24 @@ def through_pool(
         ) from error
 
 
-def _in_task(table: Any, pickled: bytes) -> Any:
-    """One unit, by the actor's class in a task."""
+# In a process of tasks: the instance of the stage at work, and the threads that it asks for.
+_kept: dict[str, tuple[Any, int]] = {}
+
+
+def _in_task(table: Any, stage: str, actor: type, arguments: dict[str, Any]) -> Any:
+    """One unit, by the actor's class in a task; its instance stays for the next unit of this stage."""
     import torch
 
     before = torch.get_num_threads()
     try:
-        worker, threads = _kept(pickled)
+        if stage not in _kept:
+            _kept.clear()
+            _kept[stage] = actor(**arguments), torch.get_num_threads()
+        worker, threads = _kept[stage]
         torch.set_num_threads(threads)
         return worker(table)
     finally:
         torch.set_num_threads(before)  # other tasks run in this process later
-
-
-@lru_cache(maxsize=1)
-def _kept(pickled: bytes) -> tuple[Any, int]:
-    """The instance of a stage in this process, and the threads that it asks for."""
-    import torch
-
-    actor, arguments = ray.cloudpickle.loads(pickled)
-    return actor(**arguments), torch.get_num_threads()
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -126,6 +126,7 @@ def test_a_pool_that_cannot_start_ends_with_numbers_and_leaves_room(
     """As when the room is taken between the plan and the start. The next pool of this process gets its actors."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # a kept record would keep the traceback
     monkeypatch.setattr(through_pool, "_START_TIMEOUT_S", 3)
+    monkeypatch.setattr(through_pool, "_FEW_UNITS", 0)  # actors, and no tasks
     monkeypatch.setattr(stream, "place_pool", lambda *_, **__: Pool(3, 0.9, 0.0, 1, 1, 0.1))
     with pytest.raises(
         JobError, match=r"3 actors of 0.9 CPU and 0 GPU did not all start within 3 s(.|\n)*1 node with 2 CPU"
