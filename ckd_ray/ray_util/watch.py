@@ -18,7 +18,8 @@ from ckd_ray.errors import LostRayError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.again import same_command
 
-_LOOK_S, _ASK_S, _PATIENCE_S = 1.0, 10.0, 60.0
+_LOOK_S, _ASK_S = 1.0, 10.0
+PATIENCE_S = 60.0
 _why: str | None = None
 
 
@@ -50,6 +51,10 @@ def watched(close: Callable[[], None]) -> Iterator[None]:
     threading.Thread(target=watch.look, name="ray-watch", daemon=True).start()
     try:
         yield
+    except Exception as error:
+        if _why is None or isinstance(error, LostRayError):
+            raise
+        raise LostRayError(_why) from error  # code of Ray that is interrupted may raise SystemError instead
     finally:
         with watch.judging:  # from here on a daemon ends because it was asked to
             watch.leaving.set()
@@ -59,12 +64,19 @@ def watched(close: Callable[[], None]) -> Iterator[None]:
             watch.closed.set()
 
 
+def end(why: str) -> None:
+    """Say why this command has to end, and interrupt its main thread, which then raises LostRayError."""
+    global _why
+    _why = why
+    say(f"ckd-ray: {why}", always=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class _Watch:
     def __init__(self) -> None:
         self.leaving, self.closed, self.judging = threading.Event(), threading.Event(), threading.Lock()
 
     def look(self) -> None:
-        global _why
         since = 0.0
         while not self.leaving.wait(_LOOK_S):
             since += _LOOK_S
@@ -74,10 +86,8 @@ class _Watch:
             with self.judging:
                 if self.leaving.is_set():
                     return
-                _why = f"{why}; give {same_command()} again: what was finished is kept"
-                say(f"ckd-ray: {_why}", always=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-            if not self.closed.wait(_PATIENCE_S):
+                end(f"{why}; give {same_command()} again: what was finished is kept")
+            if not self.closed.wait(PATIENCE_S):
                 os._exit(1)
             return
 

@@ -9,6 +9,7 @@ from types import FrameType
 
 import pytest
 
+from ckd_ray.errors import LostRayError
 from ckd_ray.ray_util import watch
 
 
@@ -52,3 +53,17 @@ def test_one_that_ends_before_is_told(
     assert capsys.readouterr().err == f"ckd-ray: {watch.lost()}\n", (
         "said once, before anything else can end the process"
     )
+
+
+def test_whatever_an_interrupted_library_raises_is_the_loss(
+    caught: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watch, "_ended_daemon", lambda: "the raylet has ended")
+    with pytest.raises(LostRayError, match="the raylet has ended"), watch.watched(lambda: None):
+        deadline = time.monotonic() + 10
+        while not caught and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise SystemError("returned a result with an exception set")
+    monkeypatch.setattr(watch, "_ended_daemon", lambda: None)
+    with pytest.raises(SystemError), watch.watched(lambda: None):
+        raise SystemError("of its own")
