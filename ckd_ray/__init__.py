@@ -8,6 +8,7 @@ run = ckd_ray.open("runs/mine")
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["Run", "__version__", "train"]  # `open` stands in for Python's own, so `import *` leaves it out
+
+if sys.argv and sys.argv[0].endswith("default_worker.py"):  # a worker process of Ray, which has come to work of ours
+    from ckd_ray.ray_util.processes import end_when_broken
+
+    end_when_broken()
 
 # Imported when they are asked for: they bring torch and Ray along, whose import takes seconds.
 _LAZY = {"Run": "run", "open": "run", "train": "train"}

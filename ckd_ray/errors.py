@@ -42,7 +42,7 @@ class JobError(RuntimeError):
 
 
 class LostRayError(JobError):
-    """The Ray of this process is lost, and nothing that needs it can be tried again."""
+    """The Ray of this process is lost, or does not get on, and nothing that needs it can be tried again."""
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

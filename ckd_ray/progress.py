@@ -12,6 +12,8 @@ from ckd_ray.streams import columns, erased, may_rewrite, people
 _PRINT_EVERY_S, _REWRITE_EVERY_S = 10.0, 0.5
 _NOTEBOOK_EVERY_S = 2.0  # a notebook's file keeps every line that was rewritten
 _quiet = False
+_open: list[Progress] = []
+_moved = 0.0
 # `key:secret` of a URI such as s3://key:secret@bucket/path (the key may be empty), and options such as &token=secret.
 _SECRET = re.compile(r"""(?<=://)[^/@\s:"'<>]*:[^@\s"'<>]+(?=@)""")
 _SECRET_OPTION = re.compile(
@@ -70,6 +72,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def standing() -> tuple[str, float] | None:
+    """The stage at work, and for how many seconds it has finished no unit of work; None while there is none."""
+    shown = _open[-1:]  # other threads open and close
+    return (shown[0].stage, time.monotonic() - _moved) if shown else None
+
+
+def _move() -> None:
+    global _moved
+    _moved = time.monotonic()
 
 
 class _LiveLine:
@@ -133,6 +146,8 @@ class Progress:
         self._live = False
 
     def __enter__(self) -> Progress:
+        _open.append(self)
+        _move()
         self._live = may_rewrite() and not _quiet
         if self._live:
             _line.push(self)
@@ -141,6 +156,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        _open.remove(self)
+        _move()
         if self._live:
             _line.remove(self)
 
@@ -165,6 +182,8 @@ class Progress:
 
     def reach(self, done: int, total: int | None = None) -> None:
         """`done` units are finished in all."""
+        if done != self.done:
+            _move()
         self.done = done
         self.total = total if total is not None else self.total
         now = time.monotonic()

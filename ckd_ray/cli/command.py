@@ -18,6 +18,7 @@ import typer
 from ckd_ray.errors import JobError, LostRayError, UserError, described
 from ckd_ray.progress import say, set_quiet, without_keys
 from ckd_ray.ray_util.again import remember, same_command
+from ckd_ray.ray_util.processes import end_when_broken
 from ckd_ray.ray_util.watch import terminate
 from ckd_ray.streams import log_path, objects, only_ours
 
@@ -255,6 +256,7 @@ def put(value: Any) -> None:
 
 def main() -> None:
     """Entry point: exit status 0 done, 1 the job failed, 2 the user's input is wrong, 130 interrupted."""
+    end_when_broken()
     signal.signal(signal.SIGTERM, terminate)
     try:
         app()

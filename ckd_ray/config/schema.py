@@ -109,11 +109,15 @@ class RunConfig(Section):
         name: The folder of the run below `storage`. It starts with a letter, a digit or an underscore.
         storage: The folder, or the URI that pyarrow.fs opens, in which runs are kept.
         seed: The seed of every random choice.
+        stuck_after_minutes: How long no unit of work (a shard of texts, a part of the queries, a step of training) may
+            be finished while no process computes. Then the processes that hold the work are ended, and it is done
+            again; the second time the command stops. What computes is never ended, however long it takes.
     """
 
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"), OPERATIONAL] = "quickstart"
     storage: Annotated[Name, OPERATIONAL] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+    stuck_after_minutes: Annotated[float, Field(gt=0, le=10_000), OPERATIONAL] = 30.0
 
 
 class CollectionConfig(Section):

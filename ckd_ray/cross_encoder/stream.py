@@ -25,7 +25,7 @@ from ckd_ray.model.encoder import Precision
 from ckd_ray.progress import Progress
 from ckd_ray.ray_util.actor_pool import place_pool
 from ckd_ray.ray_util.parts import array_file, part_file, part_name, parts_present, query_spans
-from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.processes import actor_device
 from ckd_ray.ray_util.through_pool import through_pool
 
 
@@ -128,7 +128,6 @@ class PartScorer:
     def __init__(self, job: CrossEncoderJob, threads: int) -> None:
         import torch
 
-        die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
         self.job = job
         self.model = PairClassifier(

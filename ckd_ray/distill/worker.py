@@ -36,7 +36,6 @@ from ckd_ray.files import local_copy
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Precision
 from ckd_ray.model.recompute import recompute_activations
-from ckd_ray.ray_util.processes import die_when_aborted
 
 # A new attempt would fail in the same way: bad input, a broken shard, a diverged loss, too large a batch for the GPU.
 FINAL_ERRORS = (UserError, JobError, FloatingPointError, torch.OutOfMemoryError)
@@ -146,7 +145,6 @@ def train_worker(config: dict[str, Any]) -> None:
         config: the `task`, the name of the progress `actor`, the folder of the `metrics`, the CPU `threads`, and
             whether training is `stoppable` through the actor.
     """
-    die_when_aborted()
     reporter = ProgressReporter(config["actor"])
     if reporter.is_over():
         return

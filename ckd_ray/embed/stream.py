@@ -42,7 +42,7 @@ from ckd_ray.files import (
 )
 from ckd_ray.progress import Progress, say
 from ckd_ray.ray_util.actor_pool import Pool, place_pool
-from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.processes import actor_device
 from ckd_ray.ray_util.through_pool import through_pool
 from ckd_ray.store import EmbeddingStore, ShardHeader, shard_name, write_shard
 from ckd_ray.store.codec import load_codec
@@ -315,7 +315,6 @@ class ShardEncoder:
     """An actor: encodes the shards that reach it and writes each to its store. Returns figures, never embeddings."""
 
     def __init__(self, jobs: list[EmbedJob], threads: int, make_encoder: Callable[[EmbedJob, int], Encoder]) -> None:
-        die_when_aborted()
         self.jobs = jobs
         self.encoder = make_encoder(jobs[0], threads)
         self.device = actor_device()

@@ -12,6 +12,7 @@ from ckd_ray.config import Config
 from ckd_ray.jobs.nodes import asked_resources, check_nodes_see, wait_for_nodes
 from ckd_ray.jobs.placeholders import check_config_filled_in
 from ckd_ray.ray_util.session import connected
+from ckd_ray.ray_util.stuck import moving
 from ckd_ray.ray_util.watch import terminate
 from ckd_ray.tracking import forget_failures
 
@@ -32,7 +33,7 @@ def session(config: str | None, overrides: Sequence[str], cluster: str | None) -
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler in place that exits without a message
         wait_for_nodes()
-        with asked_resources():
+        with asked_resources(), moving(60 * loaded.run.stuck_after_minutes):
             check_nodes_see(loaded)
             yield loaded
 

@@ -17,6 +17,7 @@ from ckd_ray.pipeline.graph import check_stage_names, needed, stage_fingerprint
 from ckd_ray.pipeline.repair import remove_broken_files
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import Progress, duration, say, without_keys
+from ckd_ray.ray_util.watch import lost
 from ckd_ray.runs.artifact import content_fingerprint, is_made, make, manifest_of, remove_altered, remove_manifest
 from ckd_ray.runs.directory import LABELS, RunContext
 from ckd_ray.runs.lock import run_lock
@@ -173,7 +174,8 @@ def _work(context: RunContext, stage: Stage, fingerprint: str, finished: list[St
     except (UserError, LostRayError):
         raise
     except Exception:
-        if any(earlier.name == "embed" for earlier in finished) and _broken_files_removed(context):
+        may_be_broken = lost() is None and any(earlier.name == "embed" for earlier in finished)
+        if may_be_broken and _broken_files_removed(context):
             raise _BeginAgainError from None
         raise
     figures = (manifest_of(output) or {}).get("figures", {})

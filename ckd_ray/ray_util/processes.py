@@ -5,12 +5,47 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 
 from ckd_ray.errors import UserError, first_line
 
+_python_s_start = threading.Thread.start
+# How long a new thread may take to begin, in tries of a second: time in which the process itself is stopped is one try.
+_TRIES = 60
+_NEVER_BEGAN = b"ckd-ray: a new thread has died before it began, for lack of memory; its process ends\n"
+
+
+class _Beginning(threading.Event):
+    """The event by which a new thread tells that it has begun. One that lacks memory for its first call never does, and
+    `Thread.start` waits for it without a limit: then this process ends, by calls that take no memory."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is not None:
+            return super().wait(timeout)
+        for _ in range(_TRIES):
+            if super().wait(1.0):
+                return True
+        try:
+            os.write(2, _NEVER_BEGAN)
+        finally:
+            os._exit(1)
+
+
+def end_when_broken() -> None:
+    """Let this process end where it would hang without memory: when it is aborted, and when a thread of it dies before
+    it begins. For Ray's workers, whose work is repeated, and for the command."""
+    die_when_aborted()
+    if type(getattr(threading.Thread(), "_started", None)) is threading.Event:  # as in Python 3.10 to 3.14
+        threading.Thread.start = _guarded_start  # type: ignore[method-assign]
+
+
+def _guarded_start(self: threading.Thread) -> None:
+    self._started.__class__ = _Beginning  # type: ignore[attr-defined]
+    _python_s_start(self)
+
 
 def die_when_aborted() -> None:
-    """Let abort() end this process at once; for actors, which restart.
+    """Let abort() end this process at once.
 
     Ray's handler of fatal signals prints a trace, which needs memory. Without memory it aborts, is called again, and so
     on forever: the process neither works nor ends, and its log fills the disk.

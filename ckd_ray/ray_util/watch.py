@@ -21,7 +21,8 @@ from ckd_ray.progress import duration, say
 from ckd_ray.ray_util.again import same_command
 from ckd_ray.ray_util.sockets import knock
 
-_LOOK_S, _ASK_S, _PATIENCE_S = 1.0, 10.0, 60.0
+_LOOK_S, _ASK_S = 1.0, 10.0
+PATIENCE_S = 60.0
 # Ray ends a process whose head has not answered for this long (60 s by default), and says so in its log alone.
 _RAYS_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _SILENCE_S = float(os.environ.get(_RAYS_LIMIT) or 60) * 2 / 3
@@ -91,17 +92,16 @@ class _Watch:
                 continue
             with self.judging:
                 if not self.leaving.is_set() and _why is None:
-                    _tell(why)
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    end(_with_advice(why))
             break
-        if _why is not None and not self.closed.wait(_PATIENCE_S):
+        if _why is not None and not self.closed.wait(PATIENCE_S):
             os._exit(1)
 
     def is_lost(self) -> bool:
         """Whether Ray is lost at this moment; tells it, once."""
         with self.judging:
             if _why is None and (why := self._ended()):
-                _tell(why)
+                _tell(_with_advice(why))
             return _why is not None
 
     def _ended(self) -> str | None:
@@ -126,10 +126,20 @@ class _Watch:
         return _dead_node()
 
 
+def end(why: str) -> None:
+    """Say why this command has to end, and interrupt its main thread, which then raises LostRayError."""
+    _tell(why)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _tell(why: str) -> None:
     global _why
-    _why = f"{why}; give {same_command()} again: what was finished is kept"
-    say(f"ckd-ray: {_why}", always=True)
+    _why = why
+    say(f"ckd-ray: {why}", always=True)
+
+
+def _with_advice(why: str) -> str:
+    return f"{why}; give {same_command()} again: what was finished is kept"
 
 
 def _ended_daemon() -> str | None:

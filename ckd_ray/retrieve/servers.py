@@ -22,7 +22,7 @@ from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.parts import CPUS_OF_WAITING
-from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.processes import actor_device
 from ckd_ray.ray_util.waiting import LOOK_S, answer
 from ckd_ray.retrieve.answers import arrived
 from ckd_ray.retrieve.in_task import TaskSearch
@@ -47,7 +47,6 @@ class ShardServer:
     def __init__(
         self, store: str, shards: Sequence[int], settings: SearchSettings, threads: int, processes: int = 1
     ) -> None:
-        die_when_aborted()
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
         self._store, self._shards, self._settings, self._processes = store, shards, settings, processes
 

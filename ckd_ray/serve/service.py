@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ckd_ray.errors import first_line
-from ckd_ray.ray_util.processes import die_when_aborted
 from ckd_ray.serve.model import LiveSearcher
 from ckd_ray.serve.requests import MOST_BYTES, BadRequestError, SearchRequest, check_token
 
@@ -30,7 +29,6 @@ class SearchService:
     def __init__(self, run: str, system: str, digest: str, threads: int) -> None:
         import torch
 
-        die_when_aborted()
         torch.set_num_threads(threads)
         self._digest = digest
         self._live = LiveSearcher(run, system)

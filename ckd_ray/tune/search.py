@@ -24,7 +24,7 @@ from ckd_ray.distill.placement import Placement
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, UserError, last_line
 from ckd_ray.files import delete, filesystem_of, is_local, join
-from ckd_ray.progress import duration, say, without_secrets
+from ckd_ray.progress import Progress, duration, say, without_secrets
 from ckd_ray.tune.records import Records, State, Trial
 from ckd_ray.tune.space import Values, steps_a_measurement
 from ckd_ray.tune.suggest import Suggester
@@ -175,6 +175,12 @@ def search(
     measured = f"measured every {every} of {steps} steps"
     say(f"tune: {left} of {suggester.trials} trials, {plan.concurrent} at a time; {measured}")
     table.head()
+    progress = Progress("tune", left, "trials")
+
+    def and_count(trial: Trial) -> None:
+        ended(trial)
+        progress.advance(1)
+
     at = join(folder, "ray")
     delete(at)
     fs, path = filesystem_of(at)
@@ -187,12 +193,12 @@ def search(
             name="trials",
             storage_path=path,
             storage_filesystem=None if is_local(at) else fs,
-            callbacks=[_Recorder(records, searcher, table, steps, ended), _NoTables()],
+            callbacks=[_Recorder(records, searcher, table, steps, and_count), _NoTables()],
             failure_config=tune.FailureConfig(max_failures=_CLUSTER_FAILURES),
             verbose=0,
         ),
     )
-    with _own_output():
+    with _own_output(), progress:
         tuner.fit()
     delete(at)
     for task in searcher.tasks.values():  # of trials that failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 from ckd_ray.runs.finished import open_finished
 from ckd_ray.search.searcher import Searcher
 from ckd_ray.serve.job import ServeOptions, serving
+from tests.fault.processes import below
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 KEPT = Path(__file__).parents[1] / "data" / "run-0.1.zip"
@@ -115,3 +118,23 @@ def test_answers_refusals_and_another_student(run: Path, address: str) -> None:
     by_model = {found["model"]: expected["student"], reloaded["model"]: expected["teacher"]}
     assert {answer["model"] for _, answer in answers} == by_model.keys()
     assert all(answer["hits"] == by_model[answer["model"]] for _, answer in answers)
+
+
+@pytest.mark.soak
+def test_a_replica_that_is_stopped_is_replaced(address: str) -> None:
+    """By Ray Serve. Meanwhile the other replica answers, and a request to the stopped one has a limit."""
+    stopped, *others = [process.pid for process in below(os.getpid()) if "ServeReplica" in process.title]
+    assert len(others) == 1
+    os.kill(stopped, signal.SIGSTOP)
+    asked, statuses, started = json.dumps({"query": "a", "k": 1}).encode(), [], time.monotonic()
+    try:
+        while statuses[-6:] != [200] * 6 or any(process.pid == stopped for process in below(os.getpid())):
+            assert time.monotonic() - started < 600, statuses
+            try:
+                statuses.append(ask(f"{address}/search", asked)[0])
+            except OSError:  # no answer within the minute of `ask`
+                statuses.append(0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
+    print(f"{time.monotonic() - started:.0f} s, {statuses}")

@@ -48,6 +48,7 @@ from ckd_ray.pipeline.evaluation import RankedParts, labelled_parts, write_measu
 from ckd_ray.progress import set_quiet
 from ckd_ray.ray_util import parts
 from ckd_ray.ray_util.actor_pool import Pool
+from ckd_ray.ray_util.processes import end_when_broken
 from ckd_ray.retrieve import stream as retrieve_stream
 from ckd_ray.retrieve.shard_range import SearchSettings, ShardRange
 from ckd_ray.runs.artifact import make
@@ -80,6 +81,8 @@ def serial_parts(
 
 class Here:
     """The servers of a store, in this process."""
+
+    cpus = 1.0
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.range = ShardRange(store, range(store.num_shards), SearchSettings("exact"), "cpu")
@@ -195,6 +198,7 @@ def digests(run: Path) -> dict[str, str]:
 def child(job: Job, said: Path) -> None:
     """In the forked process: the job, its last words in a file, and the status that the command line would give."""
     clock_in_reach()
+    end_when_broken()
     code = 0
     try:
         job.all()
@@ -335,8 +339,9 @@ class Soak:
                     last.cause or told.replace(str(self.folder), "DIR").splitlines()[0][:200] if told else "killed"
                 )
             died = code < 0 and last is not None and last.kind in ("kill", "no memory")
-            # The C library's own end when it has no memory for a thread's data, with a word of its own on stderr.
-            died = died or (code == 127 and last is not None and last.kind == "no memory")
+            # Without memory for a thread's data the C library ends the process (127), and without memory for the first
+            # call of a thread ours does (1), each with a word of its own on stderr.
+            died = died or (code in (1, 127) and not told and last is not None and last.kind == "no memory")
             if not died and (code not in (1, 2) or not told):
                 trouble = trouble or f"exit status {code}, said {told[:100]!r}"
         if code != 0:

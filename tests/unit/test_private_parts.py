@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,31 @@ def test_ray_s_daemons_are_listed_by_their_names(ray_session: None) -> None:
     assert watch._is_raylet(raylet.process.pid, worker._global_node.raylet_socket_name)
     assert not watch._is_raylet(os.getpid(), worker._global_node.raylet_socket_name)
     assert knock(worker._global_node.gcs_address)
+
+
+def test_a_thread_tells_by_an_event_that_it_has_begun() -> None:
+    """`ray_util/processes.py` puts a limit on the wait for it."""
+    thread = threading.Thread(target=int)
+    assert type(thread._started) is threading.Event  # type: ignore[attr-defined]
+    assert "self._started.wait()" in inspect.getsource(threading.Thread.start)
+
+
+def test_ray_s_workers_write_logs_that_begin_with_their_job(ray_session: None) -> None:
+    """`ray_util/stuck.py` knows the processes of its own job by them, and what they do by their titles."""
+    import ray
+
+    from ckd_ray.ray_util.stuck import _at_work
+
+    def sleeping() -> None:
+        time.sleep(600)
+
+    work = ray.remote(num_cpus=0, max_retries=0)(sleeping).remote()
+    deadline = time.monotonic() + 120
+    while not (found := [worker for worker in _at_work() if "sleeping" in worker.title]):
+        assert time.monotonic() < deadline, "no process of this job is found"
+    _at_work(found)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(work, timeout=120)
 
 
 def test_what_ray_tells_of_nodes(ray_session: None) -> None:

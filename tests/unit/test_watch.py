@@ -112,3 +112,17 @@ def test_a_head_that_does_not_answer(caught: list[int], monkeypatch: pytest.Monk
     with watch.watched(lambda: None):
         wait_for(caught)
     assert caught == [signal.SIGTERM] and (watch.lost() or "").startswith("Ray's head at 127.0.0.1:1 has not answered")
+
+
+def test_whatever_an_interrupted_library_raises_is_the_loss(
+    caught: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watch, "_ended_daemon", lambda: "the raylet has ended")
+    with pytest.raises(LostRayError, match="the raylet has ended"), watch.watched(lambda: None):
+        deadline = time.monotonic() + 10
+        while not caught and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise SystemError("returned a result with an exception set")
+    monkeypatch.setattr(watch, "_ended_daemon", lambda: None)
+    with pytest.raises(SystemError), watch.watched(lambda: None):
+        raise SystemError("of its own")
