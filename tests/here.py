@@ -29,8 +29,6 @@ def in_this_process() -> Iterator[None]:
         patch.setattr(trainer, "_run", _train)
         for module in (embedding, scoring):
             patch.setattr(module, "through_pool", _through_pool)
-            patch.setattr(module, "die_when_aborted", lambda: None)
-        patch.setattr(worker, "die_when_aborted", lambda: None)
         yield
     torch.set_num_threads(threads)
 

@@ -28,7 +28,7 @@ from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import CPU_TOKENS, GPU_TOKENS, each_batch
 from ckd_ray.model.packed import can_pack, encode_packed
-from ckd_ray.ray_util.processes import actor_device, die_when_aborted
+from ckd_ray.ray_util.processes import actor_device
 from ckd_ray.ray_util.waiting import answer
 
 PASSAGES = "passages"
@@ -57,7 +57,6 @@ def find_bad(task: TrainingTask, step: int, placement: Placement) -> dict[str, l
 
 def try_texts(values: dict[str, Any], step: int, tries: str) -> dict[str, list[Entry]]:
     """`find_bad` in a process that may die; the next one goes on by the file `tries`."""
-    die_when_aborted()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     trial = _Trial(TrainingTask.from_dict(values))
     texts = trial.texts(step)

@@ -34,11 +34,6 @@ def task(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_coll
     return TrainingTask("teacher", str(run), str(run / "start"), "f", 17, TrainingConfig(steps=8, batch_size=3))
 
 
-@pytest.fixture(autouse=True)
-def _same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suspects, "die_when_aborted", lambda: None)
-
-
 def entry(index: int, cause: str) -> dict[str, Any]:
     return {"index": index, "passage_id": f"p{index}", "cause": cause}
 
