@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from common import arguments, emit, figure, machine, note
 
@@ -29,6 +30,8 @@ from ckd_ray.arrays import Float32Array
 from ckd_ray.cross_encoder.classifier import PairClassifier, PairTokenizer
 from ckd_ray.data import Collection
 from ckd_ray.distill.batches import BatchPlan
+from ckd_ray.evaluate.measures import measure_run
+from ckd_ray.evaluate.runs import read_trec_run
 from ckd_ray.model.sources import resolve_backbone
 from ckd_ray.retrieve.rankings import read_ranking_matrix
 
@@ -167,37 +170,27 @@ class Bench:
         }
 
     def rerank(self, classifier: Path, count: int) -> dict[str, float]:
-        """MRR@10 of the first `count` dev queries, before and after their first passages are ranked again."""
-        from ckd_ray.evaluate.runs import read_trec_run
-
-        splits = self.collection.queries("dev")
+        """MRR@10 of the first `count` labelled dev queries, before and after their first passages are ranked again."""
+        dev, qrels = self.collection.queries("dev"), self.collection.qrels("dev")
         runs = [self.run / folder / "teacher.dev.run" for folder in ("compare/teacher", "evaluation")]
         path = next((p for p in runs if p.exists()), None)
         if path is None:
             raise SystemExit(f"{self.run}: no teacher.dev.run here; run ckd-ray compare or evaluate first")
-        run = read_trec_run(str(path))
-        labels = self.collection.positives("dev", self.config["collection"]["positive_grade"])
-        known: dict[str, set[str]] = {identifier: set() for identifier in splits.ids}
-        for query in labels.labelled_queries.tolist():
-            rows = labels.passages[labels.offsets[query] : labels.offsets[query + 1]]
-            known[splits.ids[query]] = set(self.collection.passage_ids(rows))
-        place = {identifier: i for i, identifier in enumerate(splits.ids)}
-        everything = np.arange(self.collection.num_passages)
-        index = {identifier: i for i, identifier in enumerate(self.collection.passage_ids(everything))}
-        before, after = [], []
-        chosen = [q for q in splits.ids if known[q]][:count]
-        for query, found in run[run["query_id"].isin(chosen)].groupby("query_id"):
-            top = found.sort_values("rank")["doc_id"].tolist()[:RERANKED]
-            texts = self.collection.texts(np.array([index[p] for p in top]))
-            scores = self.scores(classifier, [splits.texts[place[str(query)]]] * len(top), texts)
-            again = [top[i] for i in np.argsort(-scores, kind="stable")]
-            before.append(_reciprocal_rank(top, known[str(query)]))
-            after.append(_reciprocal_rank(again, known[str(query)]))
-        return {"teacher": round(float(np.mean(before)), 4), "cross_encoder": round(float(np.mean(after)), 4)}
-
-
-def _reciprocal_rank(ranking: list[str], relevant: set[str]) -> float:
-    return next((1 / (i + 1) for i, passage in enumerate(ranking[:10]) if passage in relevant), 0.0)
+        grade = self.config["collection"]["positive_grade"]
+        chosen = self.collection.positives("dev", grade).labelled_queries[:count]
+        texts = {dev.ids[query]: dev.texts[query] for query in chosen.tolist()}
+        labels = pd.DataFrame(
+            {"query_id": qrels.query_ids, "doc_id": qrels.passage_ids, "relevance": qrels.relevance}
+        ).query("query_id in @texts.keys()")
+        found = read_trec_run(str(path)).query("query_id in @texts.keys() and rank <= @RERANKED")
+        index = self.collection.passage_index(found["doc_id"])
+        passages = self.collection.texts(np.array([index[name] for name in found["doc_id"]]))
+        again = found.assign(score=self.scores(classifier, [texts[q] for q in found["query_id"]], passages))
+        measures = {
+            name: measure_run(run, labels, ["MRR@10"], grade)
+            for name, run in {"teacher": found, "cross_encoder": again}.items()
+        }
+        return {name: round(measured.mean["MRR@10"], 4) for name, measured in measures.items()}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 from tests.fault.processes import below, choose, end_all
 from tests.fault.soak_table import rows
 from tests.fault.soaking import (
+    HUNG,
     SETTINGS,
     SIZE,
     STAGES,
@@ -79,20 +80,15 @@ class Soak:
         sets = [part for value in values for part in ("--set", value)]
         hidden = ("RAY_ADDRESS", "CKD_RAY_TRACEBACK")
         environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"TMPDIR": str(self.folder / "tmp")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault.soak_command", "train", "--cluster", "local", *sets],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
-        )  # fmt: skip
-        command = Command(process)
-        threading.Thread(target=command.follow, daemon=True).start()
-        return command
+        line = [sys.executable, "-m", "tests.fault.soak_command", "train", "--cluster", "local", *sets]
+        return Command.begin(line, environment)
 
     def wait(self, command: Command) -> int:
-        """Its exit status; -999 when it hung, and was ended."""
+        """Its exit status; `HUNG` when it did not end, and was ended."""
         try:
             code = command.process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            code = -999
+            code = HUNG
         if command.process.poll() is None:
             command.family |= {p.pid: p.started for p in below(command.process.pid)}
             os.kill(command.process.pid, signal.SIGKILL)

@@ -298,14 +298,8 @@ class Soak:
         values = overrides(storage, self.backbone, self.collection, *SETTINGS, *_MORE_SETTINGS)
         sets = [part for value in values for part in ("--set", value)]
         line = [sys.executable, "-m", "tests.fault.soak_command", "train", "--cluster", self.field.ray_address, *sets]
-        process = subprocess.Popen(
-            self.field.hosts.inside(self.field.head, *line),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env=_ENVIRONMENT | ({"CKD_SOAK_SERVERS": "1"} if servers else {}),
-        )  # fmt: skip
-        command = Command(process)
-        threading.Thread(target=command.follow, daemon=True).start()
-        return command
+        environment = _ENVIRONMENT | ({"CKD_SOAK_SERVERS": "1"} if servers else {})
+        return Command.begin(self.field.hosts.inside(self.field.head, *line), environment)
 
     def wait(self, command: Command) -> int:
         """Its exit status; `HUNG` when it did not end, and was ended."""

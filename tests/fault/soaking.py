@@ -61,6 +61,17 @@ class Command:
     family: dict[int, int] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
+    @classmethod
+    def begin(cls, line: list[str], environment: dict[str, str]) -> Command:
+        """Run the command line in a session of its own, and follow it."""
+        process = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, env=environment,
+        )  # fmt: skip
+        command = cls(process)
+        threading.Thread(target=command.follow, daemon=True).start()
+        return command
+
     def follow(self) -> None:
         """Read standard error to its end, and note where the command is."""
         assert self.process.stderr is not None
