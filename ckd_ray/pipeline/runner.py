@@ -17,6 +17,7 @@ from ckd_ray.pipeline.graph import check_stage_names, needed, stage_fingerprint
 from ckd_ray.pipeline.repair import remove_broken_files
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import Progress, duration, say, without_keys
+from ckd_ray.ray_util.frames import let_go
 from ckd_ray.ray_util.watch import lost
 from ckd_ray.runs.artifact import content_fingerprint, is_made, make, manifest_of, remove_altered, remove_manifest
 from ckd_ray.runs.directory import LABELS, RunContext
@@ -173,7 +174,8 @@ def _work(context: RunContext, stage: Stage, fingerprint: str, finished: list[St
             make(output, fingerprint, work, replace_atomically=stage.replace_atomically)
     except (UserError, LostRayError):
         raise
-    except Exception:
+    except Exception as error:
+        let_go(error)  # the actors of a pool that has failed hold the CPUs that the check takes
         may_be_broken = lost() is None and any(earlier.name == "embed" for earlier in finished)
         if may_be_broken and _broken_files_removed(context):
             raise _BeginAgainError from None

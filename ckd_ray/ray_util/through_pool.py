@@ -11,7 +11,6 @@ for five seconds.
 
 from __future__ import annotations
 
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import ray
 from ckd_ray.errors import JobError
 from ckd_ray.ray_util.actor_pool import Pool, cluster_nodes, describe
 from ckd_ray.ray_util.again import same_command
+from ckd_ray.ray_util.frames import let_go
 from ckd_ray.ray_util.parts import MOST_BLOCKS
 from ckd_ray.ray_util.waiting import WORK_S
 
@@ -131,8 +131,5 @@ def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from dataset.iter_rows()
     except BaseException as error:
-        chain: list[BaseException] = [error]
-        for one in chain:  # grows while it is read
-            traceback.clear_frames(one.__traceback__)
-            chain += [e for e in (one.__cause__, one.__context__) if e is not None and e not in chain]
+        let_go(error, forget=True)
         raise
