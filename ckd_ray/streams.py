@@ -6,11 +6,12 @@ redirected, and our own output goes to copies of the descriptors with which the 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -124,7 +125,7 @@ def _redirected(target: int) -> Iterator[None]:
     """Both standard outputs go to the descriptor `target`, which is closed at the end."""
     before = os.dup(1), os.dup(2)
     # Never closed: handlers of Python's logging keep it until the process ends.
-    text = open(os.dup(target), "w", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
+    text = _Log(open(os.dup(target), "wb"), encoding="utf-8", errors="replace", line_buffering=True)  # noqa: SIM115
     try:
         os.dup2(target, 1)
         os.dup2(target, 2)
@@ -136,6 +137,22 @@ def _redirected(target: int) -> Iterator[None]:
         for number, descriptor in enumerate(before, 1):
             os.dup2(descriptor, number)
             os.close(descriptor)
+
+
+class _Log(io.TextIOWrapper):
+    """A line that does not fit the log's disk is lost. It stops neither who prints it nor the end of the command, which
+    has a message for people."""
+
+    def write(self, text: str) -> int:
+        """The length of the text, whatever became of it."""
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As far as the disk allows."""
+        with suppress(OSError):
+            super().flush()
 
 
 def _copy(stream: TextIO) -> TextIO:

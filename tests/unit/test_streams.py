@@ -49,6 +49,15 @@ def test_only_our_lines_are_shown(end: str, tmp_path: Path) -> None:
     assert done.stderr == ("ours\n" if end == "pass" else "ours\nno\n")
 
 
+def test_a_log_whose_disk_is_full_hides_no_message(tmp_path: Path) -> None:
+    """Its last lines could not be written, and the command ended with status 120 and without a word."""
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY)); "
+    done = run(full + "print('no room'); print('x' * 9999, file=sys.stderr); raise JobError('broken')", folder=tmp_path)
+    assert done.stderr == "ours\nbroken\n" and done.returncode == 0
+    (log,) = tmp_path.iterdir()
+    assert "child\n" in log.read_text() and "no room" not in log.read_text()
+
+
 @pytest.mark.parametrize("end", ["raise JobError('broken')", "keep_log()"])
 def test_what_others_print_is_in_a_log_of_a_failed_command(end: str, tmp_path: Path) -> None:
     done = run(end, folder=tmp_path)
