@@ -1,4 +1,4 @@
-"""The nodes of a running cluster: ask for them, wait until they have started, and check that all see the job's files.
+"""Check that all nodes of a running cluster see the job's files.
 
 On one node there is nothing to check. On several, a small task on each node looks at the input files and at the storage
 of the run before the first stage: a file that only the driver's machine has would fail hours later on another one.
@@ -19,13 +19,9 @@ from ckd_ray.config import Config
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import filesystem_of, is_local, make_folder
 from ckd_ray.jobs.bundle import input_paths
-from ckd_ray.jobs.submit import NODES_VARIABLE
-from ckd_ray.progress import duration, say
+from ckd_ray.progress import say
+from ckd_ray.ray_util.machines import alive
 
-# What a command asks of a cluster that starts its machines when they are needed, such as GPU=8 or GPU=8,CPU=64.
-RESOURCES_VARIABLE = "CKD_RAY_WAIT_FOR"
-_WAIT_FOR_NODES_S = 900.0
-_WAIT_FOR_RESOURCES_S = 1800.0
 _ANSWER_WITHIN_S = 120.0
 _SEEN_WITHIN_S = 5.0
 _SAMPLE = 1 << 16
@@ -34,96 +30,13 @@ _SAMPLE = 1 << 16
 Seen = dict[str, str] | None
 
 
-def wait_for_nodes() -> None:
-    """Wait for as many nodes as NODES_VARIABLE says, because a stage uses the machines that it finds when it begins.
-    After a quarter of an hour go on with those that there are: spot machines may be out of stock."""
-    wanted = int(os.environ.get(NODES_VARIABLE) or 1)
-    if wanted == 1:
-        return
-    for tell in _looks(_WAIT_FOR_NODES_S):
-        if (have := len(_alive())) >= wanted:
-            return
-        if tell:
-            say(f"waiting for nodes: {have} of {wanted}")
-    say(f"{have} of {wanted} nodes are there after {duration(_WAIT_FOR_NODES_S)}; going on with them")
-
-
-def _looks(within: float) -> Iterator[bool]:
-    """Once a second for `within` seconds: whether to tell people, which is in the first second and every 15 seconds."""
-    started = told = time.monotonic()
-    while True:
-        now = time.monotonic()
-        if now - started > within:
-            return
-        yield (tell := now - told >= 15 or now - started < 1)
-        told = now if tell else told
-        time.sleep(1)
-
-
-@contextmanager
-def asked_resources() -> Iterator[None]:
-    """A context in which the cluster has the resources that RESOURCES_VARIABLE names, from an autoscaler that may have
-    begun without a worker. It keeps them there between stages, and is free to end them afterwards.
-
-    After half an hour the command goes on with those that have come: spot machines may be out of stock.
-
-    Raises:
-        UserError: the variable is no list of resources. JobError: no machine has come.
-    """
-    wanted = parse_resources(os.environ.get(RESOURCES_VARIABLE, ""))
-    if not wanted:
-        yield
-        return
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[{name: 1} for name, count in wanted.items() for _ in range(count)])
-    try:
-        _wait_for(wanted)
-        yield
-    finally:
-        with suppress(Exception):  # a lost Ray has nobody left to tell
-            request_resources(bundles=[])
-
-
-def parse_resources(text: str) -> dict[str, int]:
-    """{"GPU": 8, "CPU": 64} of `GPU=8,CPU=64`.
-
-    Raises:
-        UserError: it is no such list.
-    """
-    found: dict[str, int] = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
-        name, _, count = part.partition("=")
-        if not name or not count.isdecimal() or int(count) < 1:
-            raise UserError("not a list of resources", where=RESOURCES_VARIABLE, expected="GPU=8,CPU=64", found=text)
-        found[name] = int(count)
-    return found
-
-
-def _wait_for(wanted: dict[str, int]) -> None:
-    import ray
-
-    for tell in _looks(_WAIT_FOR_RESOURCES_S):
-        total = ray.cluster_resources()
-        have = {name: total.get(name, 0.0) for name in wanted}
-        if all(have[name] >= count for name, count in wanted.items()):
-            return
-        there = ", ".join(f"{have[name]:g} of {count} {name}" for name, count in wanted.items())
-        if tell:
-            say(f"waiting for machines: {there}")
-    waited = duration(_WAIT_FOR_RESOURCES_S)
-    if not any(have.values()):
-        raise JobError(f"no machine has come within {waited}: {there}")
-    say(f"{there} are there after {waited}; going on with them")
-
-
 def check_nodes_see(config: Config) -> None:
     """Check that every node sees the same local input files as this one, and `run.storage`.
 
     Raises:
         UserError: with the nodes that do not.
     """
-    nodes = _alive()
+    nodes = alive()
     if len(nodes) < 2:
         return
     inputs = [(key, filesystem_of(value)[1]) for key, value in input_paths(config) if is_local(value)]
@@ -250,9 +163,3 @@ def _refuse(key: str, path: str, missing: list[str], other: list[str]) -> None:
 def _list(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
-def _alive() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ckd_ray.jobs.launcher_file import LauncherFile, describe, read_launcher_fil
 from ckd_ray.jobs.submit import JobRequest, Jobs, running, which
 from ckd_ray.jobs.tunnel import Tunnel
 from ckd_ray.progress import say
+from ckd_ray.ray_util.machines import RESOURCES_VARIABLE, parse_resources
 from ckd_ray.ray_util.target import Target
 from ckd_ray.ray_util.token import use_token
 from ckd_ray.streams import log_path
@@ -77,6 +79,7 @@ def run_remote(target: Target, command: Command, options: ClusterOptions, object
         UserError: the cluster or the configuration cannot be used; nothing has started.
         JobError: the launcher failed, or the cluster is lost.
     """
+    parse_resources(os.environ.get(RESOURCES_VARIABLE, ""))  # the job gets it
     if target.kind == "dashboard":
         check_for_job(command.config, command.arguments, None)
         with dashboard(target) as jobs:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from ckd_ray.checks import check_inputs, load_config
 from ckd_ray.config import Config
-from ckd_ray.jobs.nodes import asked_resources, check_nodes_see, wait_for_nodes
+from ckd_ray.jobs.nodes import check_nodes_see
 from ckd_ray.jobs.placeholders import check_config_filled_in
+from ckd_ray.ray_util.machines import asked_resources, wait_for_nodes
 from ckd_ray.ray_util.session import connected
 from ckd_ray.ray_util.stuck import moving
 from ckd_ray.ray_util.watch import terminate

@@ -18,6 +18,7 @@ from ckd_ray.config import Config
 from ckd_ray.errors import JobError, UserError, first_line
 from ckd_ray.jobs.bundle import CONFIG_NAME, HOME, write_bundle
 from ckd_ray.progress import say, without_secrets
+from ckd_ray.ray_util.machines import NODES_VARIABLE, RESOURCES_VARIABLE
 from ckd_ray.ray_util.token import has_token, use_token
 
 # The log of a job holds both its outputs. The job marks the line of `--json` with the text that it finds in this
@@ -25,7 +26,6 @@ from ckd_ray.ray_util.token import has_token, use_token
 MARK_VARIABLE = "CKD_RAY_OBJECT_MARK"
 MARK = "ckd-ray-object: "
 BEGIN = "ckd-ray-job-begins"
-NODES_VARIABLE = "CKD_RAY_WAIT_FOR_NODES"
 STOP_WITHIN_S = 60
 _HTTP_TIMEOUT_S = 20.0
 _APP = "ckd-ray"
@@ -62,12 +62,14 @@ class JobRequest:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables that are set for the job; none is the user's own."""
+        """The variables that are set for the job. The user's own is what the command asks the autoscaler for."""
         values = {
             MARK_VARIABLE: MARK,
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WITHIN_S),
         }
+        if asked := os.environ.get(RESOURCES_VARIABLE):
+            values[RESOURCES_VARIABLE] = asked
         return values | ({NODES_VARIABLE: str(self.wait_for_nodes)} if self.wait_for_nodes > 1 else {})
 
     def new_id(self) -> str:

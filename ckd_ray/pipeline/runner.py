@@ -18,6 +18,7 @@ from ckd_ray.pipeline.repair import remove_broken_files
 from ckd_ray.pipeline.stage import Stage
 from ckd_ray.progress import Progress, duration, say, without_keys
 from ckd_ray.ray_util.frames import let_go
+from ckd_ray.ray_util.machines import wait_for_gpus
 from ckd_ray.ray_util.watch import lost
 from ckd_ray.runs.artifact import content_fingerprint, is_made, make, manifest_of, remove_altered, remove_manifest
 from ckd_ray.runs.directory import LABELS, RunContext
@@ -118,6 +119,7 @@ def _go_through(
         _BeginAgainError: files of an earlier stage were damaged. Making them again can change what later stages read.
     """
     identities: dict[str, str] = {}
+    gpus = False
     for i, stage in enumerate(stages):
         fingerprint = stage_fingerprint(stage, context.config, identities, source)
         output, checkpoints = stage.output(context.paths), context.paths.training_checkpoints(stage.name, fingerprint)
@@ -128,6 +130,7 @@ def _go_through(
         if is_made(output, fingerprint):
             report = _done_before(context, stage)
         else:
+            gpus = wait_for_gpus(expected=gpus)
             _verify(context, stages[:i])
             report = _work(context, stage, fingerprint, stages[:i])
         delete(checkpoints)  # not before the manifest says that they are not needed any more

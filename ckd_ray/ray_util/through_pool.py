@@ -1,8 +1,8 @@
 """Ray Data streams units of work through tasks that prepare them to a pool of processes that hold a model.
 
 A unit (a shard of texts, a part of queries) is one row and one batch, so a dead process loses the unit that it works on
-and the one that waits. Only rows of figures come back. A pool that does not start and a stream that stops fail with
-numbers.
+and the one that waits. Only rows of figures come back. Work begins with the first actor that has started. A pool of
+which none starts and a stream that stops fail with numbers.
 
 The processes are actors. For a few units on CPUs they are tasks that keep their model between units: Ray gives the
 processes of finished tasks to the next stage, while an actor is a new process, which imports PyTorch and transformers
@@ -24,9 +24,6 @@ from ckd_ray.ray_util.frames import let_go
 from ckd_ray.ray_util.parts import MOST_BLOCKS
 from ckd_ray.ray_util.waiting import WORK_S
 
-# From the request for actors until all of them have loaded the model. Ray Data waits for the initial ones together, and
-# also for one whose machine has left meanwhile.
-_START_TIMEOUT_S = 900
 # Units a process up to which tasks do the work: beyond it the start of an actor is a small part.
 _FEW_UNITS = 8
 
@@ -52,6 +49,8 @@ def through_pool(
     Raises:
         JobError: no actor started in time, or no unit was finished for hours.
     """
+    from ckd_ray.ray_util import pool_start  # imports Ray Data
+
     dataset: Any = ray.data.from_items(work, override_num_blocks=min(len(work), MOST_BLOCKS))
     dataset = dataset.map_batches(
         prepare,
@@ -83,16 +82,16 @@ def through_pool(
         )
     # Keep an actor that waits for its first unit.
     dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
-    dataset.context.wait_for_min_actors_s = _START_TIMEOUT_S
+    dataset.context.wait_for_min_actors_s = -1
+    dataset.context.custom_execution_callback_classes = [pool_start.StartsInTime]
     dataset.context.execution_no_progress_timeout_s = WORK_S
     try:
         yield from _rows(dataset)
     except ray.exceptions.GetTimeoutError as error:
         total, free = cluster_nodes()
         raise JobError(
-            f"{pool} did not all start within {_START_TIMEOUT_S} s; the cluster: {describe(total)}; "
-            f"free now: {describe(free)}; if a machine has left meanwhile, give {same_command()} again: it takes what"
-            " there is"
+            f"of {pool} none has started within {pool_start.WITHIN_S:g} s; the cluster: {describe(total)}; "
+            f"free now: {describe(free)}; give {same_command()} again: it takes what there is"
         ) from error
     except ray.data.exceptions.ExecutionTimeoutError as error:
         hours = WORK_S / 3600

@@ -25,6 +25,7 @@ from ckd_ray.embed.stream import EmbedJob, embed_texts
 from ckd_ray.errors import JobError
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.encoder import Encoded, TextEncoder
+from ckd_ray.ray_util import pool_start
 from ckd_ray.ray_util.actor_pool import Pool, place_pool
 from ckd_ray.ray_util.frames import let_go
 from ckd_ray.store import EmbeddingStore
@@ -122,16 +123,26 @@ def test_shards_that_share_a_block_are_all_written(
     assert np.all(store.lengths() > 0)
 
 
+def test_work_begins_without_an_actor_that_finds_no_room(
+    ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a machine has left between the plan and the start."""
+    monkeypatch.setattr(through_pool, "_FEW_UNITS", 0)  # actors, and no tasks
+    monkeypatch.setattr(stream, "place_pool", lambda *_, **__: Pool(3, 0.9, 0.0, 1, 1, 0.1))
+    store = embed_texts([(job_of(run, tmp_path), [(i, i + 10) for i in range(0, 60, 10)])], EmbedConfig())[0]
+    assert store.num_shards == 6 and np.all(store.lengths() > 0)
+
+
 def test_a_pool_that_cannot_start_ends_with_numbers_and_leaves_room(
     ray_session: None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the room is taken between the plan and the start. The next pool of this process gets its actors."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # a kept record would keep the traceback
-    monkeypatch.setattr(through_pool, "_START_TIMEOUT_S", 3)
+    monkeypatch.setattr(pool_start, "WITHIN_S", 8.0)
     monkeypatch.setattr(through_pool, "_FEW_UNITS", 0)  # actors, and no tasks
-    monkeypatch.setattr(stream, "place_pool", lambda *_, **__: Pool(3, 0.9, 0.0, 1, 1, 0.1))
+    monkeypatch.setattr(stream, "place_pool", lambda *_, **__: Pool(3, 2.1, 0.0, 1, 1, 0.1))
     with pytest.raises(
-        JobError, match=r"3 actors of 0.9 CPU and 0 GPU did not all start within 3 s(.|\n)*1 node with 2 CPU"
+        JobError, match=r"3 actors of 2.1 CPU and 0 GPU none has started within 8 s(.|\n)*1 node with 2 CPU"
     ):
         embed_texts([(job_of(run, tmp_path), [(0, 20), (20, 40), (40, 60)])], EmbedConfig())
     try:

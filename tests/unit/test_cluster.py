@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +16,14 @@ import yaml
 
 from ckd_ray.checks import load_config
 from ckd_ray.config import Config
-from ckd_ray.errors import JobError, UserError
+from ckd_ray.errors import UserError
 from ckd_ray.jobs import nodes
 from ckd_ray.jobs.bundle import CONFIG_NAME, check_for_job, holds_secret, input_paths, write_bundle
 from ckd_ray.jobs.confirm import confirmed
 from ckd_ray.jobs.follow import Printer
 from ckd_ray.jobs.home import local_folder
 from ckd_ray.jobs.launcher_file import cost_per_hour, describe, read_launcher_file, warnings
-from ckd_ray.jobs.nodes import look_at, parse_resources
+from ckd_ray.jobs.nodes import look_at
 from ckd_ray.jobs.prices import hourly
 from ckd_ray.jobs.remote import ClusterOptions
 from ckd_ray.jobs.submit import BEGIN, MARK, JobRequest
@@ -378,33 +377,6 @@ def test_nobody_to_ask_is_no_yes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     with pytest.raises(UserError, match="-y answers yes"):
         confirmed("start?", yes=False)
-
-
-def test_what_is_asked_of_a_cluster() -> None:
-    assert parse_resources("") == {} and parse_resources("GPU=8, CPU=64") == {"GPU": 8, "CPU": 64}
-    for wrong in ("GPU", "GPU=", "GPU=many", "GPU=0", "=3", "GPU:8"):
-        with pytest.raises(UserError, match=r"CKD_RAY_WAIT_FOR: not a list of resources"):
-            parse_resources(wrong)
-
-
-def test_waits_for_machines_end_at_their_limits(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(nodes, "time", clock)
-    monkeypatch.setattr(nodes, "_alive", lambda: [{}] * (2 if now[0] < 40 else 3))
-    monkeypatch.setenv("CKD_RAY_WAIT_FOR_NODES", "3")
-    nodes.wait_for_nodes()
-    assert now[0] == 40 and capsys.readouterr().err == "waiting for nodes: 2 of 3\n" * 3  # at once, after 15 s and 30 s
-    monkeypatch.setenv("CKD_RAY_WAIT_FOR_NODES", "4")
-    nodes.wait_for_nodes()
-    assert now[0] == 941 and "3 of 4 nodes are there after 15 min 00 s; going on" in capsys.readouterr().err
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
-    nodes._wait_for({"GPU": 8})
-    assert now[0] == 2742 and "2 of 8 GPU are there after 30 min 00 s; going on" in capsys.readouterr().err
-    with pytest.raises(JobError, match="no machine has come within 30 min 00 s: 0 of 4 TPU"):
-        nodes._wait_for({"TPU": 4})
 
 
 def test_what_a_node_sees(tmp_path: Path) -> None:

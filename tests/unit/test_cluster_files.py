@@ -15,9 +15,9 @@ import yaml
 import ckd_ray
 from ckd_ray.checks import load_config
 from ckd_ray.errors import UserError
-from ckd_ray.jobs.nodes import RESOURCES_VARIABLE, parse_resources
 from ckd_ray.jobs.placeholders import check_config_filled_in, check_launcher_filled_in
-from ckd_ray.jobs.submit import BEGIN, NODES_VARIABLE
+from ckd_ray.jobs.submit import BEGIN
+from ckd_ray.ray_util.machines import NODES_VARIABLE, RESOURCES_VARIABLE, parse_resources
 from ckd_ray.store.codec import bytes_per_token
 
 ROOT = Path(__file__).parents[2]

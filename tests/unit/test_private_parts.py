@@ -43,6 +43,8 @@ PRIVATE: dict[str, str] = {
     "ray.autoscaler._private.commands._bootstrap_config": "the tunnel has the key that the launcher made",
     "ray.autoscaler._private.util.prepare_config": "a launcher's file is completed",
     "ray.autoscaler._private.util.validate_config": "a launcher's file is checked before anything starts",
+    "ray.data._internal.execution.execution_callback.ExecutionCallback": "a pool that does not start is given up",
+    "ray.data._internal.execution.streaming_executor_state.Topology": "its actors that have started are counted",
     "ray.job_submission.JobSubmissionClient._do_request": "answers of a dashboard have a limit of time",
     "ray.actor.ActorHandle._actor_id": "the state of an actor is asked for by its id",
     "ray.data.DataContext._set_current": "Ray Data's settings of a caller's program are given back",
@@ -72,6 +74,7 @@ _READ = {
     "_attn_implementation": "transformers.PretrainedConfig._attn_implementation",
     "_do_request": "ray.job_submission.JobSubmissionClient._do_request",
     "_global_node": "ray._private.worker._global_node",
+    "_topology": "ray.data._internal.execution.streaming_executor_state.Topology",
 }
 _OF_OTHERS = {"os._exit"}  # documented
 # Environment variables of Ray that no page of its documentation describes, by the module or program that reads them.

@@ -26,7 +26,7 @@ ENDS = {
     ("progress.py", "while True"): (1, "a daemon thread that ends with the progress that it draws"),
     ("jobs/follow.py", "while True"): (2, "follows while the job runs; Ctrl-C, or a cluster lost for 15 min, ends it"),
     ("jobs/remote.py", "while True"): (1, "ends at its deadline"),
-    ("jobs/nodes.py", "while True"): (1, "ends after `within`, half an hour at most"),
+    ("ray_util/machines.py", "while True"): (1, "ends after `within`, half an hour at most"),
     ("tracking/trackers.py", "self._calls.get"): (1, "a daemon thread; the run waits a limited time for its end"),
     ("data/lines.py", "while True"): (1, "reads a file to its end"),
     ("cli/look.py", "while True"): (1, "asks a person for the next query"),
