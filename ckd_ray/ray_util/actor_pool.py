@@ -33,7 +33,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Pool:
-    """A placed pool: `actors` of `cpus_per_actor` and `gpus_per_actor`, fed by `feeders` small tasks."""
+    """A placed pool: `actors` of `cpus_per_actor` and `gpus_per_actor`, fed by `feeders` small tasks.
+
+    Attributes:
+        most: where GPUs come later, the pool grows up to so many actors.
+    """
 
     actors: int
     cpus_per_actor: float
@@ -41,6 +45,7 @@ class Pool:
     threads: int
     feeders: int
     feeder_cpus: float
+    most: int = 0
 
     def __str__(self) -> str:
         actors = "1 actor" if self.actors == 1 else f"{self.actors} actors"
@@ -94,7 +99,8 @@ def plan_pool(
     if gpus_per_actor > 0:
         share = 1.0 if spare >= 1 else _FEEDER_SHARE
         feeders = max(1, min(int(spare / share + 1e-9), _FEEDERS_A_GPU * chosen))
-        return Pool(chosen, cpus_per_actor, gpus_per_actor, 1, feeders, share)
+        most = limit if actors == "auto" else chosen
+        return Pool(chosen, cpus_per_actor, gpus_per_actor, 1, feeders, share, most)
     # With fewer shards than cores, on one machine, the cores left over help the actors.
     threads = max(1, room // chosen) if actors == "auto" and len(nodes) == 1 else 1
     return Pool(chosen, cpus_per_actor, 0.0, threads, -(-chosen // _CPU_ACTORS_A_FEEDER), _FEEDER_SHARE)

@@ -76,7 +76,10 @@ def through_pool(
             num_gpus=pool.gpus_per_actor or None,
             # All actors start at once; after the loss of a node the pool is smaller for a while.
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=pool.actors, initial_size=pool.actors, max_tasks_in_flight_per_actor=2
+                min_size=1,
+                max_size=max(pool.actors, pool.most),
+                initial_size=pool.actors,
+                max_tasks_in_flight_per_actor=2,
             ),
             **each,
         )

@@ -90,6 +90,18 @@ def test_a_node_is_cut_off(undisturbed: Path, run: str, tmp_path: Path) -> None:
     assert contents(out) == contents(undisturbed)
 
 
+def test_a_gpu_that_comes_later_is_used_and_one_that_goes_loses_nothing(run: str, tmp_path: Path) -> None:
+    out, calls = tmp_path / "store", Calls(tmp_path / "calls")
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    script = [sys.executable, "-m", "tests.fault.gpu_nodes", run, str(out), str(calls.path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert told.pop("left") >= 2, "the node was lost too late to mean anything"
+    assert told == {"done": True, "alone": 1, "nodes": True}
+    assert len(set(calls.ended())) == 30
+
+
 def test_broken_shards_of_a_stopped_stage_are_named_and_made_again(
     undisturbed: Path, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
