@@ -4,6 +4,10 @@ Where no unit of work is finished, this looks at the processes of the job on eve
 command have used their processor for as long as the limit says, those that hold work are ended, and Ray repeats their
 work. If that does not help, the command ends with a message. Whatever computes is left alone: it has the limits of
 waiting.py.
+
+Ray 2.60 may lose a task: a request to a machine that leaves at that moment is never sent to another one (issue 63405
+of ray-project/ray). Then all machines are free, nothing waits for one, and the stage stands still; the command ends
+after minutes.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ _IDLE, _IDLE_COMMAND = 0.02, 0.2
 # Without a process that holds work there is nothing to end, and the command may wait for machines, or for storage: as
 # long as for a unit of work (4 hours by default).
 _ALONE = 8
+# A stage that has stood still for so long, with Ray at rest for as long again, waits for a task that Ray has lost.
+_AT_REST_S = 120.0
 _ANSWER_S = 60.0
 _NAMED = 8
 # Titles of processes that work: tasks are functions, and these are the actors. Others are servants of Ray.
@@ -78,6 +84,7 @@ class _Look:
         self._limit, self._in_main = limit, in_main
         self._ended: float | None = None  # when processes were ended; None again when work is finished after that
         self._first: tuple[float, float, dict[Worker, float]] | None = None  # time, processor time of command, workers
+        self._at_rest: tuple[float, float] | None = None  # since when, processor time of command
 
     def follow(self) -> None:
         """Look until the block ends, or the command has to."""
@@ -91,6 +98,7 @@ class _Look:
     def _look(self, now: float) -> None:
         at = standing()
         stage, still = at or ("", 0.0)
+        self._look_for_lost_task(stage, still, now)
         if self._ended is not None and now - still > self._ended:
             self._ended = None
         if self._ended is not None:
@@ -107,6 +115,21 @@ class _Look:
             if not computes and self._first[1] - command < _IDLE_COMMAND * window:
                 self._act(stage, still, list(workers))
 
+    def _look_for_lost_task(self, stage: str, still: float, now: float) -> None:
+        if not self._in_main or still < _AT_REST_S or not _ray_is_at_rest():
+            self._at_rest = None
+            return
+        since, command = self._at_rest = self._at_rest or (now, time.process_time())
+        idle = time.process_time() - command < _IDLE_COMMAND * (now - since)
+        if now - since >= _AT_REST_S and idle and not _at_work():
+            watch.end(
+                f"{stage}: nothing has been finished for {duration(still)}. A machine has left, the others are free,"
+                f" and no task waits for one: Ray has lost a task. Give {same_command()} again: what was finished is"
+                " kept"
+            )
+            if not self.over.wait(watch.PATIENCE_S):
+                os._exit(1)
+
     def _act(self, stage: str, still: float, workers: list[Worker]) -> None:
         """Nothing computes: end the workers, or the command where that has not helped."""
         what = f"{stage}: nothing has been finished for {duration(still)}, and no process computes"
@@ -122,6 +145,24 @@ class _Look:
             )
             if not self.over.wait(watch.PATIENCE_S):
                 os._exit(1)
+
+
+def _ray_is_at_rest() -> bool:
+    """Whether a machine has left the cluster, all CPUs and GPUs of the others are free, and nothing waits for them."""
+    from ray._private import worker
+    from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply, NodeStatus
+
+    reply = GetClusterResourceStateReply()
+    reply.ParseFromString(worker._global_node.get_gcs_client().get_cluster_resource_state(timeout_s=_ANSWER_S))
+    state = reply.cluster_resource_state
+    here = [node for node in state.node_states if node.status != NodeStatus.DEAD]
+    busy = any(
+        node.available_resources.get(name, 0.0) < node.total_resources.get(name, 0.0)
+        for node in here
+        for name in ("CPU", "GPU")
+    )
+    waits = state.pending_resource_requests or state.pending_gang_resource_requests
+    return len(here) < len(state.node_states) and not busy and not waits
 
 
 def _named(workers: list[Worker]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -180,6 +181,17 @@ def test_ray_s_workers_write_logs_that_begin_with_their_job(ray_session: None) -
     _at_work(found)
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(work, timeout=120)
+
+
+def test_when_ray_is_at_rest() -> None:
+    """`ray_util/stuck.py` takes that for a task which Ray has lost."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    script = [sys.executable, "-m", "tests.fault.at_rest"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert not found.pop("before a node has left")
+    assert len(found) == 9 and all(found.values()), found
 
 
 def test_what_ray_tells_of_nodes(ray_session: None) -> None:

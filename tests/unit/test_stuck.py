@@ -20,6 +20,7 @@ class World:
 
     def __init__(self, look: _Look) -> None:
         self.look, self.now, self.moved, self.command = look, 0.0, 0.0, 0.0
+        self.at_rest = False
         self.used: Callable[[float], dict[Worker, float]] = lambda now: {}
         self.ended: list[Worker] = []
         self.told: list[str] = []
@@ -42,6 +43,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         return found.used(found.now)
 
     monkeypatch.setattr(stuck, "_at_work", at_work)
+    monkeypatch.setattr(stuck, "_ray_is_at_rest", lambda: found.at_rest)
     monkeypatch.setattr(stuck, "standing", lambda: ("label", found.now - found.moved))
     monkeypatch.setattr("time.monotonic", lambda: found.now)
     monkeypatch.setattr("time.process_time", lambda: found.command * found.now)
@@ -106,6 +108,28 @@ def test_a_command_that_waits_alone_has_as_long_as_a_unit_of_work(world: World) 
     assert world.told == []
     world.pass_time(0.7 * LIMIT)
     assert world.told and "the storage of the run" in world.told[0] and "were ended" not in world.told[0]
+
+
+def test_a_task_that_ray_has_lost_ends_the_command_after_minutes(world: World) -> None:
+    world.at_rest = True
+    world.pass_time(230.0)
+    assert world.told == []
+    world.pass_time(30.0)
+    assert world.told and "label: nothing has been finished for 4 min" in world.told[0]
+    assert "Ray has lost a task. Give the same command again" in world.told[0]
+
+
+def test_no_task_is_lost_while_anything_works(world: World) -> None:
+    world.pass_time(600.0)  # Ray has work, or work waits for machines
+    world.at_rest, world.used = True, lambda now: {ONE: 7.0}  # a task that reserves nothing
+    world.pass_time(300.0)
+    world.used, world.command, world.moved = lambda now: {}, 0.5, world.now
+    world.pass_time(600.0)
+    world.command, world.moved = 0.0, world.now
+    for _ in range(10):
+        world.pass_time(200.0)
+        world.moved = world.now
+    assert world.told == []
 
 
 def test_another_thread_than_the_main_one_is_not_interrupted(world: World) -> None:
