@@ -150,12 +150,14 @@ class _Look:
 def _ray_is_at_rest() -> bool:
     """Whether a machine has left the cluster, all CPUs and GPUs of the others are free, and nothing waits for them."""
     from ray._private import worker
-    from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply, NodeStatus
+    from ray.core.generated import autoscaler_pb2
 
-    reply = GetClusterResourceStateReply()
-    reply.ParseFromString(worker._global_node.get_gcs_client().get_cluster_resource_state(timeout_s=_ANSWER_S))
+    messages: Any = autoscaler_pb2  # made by protoc, without types
+    this: Any = worker._global_node
+    reply = messages.GetClusterResourceStateReply()
+    reply.ParseFromString(this.get_gcs_client().get_cluster_resource_state(timeout_s=_ANSWER_S))
     state = reply.cluster_resource_state
-    here = [node for node in state.node_states if node.status != NodeStatus.DEAD]
+    here = [node for node in state.node_states if node.status != messages.NodeStatus.DEAD]
     busy = any(
         node.available_resources.get(name, 0.0) < node.total_resources.get(name, 0.0)
         for node in here
