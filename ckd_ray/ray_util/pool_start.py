@@ -23,11 +23,11 @@ class StartsInTime(ExecutionCallback):
         self._until: float | None = time.monotonic() + WITHIN_S
 
     def on_execution_step(self, executor: Any) -> None:
-        """Look whether an actor has started, until one has."""
+        """Look whether an actor has started, until one has. Where tasks do the work there are none."""
         if self._until is None:
             return
         pools = [pool for operator in executor._topology for pool in operator.get_autoscaling_actor_pools()]
-        if any(pool.num_running_actors() for pool in pools):
+        if not pools or any(pool.num_running_actors() for pool in pools):
             self._until = None
         elif time.monotonic() > self._until:
             raise ray.exceptions.GetTimeoutError(f"no actor has started within {WITHIN_S:.0f} s")

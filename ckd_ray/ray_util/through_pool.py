@@ -86,7 +86,8 @@ def through_pool(
     # Keep an actor that waits for its first unit.
     dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     dataset.context.wait_for_min_actors_s = -1
-    dataset.context.custom_execution_callback_classes = [pool_start.StartsInTime]
+    callbacks = dataset.context.custom_execution_callback_classes
+    dataset.context.custom_execution_callback_classes = [*callbacks, pool_start.StartsInTime]
     dataset.context.execution_no_progress_timeout_s = WORK_S
     try:
         yield from _rows(dataset)

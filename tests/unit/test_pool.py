@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from ckd_ray.checks import load_config
 from ckd_ray.embed.stream import plan_shards
@@ -13,6 +15,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.pipeline.runner import run_stages
 from ckd_ray.progress import duration
 from ckd_ray.ray_util.actor_pool import Node, place_pool, plan_pool
+from ckd_ray.ray_util.pool_start import StartsInTime
 from ckd_ray.runs.fingerprint import fingerprint
 from tests.support import overrides, write_collection
 
@@ -31,6 +34,7 @@ def test_one_actor_a_gpu() -> None:
     assert (pool.actors, pool.gpus_per_actor, pool.cpus_per_actor) == (4, 1, 1)
     assert (pool.feeders, pool.feeder_cpus) == (12, 1.0)
     assert plan_pool("auto", 0.5, limit=100, nodes=[Node(16, 4)]).actors == 8
+    assert (pool.most, plan_pool(2, "auto", limit=100, nodes=[Node(16, 4)]).most) == (100, 2)  # where GPUs come later
 
 
 def test_no_gpu_is_left_out_for_want_of_cpus() -> None:
@@ -126,3 +130,24 @@ def test_fingerprints_follow_values_and_not_their_order() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (7.26, 245, 7800)] == ["7.3 s", "4 min 05 s", "2 h 10 min"]
+
+
+def test_a_pool_is_given_up_when_no_actor_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def executor(*running: int) -> Any:
+        pools = [SimpleNamespace(num_running_actors=lambda count=count: count) for count in running]
+        return SimpleNamespace(_topology=[SimpleNamespace(get_autoscaling_actor_pools=lambda: pools)])
+
+    none, late, tasks = StartsInTime(), StartsInTime(), StartsInTime()
+    for seconds in (1.0, 899.0):
+        now[0] = seconds
+        none.on_execution_step(executor(0))
+        late.on_execution_step(executor(0 if seconds == 1.0 else 1))
+        tasks.on_execution_step(executor())
+    now[0] = 901.0
+    with pytest.raises(ray.exceptions.GetTimeoutError, match="no actor has started within 900 s"):
+        none.on_execution_step(executor(0))
+    late.on_execution_step(executor(0))  # it has died since, and Ray starts it again
+    tasks.on_execution_step(executor())
