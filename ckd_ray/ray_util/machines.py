@@ -119,6 +119,10 @@ def wait_for_gpus(expected: bool) -> bool:
     Raises:
         JobError: none has come.
     """
+    import ray
+
+    if not ray.is_initialized():  # the first stages need no Ray
+        return False
     if expected and not _gpus():
         say("all GPUs of the cluster have left")
         _wait_for({"GPU": 1})

@@ -45,7 +45,9 @@ def test_gpus_that_have_left_are_waited_for(
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
     monkeypatch.setattr(machines, "time", clock)
-    there = {"GPU": 0.0, "from": 50.0}
+    assert not machines.wait_for_gpus(expected=True)  # without Ray
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    there = {"from": 50.0}
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0} if now[0] >= there["from"] else {})
     monkeypatch.setattr(
         machines, "alive", lambda: [{"Resources": {"CPU": 2.0}}, {"Resources": machines_of(now[0], there["from"])}]
