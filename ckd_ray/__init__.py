@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckd_ray.api.run import Run as Run, open as open
     from ckd_ray.api.train import train as train
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Run", "__version__", "train"]  # `open` stands in for Python's own, so `import *` leaves it out
 
 if sys.argv and sys.argv[0].endswith("default_worker.py"):  # a worker process of Ray, which has come to work of ours
