@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ray._private import services
 
 from tests.ray_head import started_head
@@ -29,6 +30,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_gpus_that_are_declared_and_not_there_yet_come(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -90,6 +90,7 @@ def test_a_node_is_cut_off(undisturbed: Path, run: str, tmp_path: Path) -> None:
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_comes_later_is_used_and_one_that_goes_loses_nothing(run: str, tmp_path: Path) -> None:
     out, calls = tmp_path / "store", Calls(tmp_path / "calls")
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

@@ -183,6 +183,7 @@ def test_ray_s_workers_write_logs_that_begin_with_their_job(ray_session: None) -
         ray.get(work, timeout=120)
 
 
+@pytest.mark.slow
 def test_when_ray_is_at_rest() -> None:
     """`ray_util/stuck.py` takes that for a task which Ray has lost."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
