@@ -62,10 +62,11 @@ def first_mistake(error: ValidationError) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of an error's message, which is what was raised when a traceback stands before it.
 
-    Advice on debugging follows a line that holds "CUDA error", so that line is taken where there is one.
+    Advice follows a line about an error of CUDA, and one about a machine short of memory, so such a line is taken where
+    there is one.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "CUDA error" in line), lines[-1])
+    return next((line for line in lines if "CUDA error" in line or line.startswith("Memory on the node")), lines[-1])
 
 
 def described(error: BaseException) -> str:
