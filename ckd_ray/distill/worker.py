@@ -32,7 +32,7 @@ from ckd_ray.distill.scale import measured_scale
 from ckd_ray.distill.step import BatchEncoder, TrainingStep
 from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, UserError
-from ckd_ray.files import local_copy
+from ckd_ray.files import filesystem_of, is_local, join, local_copy, upload_folder
 from ckd_ray.model import ColBERT
 from ckd_ray.model.encoder import Precision
 from ckd_ray.model.recompute import recompute_activations
@@ -327,9 +327,16 @@ class _Loop:
             checkpoint=checkpoint,
             checkpoint_dir_name=f"step-{self.position.next_step:08d}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=None if is_local(self.task.checkpoints) else self._upload,
             delete_local_checkpoint_after_upload=True,
         )
         self.records = []
+
+    def _upload(self, checkpoint: Any, name: str) -> Any:
+        """Ray's own way tells nothing of a file that was not uploaded (see `files/atomic.py`)."""
+        fs, path = filesystem_of(join(self.task.checkpoints, name))
+        upload_folder(checkpoint.path, fs, path)
+        return ray.train.Checkpoint(path=path, filesystem=fs)
 
     def _wait_until_stored(self) -> None:
         """Wait for the checkpoint before this one, so that the disk here holds one at a time. Ray removes its folder

@@ -9,6 +9,7 @@ from ckd_ray.files.atomic import (
     replace_atomically,
     room_for,
     upload_file,
+    upload_folder,
     write_atomic,
 )
 from ckd_ray.files.parquet import ParquetFile, parquet_writer, read_parquet, write_parquet
@@ -71,6 +72,7 @@ __all__ = [
     "sha256_of",
     "signatures",
     "upload_file",
+    "upload_folder",
     "with_ending",
     "write_array",
     "write_atomic",

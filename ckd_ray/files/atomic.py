@@ -2,6 +2,9 @@
 
 A local file is written under a temporary name, flushed to the disk and renamed. An object store shows an upload only
 when it is complete. `remove_stale` deletes what a killed writer has left; every stage calls it before it starts.
+
+Folders go to and come from object storage file by file, and their sizes are compared: `pyarrow.fs.copy_files` tells
+nothing of an upload that has failed (PyArrow 26).
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,10 +29,13 @@ import pyarrow.fs as pafs
 from safetensors import SafetensorError
 
 from ckd_ray.errors import JobError
-from ckd_ray.files.paths import check_inside, delete, filesystem_of, is_local
+from ckd_ray.files.paths import check_inside, delete, filesystem_of, is_local, join
 
 # In the name of every file and folder that is being written.
 TEMPORARY = ".tmp-"
+# Files of a folder that are on their way at once, and bytes that are read at a time.
+_AT_ONCE, _BLOCK = 8, 8 << 20
+_TRIES = 3
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -73,6 +81,25 @@ def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
     mapped = mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     with fs.open_output_stream(path) as out:
         out.write(mapped)
+
+
+def upload_folder(folder: str, fs: pafs.FileSystem, path: str) -> None:
+    """Upload all files of a local folder.
+
+    Raises:
+        OSError: one could not be uploaded, or the storage lacks one afterwards.
+    """
+    files = [file for file in Path(folder).rglob("*") if file.is_file()]
+    wanted = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+    def upload(name: str) -> None:
+        with Path(folder, name).open("rb") as local:
+            upload_file(fs, f"{path}/{name}", local)
+
+    _each(upload, wanted)
+    stored = _sizes(fs, path)
+    if lacks := [name for name, size in wanted.items() if stored.get(name) != size]:
+        raise OSError(f"{path}: the storage has not kept {', '.join(lacks)}")
 
 
 @contextmanager
@@ -126,7 +153,7 @@ def new_folder(uri: str) -> Iterator[str]:
         fs, path = filesystem_of(uri)
         if fs.get_file_info(path).type == pafs.FileType.Directory:
             fs.delete_dir_contents(path)
-        pafs.copy_files(folder, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+        upload_folder(folder, fs, path)
 
 
 def _new_local_folder(target: Path) -> Iterator[str]:
@@ -152,9 +179,8 @@ def _new_local_folder(target: Path) -> Iterator[str]:
 
 def copy_folder(source: str, target: str) -> None:
     """Copy a folder between any two places. A copy that is interrupted leaves nothing at `target`."""
-    from_fs, from_path = filesystem_of(source)
-    with new_folder(target) as folder:
-        pafs.copy_files(from_path, folder, source_filesystem=from_fs, destination_filesystem=pafs.LocalFileSystem())
+    with local_copy(source) as ours, new_folder(target) as folder:
+        shutil.copytree(ours, folder, dirs_exist_ok=True)
 
 
 @contextmanager
@@ -168,16 +194,40 @@ def local_copy(uri: str, without: tuple[str, ...] = ()) -> Iterator[str]:
     if isinstance(fs, pafs.LocalFileSystem):
         yield path
         return
-    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    names = {info.path[len(path.rstrip("/")) + 1 :]: info for info in infos}
-    check_inside(names, uri)
-    with tempfile.TemporaryDirectory() as folder:
-        to = {"source_filesystem": fs, "destination_filesystem": pafs.LocalFileSystem()}
-        if without:
-            for name, info in names.items():
-                if info.type == pafs.FileType.File and not name.endswith(without):
-                    os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-                    pafs.copy_files(info.path, os.path.join(folder, name), **to)
-        else:
-            pafs.copy_files(path, folder, **to)
+    sizes = {name: size for name, size in _sizes(fs, path).items() if not name.endswith(without)}
+    check_inside(sizes, uri)
+    with tempfile.TemporaryDirectory() as folder, room_for(folder):
+
+        def download(name: str) -> None:
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with fs.open_input_stream(f"{path}/{name}") as source, target.open("wb") as out:
+                shutil.copyfileobj(source, out, _BLOCK)
+            if (given := target.stat().st_size) != sizes[name]:
+                raise OSError(f"{join(uri, name)}: the storage gives {given:,} of its {sizes[name]:,} bytes")
+
+        _each(download, sizes)
         yield folder
+
+
+def _each(call: Callable[[str], None], names: Iterable[str]) -> None:
+    """Make the call for every name, several at once; make one again that raises OSError, some times."""
+
+    def patient(name: str) -> None:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return call(name)
+            except OSError as error:
+                if not tries_left or error.errno in _CANNOT_WRITE:
+                    raise
+                time.sleep(1)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(patient, names):
+            pass  # raises what a call has raised
+
+
+def _sizes(fs: pafs.FileSystem, path: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path in it."""
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    return {i.path[len(path.rstrip("/")) + 1 :]: int(i.size) for i in infos if i.type == pafs.FileType.File}
