@@ -92,7 +92,9 @@ def declared_gpus() -> int:
     from ray._private import worker
 
     node: Any = worker._global_node
-    address = f"--gcs-address={node.gcs_address}".encode() if node is not None else b""
+    if node is None:
+        return 0
+    address = f"--gcs-address={node.gcs_address}".encode()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
             words = entry.read_bytes().split(b"\0")
@@ -119,10 +121,6 @@ def wait_for_gpus(expected: bool) -> bool:
     Raises:
         JobError: none has come.
     """
-    import ray
-
-    if not ray.is_initialized():  # the first stages need no Ray
-        return False
     if expected and not _gpus():
         say("all GPUs of the cluster have left")
         _wait_for({"GPU": 1})
@@ -137,6 +135,10 @@ def alive() -> list[dict[str, Any]]:
 
 
 def _gpus() -> float:
+    import ray
+
+    if not ray.is_initialized():  # the first stages need none
+        return 0.0
     return sum(node["Resources"].get("GPU", 0.0) for node in alive())
 
 
