@@ -19,7 +19,7 @@ from ckd_ray.errors import JobError, LostRayError, UserError, described
 from ckd_ray.progress import say, set_quiet, without_keys
 from ckd_ray.ray_util.again import remember, same_command
 from ckd_ray.ray_util.processes import end_when_broken
-from ckd_ray.ray_util.watch import terminate
+from ckd_ray.ray_util.watch import lost, terminate
 from ckd_ray.streams import log_path, objects, only_ours
 
 # `ckd-ray --help` shows these panels in the order in which people meet them.
@@ -262,3 +262,9 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(fail("interrupted", 130))
+    except SystemExit as end:
+        if lost() is None:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)  # Ray's threads may crash while Python closes without it
