@@ -258,12 +258,13 @@ def main() -> None:
     """Entry point: exit status 0 done, 1 the job failed, 2 the user's input is wrong, 130 interrupted."""
     end_when_broken()
     signal.signal(signal.SIGTERM, terminate)
+    lost_before = lost()  # by this process, which may be another program's
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(fail("interrupted", 130))
     except SystemExit as end:
-        if lost() is None:
+        if lost() == lost_before:
             raise
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
