@@ -61,7 +61,11 @@ def watched(close: Callable[[], None]) -> Iterator[None]:
     threading.Thread(target=watch.look, name="ray-watch", daemon=True).start()
     try:
         yield
-    except (UserError, LostRayError):
+    except LostRayError:
+        raise
+    except UserError as error:
+        if _why is not None:  # the loss has interrupted what reads the user's input
+            raise LostRayError(_why) from error
         raise
     except Exception as error:
         if watch.is_lost():
