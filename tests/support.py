@@ -1,9 +1,13 @@
-"""Builders that tests share: a tiny collection, and the settings of a run that takes seconds."""
+"""What tests share: a tiny collection, settings of a run that takes seconds, and scripts that have a Ray of their own."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import struct
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -142,3 +146,13 @@ def tensorboard_events(folder: Path) -> dict[str, list[tuple[int, Any]]]:
                 scalar = value.simple_value if value.WhichOneof("value") == "simple_value" else content
                 found[value.tag].append((event.step, scalar))
     return dict(found)
+
+
+def told_by(module: str, *arguments: str) -> Any:
+    """The JSON object that a script of the tests prints, which has a Ray of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    script = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+    # Ray's own lines may come after it.
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))

@@ -13,6 +13,7 @@ import ray
 
 from ckd_ray.errors import UserError
 from ckd_ray.progress import say
+from ckd_ray.ray_util.machines import alive
 
 CPUS_PER_WORKER = 1
 
@@ -56,7 +57,7 @@ def plan_workers(workers: int | str, batch_size: int, key: str) -> Placement:
     Raises:
         UserError: they do not fit the cluster, or the batch is smaller than their number.
     """
-    placement = place_workers(workers, batch_size, key, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+    placement = place_workers(workers, batch_size, key, [node["Resources"] for node in alive()])
     free = ray.available_resources()  # other jobs may hold what the workers need
     for name, each in placement.resources.items():
         needed, left = each * placement.fewest, free.get(name, 0)

@@ -334,8 +334,9 @@ class _Loop:
 
     def _upload(self, checkpoint: Any, name: str) -> Any:
         """Ray's own way tells nothing of a file that was not uploaded (see `files/atomic.py`)."""
-        fs, path = filesystem_of(join(self.task.checkpoints, name))
-        upload_folder(checkpoint.path, fs, path)
+        stored = join(self.task.checkpoints, name)
+        upload_folder(checkpoint.path, stored)
+        fs, path = filesystem_of(stored)
         return ray.train.Checkpoint(path=path, filesystem=fs)
 
     def _wait_until_stored(self) -> None:

@@ -29,7 +29,7 @@ import pyarrow.fs as pafs
 from safetensors import SafetensorError
 
 from ckd_ray.errors import JobError
-from ckd_ray.files.paths import check_inside, delete, filesystem_of, is_local, join
+from ckd_ray.files.paths import check_inside, delete, file_sizes, filesystem_of, is_local, join
 
 # In the name of every file and folder that is being written.
 TEMPORARY = ".tmp-"
@@ -83,21 +83,21 @@ def upload_file(fs: pafs.FileSystem, path: str, local: IO[bytes]) -> None:
         out.write(mapped)
 
 
-def upload_folder(folder: str, fs: pafs.FileSystem, path: str) -> None:
-    """Upload all files of a local folder.
+def upload_folder(folder: str, uri: str) -> None:
+    """Upload all files of a local folder to the remote folder `uri`.
 
     Raises:
         OSError: one could not be uploaded, or the storage lacks one afterwards.
     """
-    files = [file for file in Path(folder).rglob("*") if file.is_file()]
-    wanted = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    fs, path = filesystem_of(uri)
+    wanted = file_sizes(folder)
 
     def upload(name: str) -> None:
         with Path(folder, name).open("rb") as local:
             upload_file(fs, f"{path}/{name}", local)
 
     _each(upload, wanted)
-    stored = _sizes(fs, path)
+    stored = file_sizes(uri)
     if lacks := [name for name, size in wanted.items() if stored.get(name) != size]:
         raise OSError(f"{path}: the storage has not kept {', '.join(lacks)}")
 
@@ -153,7 +153,7 @@ def new_folder(uri: str) -> Iterator[str]:
         fs, path = filesystem_of(uri)
         if fs.get_file_info(path).type == pafs.FileType.Directory:
             fs.delete_dir_contents(path)
-        upload_folder(folder, fs, path)
+        upload_folder(folder, uri)
 
 
 def _new_local_folder(target: Path) -> Iterator[str]:
@@ -179,8 +179,11 @@ def _new_local_folder(target: Path) -> Iterator[str]:
 
 def copy_folder(source: str, target: str) -> None:
     """Copy a folder between any two places. A copy that is interrupted leaves nothing at `target`."""
-    with local_copy(source) as ours, new_folder(target) as folder:
-        shutil.copytree(ours, folder, dirs_exist_ok=True)
+    with new_folder(target) as folder:
+        if is_local(source):
+            shutil.copytree(filesystem_of(source)[1], folder, dirs_exist_ok=True)
+        else:
+            _download_folder(source, folder)
 
 
 @contextmanager
@@ -194,20 +197,27 @@ def local_copy(uri: str, without: tuple[str, ...] = ()) -> Iterator[str]:
     if isinstance(fs, pafs.LocalFileSystem):
         yield path
         return
-    sizes = {name: size for name, size in _sizes(fs, path).items() if not name.endswith(without)}
-    check_inside(sizes, uri)
-    with tempfile.TemporaryDirectory() as folder, room_for(folder):
-
-        def download(name: str) -> None:
-            target = Path(folder, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with fs.open_input_stream(f"{path}/{name}") as source, target.open("wb") as out:
-                shutil.copyfileobj(source, out, _BLOCK)
-            if (given := target.stat().st_size) != sizes[name]:
-                raise OSError(f"{join(uri, name)}: the storage gives {given:,} of its {sizes[name]:,} bytes")
-
-        _each(download, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        _download_folder(uri, folder, without)
         yield folder
+
+
+def _download_folder(uri: str, folder: str, without: tuple[str, ...] = ()) -> None:
+    """`local_copy` of a remote folder, into a local one."""
+    fs, path = filesystem_of(uri)
+    sizes = {n: size for n, size in file_sizes(uri, missing_ok=False).items() if not n.endswith(without)}
+    check_inside(sizes, uri)
+
+    def download(name: str) -> None:
+        target = Path(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with fs.open_input_stream(f"{path}/{name}") as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, _BLOCK)
+        if (given := target.stat().st_size) != sizes[name]:
+            raise OSError(f"{join(uri, name)}: the storage gives {given:,} of its {sizes[name]:,} bytes")
+
+    with room_for(folder):
+        _each(download, sizes)
 
 
 def _each(call: Callable[[str], None], names: Iterable[str]) -> None:
@@ -225,9 +235,3 @@ def _each(call: Callable[[str], None], names: Iterable[str]) -> None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(patient, names):
             pass  # raises what a call has raised
-
-
-def _sizes(fs: pafs.FileSystem, path: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by its path in it."""
-    infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    return {i.path[len(path.rstrip("/")) + 1 :]: int(i.size) for i in infos if i.type == pafs.FileType.File}

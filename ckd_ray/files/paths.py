@@ -157,6 +157,18 @@ def list_folders(uri: str) -> list[str]:
     return _list(uri, pafs.FileType.Directory)
 
 
+def file_sizes(uri: str, *, missing_ok: bool = True) -> dict[str, int]:
+    """Bytes of every file below the folder `uri`, by its path in it, sorted; one listing, however many there are.
+
+    Args:
+        missing_ok: a missing folder is empty; else FileNotFoundError.
+    """
+    fs, path = filesystem_of(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=missing_ok, recursive=True))
+    files = (info for info in infos if info.type == pafs.FileType.File)
+    return dict(sorted((info.path[len(path.rstrip("/")) + 1 :], int(info.size)) for info in files))
+
+
 def _list(uri: str, kind: pafs.FileType) -> list[str]:
     fs, path = filesystem_of(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ckd_ray.errors import UserError
 from ckd_ray.progress import say
 from ckd_ray.ray_util.gpus import share_of_gpu
+from ckd_ray.ray_util.machines import alive
 
 # Every CPU actor leaves this share of its core to the tasks that feed it (see `Pool.feeder_cpus`).
 _FEEDER_SHARE = 0.1
@@ -158,13 +159,12 @@ def place_pool(
 
 def cluster_nodes() -> tuple[list[Node], list[Node]]:
     """(all, free): CPUs and GPUs of the connected cluster's nodes that are alive."""
-    import ray
     from ray._private.state import available_resources_per_node
 
     now: dict[str, Any] = available_resources_per_node()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    total = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in alive]
-    left = [now.get(node["NodeID"], {}) for node in alive]
+    nodes = alive()
+    total = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes]
+    left = [now.get(node["NodeID"], {}) for node in nodes]
     return total, [Node(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in left]
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import duration, say
+from ckd_ray.ray_util.watch import head_address
 
 # So many nodes a job waits for; ckd-ray sets it from the launcher's file.
 NODES_VARIABLE = "CKD_RAY_WAIT_FOR_NODES"
@@ -89,12 +90,7 @@ def parse_resources(text: str) -> dict[str, int]:
 def declared_gpus() -> int:
     """The GPUs of all workers that the autoscaler of this Ray may start. 0 where no autoscaler runs on this machine,
     as on Kubernetes, or its file does not tell."""
-    from ray._private import worker
-
-    node: Any = worker._global_node
-    if node is None:
-        return 0
-    address = f"--gcs-address={node.gcs_address}".encode()
+    address = f"--gcs-address={head_address()}".encode()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
             words = entry.read_bytes().split(b"\0")

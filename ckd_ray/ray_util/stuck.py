@@ -28,6 +28,7 @@ from ckd_ray.errors import described
 from ckd_ray.progress import duration, say, standing
 from ckd_ray.ray_util import watch
 from ckd_ray.ray_util.again import same_command
+from ckd_ray.ray_util.machines import alive
 
 # Shares of a core, below which a process does not compute. One that waits answers Ray's questions all the same; the
 # command looks after the tasks of a stage.
@@ -122,13 +123,11 @@ class _Look:
         since, command = self._at_rest = self._at_rest or (now, time.process_time())
         idle = time.process_time() - command < _IDLE_COMMAND * (now - since)
         if now - since >= _AT_REST_S and idle and not _at_work():
-            watch.end(
+            self._end(
                 f"{stage}: nothing has been finished for {duration(still)}. A machine has left, the others are free,"
                 f" and no task waits for one: Ray has lost a task. Give {same_command()} again: what was finished is"
                 " kept"
             )
-            if not self.over.wait(watch.PATIENCE_S):
-                os._exit(1)
 
     def _act(self, stage: str, still: float, workers: list[Worker]) -> None:
         """Nothing computes: end the workers, or the command where that has not helped."""
@@ -139,12 +138,16 @@ class _Look:
             self._ended, self._first = time.monotonic(), None
         elif self._in_main and (workers or still >= _ALONE * self._limit):
             who = f", after processes were ended once. It waits for {_named(workers)}" if workers else ""
-            watch.end(
+            self._end(
                 f"{what}{who}. See whether these machines and the storage of the run answer, or raise"
                 f" run.stuck_after_minutes; then give {same_command()} again: what was finished is kept"
             )
-            if not self.over.wait(watch.PATIENCE_S):
-                os._exit(1)
+
+    def _end(self, why: str) -> None:
+        """End the command: by an error in its main thread, or, where that does not get on, at once."""
+        watch.end(why)
+        if not self.over.wait(watch.PATIENCE_S):
+            os._exit(1)
 
 
 def _ray_is_at_rest() -> bool:
@@ -185,7 +188,7 @@ def _at_work(end: Sequence[Worker] = ()) -> dict[Worker, float]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     calls: dict[str, list[Any]] = {}
-    for node in [node["NodeID"] for node in ray.nodes() if node["Alive"]]:
+    for node in [node["NodeID"] for node in alive()]:
         task = ray.remote(num_cpus=0, max_retries=0)(_processes)
         here = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         there = [(worker.pid, worker.started) for worker in end if worker.node == node]

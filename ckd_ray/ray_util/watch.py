@@ -117,7 +117,7 @@ class _Watch:
     def _of_the_head(self) -> str | None:
         """What the head says of this machine, if it says anything. (A request to a head that has ended would wait as
         long as Ray lets this process live.)"""
-        address = _head()
+        address = head_address()
         try:
             if address is not None:
                 knock(address)
@@ -182,8 +182,8 @@ def _is_raylet(number: int, socket: str) -> bool:
     return False
 
 
-def _head() -> str | None:
-    """The address of the head's GCS."""
+def head_address() -> str | None:
+    """The address of the head's GCS; None without a Ray."""
     from ray._private import worker
 
     node: Any = worker._global_node

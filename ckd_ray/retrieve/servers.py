@@ -21,6 +21,7 @@ import torch
 from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import say
+from ckd_ray.ray_util.machines import alive
 from ckd_ray.ray_util.parts import CPUS_OF_WAITING
 from ckd_ray.ray_util.processes import actor_device
 from ckd_ray.ray_util.waiting import LOOK_S, answer
@@ -273,7 +274,7 @@ class serving:
             passages=store.num_passages,
             dim=store.dim,
             resources=ray.cluster_resources(),
-            node_memory=max((n["Resources"].get("memory", math.inf) for n in ray.nodes() if n["Alive"]), default=None),
+            node_memory=max((node["Resources"].get("memory", math.inf) for node in alive()), default=None),
         )
         self._bounds = np.linspace(0, store.num_shards, self._plan.servers + 1).astype(int)
         self._store, self._settings = store, settings
@@ -290,7 +291,7 @@ class serving:
         if plan.memory:
             options["memory"] = plan.memory
         remote = ray.remote(**options)(ShardServer)
-        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+        nodes = sum(node["Resources"].get("CPU", 0) > 0 for node in alive())
         processes = math.ceil(plan.servers / max(1, nodes))
         for low, high in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             shards = list(range(int(low), int(high)))

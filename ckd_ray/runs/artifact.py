@@ -17,15 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import pyarrow.fs as pafs
-
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import (
     check_inside,
     delete,
     delete_inside,
     exists,
-    filesystem_of,
+    file_sizes,
     first_present,
     join,
     make_folder,
@@ -239,11 +237,8 @@ def _can_resume(uri: str, fingerprint: str) -> bool:
 
 def _files(uri: str) -> list[dict[str, Any]]:
     """Every file below the folder, by its path in it, with its bytes."""
-    fs, path = filesystem_of(uri)
-    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    found = [(i.path[len(path.rstrip("/")) + 1 :], int(i.size)) for i in infos if i.type == pafs.FileType.File]
     skipped = {*_FORMER, *_FORMER.values()}
-    return [{"name": n, "bytes": size} for n, size in sorted(found) if n not in skipped]
+    return [{"name": n, "bytes": size} for n, size in file_sizes(uri).items() if n not in skipped]
 
 
 def _with_digests(uri: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.errors import JobError, UserError, last_line
 from ckd_ray.files import delete, filesystem_of, is_local, join
 from ckd_ray.progress import Progress, duration, say, without_secrets
+from ckd_ray.ray_util.machines import alive
 from ckd_ray.tune.records import Records, State, Trial
 from ckd_ray.tune.space import Values, steps_a_measurement
 from ckd_ray.tune.suggest import Suggester
@@ -60,7 +61,7 @@ def plan_trials(config: Config) -> TrialPlan:
         UserError: fewer trials fit than configured.
     """
     t = config.tune
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive()]
     cpus, gpus = ([node.get(name, 0.0) for node in nodes] for name in ("CPU", "GPU"))
     if sum(gpus) < 1:
         room = sum(int(c / (_WORKER_CPUS + _DRIVER_CPUS) + 1e-9) for c in cpus)

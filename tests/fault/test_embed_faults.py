@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +16,7 @@ from ckd_ray.embed.stream import embed_texts, plan_shards
 from ckd_ray.errors import JobError
 from ckd_ray.store import EmbeddingStore, shard_name
 from tests.fault.stand_in import Calls, contents, identity, job_of, make_encoder, prepare_run
+from tests.support import told_by
 
 SPANS = plan_shards(60, 5)
 NAMES = [shard_name(i) for i in range(12)]
@@ -77,12 +75,7 @@ def test_an_encoder_is_killed_in_the_middle_of_a_shard(undisturbed: Path, run: s
 
 def test_a_node_is_cut_off(undisturbed: Path, run: str, tmp_path: Path) -> None:
     out, calls = tmp_path / "store", Calls(tmp_path / "calls")
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    script = [sys.executable, "-m", "tests.fault.node_loss", run, str(out), str(calls.path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr
-    # Ray's own lines may come after it.
-    told = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    told = told_by("tests.fault.node_loss", run, str(out), str(calls.path))
     assert told["done"] and told["cut_off"] == 1
     assert 1 <= len(told["before"]) < 12
     assert {name: list(identity(out)[name]) for name in told["before"]} == told["before"]
@@ -93,11 +86,7 @@ def test_a_node_is_cut_off(undisturbed: Path, run: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_gpu_that_comes_later_is_used_and_one_that_goes_loses_nothing(run: str, tmp_path: Path) -> None:
     out, calls = tmp_path / "store", Calls(tmp_path / "calls")
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    script = [sys.executable, "-m", "tests.fault.gpu_nodes", run, str(out), str(calls.path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    told = told_by("tests.fault.gpu_nodes", run, str(out), str(calls.path))
     assert told.pop("left") >= 2, "the node was lost too late to mean anything"
     assert told == {"done": True, "alone": 1, "nodes": True}
     assert len(set(calls.ended())) == 30

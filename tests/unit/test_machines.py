@@ -12,6 +12,15 @@ from ckd_ray.ray_util import machines
 from ckd_ray.ray_util.machines import parse_resources
 
 
+@pytest.fixture()
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which goes on while somebody sleeps."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(machines, "time", clock)
+    return now
+
+
 def test_what_is_asked_of_a_cluster() -> None:
     assert parse_resources("") == {} and parse_resources("GPU=8, CPU=64") == {"GPU": 8, "CPU": 64}
     for wrong in ("GPU", "GPU=", "GPU=many", "GPU=0", "=3", "GPU:8"):
@@ -20,11 +29,8 @@ def test_what_is_asked_of_a_cluster() -> None:
 
 
 def test_waits_for_machines_end_at_their_limits(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    now: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(machines, "time", clock)
     monkeypatch.setattr(machines, "alive", lambda: [{}] * (2 if now[0] < 40 else 3))
     monkeypatch.setenv("CKD_RAY_WAIT_FOR_NODES", "3")
     machines.wait_for_nodes()
@@ -40,11 +46,8 @@ def test_waits_for_machines_end_at_their_limits(
 
 
 def test_gpus_that_have_left_are_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    now: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(machines, "time", clock)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert not machines.wait_for_gpus(expected=False)
     monkeypatch.setattr("ray.is_initialized", lambda: True)

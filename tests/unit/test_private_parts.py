@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -25,6 +24,7 @@ import torch
 
 from ckd_ray.ray_util import watch
 from ckd_ray.ray_util.sockets import knock
+from tests.support import told_by
 
 PACKAGE = Path(__file__).parents[2] / "ckd_ray"
 LIBRARIES = ("ray", "torch", "transformers")
@@ -186,11 +186,7 @@ def test_ray_s_workers_write_logs_that_begin_with_their_job(ray_session: None) -
 @pytest.mark.slow
 def test_when_ray_is_at_rest() -> None:
     """`ray_util/stuck.py` takes that for a task which Ray has lost."""
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    script = [sys.executable, "-m", "tests.fault.at_rest"]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    found = told_by("tests.fault.at_rest")
     assert not found.pop("before a node has left")
     assert len(found) == 9 and all(found.values()), found
 
