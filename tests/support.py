@@ -1,4 +1,4 @@
-"""What tests share: a tiny collection, settings of a run that takes seconds, and scripts that have a Ray of their own."""
+"""What tests share: a tiny collection, settings of a run that takes seconds, and scripts with a Ray of their own."""
 
 from __future__ import annotations
 

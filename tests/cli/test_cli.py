@@ -54,6 +54,25 @@ def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
     assert "--install-completion" in done.stdout
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_command_that_has_lost_its_ray_leaves_at_once(lost: bool) -> None:
+    """Ray's threads may crash while Python closes without it."""
+    code = (
+        "import atexit, sys\n"
+        "from ckd_ray.cli import command\n"
+        "from ckd_ray.ray_util import watch\n"
+        "def app():\n"
+        f"    watch._why = 'lost' if {lost} else None\n"
+        "    print('told')\n"
+        "    sys.exit(1)\n"
+        "command.app = app\n"
+        "atexit.register(print, 'closed')\n"
+        "command.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ("told\n" if lost else "told\nclosed\n"), done.stderr
+
+
 def test_no_arguments_show_the_help() -> None:
     done = call()
     assert done.returncode == 0 and "Clusters" in done.stdout and done.stderr == ""

@@ -29,6 +29,7 @@ class BadStorage:
 
     Attributes:
         share: of bad answers, 0 to 1. ways: which of `WAYS`. given: how many bad answers of each way there were.
+        refused: uploads of objects with this in their name are always answered with an error.
         delay: seconds before every answer. target: host and port of the server, which may be another one later.
 
     Args:
@@ -37,6 +38,7 @@ class BadStorage:
 
     def __init__(self, host: str, port: int, seed: int = 0, bind: str = "127.0.0.1") -> None:
         self.target, self.share, self.ways, self.delay = (host, port), 0.0, WAYS, 0.0
+        self.refused: str | None = None
         self.given: Counter[str] = Counter()
         self._rng, self._lock = random.Random(seed), threading.Lock()
         outer = self
@@ -77,7 +79,8 @@ class BadStorage:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = _body(handler)
         time.sleep(self.delay)
-        way = self._way(handler.command)
+        refuses = self.refused is not None and handler.command == "PUT" and self.refused in handler.path
+        way = "error" if refuses else self._way(handler.command)
         if way == "error":
             handler.send_response(500)
             handler.send_header("Content-Length", "0")

@@ -15,11 +15,13 @@ import torch
 
 from ckd_ray.errors import JobError, UserError
 from ckd_ray.files import (
+    atomic,
     join,
     list_files,
     local_copy,
     make_folder,
     new_folder,
+    paths,
     read_json,
     sha256_of,
     write_atomic,
@@ -116,8 +118,26 @@ def test_half_a_record_is_read_again(storage: tuple[BadStorage, str, str]) -> No
     assert read_json(join(through, "record.json"))["n"] == 1 and bad.given["cut short"] > 4
 
 
+def test_an_upload_that_is_refused_is_an_error(
+    storage: tuple[BadStorage, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyArrow's own copy of a folder leaves the file out here, and says nothing."""
+    bad, through, direct = storage
+    monkeypatch.setattr(paths, "_ATTEMPTS", 2)
+    monkeypatch.setattr(atomic, "_TRIES", 1)
+    through, direct = (uri.replace("ckd-bad", "ckd-refused") for uri in (through, direct))  # a client of its own
+    make_folder(direct)
+    bad.share, bad.refused = 0.0, "model/b"
+    try:
+        with pytest.raises(OSError), new_folder(join(through, "model")) as folder:
+            for name in "abc":
+                (Path(folder) / name).write_bytes(name.encode() * 5_000)
+    finally:
+        bad.refused = None
+    assert "b" not in list_files(join(direct, "model"))
+
+
 def test_a_folder_that_was_uploaded_is_whole(storage: tuple[BadStorage, str, str]) -> None:
-    """PyArrow's own copy of a folder leaves files out here, and says nothing."""
     bad, through, direct = storage
     bad.share, bad.ways, bad.given = 0.3, ("error",), Counter()
     outcomes = Counter[str]()

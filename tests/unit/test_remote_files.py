@@ -14,7 +14,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ckd_ray.embed import stream
 from ckd_ray.errors import UserError
-from ckd_ray.files import atomic, filesystem_of, join, list_files, local_copy, make_folder, read_json, write_json_atomic
+from ckd_ray.files import (
+    atomic,
+    filesystem_of,
+    join,
+    list_files,
+    local_copy,
+    make_folder,
+    paths,
+    read_json,
+    write_json_atomic,
+)
 from ckd_ray.labels import stage
 from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.colbert import load_tokenizer
@@ -49,7 +59,8 @@ def remote(tiny_backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     memory = _Counting(MemoryFileSystem())
     fs = pafs.PyFileSystem(memory)
     pafs.copy_files(str(local), "student", source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
-    monkeypatch.setattr(atomic, "filesystem_of", lambda uri: (fs, uri.partition(":/")[2]))
+    for module in (atomic, paths):
+        monkeypatch.setattr(module, "filesystem_of", lambda uri: (fs, uri.partition(":/")[2]))
     return memory, local
 
 

@@ -57,6 +57,18 @@ def test_one_that_ends_before_is_told(
     )
 
 
+def test_an_input_whose_reading_the_loss_has_interrupted_is_no_mistake(
+    caught: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that loads an encoder takes the interruption for one that cannot be loaded."""
+    monkeypatch.setattr(watch, "_ended_daemon", lambda: "the raylet has ended")
+    with pytest.raises(LostRayError, match="the raylet has ended"), watch.watched(lambda: None):
+        deadline = time.monotonic() + 10
+        while not caught and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise UserError("the encoder cannot be loaded")
+
+
 def test_an_error_that_comes_of_the_loss_is_told_as_the_loss(
     caught: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
