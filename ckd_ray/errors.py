@@ -3,10 +3,14 @@ the one-line message of another library's error."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+# Ray Data adds to an error of a task or of storage how often it has tried, and how to let it try more often.
+_ADVICE_OF_RAY_DATA = re.compile(r"(^|\n)Failed to [^\n]+ after \d+/\d+ attempts.*", re.DOTALL)
 
 
 class UserError(ValueError):
@@ -65,13 +69,20 @@ def last_line(error: BaseException) -> str:
     Advice follows a line about an error of CUDA, and one about a machine short of memory, so such a line is taken where
     there is one.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    message = without_advice(str(error))
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "CUDA error" in line or line.startswith("Memory on the node")), lines[-1])
 
 
+def without_advice(message: str) -> str:
+    """The message of an error without what Ray Data has added to it."""
+    return _ADVICE_OF_RAY_DATA.sub("", message)
+
+
 def described(error: BaseException) -> str:
-    """Type and message; for an error of a Ray task or actor also those of the error that was raised there."""
+    """Type and message; for an error of a Ray task, those of the error that was raised there; of an actor, both."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException) and cause is not error:
-        return f"{type(error).__name__}: {described(cause)}"
+        wrapper = "" if type(error).__name__.startswith("RayTaskError") else f"{type(error).__name__}: "
+        return wrapper + described(cause)
     return f"{type(error).__name__}: {last_line(error)}"

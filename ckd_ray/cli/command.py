@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ckd_ray.errors import JobError, LostRayError, UserError, described
+from ckd_ray.errors import JobError, LostRayError, UserError, described, without_advice
 from ckd_ray.progress import say, set_quiet, without_keys
 from ckd_ray.ray_util.again import remember, same_command
 from ckd_ray.ray_util.processes import end_when_broken
@@ -62,8 +62,6 @@ _VERBOSE_OPTION: dict[str, Any] = {
 }
 # These do not travel with a job: they are settled before it is sent, or travel as the resolved configuration.
 _NOT_OF_THE_JOB = {*_JOB_OPTIONS, *_WHERE_OPTIONS}
-# Ray Data adds to a task's error how to let it be tried again.
-_HINT_OF_RAY_DATA = "\nFailed to apply UDF transform after"
 
 app = typer.Typer(
     name="ckd-ray",
@@ -232,7 +230,7 @@ def fail(message: str, code: int) -> int:
 
 def _message(error: BaseException) -> str:
     """The message of our own error. Raised in a task or an actor, it comes with Ray's traceback around it."""
-    return str(getattr(error, "cause", error)).partition(_HINT_OF_RAY_DATA)[0]
+    return without_advice(str(getattr(error, "cause", error)))
 
 
 def _log_hint() -> str:

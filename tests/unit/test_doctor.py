@@ -109,9 +109,9 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     assert check.state == "fail" and "cannot be written" in check.found
     assert only(check_access.storage("nonsense://x")).state == "fail"
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
+        closed.bind(("127.0.0.1", 0))  # and never listens; nobody else can take the port meanwhile
         port = closed.getsockname()[1]
-    gone = only(check_access.storage(f"s3://key:secret@b/r?scheme=http&endpoint_override=127.0.0.1:{port}"))
+        gone = only(check_access.storage(f"s3://key:secret@b/r?scheme=http&endpoint_override=127.0.0.1:{port}"))
     assert gone.state == "fail" and "nothing answers there" in str(gone.fix)
 
 
