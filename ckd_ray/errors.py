@@ -71,7 +71,7 @@ def last_line(error: BaseException) -> str:
     """
     message = without_advice(str(error))
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "CUDA error" in line or line.startswith("Memory on the node")), lines[-1])
+    return next((line for line in lines if "CUDA error" in line or "Memory on the node" in line), lines[-1])
 
 
 def without_advice(message: str) -> str:

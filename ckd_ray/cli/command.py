@@ -213,8 +213,9 @@ def guarded(call: Command) -> Command:
         except Exception as error:  # whatever Ray or the system throws: the cause in a line, the traceback on request
             if os.environ.get("CKD_RAY_TRACEBACK"):
                 raise
+            again = f"; give {same_command()} again: what was finished is kept" if _may_pass(error) else ""
             hint = "CKD_RAY_TRACEBACK=1 shows the traceback"
-            code = fail(f"{described(error)}\n  ({hint}){_log_hint()}", 1)
+            code = fail(f"{described(error)}{again}\n  ({hint}){_log_hint()}", 1)
         else:
             return
         raise typer.Exit(code)
@@ -231,6 +232,17 @@ def fail(message: str, code: int) -> int:
 def _message(error: BaseException) -> str:
     """The message of our own error. Raised in a task or an actor, it comes with Ray's traceback around it."""
     return without_advice(str(getattr(error, "cause", error)))
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the next attempt may not meet it: an error of storage, the network or memory, or a lost process."""
+    import ray
+
+    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
+        error = cause
+    if isinstance(error, ray.exceptions.RayError):
+        return not isinstance(error, ray.exceptions.RayTaskError)
+    return type(error) is OSError or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _log_hint() -> str:

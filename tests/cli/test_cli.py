@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import typer
 
 from ckd_ray.cli import app
@@ -272,6 +273,30 @@ def test_an_error_of_a_task_is_told_without_ray_s_traceback(
     with pytest.raises(typer.Exit) as ended:
         guarded(command)()
     assert ended.value.exit_code == status and capsys.readouterr().err == f"ckd-ray: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError("When listing objects: AWS Error NETWORK_CONNECTION"), True),
+        (ConnectionResetError("reset by peer"), True),
+        (ray.exceptions.OutOfMemoryError("1 worker(s) were killed. Memory on the node was 63GB used"), True),
+        (ray.exceptions.RayTaskError("work", "Traceback", OSError("no route")).as_instanceof_cause(), True),
+        (ray.exceptions.RayTaskError("work", "Traceback", KeyError("x")).as_instanceof_cause(), False),
+        (FileNotFoundError(2, "No such file", "/x"), False),
+        (AssertionError("a mistake of ours"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_that_may_pass_says_so(error: Exception, passes: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(command)()
+    said = capsys.readouterr().err.splitlines()[0]
+    assert ended.value.exit_code == 1
+    assert said.endswith("; give the same command again: what was finished is kept") == passes
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from ckd_ray.errors import described, last_line
         ("Traceback (most recent call last):\n  File x\nValueError: too long", "ValueError: too long"),
         ("CUDA error: illegal access\nFor debugging consider passing a variable.", "CUDA error: illegal access"),
         (
-            "Task was killed.\n Memory on the node (IP: 10.0.0.7, ID: 1f) was 63.1GB used / 64GB limit (0.98)\n"
+            # as Ray 2.60 writes it
+            "1 worker(s) were killed. Memory on the node (IP: 10.0.0.7, ID: 1f) was 63.1GB used / 64GB limit (0.98)\n"
             "OOM kill reason: above the threshold\nRefer to the documentation on how to address this.",
-            "Memory on the node (IP: 10.0.0.7, ID: 1f) was 63.1GB used / 64GB limit (0.98)",
+            "1 worker(s) were killed. Memory on the node (IP: 10.0.0.7, ID: 1f) was 63.1GB used / 64GB limit (0.98)",
         ),
         (
             "When reading key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION\nFailed to open input file b/a after"
