@@ -21,6 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 
 import pytest
 
+from tests.fast_start.starter import VARIABLE, running
 from tests.finished import Finished, finished_once
 from tests.support import tiny_bert, write_collection
 
@@ -34,6 +35,10 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if VARIABLE not in os.environ:  # pytest-xdist's processes find the one of the process that has started them
+        starter = running()
+        os.environ.update(starter.__enter__())
+        config.add_cleanup(lambda: starter.__exit__(None, None, None))
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist would begin with the files of most tests
 

@@ -28,6 +28,7 @@ from ckd_ray.files import write_json_atomic
 from ckd_ray.model import ColBERT, ColBERTSettings, maxsim
 from ckd_ray.ray_util.parts import part_file
 from ckd_ray.retrieve.rankings import write_ranking_matrix, write_ranking_part
+from tests.fault.processes import below
 from tests.support import classifier, overrides
 
 QUERIES, DEPTH = 24, 5
@@ -54,15 +55,13 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, tiny_colle
 
 def kill_one_scorer(job: CrossEncoderJob, killed: list[int]) -> None:
     """As soon as a part is there, the actor that wrote it dies."""
-    import psutil
-
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.02)
         if not any(Path(job.out).glob("_rows/*.npy")):
             continue  # looking through all processes is dear, and would slow down what is waited for
-        for process in psutil.Process().children(recursive=True):  # this session's Ray only
-            if "PartScorer" in " ".join(process.cmdline()):
+        for process in below(os.getpid()):  # this session's Ray only
+            if "PartScorer" in process.title:
                 os.kill(process.pid, signal.SIGKILL)
                 killed.append(process.pid)
                 return

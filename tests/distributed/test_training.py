@@ -30,6 +30,7 @@ from ckd_ray.distill.task import TrainingTask
 from ckd_ray.distill.trainer import fit
 from ckd_ray.errors import JobError
 from ckd_ray.model import ColBERT, ColBERTSettings
+from tests.fault.processes import below
 from tests.support import overrides
 
 
@@ -142,8 +143,6 @@ def test_a_diverged_loss_ends_training_at_once_with_its_cause(
 
 
 def test_a_killed_worker_costs_nothing(straight: list[float], task: TrainingTask, tmp_path: Path) -> None:
-    import psutil
-
     doomed = changed(task, fingerprint="killed")
     killed: list[int] = []
 
@@ -152,8 +151,8 @@ def test_a_killed_worker_costs_nothing(straight: list[float], task: TrainingTask
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline and not list(checkpoints.glob("step-*")):
             time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):  # this session's Ray only
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+        for process in below(os.getpid()):  # this session's Ray only
+            if "RayTrainWorker" in process.title:
                 os.kill(process.pid, signal.SIGKILL)
                 killed.append(process.pid)
                 return

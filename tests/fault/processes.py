@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fast_start.starter import parents
+
 # Ray's own servants of a node, with whose end the raylet ends as well.
 _AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # Titles that Ray gives to the processes of our actors; every other worker is a task, an idle one, or Ray's own.
@@ -37,11 +39,12 @@ class Process:
 
 def below(root: int) -> list[Process]:
     """Every process that descends from `root`, which is not among them."""
-    children: dict[int, list[tuple[int, int]]] = {}
+    children, raylets = dict[int, list[tuple[int, int]]](), parents()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError, ValueError, IndexError):
                 parent, started = _stat(int(entry.name))
+                parent = raylets.get(int(entry.name), parent)
                 children.setdefault(parent, []).append((int(entry.name), started))
     found, waiting = [], [root]
     while waiting:

@@ -30,6 +30,7 @@ from ckd_ray.model import ColBERT, ColBERTSettings
 from ckd_ray.model.colbert import load_tokenizer
 from ckd_ray.pipeline.training import distill_task
 from ckd_ray.runs.directory import RunContext
+from tests.fault.processes import below
 from tests.finished import Finished
 from tests.support import overrides
 
@@ -142,14 +143,12 @@ def test_a_passage_that_ends_the_workers_is_named_and_left_out(
 
 
 def _kill_a_worker_after(path: Path, killed: list[int]) -> None:
-    import psutil  # comes with Ray
-
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not killed:
         time.sleep(0.1)
-        for process in psutil.Process().children(recursive=True) if path.exists() else ():
-            with suppress(psutil.Error):  # it has ended
-                if "RayTrainWorker" in " ".join(process.cmdline()):
+        for process in below(os.getpid()) if path.exists() else ():
+            with suppress(ProcessLookupError):
+                if "RayTrainWorker" in process.title:
                     os.kill(process.pid, signal.SIGKILL)
                     killed.append(process.pid)
                     break
