@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,9 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if VARIABLE not in os.environ:  # pytest-xdist's processes find the one of the process that has started them
+    if (
+        sys.platform == "linux" and VARIABLE not in os.environ
+    ):  # pytest-xdist's processes find the one of the process that has started them
         starter = running()
         os.environ.update(starter.__enter__())
         config.add_cleanup(lambda: starter.__exit__(None, None, None))

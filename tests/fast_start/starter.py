@@ -6,7 +6,7 @@ PYTHONPATH, hands such a process over: it sends its arguments, environment, fold
 fork of this process goes on as that worker, with the code of Ray's worker and a process id of its own.
 
 A process of another environment, interpreter or limit starts in the usual way; so does every process where the
-variable is not set.
+variable is empty, or the system is not Linux.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,13 +64,20 @@ def running() -> Iterator[dict[str, str]]:
             process.wait()
 
 
-def parents() -> dict[int, int]:
-    """By the number of a process that was forked here, the number of the Ray node (its raylet) that wanted it."""
+def parents() -> dict[tuple[int, int], int]:
+    """By number and start of a process that was forked here, the number of the Ray node (its raylet) that wanted it."""
     found = {}
     for path in Path(os.environ.get(VARIABLE, "/nowhere")).parent.glob("*.raylet"):
         with suppress(OSError, ValueError):
-            found[int(path.stem)] = int(path.read_text())
+            started, raylet = map(int, path.read_text().split())
+            found[int(path.stem), started] = raylet
     return found
+
+
+def parent_and_start(pid: int) -> tuple[int, int]:
+    """Of a process: the number of its parent, and the ticks from the boot of the machine to its start."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[1]), int(fields[19])
 
 
 def hand_over(address: str) -> bool:
@@ -130,7 +138,8 @@ def main() -> None:
             if request.pop("fingerprint") != own:
                 connection.send(b"no")
             elif child := os.fork():
-                (Path(os.environ[VARIABLE]).parent / f"{child}.raylet").write_text(str(request["parent"]))
+                record = Path(os.environ[VARIABLE]).parent / f"{child}.raylet"
+                record.write_text(f"{parent_and_start(child)[1]} {request['parent']}")
                 connection.send(b"ok")
             else:
                 server.close()
@@ -160,7 +169,11 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fast_start.starter import parents
+from tests.fast_start.starter import parent_and_start, parents
 
 # Ray's own servants of a node, with whose end the raylet ends as well.
 _AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
@@ -43,8 +43,8 @@ def below(root: int) -> list[Process]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError, ValueError, IndexError):
-                parent, started = _stat(int(entry.name))
-                parent = raylets.get(int(entry.name), parent)
+                parent, started = parent_and_start(int(entry.name))
+                parent = raylets.get((int(entry.name), started), parent)
                 children.setdefault(parent, []).append((int(entry.name), started))
     found, waiting = [], [root]
     while waiting:
@@ -56,12 +56,6 @@ def below(root: int) -> list[Process]:
     return found
 
 
-def _stat(pid: int) -> tuple[int, int]:
-    """Parent, and ticks at the start."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[1]), int(fields[19])
-
-
 def inside(first: int) -> list[Process]:
     """Every process of the namespace whose first process is `first`, zombies excepted."""
     found, space = [], os.readlink(f"/proc/{first}/ns/pid")
@@ -71,7 +65,7 @@ def inside(first: int) -> list[Process]:
                 if os.readlink(entry / "ns" / "pid") == space:
                     title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                     if title:
-                        found.append(Process(int(entry.name), _stat(int(entry.name))[1], title))
+                        found.append(Process(int(entry.name), parent_and_start(int(entry.name))[1], title))
     return found
 
 
@@ -91,6 +85,6 @@ def end_all(family: dict[int, int]) -> None:
     number that another process has by now is left alone."""
     for pid, started in family.items():
         with suppress(OSError, IndexError, ValueError):
-            if _stat(pid)[1] == started:
+            if parent_and_start(pid)[1] == started:
                 os.kill(pid, signal.SIGCONT)
                 os.kill(pid, signal.SIGKILL)
