@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = ["Run", "__version__", "train"]  # `open` stands in for Python's own, so `import *` leaves it out
 
-if sys.argv and sys.argv[0].endswith("default_worker.py"):  # a worker process of Ray, which has come to work of ours
+if sys.argv and sys.argv[0].endswith("default_worker.py"):  # a worker process of Ray that runs our code
     from ckd_ray.ray_util.processes import end_when_broken
 
     end_when_broken()
 
-# Imported when they are asked for: they bring torch and Ray along, whose import takes seconds.
+# Imported on first use, because they import torch and Ray, which takes seconds.
 _LAZY = {"Run": "run", "open": "run", "train": "train"}
 
 

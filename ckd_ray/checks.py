@@ -1,7 +1,7 @@
 """Every check of a configuration, and the one function that reads a configuration with all of them.
 
-The schema knows its own keys. The objective, the comparison and the search each know more about theirs, and stand above
-it, so the checks come together here.
+The schema checks its own keys. The modules of the objectives, the comparison and the search check theirs and import
+the schema. This module combines all of these checks.
 """
 
 from __future__ import annotations

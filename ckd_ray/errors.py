@@ -66,7 +66,7 @@ def first_mistake(error: ValidationError) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of an error's message, which is what was raised when a traceback stands before it.
 
-    Advice follows a line about an error of CUDA, and one about a machine short of memory, so such a line is taken where
+    Errors of CUDA and of a machine without memory have advice after the line that names them. So that line is taken if
     there is one.
     """
     message = without_advice(str(error))

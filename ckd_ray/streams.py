@@ -61,7 +61,7 @@ def columns() -> int:
 
 
 def erased() -> str:
-    """The characters that empty the last line for people. A notebook knows no codes of a terminal."""
+    """The characters that empty the last line for people. A notebook ignores terminal codes."""
     return "\r\x1b[K" if people().isatty() else f"\r{' ' * (columns() - 1)}\r"
 
 
@@ -140,11 +140,11 @@ def _redirected(target: int) -> Iterator[None]:
 
 
 class _Log(io.TextIOWrapper):
-    """A line that does not fit the log's disk is lost. It stops neither who prints it nor the end of the command, which
-    has a message for people."""
+    """A line that does not fit on the log's disk is dropped. It stops neither the code that prints it nor the end of
+    the command, which still prints its own message."""
 
     def write(self, text: str) -> int:
-        """The length of the text, whatever became of it."""
+        """Returns the length of the text, even if it was dropped."""
         with suppress(OSError):
             super().write(text)
         return len(text)

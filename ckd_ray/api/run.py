@@ -28,10 +28,10 @@ _COLUMNS = ["mean", "low", "high", "queries", "student_minus", "p"]
 
 
 def open(run: str | os.PathLike[str]) -> Run:
-    """Open a run that is there: a folder, a URI (`s3://bucket/runs/mine`), or the name of a run in `runs/`.
+    """Open an existing run: a folder, a URI (`s3://bucket/runs/mine`), or the name of a run in `runs/`.
 
-    The folder of a student of `ckd-ray compare` or `tune` is accepted, too. What the run has not come to yet is missed
-    when it is asked for.
+    The folder of a student of `ckd-ray compare` or `tune` is accepted, too. A method that needs a part which the run
+    does not have yet raises UserError.
 
     Raises:
         UserError: no run is there, or one of a later version of ckd-ray.
@@ -107,7 +107,7 @@ class Run:
         return rows
 
     def labels(self, query_ids: str | Iterable[str] | None = None, *, top: int = 10) -> Iterator[dict[str, Any]]:
-        """What `ckd-ray inspect` knows of training queries, one dictionary a query, made as it is asked for.
+        """What `ckd-ray inspect` shows of training queries: one dictionary a query, computed when the iterator asks.
 
         `passages` are the labelled ones and the first of the teacher's ranking: their `rank`, whether they are
         `labelled`, the scores `teacher_scores` and `collective_scores` (with the expansion and the ensemble), and the
@@ -144,8 +144,11 @@ class Run:
 
         Args:
             system: `student` or `teacher`, which is loaded at the first search.
-            index: by which the candidates are found. `use` the one that there is; `make` one, once, for a large store;
-                `none` reads the whole store, as `use` does where there is no index.
+            index: how the candidates are found. `use` takes an existing index, and reads the whole store without one;
+                `make` builds a missing index, for a large store; `none` always reads the whole store.
+
+        Raises:
+            UserError: the query is empty, `k` is below 1, or the run has nothing to search with.
         """
         check_role(system, "system")
         if not query.strip():
@@ -187,8 +190,8 @@ class Run:
             What was written: `out`, its folder, and figures; `pushed`, the address of the repository.
 
         Raises:
-            UserError: the run has no such thing, an option says nothing about it, the folder is in use, or the hub does
-                not take it. A name that is no OWNER/NAME and a missing token are told before anything is written.
+            UserError: the run has no such part, an option does not apply to it, the folder is in use, or the hub
+                rejects the upload. A malformed OWNER/NAME and a missing token are reported before anything is written.
         """
         options = export_options(what, model=model, width=width, scores=scores, bits=bits)
         if push is not None:

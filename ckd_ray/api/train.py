@@ -84,7 +84,7 @@ def _override(key: str, value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value in Python's own types: of paths their text, of NumPy's numbers the numbers."""
+    """The value in plain Python types: paths become text, and NumPy scalars become numbers."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _errors_as_raised() -> Iterator[None]:
-    """An error of ours that was raised in a task or an actor comes without the Ray error around it."""
+    """Raise our own errors from tasks and actors without the Ray error around them."""
     try:
         yield
     except (UserError, JobError) as error:

@@ -82,7 +82,7 @@ def command(
     Args:
         panel: where `ckd-ray --help` shows it.
         name, text: its name and its help; those of the function when left out.
-        prompts: it asks people for lines, so its streams stay what they are.
+        prompts: the command reads lines from the terminal, so its streams are not redirected.
     """
 
     def decorate(body: Command) -> Command:
@@ -108,7 +108,7 @@ def command(
 def job_command(
     name: str, check: Callable[..., None] | None = None, text: str | None = None
 ) -> Callable[[Command], Command]:
-    """Put the command `name` on `app`: it runs between `connected` here or, with a remote `--cluster`, there as a job.
+    """Put the command `name` on `app`. It runs here, inside `connected`, or as a job on a remote `--cluster`.
 
     The function is given the configuration and whether `--json` prints its object, then its own options.
 
@@ -235,7 +235,7 @@ def _message(error: BaseException) -> str:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the next attempt may not meet it: an error of storage, the network or memory, or a lost process."""
+    """Whether another attempt may succeed: the error is of storage, the network or memory, or a process was lost."""
     import ray
 
     while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
@@ -246,7 +246,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _log_hint() -> str:
-    """Where the lines are that `only_ours` kept away from people."""
+    """A hint at the log file with the lines that `only_ours` did not show."""
     path = log_path()
     if path is None:
         return ""

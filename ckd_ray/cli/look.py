@@ -68,10 +68,10 @@ def search(
 
     check_role(system, "--system")
     if index and exact:
-        raise UserError("an index is made, and not used", where="--index with --exact", fix="leave one of them out")
+        raise UserError("--exact uses no index", where="--index with --exact", fix="leave one of them out")
     if serve:
         if exact:
-            raise UserError("the service uses the index where there is one", where="--exact with --serve")
+            raise UserError("the service uses an index if there is one", where="--exact with --serve")
         asked = query is not None or json_
         _serve(open_finished(run), system, host, port, replicas, "make" if index else "use", asked=asked)
         return

@@ -81,9 +81,9 @@ def expand(
         tokens: token ids of the feedback, nested like it; needed for `token_vote` `feedback`.
         token_vote: who votes: the nearest token embeddings of the whole `collection` (the paper), or those of the
             query's own `feedback`.
-        in_special_cell: maps centroids (M, D) to bool (M,). A centroid is dropped where it is true: in the collection
-            only special tokens lie around it. The feedback holds too few special tokens to show that by itself.
-        dim: D of a batch in which no query has feedback; otherwise the feedback tells.
+        in_special_cell: maps centroids (M, D) to bool (M,). True drops a centroid: in the collection, only special
+            tokens lie around it. The feedback alone holds too few special tokens to show that.
+        dim: D of a batch in which no query has feedback; otherwise D follows from the feedback.
 
     Raises:
         ValueError: an argument is missing or below 1, or an embedding is not finite.

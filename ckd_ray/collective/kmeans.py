@@ -195,7 +195,7 @@ class _Lloyd:
         empty_BK = (sizes_BK == 0) & self.cluster_mask
         lacking = empty_BK.any(1).nonzero()[:, 0].tolist()
         if lacking:
-            sums_BKD, sizes_BK = sums_BKD.clone(), sizes_BK.clone()  # what moves is no member yet
+            sums_BKD, sizes_BK = sums_BKD.clone(), sizes_BK.clone()  # `_relocate` changes these copies, not `members`
         for b in lacking:
             points_TD = self.points_QTD[self.query[b]]
             _relocate(points_TD, labels_BT[b], self.centroids[b], empty_BK[b], sums_BKD[b], sizes_BK[b])

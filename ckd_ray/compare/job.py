@@ -42,7 +42,7 @@ def run_compare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     if fresh:
         with run_lock(run.root):  # another command may be at work in it
             delete(run.compare)
-    # Of the run itself: its run.json is written, and what cannot be measured is refused before anything is trained.
+    # Writes the run.json of the run itself, and refuses what cannot be measured before anything is trained.
     run_stages(config, until="collection")
     collection = Collection.open(run.root)
     splits = evaluation_splits(config, collection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-# trec_eval's code or ir-measures itself computes these for any ids, so no start needs to try them.
+# trec_eval or ir-measures itself computes these for any ids, so `cannot_compute` does not try them.
 _USUAL = ("RR", "nDCG", "R", "P", "AP", "Success")
 
 

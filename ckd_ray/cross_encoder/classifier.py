@@ -18,7 +18,7 @@ from ckd_ray.arrays import Float32Array, Int32Array, Int64Array
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.model.encoder import Precision, computing
 from ckd_ray.model.length_buckets import each_batch
-from ckd_ray.model.sources import refuse_remote_code, resolve_backbone, silent_transformers
+from ckd_ray.model.sources import most_tokens, refuse_remote_code, resolve_backbone, silent_transformers
 
 _KEY = "cross_encoder.model"
 
@@ -40,17 +40,16 @@ class PairTokenizer:
     """
 
     def __init__(self, source: str, maxlen: int) -> None:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         folder = _folder(source)
         self.hf: Any = _loaded(source, AutoTokenizer, folder, use_fast=True)
-        config: Any = _loaded(source, AutoConfig, folder)
         self.maxlen = maxlen
         if self.hf.pad_token_id is None:
             raise UserError("the tokenizer has no padding token", where=_KEY, found=source)
-        room = getattr(config, "max_position_embeddings", None)
-        if isinstance(room, int) and 0 < room < maxlen:
+        room = _most_tokens(source, folder)
+        if room is not None and room < maxlen:
             raise UserError(
                 f"{source} holds {room} tokens at most",
                 where="cross_encoder.maxlen",
@@ -147,8 +146,8 @@ class PairClassifier:
 
 
 def _keep_head_exact(model: Any, device: torch.device) -> None:
-    """Let what stands above the encoder compute in float32 whatever the autocast: logits in bfloat16 have steps of 1/16
-    from 8 on, and passages would tie."""
+    """Compute the layers above the encoder in float32, even under autocast. bfloat16 logits of 8 and more have steps of
+    1/16, so passages would tie."""
     encoder = model.base_model
     head = [module for module in model.children() if module is not encoder]
     for module in [*head, getattr(encoder, "pooler", None)]:
@@ -194,6 +193,18 @@ def _loaded(source: str, kind: Any, folder: str, **options: Any) -> Any:
             expected=f"a folder or hub id that transformers' {kind.__name__} reads",
             found=f"{source}: {first_line(error)}",
         ) from error
+
+
+def _most_tokens(source: str, folder: str) -> int | None:
+    """How many tokens the model takes, by its shapes alone; None if it has no limit, or cannot be built."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config: Any = _loaded(source, AutoConfig, folder)
+    try:
+        with torch.device("meta"):
+            return most_tokens(AutoModelForSequenceClassification.from_config(config).base_model)
+    except Exception:  # no classifier: `_classifier` says what is wrong
+        return None
 
 
 def _classifier(source: str, folder: str) -> Any:

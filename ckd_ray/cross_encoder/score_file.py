@@ -133,8 +133,8 @@ class _Spills:
 
 
 class PassageIndex:
-    """The dense indices of passages by their ids or texts, found by 8-byte hashes and confirmed by what they stand for.
-    Of passages with the same text the first one is found.
+    """The dense indices of passages by their ids or texts: found by 8-byte hashes, and confirmed by comparing the ids
+    or texts themselves. Of several passages with the same text, the first is found.
 
     Args:
         names: of all passages, in blocks.

@@ -3,8 +3,8 @@
     {"query": ..., "pos": [...], "neg": [...], "pos_scores": [...], "neg_scores": [...]}
     {"query": ..., "positive": ..., "negative": ..., "margin": ...}
 
-A margin is the score of the positive minus that of the negative. Training compares the passages of a query with one
-another, so the first positive of a query gets the score 0, and every other passage the one that the margins give it.
+A margin is the score of the positive minus that of the negative. Training uses only the differences between a query's
+scores. So the first positive of a query gets the score 0, and the margins give the scores of all other passages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def has_texts(line: str) -> bool:
 
 
 class TextLines:
-    """Reads the lines of a file one after another: the margins of a query stand on several."""
+    """Reads the lines of a file in their order, because the margins of a query stand on several consecutive lines."""
 
     def __init__(self) -> None:
         self._query, self._scores = "", dict[str, float]()
@@ -57,7 +57,7 @@ class TextLines:
         elif negative in known:
             known[positive] = known[negative] + margin
         else:
-            expected = "a positive or a negative of the lines before it, which its margin is compared with"
+            expected = "a positive or a negative that an earlier line of this query has"
             problems.add(where, "a triple apart from the others of its query", expected=expected, found=shorten(query))
         return [(query, passage, score) for passage, score in known.items() if passage not in before]
 

@@ -1,4 +1,4 @@
-"""From a source to `corpus/` and `queries/`; all checks of a collection as a whole are made here.
+"""Builds `corpus/` and `queries/` from a source, and checks the collection as a whole.
 
 The corpus is streamed. Memory holds one block of texts, eight bytes an id (to find duplicates), and the labels.
 """

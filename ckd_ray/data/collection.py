@@ -78,8 +78,8 @@ class Collection:
         """The collection of a run directory.
 
         Args:
-            keep_copies: whether `texts` copies files from an object store to this machine's cache, if they fit: for one
-                who will read most passages at random, such as a training. Others read the row groups that they need.
+            keep_copies: whether `texts` copies files from an object store to this machine's cache, if they fit. This
+                suits a training, which reads most passages at random. Without it, only the needed row groups are read.
 
         Raises:
             JobError: it has not been built. UserError: its manifest is damaged.
@@ -287,7 +287,7 @@ def passage_ids_file(run: str) -> str:
 
 
 def collection_once(run: str) -> Collection:
-    """The collection, opened as a store is."""
+    """The collection, opened once a process, and again when it has been built anew."""
     return _collection(run, *file_signature(manifest_file(RunDir(run).corpus)))
 
 

@@ -20,7 +20,7 @@ from ckd_ray.progress import say
 
 # Endings of files of lines without a header.
 LINES = (".tsv", ".tsv.gz", ".txt", ".txt.gz")
-# What a file is whose name says nothing, by `collection.format`.
+# By `collection.format`: the ending to assume for a file whose name has no known one.
 _USUAL = {"beir": ".jsonl", "jsonl": ".jsonl", "parquet": ".parquet", "csv": ".csv"}
 
 
@@ -152,7 +152,7 @@ def readers_of(settings: CollectionConfig) -> tuple[TextReader, TextReader, Qrel
     if settings.format == "msmarco":
         return _tsv_texts, _tsv_texts, _tsv_qrels
     usual = _USUAL[settings.format]
-    # A query has no title of its own accord; a name that is given for titles is that of passages.
+    # A configured title column belongs to the passages, so files of queries need not have it.
     queries = tuple(replace(c, given=c.given and c.role != "title") for c in _columns(settings, _QUERIES))
     return (
         partial(_texts, _columns(settings, _PASSAGES), usual),

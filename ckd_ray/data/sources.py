@@ -1,7 +1,7 @@
 """Sources: every format becomes the same three streams, passages, queries and qrels.
 
-Here is which files a format has; readers.py reads a file. build.py checks what depends on the whole collection
-(duplicates, unknown ids).
+This module knows the files of each format, and readers.py reads one file. build.py checks what depends on the whole
+collection (duplicates, unknown ids).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _parts(uri: str, endings: tuple[str, ...]) -> tuple[str, ...]:
             where=uri,
             expected=f"files whose names end with {', '.join(endings)}, and no folders",
             found=", ".join(shorten(name) for name in others[:8]) or "none",
-            fix="move the rest out of it, or let the names begin with _" if others else None,
+            fix="move these out of the folder, or begin their names with _" if others else None,
         )
     return tuple(join(uri, name) for name in names)
 
@@ -171,7 +171,7 @@ def _find(settings: CollectionConfig, names: tuple[str, ...], required: bool, sp
 
 
 def _instead(settings: CollectionConfig, names: tuple[str, ...], have: list[str]) -> str:
-    """What the names in the folder suggest in the place of the file that is missing."""
+    """The fix for a missing file that the names in the folder suggest."""
     plain = [name.removesuffix(".gz") for name in have]
     formats = (f for f, (passages, *_) in _NAMES.items() if f != settings.format and passages[0] in plain)
     if names is _NAMES[settings.format][0] and (other := next(formats, None)):

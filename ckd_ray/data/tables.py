@@ -35,7 +35,7 @@ class Column:
         names: the spellings that are looked for, in that order.
         given: whether the user named them (`collection.columns`).
         default: the value of every row of a file without the column; REQUIRED when it has to be there.
-        alone: the default counts only in a file all of whose columns have a role; else one of the others may be meant.
+        alone: the default counts only if every column of the file has a role; else another column may be the one.
     """
 
     role: ColumnRole
@@ -51,7 +51,7 @@ class Column:
 
     @property
     def expected(self) -> str:
-        """For messages."""
+        """The accepted names of the column, for messages."""
         return " or ".join(self.names) + (f" (collection.columns.{self.role})" if self.given else "")
 
     def missing(self, present: Iterable[str]) -> dict[str, str]:
@@ -80,7 +80,7 @@ def _fits(role: ColumnRole, kind: pa.DataType) -> bool:
 
 
 def place_of(uri: str, usual: str) -> str:
-    """What stands before a row's number in messages. `usual`: an ending for files whose names have none of ours."""
+    """The text before a row's number in messages. `usual`: the ending to assume for a name without a known one."""
     return f"{uri}: row " if _reader_of(uri, usual) is _parquet else f"{uri}:"
 
 

@@ -1,8 +1,8 @@
 """Averages of weights, with which a model is measured and saved: a moving one over the steps (`ema`), and one with the
 encoder as it was before any training (`untrained_share`).
 
-The second is WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903). A model that is fine-tuned on one kind of query loses on
-others. On the straight line back to the weights that it began with it keeps most of the gain and regains the rest.
+The second is WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903). A model that is fine-tuned on one kind of query gets
+worse on others. Interpolation with its initial weights keeps most of the gain and recovers most of the loss.
 """
 
 from __future__ import annotations

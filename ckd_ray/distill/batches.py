@@ -38,9 +38,9 @@ class BatchPlan:
         negatives_depth: the number of unlabelled passages of the top to draw from.
         sampling: `uniform` draws the negatives evenly from the top; `strata` draws one from each of as many strata of
             rank (`rank_strata`), so that every batch has some of the best unlabelled passages and some distant ones.
-        left_out: passages that are in no batch. What is drawn does not depend on them: where one of them is drawn, a
-            positive gives way to the next one of its query, and a negative to a copy of the positive, which counts for
-            nothing (`valid_mask`). A query without any other positive gives way to another query.
+        left_out: passages that are in no batch. The random draws do not depend on them. A positive that is drawn from
+            them is replaced by the next positive of its query, and a negative by a copy of the positive, which does not
+            count (`valid_mask`). A query without another positive is replaced by another query.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The passages that a training leaves out, because the encoder fails on them every time.
 
-Those that it finds itself (suspects.py) stand in a file beside its checkpoints. The file changes between two attempts
-alone, so that all workers read the same.
+A file beside the checkpoints lists the passages that this training has found itself (suspects.py). The file changes
+only between two attempts, so that all workers read the same list.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _FILE = "set-aside.json"
 
 
 def left_out(task: TrainingTask) -> list[Entry]:
-    """All of them in ascending order: those that it has found, and for a student those that the training of the teacher
-    and the embed stage have set aside."""
+    """All passages that the training leaves out, ascending by index: those that it has found itself and, for a student,
+    those that the teacher's training and the embed stage have set aside."""
     found: dict[int, Entry] = {}
     earlier = {"teacher": task.paths.teacher, "embed": task.paths.embeddings} if task.distillation else {}
     for stage, folder in earlier.items():
@@ -32,5 +32,5 @@ def left_out(task: TrainingTask) -> list[Entry]:
 
 
 def leave_out(task: TrainingTask, entries: Sequence[Entry]) -> None:
-    """Leave out these from the next attempt on."""
+    """Leave these passages out from the next attempt on; they replace the list of this training."""
     write_json_atomic(join(task.checkpoints, _FILE), {"passages": list(entries)})

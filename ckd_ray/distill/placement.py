@@ -64,7 +64,7 @@ def plan_workers(workers: int | str, batch_size: int, key: str) -> Placement:
         if left < needed:
             say(
                 f"{key}: {placement.fewest} workers need {needed:g} {name}, of which {left:g} are free;"
-                " training starts when the rest are given back"
+                " training starts when enough are free"
             )
     return placement
 

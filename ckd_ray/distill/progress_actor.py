@@ -12,8 +12,8 @@ from ckd_ray.distill.metrics import Record
 from ckd_ray.ray_util.waiting import LOOK_S, answer
 
 _RECORDS = 10_000  # kept for a driver that is slow to ask
-# Steps whose texts the workers may be at, from the last one that they have told of: they are not all at the same line,
-# a message is lost with its process, and two more steps are read ahead.
+# The workers may be processing the texts of this many steps, from the last reported one on: they do not all progress
+# alike, a message is lost with its process, and two more steps are read ahead.
 NEAR = 4
 
 
@@ -73,9 +73,11 @@ class ProgressActor:
         self.cause = self.cause or cause
 
     def request_stop(self) -> None:
+        """Let the workers end after their present step."""
         self.stop_requested = True
 
     def state(self) -> dict[str, Any]:
+        """The public attributes, by name."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 

@@ -37,8 +37,12 @@ Text = tuple[str, int]
 
 
 def find_bad(task: TrainingTask, step: int, placement: Placement) -> dict[str, list[Entry]]:
-    """The texts on which the encoder fails alone, of `NEAR` steps from `step` on: `passages` or `queries.SPLIT` to what
-    was found of them. Whoever dies beside them, or runs out of memory, blames no text.
+    """Find the texts, of `NEAR` steps from `step` on, on which the encoder fails even when it encodes one text alone.
+
+    A process that dies for another reason, or runs out of memory, blames no text.
+
+    Returns:
+        `passages` or `queries.SPLIT` -> the bad texts with their causes.
 
     Raises:
         ray.exceptions.RayError: they could not be tried.
@@ -56,7 +60,7 @@ def find_bad(task: TrainingTask, step: int, placement: Placement) -> dict[str, l
 
 
 def try_texts(values: dict[str, Any], step: int, tries: str) -> dict[str, list[Entry]]:
-    """`find_bad` in a process that may die; the next one goes on by the file `tries`."""
+    """The work of `find_bad`, in a process that may die; the next process resumes from the file `tries`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     trial = _Trial(TrainingTask.from_dict(values))
     texts = trial.texts(step)
@@ -88,8 +92,8 @@ class _Trial:
         self.queries = {f"queries.{split}": self.collection.queries(split) for split in splits}
 
     def texts(self, step: int) -> list[Text]:
-        """Those of `NEAR` steps from `step` on, each once. Before the first step also those of the score scale; where
-        dev is measured also those of the measurement."""
+        """The texts of `NEAR` steps from `step` on, each once; for step 0 also those of the score scale, and where dev
+        is measured also those of the measurement."""
         reader, settings, texts = self.reader, self.task.settings, dict[Text, None]()
         batches = [reader.plan.batch(at) for at in range(step, min(step + NEAR, settings.steps))]
         if step == 0:

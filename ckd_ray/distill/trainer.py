@@ -215,7 +215,7 @@ def _set_aside(task: TrainingTask, step: int, placement: Placement) -> bool:
     try:
         found = find_bad(task, step, placement)
     except ray.exceptions.RayError as error:
-        say(f"{task.stage}: they could not be tried: {described(error)}")
+        say(f"{task.stage}: the texts could not be tried: {described(error)}")
         return False
     passages = found.pop(PASSAGES, [])
     for queries, entries in found.items():
@@ -230,7 +230,7 @@ def _set_aside(task: TrainingTask, step: int, placement: Placement) -> bool:
 
 
 def _run(trainer: Any, task: TrainingTask, actor: Any) -> tuple[Any, str | None]:
-    """Ray's result, and None; or why Ray has given up, where it may be a text that workers fail on.
+    """(Ray's result, None); or (None, the cause) when the workers failed, perhaps because of a text.
 
     Raises:
         JobError: training failed for another reason.
@@ -262,7 +262,7 @@ def _run(trainer: Any, task: TrainingTask, actor: Any) -> tuple[Any, str | None]
 
 
 def _told(actor: Any) -> dict[str, Any]:
-    """What the workers have told the actor: nothing, where that is lost."""
+    """The state of the progress actor; that of a new actor when it is lost."""
     try:
         state: dict[str, Any] = ray.get(actor.state.remote(), timeout=_TELL_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):

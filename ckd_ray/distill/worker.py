@@ -137,9 +137,9 @@ def _weights(model: ColBERT) -> list[torch.Tensor]:
 def train_worker(config: dict[str, Any]) -> None:
     """The function that every worker of `ray.train.torch.TorchTrainer` runs.
 
-    A worker tells the progress actor of an error that every attempt would meet. The workers of later attempts then
-    return at once; otherwise Ray would start the training `max_failures` times more. So do they when attempts fail at
-    one step again and again, whose texts the driver then tries.
+    A worker reports an error that every attempt would meet to the progress actor. The workers of later attempts then
+    return at once; otherwise Ray would start the training `max_failures` more times. They also return at once when two
+    attempts in a row fail at about the same step. The driver then tries the texts there.
 
     Args:
         config: the `task`, the name of the progress `actor`, the folder of the `metrics`, the CPU `threads`, and
@@ -333,7 +333,7 @@ class _Loop:
         self.records = []
 
     def _upload(self, checkpoint: Any, name: str) -> Any:
-        """Ray's own way tells nothing of a file that was not uploaded (see `files/atomic.py`)."""
+        """Upload a checkpoint. Ray's own upload does not report a file that failed (see `files/atomic.py`)."""
         stored = join(self.task.checkpoints, name)
         upload_folder(checkpoint.path, stored)
         fs, path = filesystem_of(stored)

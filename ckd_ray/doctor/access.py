@@ -86,7 +86,8 @@ def _remote_storage(uri: str) -> Check:
         message = " ".join(str(error).split())
         return Check("storage", "fail", f"{uri}: {message[:300]}", _advice(message.lower()))
     if read != b"ckd-ray":
-        return Check("storage", "fail", f"{uri}: other bytes came back", "look for a proxy or cache before the bucket")
+        fix = "look for a proxy or cache in front of the bucket"
+        return Check("storage", "fail", f"{uri}: a file that was read back had changed", fix)
     return Check("storage", "ok", f"{uri}: put, read and deleted")
 
 

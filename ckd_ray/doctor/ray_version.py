@@ -73,14 +73,14 @@ def running_ray(target: Target | None = None) -> Joined:
 
 
 def _seen_from_a_child(address: str) -> dict[str, Any]:
-    """What a child process sees when it joins. It can be ended, while Ray waits minutes for a head that refuses us."""
+    """What a child process sees when it joins. A child can be killed; Ray waits minutes for a head that refuses us."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _LOOK, address], capture_output=True, text=True, timeout=_PATIENCE_S, env=os.environ
         )
     except subprocess.TimeoutExpired as error:
         printed = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        return {"error": _refusal(printed) or f"it took no driver in {_PATIENCE_S} s"}
+        return {"error": _refusal(printed) or f"it accepted no driver within {_PATIENCE_S} s"}
     if done.returncode == 0:
         value: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
         return value

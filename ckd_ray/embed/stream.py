@@ -202,7 +202,7 @@ def _finished_shards(job: EmbedJob, stage: str) -> dict[int, ShardHeader]:
 
 
 def _agree_on_plan(job: EmbedJob, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans of a stopped run, even when the settings would now cut otherwise; else `spans`, which are recorded."""
+    """The recorded spans of a stopped run, even if the settings would now cut differently; else record `spans`."""
     plan = join(job.out, PLAN)
     if exists(plan):
         kept = read_object(plan)

@@ -1,6 +1,6 @@
 """BM25 of chosen (query, passage) pairs, from statistics of the whole collection.
 
-No index is built: the statistics count, for the words of the training queries alone, in how many passages each stands.
+No index is built. The statistics hold the document frequencies of the words of the training queries alone.
 They are counted in Ray tasks, and the scores equal those of the BM25 baseline (Lucene's variant of the formula).
 """
 

@@ -137,7 +137,7 @@ def _write_weights(job: EnsembleJob, num_queries: int) -> dict[str, ScorerWeight
         features_BKF[:, :, 0] *= 2  # rankings hold sums of cosines, and -|q - d|^2 = 2 cos - 2
     found = fit_weights(features_BKF, np.zeros(len(rows), np.int64), valid_BK)
     spread_F = spreads(features_BKF, valid_BK)
-    own = found[0] if len(found) and found[0] > 0 else np.inf  # a teacher that the labels know nothing of
+    own = found[0] if len(found) and found[0] > 0 else np.inf  # inf: the fitted weight of the teacher is 0
     weights = {
         name: ScorerWeight(float(found[1 + i] / own), float(spread_F[1 + i])) for i, name in enumerate(job.scorers)
     }

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from ckd_ray.errors import JobError, first_line
 from ckd_ray.files.paths import filesystem_of
 
-# How pyarrow says that bytes of a file are not what was written: by errors of its own, of which a damaged footer raises
-# many kinds, or by an OSError that has none of the system's numbers.
+# pyarrow reports damaged bytes by errors of its own (a damaged footer raises many kinds), or by an OSError without an
+# errno.
 _OWN = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError, pa.ArrowSerializationError)
 _DAMAGE = ("page integrity", "decompress", "thrift", "orrupt", "magic bytes", "nexpected end of stream")
 

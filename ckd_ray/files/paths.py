@@ -35,7 +35,7 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
         place, options = _split_options(uri)
         bucket, _, key = place.removeprefix("s3://").partition("/")
         if uri.startswith("s3://") and bucket:
-            # The path of a file of this name, since only a client could tell that of the URI itself.
+            # The path is parsed from a file:// URI, because parsing the s3:// URI would make another client.
             path = pafs.FileSystem.from_uri(f"file:///{bucket.rpartition('@')[2]}/{key}")[1]
             return _s3_client(f"s3://{bucket}{options}", os.getpid()), path.strip("/")
         return pafs.FileSystem.from_uri(uri)
@@ -51,15 +51,15 @@ def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @lru_cache(maxsize=16)
 def _s3_client(bucket: str, process: int) -> pafs.FileSystem:
-    """One a bucket and process, whose connections all operations share. A fork cannot use its parent's (`process`)."""
+    """One client a bucket and process; all operations share its connections. A fork cannot use its parent's client."""
     fs, _ = pafs.FileSystem.from_uri(bucket)
     (options,) = fs.__reduce__()[1]
     return _patient(options)
 
 
 class _PatientS3(pafs.S3FileSystem):  # type: ignore[misc]
-    """Sends a failed request again for most of a minute; pyarrow's own gives up after two seconds. A copy in another
-    process, such as a training worker's, is as patient: pyarrow's leaves the retries out of what it pickles."""
+    """Repeats a failed request for most of a minute; pyarrow's own class gives up after two seconds. A pickled copy, as
+    in a training worker, keeps the retries; a copy of pyarrow's class would lose them."""
 
     def __reduce__(self) -> Any:
         return _patient, super().__reduce__()[1]
@@ -86,7 +86,7 @@ def _hub(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 class _HubHandler(pafs.FSSpecHandler):  # type: ignore[misc]
-    """What is asked first, whether a file is there, fails with a message where the hub cannot be reached."""
+    """Raises UserError when the hub cannot be reached, in the first request: whether a file is there."""
 
     def get_file_info(self, paths: list[str]) -> Any:
         """As FSSpecHandler's."""
@@ -137,7 +137,7 @@ def exists(uri: str) -> bool:
 
 
 def first_present(*uris: str) -> str:
-    """The first of them that exists, else the first: files that earlier versions have called otherwise."""
+    """The first URI that exists, else the first one; for files that had another name in earlier versions."""
     return next((uri for uri in uris if exists(uri)), uris[0])
 
 

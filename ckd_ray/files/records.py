@@ -14,7 +14,7 @@ from ckd_ray.errors import UserError
 from ckd_ray.files.atomic import write_atomic
 from ckd_ray.files.paths import exists, filesystem_of, is_local, last_part, parent
 
-# Between attempts to read a remote file that is not valid JSON: a part of it, as far as a client can tell all of it.
+# Between attempts to read a remote file that is not valid JSON: a client cannot tell a truncated file from a whole one.
 _PAUSES_S = (0.1, 0.5, 2.0)
 # From this many files of one folder on, they are looked up by one listing of the folder.
 _LISTED_FROM = 16

@@ -52,7 +52,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Labels:
-    """A table of labels. Without a column of grades every label counts 1. `sure`: the columns say whose ids."""
+    """A table of labels. Without a column of grades every label counts 1. `sure`: the names tell query from passage."""
 
     table: Table
     query: str
@@ -236,7 +236,7 @@ def _by_split(found: Sequence[_Kind], option: str, notes: list[str]) -> dict[Spl
 
 
 def _oriented(labels: Labels, corpus: Texts, notes: list[str]) -> Labels:
-    """Columns without names the other way round, when that is how they match the corpus."""
+    """Swap the columns of query and passage if they have no names and match the corpus better that way."""
     if labels.sure:
         return labels
     firsts, seconds = ({row[0] for row in labels.table.rows([column])} for column in (labels.query, labels.passage))

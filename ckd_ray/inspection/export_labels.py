@@ -287,8 +287,8 @@ def _flagembedding(row: _Row) -> Iterator[dict[str, Any]]:
 
 
 def _tevatron(row: _Row) -> Iterator[dict[str, Any]]:
-    """Ids, as its documentation has them, and passages with text and score, which its readers take where both are
-    there: ids alone need a corpus beside them, and hold no scores."""
+    """The ids that Tevatron documents, and passages with text and score. Its readers prefer the passages; ids alone
+    need a separate corpus and have no scores."""
     pairs = zip(row.ids, row.texts, row.scores, strict=True)
     passages = [{"docid": name, "text": text, "score": score} for name, text, score in pairs]
     yield {

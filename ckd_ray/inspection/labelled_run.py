@@ -41,12 +41,12 @@ SPLIT = "train"
 
 @dataclass(frozen=True)
 class Distributions:
-    """The probabilities that each kind of label gives the same N passages; each array is (N,) and sums to 1.
+    """The probabilities that each kind of label gives the same N passages, float64 (N,) each.
 
     Attributes:
         one_hot: 1 at the labelled passage, equal shares at several ones, 0 everywhere without one.
-        teacher: soft labels without expansion embeddings; collective: with them.
-        teacher_scores, collective_scores: the scores that these two are softmaxes of.
+        teacher: soft labels without expansion embeddings; collective: with them. Each sums to 1.
+        teacher_scores, collective_scores: the scores from which these two are computed by a softmax.
     """
 
     one_hot: Tensor

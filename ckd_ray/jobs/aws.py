@@ -117,6 +117,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def wanted_rules(config: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The permissions of the security group in the launcher's file, as EC2 writes them; None if it has no group."""
     rules: list[dict[str, Any]] | None = (config["provider"].get("security_group") or {}).get("IpPermissions")
     return rules
 
@@ -150,6 +151,7 @@ def _permission(rule: Rule) -> dict[str, Any]:
 
 
 def port_names(rule: Rule) -> str:
+    """Protocol and ports of a rule for people: `tcp 22`, `tcp 1-9`, or `everything`."""
     protocol, first, last, _ = rule
     if protocol == "-1":
         return "everything"

@@ -1,9 +1,9 @@
 """Labels on disk (`array_parts`): a Parquet file a part with columns query_id, feedback_ids, expansion, idf and
 token_ids, and an array beside it that says where the vectors of a query lie in that file.
 
-`expansion` holds the kept centroids of a query, highest idf first. Its values are neither compressed nor coded, and lie
-in one page, so that training reads the vectors of any query by their bytes: they are stored once. A row of the array
-(`_dtype`) has the first of these bytes, how many centroids there are, their idf, and a CRC-32 of both.
+`expansion` holds the kept centroids of a query, highest idf first. Its values are neither compressed nor encoded, and
+lie in one page. So training reads the vectors of any query at their byte offset, and no second copy of them is stored.
+A row of the array (`_dtype`) has this offset, the number of centroids, their idf, and a CRC-32 of vectors and idf.
 
 Where `label.feedback_passages` lists M depths, the manifest lists them, and the lists of a Parquet row hold the
 centroids of all depths, the shallowest depth first. One more column, `depths`, gives the depth of each; feedback_ids

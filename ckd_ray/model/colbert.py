@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import has_digest, sha256_of
 from ckd_ray.model.settings import ColBERTSettings
-from ckd_ray.model.sources import refuse_remote_code, resolve_backbone, silent_transformers
+from ckd_ray.model.sources import most_tokens, refuse_remote_code, resolve_backbone, silent_transformers
 from ckd_ray.model.tokenizer import ColBERTTokenizer
 from ckd_ray.progress import say
 
@@ -138,13 +138,8 @@ class ColBERT(nn.Module):
                     setattr(module, name, probability)
 
     def _check_length(self, source: str) -> None:
-        room = getattr(self.backbone.config, "max_position_embeddings", None)
-        positions = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
-        padding = getattr(positions, "padding_idx", None)
-        if isinstance(room, int) and padding is not None:  # RoBERTa and its like count from the row after the padding's
-            room -= padding + 1
-        longest = max(self.settings.doc_maxlen, self.settings.query_maxlen)
-        if isinstance(room, int) and 0 < room < longest:
+        room, longest = most_tokens(self.backbone), max(self.settings.doc_maxlen, self.settings.query_maxlen)
+        if room is not None and room < longest:
             raise UserError(
                 f"{source} holds {room} tokens at most",
                 where="model.doc_maxlen / model.query_maxlen",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ckd_ray.errors import UserError
 from ckd_ray.model.colbert import load_bare, load_transformers, read_tokenizer
 from ckd_ray.model.settings import ColBERTSettings
-from ckd_ray.model.sources import resolve_backbone
+from ckd_ray.model.sources import most_tokens, resolve_backbone
 from ckd_ray.model.tokenizer import ColBERTTokenizer
 
 Pooling = Literal["mean", "cls"]
@@ -64,7 +64,7 @@ class PooledModel(nn.Module):
         backbone, tokenizer = load_bare(folder, source)
         chosen = _object(folder, "sentence_bert_config.json").get("max_seq_length")
         limits: list[Any] = [chosen if isinstance(chosen, int) and chosen > 2 else MAXLEN]
-        limits += [getattr(backbone.config, "max_position_embeddings", None), tokenizer.model_max_length]
+        limits += [most_tokens(backbone), tokenizer.model_max_length]
         maxlen = min(int(n) for n in limits if isinstance(n, int) and n > 2)
         return cls(backbone, tokenizer, maxlen, _pooling(_object(str(root), "1_Pooling/config.json")))
 

@@ -36,7 +36,7 @@ def recompute_activations(model: ColBERT, key: str = "gradient_checkpointing") -
         enable({"use_reentrant": False, "context_fn": contexts})
     except ValueError as error:
         raise UserError(
-            "this encoder computes no activations again",
+            "this encoder does not support gradient checkpointing",
             where=key,
             expected="false for this encoder",
             found=type(backbone).__name__,

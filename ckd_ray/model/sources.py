@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import file_signature, join, list_files, local_copy, sha256_of
@@ -80,8 +81,8 @@ def resolve_backbone(source: str, key: str = "model.backbone") -> str:
 
 
 def local_tokenizer(checkpoint: str) -> AbstractContextManager[str]:
-    """As `local_copy`, for those who read the tokenizer and the settings: weights are nearly all bytes of a checkpoint,
-    and stay where they are."""
+    """`local_copy` for readers of the tokenizer and the settings. It does not download the weights, which are nearly
+    all bytes of a checkpoint."""
     return local_copy(checkpoint, without=_WEIGHTS)
 
 
@@ -102,7 +103,7 @@ def _check_pinned(source: str, folder: Path, key: str) -> None:
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
-    """transformers gives neither warnings nor bars: callers tell what matters of a model that was loaded."""
+    """Silence the warnings and progress bars of transformers; callers report what matters about the loaded model."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -204,13 +205,26 @@ def check_encoder(folder: str, longest: int, key: str) -> None:
         )
 
 
+def most_tokens(encoder: Any) -> int | None:
+    """How many tokens a `transformers` encoder takes; None if it has no table of positions.
+
+    RoBERTa and its like count positions from the row after the padding's, so they take fewer than the table has rows.
+    """
+    room = getattr(encoder.config, "max_position_embeddings", None)
+    if not isinstance(room, int) or room <= 0:
+        return None
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return room if padding is None else room - padding - 1
+
+
 def _names_a_path(source: str) -> bool:
     """A hub id is NAME or OWNER/NAME; URIs are read elsewhere."""
     return "://" not in source and (source.startswith((".", "/", "~")) or source.count("/") > 1 or source[-1:] == "/")
 
 
 def _nearest_folder(path: Path) -> str:
-    """Where the path stops to exist, and what is there instead of its next part."""
+    """A sentence on the deepest folder of the path that exists, and the names in it like the missing part."""
     present = next(folder for folder in path.absolute().parents if folder.is_dir())
     try:
         names = sorted(entry.name for entry in present.iterdir() if not entry.name.startswith("."))
@@ -239,7 +253,7 @@ def signature(source: str) -> list[list[str | int]]:
 
 
 def identity(source: str) -> list[list[str | int]] | str:
-    """What the results of `source` as it is depend on: its files, or its name where none lie here."""
+    """What the results of the model `source` depend on: its files, or its name if none are on this machine."""
     return signature(source) or source
 
 

@@ -97,9 +97,9 @@ def _encoder(context: RunContext, splits: list[str]) -> str:
 
 
 def encoder_settings(config: Config) -> dict[str, Any]:
-    """What the vectors of the encoder as it is depend on, besides the texts: the backbone's files (its name where it
-    comes from a package or a hub) and the precision, which is the store's but never int8: that would rank a little
-    differently from what a user would pick instead."""
+    """What the vectors of the encoder as it is depend on, besides the texts: the backbone's files (its name if it comes
+    from a package or a hub) and the precision. The precision is that of the store, but never int8, which would rank a
+    little differently from the encoder that a user would use instead."""
     backbone = identity(config.model.backbone)
     precision = config.embed.precision
     return {"backbone": backbone, "precision": "auto" if precision == "int8" else precision}

@@ -45,8 +45,8 @@ def _written(run: RunDir, name: str) -> Any:
 
 
 def closing_table(config: Config, reports: list[StageReport]) -> None:
-    """A student that is not worth having, seconds a stage, the table of all systems, and where the student is; on
-    standard error."""
+    """Print the results on standard error: a warning if the student is not better than the encoder, seconds a stage,
+    the table of all systems, where the student is, and what to do next."""
     run = RunContext.of(config).paths
     width = max((len(r.name) for r in reports), default=0)
     table = _written(run, TABLE) if any(r.name == "evaluate" for r in reports) else None

@@ -23,14 +23,14 @@ def export_options(what: str, **given: Any) -> dict[str, Any]:
         given: `model`, `width`, `scores` and `bits`; None where the user did not give one.
 
     Raises:
-        UserError: an option says nothing about `what`; all of these are named.
+        UserError: options do not apply to `what`; names all of them.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     ignored = [name for name in chosen if name not in _OPTIONS.get(what, chosen)]
     if ignored:
         kinds = {name: [kind for kind, names in _OPTIONS.items() if name in names] for name in ignored}
         raise UserError(
-            f"this would be ignored: it says nothing about --what {what}",
+            f"this would be ignored: it does not apply to --what {what}",
             where=", ".join(f"--{name}" for name in ignored),
             expected="; ".join(f"--{name} with --what {' or '.join(of)}" for name, of in kinds.items()),
             fix="leave it out",

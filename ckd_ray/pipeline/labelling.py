@@ -19,8 +19,8 @@ from ckd_ray.store import EmbeddingStore
 
 
 def label_split(context: RunContext, split: str, rankings: str, out: str) -> dict[str, Any]:
-    """Label the queries of `split` from their `rankings` into `out`. The number of training queries chooses the way of
-    voting, so that labels of dev are like those of the training. Returns the figures of the stage."""
+    """Label the queries of `split` from their `rankings` into `out`. The number of training queries decides who votes,
+    so that labels of dev are made like those of training. Returns the figures of the stage."""
     config, run = context.config, context.paths
     job = LabelJob(
         run=run.root,
@@ -50,9 +50,9 @@ def label_split(context: RunContext, split: str, rankings: str, out: str) -> dic
 
 
 def vote_way(config: Config, store: EmbeddingStore, num_queries: int) -> str:
-    """Who votes for the tokens of so many queries' centroids: `feedback`, or of the collection its `exact` nearest
-    neighbours, those that `faiss` finds, or their `estimate` (special_cells.py). `auto` is exact while that is
-    affordable."""
+    """How the centroids of `num_queries` queries get their tokens: by votes of the `feedback`, or by votes of the
+    collection: its `exact` nearest neighbours, those that `faiss` finds, or an `estimate` of them (special_cells.py).
+    `auto` is exact while that is affordable."""
     if config.label.token_vote == "feedback":
         return "feedback"
     if config.label.neighbours != "auto":

@@ -8,7 +8,7 @@ from ckd_ray.errors import UserError, first_line
 from ckd_ray.files import local_copy
 
 KINDS = {"model": "model", "labels": "dataset", "vectors": "dataset", "index": "dataset"}
-# Ours alone: a copy of the folder is no export that goes on.
+# Only ckd-ray reads it, to recognise an export in this folder that it may continue or replace.
 _NOT_UPLOADED = "_manifest.json"
 _EXPECTED = "OWNER/NAME of a repository that your token may write to"
 _TOKEN = "hf auth login, or set HF_TOKEN"

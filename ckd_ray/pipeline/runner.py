@@ -26,7 +26,7 @@ from ckd_ray.runs.lock import run_lock
 from ckd_ray.runs.record import write_record
 from ckd_ray.tracking import TrackedRun, tracked
 
-# How often one command makes damaged files again: storage that damages more of them is not to be worked on.
+# How often one command replaces damaged files; storage that damages them more often is not fit for use.
 _MOST_REPAIRS = 20
 
 
@@ -152,7 +152,7 @@ def _verify(context: RunContext, finished: list[Stage]) -> None:
         output = stage.output(context.paths)
         damaged |= bool(remove_altered(output))
         for folder in stage.extra_outputs(context.paths):
-            # All are written together; a killed command may have left one of another time, undamaged in itself.
+            # All are written together. A killed command may have left an intact one from an earlier run of the stage.
             if content_fingerprint(folder) != content_fingerprint(output) or remove_altered(folder):
                 remove_manifest(output)
                 damaged = True

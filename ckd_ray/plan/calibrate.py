@@ -34,10 +34,12 @@ from ckd_ray.progress import duration, say
 if TYPE_CHECKING:
     from ckd_ray.model import ColBERT
 
-# Of the larger run, for each core or GPU: what takes stages of a small encoder some ten seconds beyond their start.
+# Sizes of the larger run for each core or GPU: the stages of a small encoder then take some ten seconds beyond their
+# start.
 PASSAGES, QUERIES, EVALUATED, STEPS = 750, 1500, 150, 16
 _GPU_FACTOR, _GPU_STEPS = 30, 100
-# The smaller run has this part of it; the larger one is cut to so many times the smaller where that took long.
+# The smaller run has 1/_PART of these sizes. If it takes longer than _LONG_S, the larger run has only _CUT times its
+# sizes.
 _PART, _CUT, _LONG_S = 5, 2, 300.0
 _ENDS_WITHIN_S = 6 * 3600.0
 
@@ -173,8 +175,8 @@ def sample_config(
     """The configuration of a run on a part of the sample: the user's, at the sizes of the sample and with the engines
     that the whole collection asks for.
 
-    A ranking is shorter where the sample is small beside it: exact search of a large collection then takes its first
-    pass in 8 bits here too.
+    Rankings are shorter if the sample is small compared with `retrieve.depth`. Exact search then makes its first pass
+    in 8 bits here too, as in a large collection.
     """
     cores = os.cpu_count() or 1
     least = max(config.label.depths[-1], config.distill.negatives, 10)

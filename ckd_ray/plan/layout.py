@@ -1,4 +1,4 @@
-"""How the stages would be placed on a cluster and which ways they would take: asked of the code that will decide it.
+"""How the stages would be placed on a cluster, and which engines they would use, by the code that decides it in a run.
 
 What would be refused on the cluster is refused here, in the same words and before it costs anything.
 """

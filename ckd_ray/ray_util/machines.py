@@ -19,7 +19,7 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.progress import duration, say
 from ckd_ray.ray_util.watch import head_address
 
-# So many nodes a job waits for; ckd-ray sets it from the launcher's file.
+# How many nodes a job waits for; ckd-ray sets it from the launcher's file.
 NODES_VARIABLE = "CKD_RAY_WAIT_FOR_NODES"
 # What a command asks of a cluster that starts its machines when they are needed, such as GPU=8 or GPU=8,CPU=64.
 RESOURCES_VARIABLE = "CKD_RAY_WAIT_FOR"
@@ -43,8 +43,8 @@ def wait_for_nodes() -> None:
 
 @contextmanager
 def asked_resources() -> Iterator[None]:
-    """A context in which the cluster has the resources that RESOURCES_VARIABLE names, from an autoscaler that may have
-    begun without a worker. It keeps them there between stages, and is free to end them afterwards.
+    """Ask the autoscaler for the resources that RESOURCES_VARIABLE names, and wait for them. The autoscaler, which may
+    have started without a worker, keeps them for the length of the block, and may end them after it.
 
     Without the variable, a cluster that has no GPU yet is asked for all that its autoscaler's file declares, and the
     command waits for the first: stages use those that come later.
@@ -156,7 +156,7 @@ def _wait_for(wanted: dict[str, int]) -> None:
 
 
 def _looks(within: float) -> Iterator[bool]:
-    """Once a second for `within` seconds: whether to tell people, which is in the first second and every 15 seconds."""
+    """Yields once a second for `within` seconds: whether to print progress (in the first second, then every 15)."""
     started = told = time.monotonic()
     while True:
         now = time.monotonic()

@@ -10,10 +10,10 @@ from ckd_ray.progress import Progress
 from ckd_ray.ray_util.waiting import WORK_S, no_answer
 
 _QUERIES_A_PART = 256
-# What a task reserves that computes little.
+# CPUs that a task with little to compute reserves.
 _CPUS_OF_LITTLE = 0.25
-# What a task reserves that waits for the servers of a store most of the time. Next to nothing: it must find a place
-# where the servers of this job and those of others hold the cluster, or both jobs would wait for ever.
+# CPUs that a task reserves which mostly waits for the servers of a store. Next to nothing: the task must find a place
+# even if the servers of this job and of others hold the cluster, or both jobs would wait for ever.
 CPUS_OF_WAITING = 0.001
 # Every server takes part in a query, so a few dozen tasks keep all of them busy.
 _MOST_WAITING = 32

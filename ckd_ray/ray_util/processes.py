@@ -10,14 +10,14 @@ import threading
 from ckd_ray.errors import UserError, first_line
 
 _python_s_start = threading.Thread.start
-# How long a new thread may take to begin, in tries of a second: time in which the process itself is stopped is one try.
+# How long a new thread may take to begin, in waits of one second. A pause of the whole process counts as one wait.
 _TRIES = 60
 _NEVER_BEGAN = b"ckd-ray: a new thread has died before it began, for lack of memory; its process ends\n"
 
 
 class _Beginning(threading.Event):
-    """The event by which a new thread tells that it has begun. One that lacks memory for its first call never does, and
-    `Thread.start` waits for it without a limit: then this process ends, by calls that take no memory."""
+    """The event by which a new thread reports that it has begun. A thread without memory for its first call never sets
+    it, and `Thread.start` would wait for ever. This class then ends the process, by calls that allocate no memory."""
 
     def wait(self, timeout: float | None = None) -> bool:
         if timeout is not None:
@@ -32,8 +32,8 @@ class _Beginning(threading.Event):
 
 
 def end_when_broken() -> None:
-    """Let this process end where it would hang without memory: when it is aborted, and when a thread of it dies before
-    it begins. For Ray's workers, whose work is repeated, and for the command."""
+    """Let this process end where a lack of memory would make it hang: when it is aborted, and when one of its threads
+    dies before it begins. For Ray's workers, whose work is repeated, and for the command."""
     die_when_aborted()
     if type(getattr(threading.Thread(), "_started", None)) is threading.Event:  # as in Python 3.10 to 3.14
         threading.Thread.start = _guarded_start  # type: ignore[method-assign]

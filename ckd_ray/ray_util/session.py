@@ -70,7 +70,7 @@ def _of_the_caller(target: str | None) -> Iterator[None]:
         raise UserError(
             "this process is connected to a Ray already",
             where="cluster",
-            expected="nothing, which takes that Ray",
+            expected="no value, which takes that Ray",
             found=target,
             fix="leave it out, or call ray.shutdown() first",
         )
@@ -90,8 +90,8 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
     from ray._private.utils import read_ray_address
 
     if target is None and not os.environ.get("RAY_ADDRESS"):
-        # What `ray start` has noted. Not "auto", which takes any Ray among the processes of the machine, one that
-        # another command has started for itself and will end too.
+        # The address that `ray start` has noted. "auto" would take any Ray on this machine, even one that another
+        # command has started for itself and will end.
         noted = read_ray_address()
         try:
             if not noted:
@@ -106,7 +106,7 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
         os.environ.pop("RAY_ADDRESS", None)
         # Ray ends a worker that is idle for a second; another one takes five seconds of a core to load its modules.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-        # Nobody takes this machine back, so a training needs no process that looks for that.
+        # This machine is not preempted, so training needs no process that watches for preemption.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         with _one_start_at_a_time():
             running = read_ray_address()
@@ -137,9 +137,9 @@ def _start(target: str | None, options: dict[str, Any]) -> None:
 
 @contextmanager
 def _one_start_at_a_time() -> Iterator[None]:
-    """Keeps the commands of a user apart while they start Ray: one would read another one's note, and put it back after
-    that one has removed it. A command that never gets on, such as a stopped one, is not waited for, and a lock that
-    cannot be made is done without."""
+    """Let one command of a user start Ray at a time. Otherwise a command could read the note of another, and restore it
+    after the other has removed it. The wait has a limit, because the other command may be stopped. Without a lock file,
+    commands do not wait for one another."""
     path = os.path.join(tempfile.gettempdir(), f"ckd-ray-start-{os.getuid()}.lock")
     try:
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -158,8 +158,8 @@ def _one_start_at_a_time() -> Iterator[None]:
 
 
 def _let_others_find(running: str | None) -> None:
-    """Ray notes its latest start on a machine, and other commands would join a Ray that ends with this process. So the
-    note is again `running`, the Ray that was noted before, or it is removed."""
+    """Restore the note of this machine's Ray to `running`, the one that was noted before, or remove it. Ray notes its
+    latest start, and other commands would join this Ray, which ends with this process."""
     from ray._private.utils import get_ray_address_file, write_ray_address
 
     if running:

@@ -30,8 +30,8 @@ from ckd_ray.ray_util import watch
 from ckd_ray.ray_util.again import same_command
 from ckd_ray.ray_util.machines import alive
 
-# Shares of a core, below which a process does not compute. One that waits answers Ray's questions all the same; the
-# command looks after the tasks of a stage.
+# A process, and the command itself, does not compute if it uses less than this share of a core. A waiting process still
+# answers requests of Ray, and the command still manages the tasks of a stage.
 _IDLE, _IDLE_COMMAND = 0.02, 0.2
 # Without a process that holds work there is nothing to end, and the command may wait for machines, or for storage: as
 # long as for a unit of work (4 hours by default).

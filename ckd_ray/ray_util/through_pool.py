@@ -1,8 +1,8 @@
 """Ray Data streams units of work through tasks that prepare them to a pool of processes that hold a model.
 
 A unit (a shard of texts, a part of queries) is one row and one batch, so a dead process loses the unit that it works on
-and the one that waits. Only rows of figures come back. Work begins with the first actor that has started. A pool of
-which none starts and a stream that stops fail with numbers.
+and the one that waits. Only rows of figures come back. Work begins with the first actor that has started. A pool in
+which no actor starts, and a stream that stops, end in an error that says what the cluster has.
 
 The processes are actors. For a few units on CPUs they are tasks that keep their model between units: Ray gives the
 processes of finished tasks to the next stage, while an actor is a new process, which imports PyTorch and transformers
@@ -24,7 +24,7 @@ from ckd_ray.ray_util.frames import let_go
 from ckd_ray.ray_util.parts import MOST_BLOCKS
 from ckd_ray.ray_util.waiting import WORK_S
 
-# Units a process up to which tasks do the work: beyond it the start of an actor is a small part.
+# Up to this many units a process, tasks do the work. With more, the start of an actor takes a small part of the time.
 _FEW_UNITS = 8
 
 

@@ -1,4 +1,4 @@
-"""The token that Ray asks everybody for who wants to run code on a cluster."""
+"""The token that Ray demands of everybody who wants to run code on a cluster."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A thread looks once a second. It prints a loss at once, because Ray may end the process with status 1 and no message.
 Then it sends SIGTERM, whose handler (`terminate`) raises what `lost` returns. If the process has not ended
-after a minute, the thread ends it. An error that comes of a loss before the thread has looked is told as the loss.
+after a minute, the thread ends it. An error that a loss causes before the thread has looked is reported as a loss.
 """
 
 from __future__ import annotations

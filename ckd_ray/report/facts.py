@@ -1,4 +1,4 @@
-"""What the page shows, read from a run directory. A part that the run has not come to is None or empty."""
+"""What the page shows, read from a run directory. A part that the run does not have yet is None or empty."""
 
 from __future__ import annotations
 

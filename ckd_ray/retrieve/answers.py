@@ -1,4 +1,4 @@
-"""Answers of a store's servers, as they arrive, with a limit for a server that finds no place any more."""
+"""Answers of a store's servers, as they arrive, with a limit on the time that a lost server has to find a machine."""
 
 from __future__ import annotations
 

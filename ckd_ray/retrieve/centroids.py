@@ -119,8 +119,8 @@ class CentroidLists:
     ) -> tuple[Float32Array, Int64Array]:
         """The `limit` passages with the highest estimates: (estimates, passages) (B, limit), best first.
 
-        Ties go by number; lists end with -inf and -1. An estimate is what a passage has above one without any probed
-        centroid.
+        Ties are ordered by passage number; lists end with -inf and -1. An estimate is the score of a passage minus that
+        of a passage without any probed centroid.
         """
         estimates = np.full((len(ids_BQC), limit), -np.inf, np.float32)
         passages = np.full((len(ids_BQC), limit), -1, np.int64)

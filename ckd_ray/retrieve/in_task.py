@@ -28,7 +28,7 @@ class TaskSearch:
     """Answers as `ServerGroup` does, in the process that asks; small, so tasks receive a copy.
 
     Attributes:
-        cpus: that a task reserves which asks it.
+        cpus: how many CPUs a task that calls it reserves.
     """
 
     store: str

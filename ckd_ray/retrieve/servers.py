@@ -107,7 +107,7 @@ class ServerGroup:
 
     Attributes:
         effort: of approximate search, see `ShardRange.search`.
-        cpus: that a task reserves which asks it.
+        cpus: how many CPUs a task that calls it reserves.
     """
 
     actors: tuple[Any, ...]

@@ -64,7 +64,7 @@ class ShardRange:
     Args:
         shards: indices of consecutive shards.
         device: where products are computed.
-        processes: of this machine that serve as many shards each, this one included.
+        processes: how many processes of this machine, this one included, serve as many shards each.
 
     Raises:
         BrokenShardError: a shard's bytes do not match its checksum.

@@ -64,8 +64,8 @@ class RecallSample:
         _, self._truth_BK = servers.search_exactly(self._queries, self.depth)
 
     def effort_for(self, wanted: float) -> tuple[int, float]:
-        """The least effort, of 1, 2, 4 up to `MOST_EFFORT`, that reaches the wanted recall, and the recall that it has.
-        Where none does, the least one of the highest recall."""
+        """(effort, recall): the least effort of 1, 2, 4, ..., `MOST_EFFORT` that reaches the wanted recall. If none
+        does, the least effort with the highest recall."""
         best = (1, -1.0)
         effort = 1
         while effort <= MOST_EFFORT:

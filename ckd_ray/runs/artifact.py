@@ -1,7 +1,7 @@
 """An artifact: a folder of a run with a `_manifest.json`, made by one step, kept while its fingerprint holds.
 
-While it is being made, the folder holds `_making.json` with the fingerprint instead. A step that was stopped finds its
-half-made folder by that and goes on in it; a folder of other settings or inputs is removed first.
+While it is being made, the folder holds `_making.json` with the fingerprint instead. By this file, a stopped step finds
+its half-made folder and resumes in it; a folder of other settings or inputs is removed first.
 
 The manifest names every file with its bytes and its SHA-256. Every command compares the sizes; before a stage reads the
 files, their contents are verified too (`remove_altered`). The files of a store have checksums of their own
@@ -36,7 +36,7 @@ from ckd_ray.runs.digests import digests_of
 from ckd_ray.runs.fingerprint import fingerprint as combined_fingerprint
 
 MANIFEST, MAKING = "_manifest.json", "_making.json"
-# The names in a run of an earlier version. A token store calls its own manifest so still.
+# The names in a run of an earlier version. A token store still uses the former name for its own manifest.
 _FORMER = {MANIFEST: "manifest.json", MAKING: "making.json"}
 SCHEMA_VERSION = 1
 # The key of the fingerprint in both files. (`fingerprint` in a manifest is that of the contents, where the step that

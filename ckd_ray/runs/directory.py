@@ -112,7 +112,7 @@ class RunDir:
         return join(self.baselines, name)
 
     def training_checkpoints(self, stage: str, fingerprint: str) -> str:
-        """What a training has come to; it goes when the stage that trains is finished."""
+        """The checkpoints of a training; they are deleted when its stage is finished."""
         return join(self.checkpoints, f"{stage}-{fingerprint[:16]}")
 
     @property

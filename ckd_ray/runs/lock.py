@@ -26,7 +26,7 @@ from ckd_ray.files import delete, filesystem_of, is_local, join, make_folder
 
 LOCK = ".lock"
 _HEARTBEAT_S, _STALE_S = 30.0, 180.0
-# On an object store: for how long after one process has written the lock that of another may still overwrite it.
+# On an object store: for how long after a process has written its lock another process may still overwrite it.
 _SETTLE_S = 1.0
 
 Holder = dict[str, Any]
@@ -85,7 +85,7 @@ def _pid_namespace() -> str:
 
 
 def _started(pid: Any) -> str | None:
-    """When a process was started, in ticks since the machine was; None when there is no such process, or a zombie."""
+    """When a process was started, in clock ticks since boot; None if there is no such process, or only a zombie."""
     with suppress(OSError, ValueError, IndexError):
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

@@ -71,7 +71,7 @@ hits = [(ids[number].as_py(), score) for number, score in found[0]]
 `queries` are float32 arrays of shape (rows, {about["dim"]}), the rows of a query's text, made by the same model.
 From the hub, bring the folder here first:
 `huggingface_hub.snapshot_download(NAME, repo_type="dataset", local_dir="FOLDER")`.
-fast-plaid folds the parts into files of its own when it opens an index first.
+fast-plaid merges the parts into files of its own when it first opens an index.
 
 {_score(about)}
 """,

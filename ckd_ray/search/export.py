@@ -29,7 +29,7 @@ class _Format:
     """Writes `target` from a store and its collection.
 
     Attributes:
-        card: the text of README.md, of the run's name and what the manifest says.
+        card: makes the text of README.md from the run's name and the entries of the manifest.
         settings: the options that change the result.
     """
 
@@ -39,7 +39,7 @@ class _Format:
 
 
 def _write_vectors(target: str, store: EmbeddingStore, collection: Collection) -> dict[str, Any]:
-    """In a folder of their own: who reads a folder of Parquet would take the card beside them for a part."""
+    """Write into a folder of their own: a reader of a folder of Parquet files would take the card for one of them."""
     return vectors.write_vectors(join(target, "data"), store, collection)
 
 

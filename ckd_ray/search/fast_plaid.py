@@ -1,8 +1,8 @@
 """An index of fast-plaid, written from a store shard by shard.
 
-fast-plaid (1.4 to 1.7) keeps what ColBERTv2's residual codes are: the number of a centroid and a few bits a dimension
-of what is left over. So the codes of a `residual` store are rewritten as they are, with the bits of every byte in
-reverse, and those of an fp16 store are made with a codec that is learned from a sample. Files of part i:
+fast-plaid (1.4 to 1.7) stores ColBERTv2's residual codes: the number of a centroid, and a few bits a dimension of the
+residual. So the codes of a `residual` store are copied, with the bits of every byte in reverse order. The rows of an
+fp16 store are encoded with a codec that is learned from a sample. Files of part i:
 `i.codes.npy` (int64), `i.residuals.npy` (uint8), `doclens.i.json`, `i.metadata.json`. Of the whole: `centroids.npy`,
 `bucket_cutoffs.npy`, `bucket_weights.npy`, `avg_residual.npy`, `cluster_threshold.npy`, the inverted lists `ivf.npy`
 (the passages of each centroid, each once) with `ivf_lengths.npy`, and `metadata.json`. A passage is a number in
@@ -104,7 +104,7 @@ def _codec(target: str, store: EmbeddingStore, bits: int) -> Residual:
 
 
 def _write_codec(target: str, store: EmbeddingStore, codec: Residual) -> None:
-    """Centroids and buckets; and of the first rows what is left over of them, from which `update` adds centroids."""
+    """Write centroids and buckets, and figures of the first rows' residuals, by which `update` adds centroids."""
     rows_TD = store.gather(np.arange(min(store.num_passages, 512))).embeddings_TD[:_BLOCK].float()
     left_TD = rows_TD - codec.centroids_KD[codec.nearest_centroids(rows_TD)].float()
     for name, values in {

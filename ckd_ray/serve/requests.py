@@ -14,7 +14,7 @@ _KEYS = ("query", "k")
 
 
 class BadRequestError(ValueError):
-    """A request that its sender can mend; `status` is that of HTTP."""
+    """A request that its sender can correct; `status` is the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)

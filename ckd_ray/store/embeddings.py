@@ -115,7 +115,7 @@ class EmbeddingStore:
         return shard
 
     def check_room(self, shards: Sequence[int], processes: int = 1) -> None:
-        """Check that the cache has room when each of some `processes` of this machine keeps so many shards open.
+        """Check that the cache has room if each of `processes` processes of this machine keeps as many shards open.
 
         Raises:
             UserError: the shards come from an object store, and their copies need more than the cache may hold.

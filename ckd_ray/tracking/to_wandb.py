@@ -21,7 +21,7 @@ class WeightsAndBiases:
             id=identity,
             resume="allow" if identity else None,
             reinit="create_new",  # a run that the program has open stays as it is
-            # Silent: it asks for no key. What the process prints is nobody else's business.
+            # silent: it does not prompt for a key. console: what the process prints is not uploaded.
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
         self.identity = str(self._run.id)

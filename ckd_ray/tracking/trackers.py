@@ -38,7 +38,7 @@ def forget_failures() -> None:
 
 
 def _installed(module: str) -> bool:
-    """A folder of that name, such as the `wandb/` that an earlier run has left here, is no module."""
+    """Whether the module is installed. A folder of that name, such as `wandb/` of an earlier run, does not count."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
 

@@ -199,7 +199,7 @@ def _track(context: RunContext, folder: str, trial: Trial) -> None:
 def _write_best(context: RunContext, found: Config, best: Trial) -> None:
     tree = found.model_dump(mode="json", exclude={"tune"})
     head = f"# Found by ckd-ray tune: trial {best.number}, MRR@10 {best.best:.4f} on the dev queries of its trials.\n"
-    # Keys in URIs belong into the environment (store.md), not into files that users share.
+    # Keys in URIs belong in the environment (store.md), not in files that users share.
     text = without_secrets(head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)).encode()
     write_atomic(join(context.paths.tune, "best.yaml"), lambda stream: stream.write(text))
 
@@ -257,9 +257,9 @@ def _saved(
     kept: list[Values],
     first_seconds: float,
 ) -> dict[str, float]:
-    """What stopping and sharing saved: the time of the search, with its first pass and the labels of all that it kept,
-    against as many whole pipelines, each with everything upstream and all steps at the rate of the finished trials.
-    Evaluation counts in neither."""
+    """The time that stopping and sharing saved. The search, with its first pass and the labels of all combinations that
+    it kept, is compared with one full pipeline a trial: everything upstream, and all steps at the rate of the finished
+    trials. Evaluation counts in neither."""
     shared = sum(seconds_of(stage.output(context.paths)) for stage in upstream)
     others = {_labels_folder(config, values) for values in kept} - {LABELS}  # those are upstream
     labels = sum(seconds_of(context.paths.with_labels(name).labels) for name in others)
@@ -289,7 +289,7 @@ def show(summary: dict[str, Any]) -> None:
         a = summary["agreement"]
         say(f"first pass against trials: rank correlation {a['spearman']} over {a['combinations']} combinations")
     saved = summary["saved"]
-    say(f"the search took {100 * (1 - saved['share']):.0f} % of the time of as many whole pipelines")
+    say(f"the search took {100 * (1 - saved['share']):.0f} % of the time of one full pipeline a trial")
     if summary["comparison"]:
         from ckd_ray.evaluate.against import render_against
 

@@ -393,6 +393,31 @@ def test_models_that_are_no_cross_encoder(tmp_path: Path, tiny_backbone: str) ->
         PairTokenizer(tiny_backbone, 65)
 
 
+def roberta(folder: Path, tiny_backbone: str) -> str:
+    """A RoBERTa with one label, whose table of positions has 66 rows, in `folder`."""
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=200, max_position_embeddings=66, num_labels=1, **shape)
+    )
+    torch.nn.init.normal_(model.classifier.out_proj.weight, std=2.0)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(folder)
+    return str(folder)
+
+
+def test_positions_that_begin_after_the_padding_leave_less_room(tiny_backbone: str, tmp_path: Path) -> None:
+    """RoBERTa's 66 positions hold 64 tokens: a longer pair would fail in the middle of the job."""
+    source = roberta(tmp_path / "model", tiny_backbone)
+    long = [" ".join(WORDS * 3)]
+    pairs = PairTokenizer(source, 64)(long, long)
+    assert pairs.lengths.tolist() == [64] and np.isfinite(PairClassifier(source).score(pairs)).all()
+    with pytest.raises(UserError, match=r"cross_encoder\.maxlen[\s\S]*at most 64"):
+        PairTokenizer(source, 65)
+
+
 def test_candidates_are_what_training_draws(ranked: str) -> None:
     candidates = CandidateReader(ranked, 1, DEPTH).read(20, 24)
     assert [c.tolist() for c in candidates.all()] == [[i, *range(i + 1, i + 1 + DEPTH)] for i in range(20, 24)]
@@ -465,19 +490,8 @@ def test_a_relative_folder_of_a_classifier_is_the_same_in_another_working_direct
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_logits_are_not_rounded_to_16_bits(kind: str, precision: Precision, tiny_backbone: str, tmp_path: Path) -> None:
     """At 8 to 16 bfloat16 has steps of 1/16, so that a third of the scores of a hundred pairs tied."""
-    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
-
-    if kind == "bert":
-        source = classifier(tmp_path / "model", tiny_backbone, 1)
-    else:
-        torch.manual_seed(3)
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        config = RobertaConfig(vocab_size=200, max_position_embeddings=66, num_labels=1, **shape)
-        model = RobertaForSequenceClassification(config)
-        torch.nn.init.normal_(model.classifier.out_proj.weight, std=2.0)
-        model.save_pretrained(tmp_path / "model")
-        AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(tmp_path / "model")
-        source = str(tmp_path / "model")
+    folder = tmp_path / "model"
+    source = classifier(folder, tiny_backbone, 1) if kind == "bert" else roberta(folder, tiny_backbone)
     words = WORDS[:50]
     pairs = PairTokenizer(source, 32)(words, words[::-1])
     exact = PairClassifier(source).score(pairs)

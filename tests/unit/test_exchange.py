@@ -19,6 +19,7 @@ from torch import Tensor
 from ckd_ray.errors import UserError
 from ckd_ray.model import ColBERT, ColBERTSettings, maxsim
 from ckd_ray.model.exchange import FORMATS, load_any, write_export
+from ckd_ray.model.exchange.detect import read_list
 from ckd_ray.model.sources import signature
 from ckd_ray.pipeline.card import Facts, model_card
 from ckd_ray.pipeline.export import export_run, write_student_card
@@ -379,3 +380,10 @@ def test_import_as_teacher_or_backbone(model: ColBERT, tmp_path: Path, capsys: p
 def test_a_card_without_facts(model: ColBERT) -> None:
     card = model_card(SETTINGS, Facts("x"))
     assert card.startswith("---\n") and "has not evaluated" in card and "ColBERT.from_pretrained" in card
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000], ids=["broken", "too deep"])
+def test_a_broken_list_of_modules_is_told_with_its_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(text)
+    with pytest.raises(UserError, match=r"modules\.json: not valid JSON"):
+        read_list(tmp_path / "modules.json")

@@ -98,7 +98,7 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError("a file of the model is missing", where=str(path), expected=path.name) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("not valid JSON", where=str(path), found=str(error)) from error
 
 

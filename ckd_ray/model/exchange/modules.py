@@ -36,7 +36,7 @@ def read_modules(folder: Path, allowed: set[str]) -> list[Module]:
     strange = [m.type for m in modules if m.kind not in allowed]
     if strange or not modules or modules[0].kind != "Transformer":
         raise UserError(
-            "this model has steps that a ColBERT model has not",
+            "this model has steps that a ColBERT model does not have",
             where=str(folder / MODULES),
             expected=f"Transformer first, then {', '.join(sorted(allowed - {'Transformer'}))}",
             found=", ".join(strange or [m.type for m in modules]) or "nothing",

@@ -26,8 +26,8 @@ def fingerprint_settings(config: Config) -> dict[str, Any]:
 
 
 def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
-    """Write a folder of scores for each scorer, and `weights.json`. A scorer that cannot be had is left out, and a line
-    says why."""
+    """Write a folder of scores for each scorer, and `weights.json`. An unavailable scorer is left out, and a line says
+    why."""
     from ckd_ray.data import Collection
     from ckd_ray.ensemble.stage import EnsembleJob, score_ensemble
     from ckd_ray.pipeline.baselines import LeftOutError, embed_encoder
@@ -38,7 +38,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     scorers = list(scorers_of(config.distill))
     if "encoder" in scorers:
         try:
-            # Those that it is measured on, too, so that the evaluation need not start it again.
+            # Also the splits of the evaluation, so that it need not load the encoder again.
             measured = evaluation_splits(config, collection) if "encoder" in config.evaluate.baselines else []
             embed_encoder(context, list(dict.fromkeys(["train", *measured])))
         except LeftOutError as reason:
@@ -57,7 +57,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     count = collection.num_queries("train")
     weights = score_ensemble(job, count)
     shown = ", ".join(f"{name} {weight.fitted:.3g}" for name, weight in weights.items())
-    say(f"ensemble: weights fitted to the labels, in MaxSim a unit of score: {shown or 'none'}")
+    say(f"ensemble: weights fitted to the labels (MaxSim per unit of a score): {shown or 'none'}")
     return {"count": count, "unit": "queries", "weights": {name: weight.fitted for name, weight in weights.items()}}
 
 

@@ -25,8 +25,8 @@ def fingerprint_settings(config: Config) -> dict[str, Any]:
 
 
 def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
-    """Write the rankings. An approximate engine works as hard as a sample says that the wanted recall needs, and its
-    recall is measured."""
+    """Write the rankings. For an approximate engine, a sample of queries decides the effort that the wanted recall
+    needs, and the recall of the rankings is measured."""
     from ckd_ray.data import Collection
     from ckd_ray.pipeline.search_engine import search_settings
     from ckd_ray.retrieve.servers import ServerGroup, serving
@@ -71,7 +71,7 @@ def _with_recall(servers: ServerGroup, sample: RecallSample, wanted: float | Non
     say(
         f"retrieve: recall@{sample.depth} {recall:.3f} on {sample.size} queries with nprobe {s.nprobe * effort:,} and"
         f" candidates {s.candidates * effort:,}"
-        + ("" if recall >= wanted else f"; {wanted:g} is wanted, and more effort finds no more: raise retrieve.nprobe")
+        + ("" if recall >= wanted else f"; {wanted:g} is wanted, but more effort does not help: raise retrieve.nprobe")
     )
     return replace(servers, effort=effort)
 

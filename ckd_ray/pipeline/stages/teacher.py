@@ -22,7 +22,7 @@ def unmeasured_keys(section: TrainingConfig) -> frozenset[str]:
 
 
 def fingerprint_settings(config: Config) -> dict[str, Any]:
-    """The model and its training; of a given checkpoint its files alone."""
+    """Section `model` and the training; for a given checkpoint its files instead of the training."""
     model = config.model.for_fingerprint()
     backbone = signature(config.model.backbone)
     if backbone:  # the contents count, not where they lie
@@ -49,7 +49,7 @@ def run(context: RunContext, fingerprint: str) -> dict[str, Any]:
     config, out = context.config, context.paths.teacher
     given = config.teacher.checkpoint
     if given is not None:
-        # What lies at a URI is downloaded for the time being; the libraries find anything else themselves.
+        # A model at a URI is downloaded into a temporary folder; the libraries find any other source themselves.
         with local_copy(given) if "://" in given else nullcontext(given) as source:
             model = load_teacher(source, config)
         with new_folder(out) as folder:
