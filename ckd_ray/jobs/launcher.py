@@ -14,7 +14,7 @@ from ckd_ray.errors import JobError, UserError
 from ckd_ray.jobs.launcher_file import LauncherFile
 from ckd_ray.jobs.placeholders import check_launcher_filled_in
 from ckd_ray.progress import say
-from ckd_ray.ray_util.token import ensure_token
+from ckd_ray.ray_util.token import demand_token, ensure_token
 from ckd_ray.streams import log_path, only_ours
 
 _SHOWN_LINES = 25
@@ -25,7 +25,7 @@ def use_launcher_s_token(launcher: LauncherFile) -> None:
 
     Call it before Ray opens a connection.
     """
-    os.environ["RAY_AUTH_MODE"] = "token"
+    demand_token()  # a check of the launcher's file has imported Ray
     source = launcher.token_source
     if source is None:  # the machines get the token in another way; this machine uses the user's own
         return

@@ -25,8 +25,12 @@ def use_token() -> None:
     Joining does not switch it on by itself, while a head that finds a token demands it; a head without authentication
     does not mind.
     """
-    if not has_token() or "RAY_AUTH_MODE" in os.environ:
-        return
+    if has_token() and "RAY_AUTH_MODE" not in os.environ:
+        demand_token()
+
+
+def demand_token() -> None:
+    """Switch token authentication on in this process, in a Ray that is imported already too."""
     os.environ["RAY_AUTH_MODE"] = "token"
     if "ray" in sys.modules:  # a program has imported it, and it has read the environment then
         from ray._raylet import Config  # type: ignore[attr-defined, unused-ignore]

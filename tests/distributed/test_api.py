@@ -215,11 +215,19 @@ def test_a_ray_of_the_caller_is_kept_and_no_other_is_started(ray_session: None) 
         pass
 
 
-def test_a_program_that_has_imported_ray_before_uses_the_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from ckd_ray.ray_util.token import use_token as use",
+        "from types import SimpleNamespace\nfrom ckd_ray.jobs.launcher import use_launcher_s_token\n"
+        "def use():\n    use_launcher_s_token(SimpleNamespace(token_source=None))",
+    ],
+    ids=["token", "launcher"],
+)
+def test_a_program_that_has_imported_ray_before_uses_the_token(call: str, tmp_path: Path) -> None:
     code = (
         "import ray\nfrom ray._raylet import get_authentication_mode as mode\n"
-        "from ckd_ray.ray_util.token import use_token\n"
-        "before = mode()\nuse_token()\nprint(before, mode())\n"
+        f"{call}\nbefore = mode()\nuse()\nprint(before, mode())\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
     environment |= {"RAY_AUTH_TOKEN": "0" * 64, "HOME": str(tmp_path)}
